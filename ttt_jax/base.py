@@ -73,7 +73,7 @@ class AdapterState(NamedTuple):
     fast: PyTree
     opt_state: PyTree
     memory: PyTree
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, on purpose
 
 
 class StepInfo(NamedTuple):

@@ -1,0 +1,423 @@
+"""Adapters: what one inner step is, and how steps are chained."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ttt_jax import _trees, select as select_lib
+from ttt_jax.base import (
+    Adapter,
+    AdapterState,
+    AuxLoss,
+    Key,
+    Params,
+    PyTree,
+    Selection,
+    StatefulLoss,
+    StepInfo,
+)
+
+
+def _as_stateful(loss: AuxLoss | StatefulLoss) -> StatefulLoss:
+    if isinstance(loss, StatefulLoss):
+        return loss
+    if not callable(loss):
+        raise TypeError(
+            "The loss of an adapter must be a function (params, x, key) -> scalar or a "
+            f"StatefulLoss; got {type(loss).__name__}."
+        )
+    return StatefulLoss(
+        init=lambda params: (),
+        value=lambda params, memory, x, key: (loss(params, x, key), memory),
+        after=lambda adapted_params, memory: memory,
+    )
+
+
+@functools.cache
+def _warn_narrow(dtypes: tuple[str, ...]) -> None:
+    warnings.warn(
+        f"Adapting parameters of dtype {', '.join(dtypes)}: updates smaller than their spacing "
+        "round away, so small step sizes do nothing. Keep params in float32 and set the model's "
+        "compute dtype instead.",
+        stacklevel=4,
+    )
+
+
+def _warn_if_narrow(fast: PyTree) -> None:
+    narrow = {
+        str(leaf.dtype)
+        for leaf in jax.tree.leaves(fast)
+        if _trees.is_floating(leaf) and jnp.finfo(leaf.dtype).bits < 32
+    }
+    if narrow:
+        _warn_narrow(tuple(sorted(narrow)))
+
+
+def _scalar(value: Any) -> jax.Array:
+    value = jnp.asarray(value)
+    if value.shape != ():
+        raise ValueError(
+            f"An auxiliary loss must return a scalar; got shape {value.shape}. Average it, or "
+            "lift a one-instance loss over a batch with losses.over_batch."
+        )
+    return value.astype(jnp.float32)
+
+
+def _is_zero(anchor: Any) -> bool:
+    """Whether the anchor is the literal default; a traced or array anchor never is."""
+    return isinstance(anchor, int | float) and anchor == 0
+
+
+def _anchored(anchor: PyTree, fast: PyTree, fast0: PyTree) -> tuple[jax.Array, PyTree]:
+    """Value and gradient of ``0.5 * sum(anchor * (fast - fast0)^2)``."""
+    leaves, treedef = jax.tree.flatten(fast)
+    weights = jax.tree.leaves(anchor)
+    if not _trees.same_structure(anchor, fast):
+        weights = weights * len(leaves)
+    deltas = [a - b for a, b in zip(leaves, jax.tree.leaves(fast0), strict=True)]
+    grads = [(w * d).astype(d.dtype) for w, d in zip(weights, deltas, strict=True)]
+    value = 0.5 * sum(
+        jnp.sum((g * d).astype(jnp.float32)) for g, d in zip(grads, deltas, strict=True)
+    )
+    return jnp.asarray(value, jnp.float32), jax.tree.unflatten(treedef, grads)
+
+
+def _check_anchor(anchor: PyTree, fast: PyTree) -> None:
+    if not (_trees.same_structure(anchor, fast) or _trees.same_structure(anchor, 0.0)):
+        raise ValueError(
+            "anchor must be a number or a pytree shaped like the selected parameters; got "
+            f"{jax.tree.structure(anchor)}, expected {jax.tree.structure(fast)}. Take the same "
+            "selection's split of it."
+        )
+
+
+def _gradient_step(
+    loss: StatefulLoss,
+    optimizer: optax.GradientTransformation,
+    select: Selection,
+    anchor: PyTree,
+    gradient: Callable[..., Any],
+) -> Adapter:
+    """The adapter shared by all gradient methods; they differ in ``gradient`` only.
+
+    ``gradient(objective, fast) -> ((value, memory), grads)``.
+    """
+
+    def init(params: Params) -> AdapterState:
+        fast, _ = select.split(params)
+        _warn_if_narrow(fast)
+        return AdapterState(
+            fast=fast,
+            opt_state=optimizer.init(fast),
+            memory=loss.init(params),
+            count=jnp.zeros((), jnp.int32),
+        )
+
+    def merge(params: Params, state: AdapterState) -> Params:
+        return select.merge(state.fast, select.split(params)[1])
+
+    def step(
+        params: Params, state: AdapterState, x: Any, key: Key
+    ) -> tuple[AdapterState, StepInfo]:
+        fast0, frozen = select.split(params)
+
+        def objective(fast: PyTree) -> tuple[jax.Array, PyTree]:
+            value, memory = loss.value(select.merge(fast, frozen), state.memory, x, key)
+            return _scalar(value), memory
+
+        (value, memory), grads = gradient(objective, state.fast)
+        # A loss whose gradient is exactly zero asked for no step: every weight of a filter was
+        # zero. Stepping all the same would let momentum, decay or the anchor move the weights.
+        active = _trees.norm(grads) != 0
+        if not _is_zero(anchor):
+            _check_anchor(anchor, state.fast)
+            penalty, pull = _anchored(anchor, state.fast, fast0)
+            value = value + penalty
+            grads = jax.tree.map(jnp.add, grads, pull)
+        grad_norm = _trees.norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.fast)
+        fast = optax.apply_updates(state.fast, updates)
+        stepped = AdapterState(
+            fast=_trees.where(active, fast, state.fast),
+            opt_state=_trees.where(active, opt_state, state.opt_state),
+            memory=memory,
+            count=state.count + active.astype(jnp.int32),
+        )
+        stepped = stepped._replace(memory=loss.after(merge(params, stepped), memory))
+        # The norm rather than the leaves: a weight whose square overflows float32 is lost too.
+        finite = (
+            jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(_trees.norm(stepped.fast))
+        )
+        return stepped, StepInfo(loss=value, grad_norm=grad_norm, finite=finite)
+
+    return Adapter(init, step, merge)
+
+
+def gradient_adapter(
+    loss: AuxLoss | StatefulLoss,
+    optimizer: optax.GradientTransformation,
+    *,
+    select: Selection,
+    anchor: PyTree = 0.0,
+) -> Adapter:
+    """Gradient steps on an auxiliary loss, on a private copy of the selected parameters.
+
+    One step is ``fast <- optimizer(fast, grad(loss + 0.5 * sum(anchor * (fast - fast0)^2)))``.
+    A step whose loss gradient is exactly zero (every filter weight was zero) changes neither
+    parameters, optimizer state nor count.
+
+    Args:
+      loss: an ``AuxLoss`` ``(params, x, key) -> scalar`` or a :class:`~ttt_jax.StatefulLoss`.
+      optimizer: any optax transformation; its state is private to the instance.
+      select: which parameters adapt, see :mod:`ttt_jax.select`.
+      anchor: strength of the pull to the pristine parameters: a float, or a pytree shaped like
+        ``fast`` such as a Fisher diagonal (EATA, Niu et al. 2022, Eq. 8). Counts in ``loss``
+        and ``grad_norm``. May be traced.
+
+    Returns:
+      An :class:`~ttt_jax.Adapter` whose state is an :class:`~ttt_jax.AdapterState`.
+
+    Raises:
+      ValueError: in ``init`` or ``step``: the selection matches nothing, the loss is not a
+        scalar, or the anchor's structure differs from that of ``fast``.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import ttt_jax as ttt
+      >>> params = {"w": jnp.array([1.0, 2.0])}
+      >>> loss = lambda params, x, key: jnp.sum((params["w"] * x) ** 2)
+      >>> adapter = ttt.gradient_adapter(loss, optax.sgd(0.1), select=ttt.select.everything())
+      >>> state, info = adapter.step(params, adapter.init(params), 1.0, jax.random.key(0))
+      >>> print(adapter.merge(params, state)["w"], info.loss)
+      [0.8 1.6] 5.0
+
+    References:
+      Sun et al., `Test-Time Training with Self-Supervision
+      <https://arxiv.org/abs/1909.13231>`_, 2020, Section 2.
+    """
+    value_and_grad = functools.partial(jax.value_and_grad, has_aux=True)
+    return _gradient_step(
+        _as_stateful(loss), optimizer, select, anchor, lambda f, fast: value_and_grad(f)(fast)
+    )
+
+
+def sharpness_aware_adapter(
+    loss: AuxLoss | StatefulLoss,
+    optimizer: optax.GradientTransformation,
+    *,
+    select: Selection,
+    rho: float | jax.Array,
+) -> Adapter:
+    """Steps along the gradient at the sharpest nearby point (SAM, as in SAR).
+
+    ``g1 = grad(fast)``; ``g2 = grad(fast + rho * g1 / |g1|)``; the optimizer takes ``g2`` from
+    ``fast``. Loss and memory are those at ``fast``; ``grad_norm`` is that of ``g2``.
+
+    Args:
+      loss: an ``AuxLoss`` or a :class:`~ttt_jax.StatefulLoss`.
+      optimizer: any optax transformation.
+      select: which parameters adapt.
+      rho: radius of the neighbourhood in the norm of all selected parameters (SAR: 0.05). May
+        be traced.
+
+    Returns:
+      An :class:`~ttt_jax.Adapter`.
+
+    References:
+      Niu et al., `Towards Stable Test-Time Adaptation in Dynamic Wild World
+      <https://arxiv.org/abs/2302.12400>`_, 2023, Eqs. 3-5.
+    """
+
+    def gradient(objective: Any, fast: PyTree) -> Any:
+        value_and_grad = jax.value_and_grad(objective, has_aux=True)
+        (value, memory), ascent = value_and_grad(fast)
+        length = _trees.norm(ascent)
+        # No direction, no climb: keeps a filtered-out batch at an exactly zero gradient.
+        scale = jnp.where(length > 0, rho / jnp.where(length > 0, length, 1.0), 0.0)
+        peak = jax.tree.map(lambda a, g: a + (scale * g).astype(a.dtype), fast, ascent)
+        _, grads = value_and_grad(peak)
+        return (value, memory), grads
+
+    return _gradient_step(_as_stateful(loss), optimizer, select, 0.0, gradient)
+
+
+def statistics_adapter(
+    collect: Callable[[Params, Any], PyTree], *, momentum: float | jax.Array
+) -> Adapter:
+    """Carries running normalisation statistics over a stream; differentiates nothing.
+
+    One step is ``statistics <- momentum * statistics + (1 - momentum) * collect(params, x)``,
+    Flax's convention for BatchNorm (PyTorch's ``momentum`` is one minus this). ``collect`` sees
+    the parameters with the statistics carried so far.
+
+    Args:
+      collect: ``collect(params, x) -> statistics`` in the layout of
+        ``select.statistics().split(params)[0]``, for instance
+        ``ttt_jax.models.linen_statistics(module)`` over a batch.
+      momentum: weight of the old statistics, in [0, 1]. May be traced.
+
+    Returns:
+      An :class:`~ttt_jax.Adapter`; ``loss`` and ``grad_norm`` of its steps are 0.
+
+    Raises:
+      ValueError: if ``params`` has no ``batch_stats``, or ``collect`` returns another layout.
+
+    References:
+      Schneider et al., `Improving robustness against common corruptions by covariate shift
+      adaptation <https://arxiv.org/abs/2006.16971>`_, 2020; Mirza et al., `The Norm Must Go On
+      <https://arxiv.org/abs/2112.00463>`_, 2022 (DUA).
+    """
+    selection = select_lib.statistics()
+
+    def init(params: Params) -> AdapterState:
+        return AdapterState(
+            fast=selection.split(params)[0],
+            opt_state=(),
+            memory=(),
+            count=jnp.zeros((), jnp.int32),
+        )
+
+    def merge(params: Params, state: AdapterState) -> Params:
+        return selection.merge(state.fast, selection.split(params)[1])
+
+    def step(
+        params: Params, state: AdapterState, x: Any, key: Key
+    ) -> tuple[AdapterState, StepInfo]:
+        new = collect(merge(params, state), x)
+        if not _trees.same_structure(new, state.fast):
+            raise ValueError(
+                "collect must return statistics in the layout of select.statistics(); got "
+                f"{jax.tree.structure(new)}, expected {jax.tree.structure(state.fast)}."
+            )
+        fast = jax.tree.map(
+            lambda old, batch: (momentum * old + (1 - momentum) * batch).astype(old.dtype),
+            state.fast,
+            new,
+        )
+        zero = jnp.zeros((), jnp.float32)
+        info = StepInfo(loss=zero, grad_norm=zero, finite=jnp.isfinite(_trees.norm(fast)))
+        return state._replace(fast=fast, count=state.count + 1), info
+
+    return Adapter(init, step, merge)
+
+
+def filtered(adapter: Adapter, keep: Callable[[Params, Any, Key], Any]) -> Adapter:
+    """Skips the instances that ``keep`` rejects.
+
+    A skipped instance keeps its state: its prediction is ``ok`` and not ``updated``, with loss
+    and gradient norm 0. Under ``vmap`` both branches are computed, so this saves no time.
+
+    Args:
+      adapter: the adapter to filter.
+      keep: ``keep(params, x, key) -> bool`` scalar, where ``params`` are the parameters that
+        the step would start from (the pristine ones at the first step).
+
+    Returns:
+      An :class:`~ttt_jax.Adapter` over the same state.
+
+    References:
+      The confidence threshold of Sun et al. 2020, Appendix A2.
+    """
+
+    def step(params: Params, state: PyTree, x: Any, key: Key) -> tuple[PyTree, StepInfo]:
+        wanted = jnp.asarray(keep(adapter.merge(params, state), x, key))
+        if wanted.shape != ():
+            raise ValueError(
+                f"keep must return one bool per instance; got shape {wanted.shape}. Inside a "
+                "batch, filter with weights instead: losses.entropy(apply, weight=...)."
+            )
+        wanted = wanted.astype(bool)
+        stepped, info = adapter.step(params, state, x, key)
+        zero = jnp.zeros((), jnp.float32)
+        return _trees.where(wanted, stepped, state), StepInfo(
+            loss=jnp.where(wanted, info.loss, zero),
+            grad_norm=jnp.where(wanted, info.grad_norm, zero),
+            finite=info.finite | ~wanted,
+        )
+
+    return adapter._replace(step=step)
+
+
+def guarded(adapter: Adapter) -> Adapter:
+    """An adapter that does not take a step which is not finite: the state keeps its values."""
+
+    def step(params: Params, state: PyTree, x: Any, key: Key) -> tuple[PyTree, StepInfo]:
+        stepped, info = adapter.step(params, state, x, key)
+        return _trees.where(info.finite, stepped, state), info
+
+    return adapter._replace(step=step)
+
+
+def check_num_steps(num_steps: Any) -> int:
+    """Returns ``num_steps`` as an int, or raises the one error that all callers share."""
+    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 0:
+        raise ValueError(f"num_steps must be an integer of at least 0, got {num_steps!r}.")
+    return num_steps
+
+
+def observed_loop(
+    adapter: Adapter, num_steps: int, observe: Callable[[PyTree, StepInfo], Any] | None = None
+) -> Callable[[Params, PyTree, Any, Key], tuple[PyTree, tuple[StepInfo, Any]]]:
+    """An inner loop that also stacks ``observe(state, info)`` of every step.
+
+    Inner step i uses ``fold_in(key, i)``. The first step is peeled from the scan: there all
+    instances still share the pristine weights, so under ``vmap`` its forward pass stays an
+    ordinary batched one instead of a grouped one.
+
+    Args:
+      adapter: the adapter whose step is repeated.
+      num_steps: S, at least 1.
+      observe: evaluated inside the scan body, so the states of all steps are never stacked.
+
+    Returns:
+      ``(params, state, x, key) -> (state, (StepInfo[S], observations[S]))``.
+    """
+    look = observe or (lambda state, info: ())
+
+    def run(params: Params, state: PyTree, x: Any, key: Key) -> Any:
+        def body(state: PyTree, i: Any) -> Any:
+            state, info = adapter.step(params, state, x, jax.random.fold_in(key, i))
+            return state, (info, look(state, info))
+
+        state, first = body(state, 0)
+        first = jax.tree.map(lambda leaf: leaf[None], first)
+        if num_steps == 1:
+            return state, first
+        state, rest = jax.lax.scan(body, state, jnp.arange(1, num_steps))
+        joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, rest)
+        return state, joined
+
+    return run
+
+
+def inner_loop(
+    adapter: Adapter, num_steps: int
+) -> Callable[[Params, PyTree, Any, Key], tuple[PyTree, StepInfo]]:
+    """Several inner steps on one instance.
+
+    Args:
+      adapter: the adapter whose step is repeated; step i uses ``fold_in(key, i)``.
+      num_steps: S, at least 0; static.
+
+    Returns:
+      ``(params, state, x, key) -> (state, StepInfo[S])``. Steps that are not finite are taken
+      like any other here; :func:`~ttt_jax.episodic` and :func:`~ttt_jax.online` deal with them.
+
+    Raises:
+      ValueError: ``num_steps`` is negative or not an integer.
+    """
+    check_num_steps(num_steps)
+
+    def run(params: Params, state: PyTree, x: Any, key: Key) -> tuple[PyTree, StepInfo]:
+        if num_steps == 0:
+            empty = jnp.zeros((0,), jnp.float32)
+            return state, StepInfo(empty, empty, jnp.zeros((0,), bool))
+        state, (infos, _) = observed_loop(adapter, num_steps)(params, state, x, key)
+        return state, infos
+
+    return run

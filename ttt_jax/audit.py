@@ -1,0 +1,314 @@
+"""Audits: the library's promises, as functions to run on your own loss, adapter or predictor.
+
+``audit.check(predictor, params, xs, keys)`` raises :class:`AuditError` naming every broken
+promise. The parts (:func:`differences`, :func:`adapter_differences`) are pure and traceable.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax import _trees, batching, predictors, resets, select as select_lib, streams
+from ttt_jax.base import Adapter, Key, Params, Predictor, Selection
+
+
+class AuditError(AssertionError):
+    """A promise of the library does not hold; the message lists each with its figure."""
+
+
+class Finding(NamedTuple):
+    """One promise and how far it was missed.
+
+    Attributes:
+      name: the promise.
+      difference: the largest absolute difference found; nan counts as infinite.
+      limit: the largest difference allowed, 0 for bitwise.
+    """
+
+    name: str
+    difference: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within the limit."""
+        return self.difference <= self.limit
+
+    def __str__(self) -> str:
+        word = "ok" if self.passed else "FAILED"
+        return f"{word}: {self.name}: difference {self.difference:.3g}, allowed {self.limit:.3g}"
+
+
+_MEANING = {
+    "loop": "parallel, in padded chunks, equals the loop over single instances",
+    "order": "the order of the instances does not matter",
+    "mates": "batch mates do not matter",
+    "poison": "a NaN instance leaves its neighbors untouched",
+    "poison_ok": "a NaN instance is reported as not ok",
+    "pristine": "the pristine parameters are unchanged",
+    "zero_steps": "zero steps are the source prediction",
+    "trace": "entry 0 of a trace is the source prediction",
+    "every_1": "online with every(1) equals episodic",
+    "stream_poison": "a NaN instance leaves the rest of a stream untouched",
+}
+_BITWISE = ("mates", "poison", "poison_ok", "pristine", "zero_steps", "stream_poison")
+
+
+def distance(a: Any, b: Any) -> jax.Array:
+    """Largest absolute difference over all leaves; equal non-finite values differ by 0."""
+
+    def one(left: jax.Array, right: jax.Array) -> jax.Array:
+        if jnp.issubdtype(left.dtype, jnp.floating):
+            same = (left == right) | (jnp.isnan(left) & jnp.isnan(right))
+            gap = jnp.where(same, 0.0, jnp.abs(left - right))
+        else:
+            gap = (left != right).astype(jnp.float32)
+        return jnp.nan_to_num(gap.astype(jnp.float32), nan=jnp.inf).max(initial=0.0)
+
+    gaps = jax.tree.leaves(jax.tree.map(lambda x, y: one(jnp.asarray(x), jnp.asarray(y)), a, b))
+    return jnp.stack(gaps).max() if gaps else jnp.zeros(())
+
+
+def _rows(tree: Any, places: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[places], tree)
+
+
+def _poisoned(xs: Any, place: int) -> Any:
+    def spoil(leaf: jax.Array) -> jax.Array:
+        return leaf.at[place].set(jnp.nan) if _trees.is_floating(leaf) else leaf
+
+    return jax.tree.map(spoil, xs)
+
+
+def _can_poison(xs: Any) -> bool:
+    return any(_trees.is_floating(leaf) for leaf in jax.tree.leaves(xs))
+
+
+def differences(predictor: Predictor, params: Params, xs: Any, keys: Key) -> dict[str, jax.Array]:
+    """How far a predictor is from the promises, as scalars; pure and traceable.
+
+    Variants of the batch run through one mapped body, so that the program compiles two: a chunk
+    of the batch (the last one padded) and a single instance.
+
+    Args:
+      predictor: any predictor.
+      params: its parameters.
+      xs: at least three instances on a leading axis; an odd number makes padding happen.
+      keys: ``[N]`` typed keys.
+
+    Returns:
+      ``{name: largest absolute difference}`` for loop, order, mates and, where ``xs`` has
+      floating leaves, poison and poison_ok.
+
+    Raises:
+      ValueError: fewer than three instances.
+    """
+    xs = jax.tree.map(jnp.asarray, xs)
+    loop = jax.lax.map(lambda pair: predictor(params, *pair), (xs, keys))
+    return _compare(predictor, params, xs, keys, loop)
+
+
+def _compare(
+    predictor: Predictor, params: Params, xs: Any, keys: Key, loop: Any
+) -> dict[str, jax.Array]:
+    count = keys.shape[0]
+    if count < 3:
+        raise ValueError(f"An audit needs at least 3 instances to mix, got {count}.")
+    same = np.arange(count)
+    rolled = np.roll(same, 1)
+    # Instance 1 keeps its place; every mate is another instance.
+    others = np.where(same == 1, 1, (same + 1 + (same == 0)) % count)
+    variants = [_rows((xs, keys), places) for places in (same, rolled, others)]
+    if _can_poison(xs):
+        variants.append((_poisoned(xs, 1), keys))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variants)
+    parallel = batching.batched(predictor, chunk_size=(count + 1) // 2)
+    results = jax.lax.map(lambda variant: parallel(params, *variant), stacked)
+    base = _rows(results, 0)
+    found = {
+        "loop": distance(base, loop),
+        "order": distance(base, _rows(_rows(results, 1), np.argsort(rolled))),
+        "mates": distance(_rows(base, 1), _rows(_rows(results, 2), 1)),
+    }
+    if _can_poison(xs):
+        spoiled, clean = _rows(results, 3), np.delete(same, 1)
+        found["poison"] = distance(_rows(base, clean), _rows(spoiled, clean))
+        info = spoiled[1]
+        if info.loss.shape[-1]:
+            found["poison_ok"] = info.ok[1].astype(jnp.float32)
+    return found
+
+
+def adapter_differences(
+    adapter: Adapter,
+    apply: Callable[[Params, Any], Any],
+    params: Params,
+    xs: Any,
+    keys: Key,
+    *,
+    num_steps: int = 2,
+) -> dict[str, jax.Array]:
+    """How far an adapter is from the promises of its predictors; pure and traceable.
+
+    Runs :func:`differences` on the traced episodic predictor, and compares it with zero steps
+    and with a stream that resets after every instance.
+
+    Args:
+      adapter: any adapter.
+      apply: one-instance function ``(params, x) -> output``.
+      params: the pristine parameters.
+      xs: at least three instances on a leading axis.
+      keys: ``[N]`` typed keys.
+      num_steps: inner steps, at least 1.
+
+    Returns:
+      ``{name: largest absolute difference}``.
+    """
+    xs = jax.tree.map(jnp.asarray, xs)
+    traced = predictors.episodic(adapter, apply, num_steps=num_steps, trace=True)
+    untouched = predictors.episodic(adapter, apply, num_steps=0)
+    source = predictors.source(apply)
+
+    def single(pair: Any) -> Any:
+        return traced(params, *pair), untouched(params, *pair), source(params, *pair)
+
+    loop, zero, plain = jax.lax.map(single, (xs, keys))
+    found = _compare(traced, params, xs, keys, loop)
+    found["zero_steps"] = distance(zero, plain)
+    found["trace"] = distance(_rows(loop[0], (slice(None), 0)), plain[0])
+
+    stream = streams.online(adapter, apply, num_steps=num_steps, reset=resets.every(1))
+
+    def run(xs: Any) -> Any:
+        def step(carry: Any, pair: Any) -> Any:
+            return stream.step(params, carry, *pair)
+
+        return jax.lax.scan(step, stream.init(params), (xs, keys))[1]
+
+    variants = [xs, _poisoned(xs, 1)] if _can_poison(xs) else [xs]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variants)
+    runs = jax.lax.map(run, stacked)
+    outputs, infos = _rows(runs, 0)
+    path, episodes = loop
+    found["every_1"] = distance(
+        (outputs, infos.loss), (_rows(path, (slice(None), -1)), episodes.loss)
+    )
+    if _can_poison(xs):
+        clean = np.delete(np.arange(keys.shape[0]), 1)
+        found["stream_poison"] = distance(
+            _rows((outputs, infos), clean), _rows(_rows(runs, 1), clean)
+        )
+    return found
+
+
+def findings(values: dict[str, Any], *, atol: float = 1e-5) -> list[Finding]:
+    """Judges measured differences: bitwise where it is promised, ``atol`` elsewhere."""
+    return [
+        Finding(_MEANING[name], float(value), 0.0 if name in _BITWISE else atol)
+        for name, value in values.items()
+    ]
+
+
+def require(found: list[Finding]) -> None:
+    """Raises :class:`AuditError` listing every failed finding."""
+    failed = [finding for finding in found if not finding.passed]
+    if failed:
+        raise AuditError("\n".join(map(str, failed)))
+
+
+def _snapshot(params: Params) -> list[bytes]:
+    return [
+        np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params) if not _trees.is_key(leaf)
+    ]
+
+
+def check(
+    predictor: Predictor, params: Params, xs: Any, keys: Key, *, atol: float = 1e-5
+) -> list[Finding]:
+    """Checks that a predictor keeps the promises, on these instances.
+
+    Args:
+      predictor: any predictor, with your own loss, adapter or model inside.
+      params: its parameters.
+      xs: at least three instances on a leading axis.
+      keys: ``[N]`` typed keys.
+      atol: allowed difference between programs of different shape; comparisons within one
+        program are bitwise.
+
+    Returns:
+      The findings, all passed.
+
+    Raises:
+      AuditError: naming each promise that does not hold.
+    """
+    before = _snapshot(params)
+    with jax.default_matmul_precision("highest"):
+        values = jax.jit(lambda p, x, k: differences(predictor, p, x, k))(params, xs, keys)
+    return _judge(before, params, values, atol)
+
+
+def check_adapter(
+    adapter: Adapter,
+    apply: Callable[[Params, Any], Any],
+    params: Params,
+    xs: Any,
+    keys: Key,
+    *,
+    num_steps: int = 2,
+    atol: float = 1e-5,
+) -> list[Finding]:
+    """Checks an adapter in episodic and online use; see :func:`adapter_differences`.
+
+    Raises:
+      AuditError: naming each promise that does not hold.
+    """
+    before = _snapshot(params)
+
+    def measure(p: Params, x: Any, k: Key) -> dict[str, jax.Array]:
+        return adapter_differences(adapter, apply, p, x, k, num_steps=num_steps)
+
+    with jax.default_matmul_precision("highest"):
+        values = jax.jit(measure)(params, xs, keys)
+    return _judge(before, params, values, atol)
+
+
+def _judge(before: list[bytes], params: Params, values: Any, atol: float) -> list[Finding]:
+    changed = float(before != _snapshot(params))
+    found = findings({**values, "pristine": changed}, atol=atol)
+    require(found)
+    return found
+
+
+def copied_frozen(
+    predictor: Predictor, selection: Selection, params: Params, xs: Any, keys: Key
+) -> list[str]:
+    """Frozen matrices of which the compiled program holds one copy (or gradient) per instance.
+
+    Compiles ``batched(predictor)`` and looks for arrays with the shape of a frozen leaf and the
+    sample axis in any position. Vectors are left out, and the frozen matrices should have
+    shapes that no activation has: choose an unusual number of instances.
+
+    Returns:
+      The paths of the copied leaves; empty when frozen parameters stay shared.
+    """
+    count = keys.shape[0]
+    _, frozen = selection.split(params)
+    lowered = jax.jit(batching.batched(predictor)).lower(params, xs, keys)
+    text = lowered.compile().as_text() or ""
+    copied = []
+    for path, leaf in _trees.named_leaves(frozen):
+        if leaf is None or leaf.ndim < 2:
+            continue
+        shapes = {order for order in itertools.permutations((count, *leaf.shape))}
+        if any("[" + ",".join(map(str, shape)) + "]" in text for shape in shapes):
+            copied.append(path)
+    return copied
+
+
+def everything_but(selection: Selection) -> Selection:
+    """The complement of a selection, for asking what stayed frozen."""
+    return select_lib.exclude(select_lib.everything(), selection)

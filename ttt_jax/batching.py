@@ -1,0 +1,185 @@
+"""Running predictors over many instances: in parallel, in chunks, over a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax import _trees
+from ttt_jax.base import Info, Key, Params, Predictor
+
+BatchedPredictor = Callable[[Params, Any, Key], tuple[Any, Info]]
+
+
+def unbatched(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Turns a model function over a batch into the one-instance ``apply`` of a predictor.
+
+    Args:
+      apply: ``(params, inputs[N, ...], ...) -> outputs[N, ...]``.
+
+    Returns:
+      ``(params, x, ...) -> output``, the model function at N = 1.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> one = unbatched(lambda params, inputs: inputs @ params)
+      >>> one(jnp.eye(3), jnp.ones(3)).shape
+      (3,)
+    """
+
+    def one(params: Params, x: Any, *rest: Any) -> Any:
+        outputs = apply(params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x), *rest)
+        return jax.tree.map(lambda leaf: leaf[0], outputs)
+
+    return one
+
+
+def sample_keys(key: Key, ids: Any) -> Key:
+    """One key per instance that follows its id, not its place in the batch.
+
+    Args:
+      key: a typed key, the run's seed.
+      ids: integers ``[N]`` in [0, 2**32), one per instance; equal ids get equal keys.
+
+    Returns:
+      Typed keys ``[N]``: ``fold_in(key, id)``.
+
+    Raises:
+      ValueError: ids that are not a vector of integers, or out of range.
+    """
+    if not isinstance(ids, jax.Array):
+        ids = np.asarray(ids)
+        if ids.size and ids.dtype.kind in "iu" and (ids.min() < 0 or ids.max() >= 2**32):
+            raise ValueError(
+                f"ids must lie in [0, 2**32); got values from {ids.min()} to {ids.max()}. "
+                "Number the samples, or hash their names to 32 bits."
+            )
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"ids must be a vector of integers, one per instance; got shape {ids.shape}, dtype "
+            f"{ids.dtype}."
+        )
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(ids, jnp.uint32))
+
+
+def _count(xs: Any, keys: Key) -> int:
+    leaves = _trees.named_leaves(xs)
+    sizes = {(path, jnp.shape(leaf)[0] if jnp.ndim(leaf) else None) for path, leaf in leaves}
+    if not leaves or len({size for _, size in sizes}) != 1 or None in {s for _, s in sizes}:
+        raise ValueError(
+            "batched needs the same leading sample axis on every leaf of xs; got "
+            f"{ {path or 'xs': jnp.shape(leaf) for path, leaf in leaves} }."
+        )
+    count = jnp.shape(leaves[0][1])[0]
+    if not _trees.is_key(keys):
+        raise ValueError(
+            f"batched needs typed keys [N]; got {getattr(keys, 'dtype', type(keys).__name__)}. "
+            "Make them with ttt_jax.sample_keys(jax.random.key(seed), ids)."
+        )
+    if keys.shape != (count,):
+        raise ValueError(
+            f"batched needs one key per instance, shape ({count},); got {keys.shape}. Make them "
+            "with ttt_jax.sample_keys(key, ids)."
+        )
+    if count == 0:
+        raise ValueError("batched needs at least one instance; got an empty batch.")
+    return count
+
+
+def _padded(tree: Any, count: int, total: int) -> Any:
+    """Repeats the last instance up to ``total``: real data, so that padding stays finite."""
+    if total == count:
+        return tree
+    places = np.minimum(np.arange(total), count - 1)
+    return jax.tree.map(lambda leaf: leaf[places], tree)
+
+
+def _in_chunks(predictor: Predictor, chunk_size: int | None) -> BatchedPredictor:
+    mapped = jax.vmap(predictor, in_axes=(None, 0, 0))
+
+    def run(params: Params, xs: Any, keys: Key) -> tuple[Any, Info]:
+        count = keys.shape[0]
+        if chunk_size is None or count <= chunk_size:
+            return mapped(params, xs, keys)
+        chunks = -(-count // chunk_size)
+        xs, keys = _padded((xs, keys), count, chunks * chunk_size)
+        xs, keys = jax.tree.map(
+            lambda leaf: leaf.reshape((chunks, chunk_size) + leaf.shape[1:]), (xs, keys)
+        )
+        results = jax.lax.map(lambda chunk: mapped(params, *chunk), (xs, keys))
+        return jax.tree.map(
+            lambda leaf: leaf.reshape((chunks * chunk_size,) + leaf.shape[2:])[:count], results
+        )
+
+    return run
+
+
+def batched(
+    predictor: Predictor,
+    *,
+    chunk_size: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    axis: str = "data",
+) -> BatchedPredictor:
+    """Runs a predictor over many instances, each with its own private copy.
+
+    Args:
+      predictor: any one-instance predictor.
+      chunk_size: instances in flight at once (**per device** with a mesh), to bound memory; the
+        last chunk is padded and the padding dropped. ``None``: all at once.
+      mesh: spreads the instances over ``mesh.shape[axis]`` devices with ``jax.shard_map``;
+        parameters are replicated over ``axis``, other mesh axes stay automatic.
+      axis: the mesh axis that holds the instances.
+
+    Returns:
+      ``(params, xs, keys) -> (outputs, info)``: every leaf of ``xs``, ``outputs`` and ``info``
+      has a leading axis N, ``keys`` is ``[N]`` (see :func:`sample_keys`). Wrap it in ``jax.jit``.
+
+    Raises:
+      ValueError: ``chunk_size`` < 1, an unknown mesh axis; when called: unequal leading axes, an
+        empty batch, or keys that are not one typed key per instance.
+    """
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be None or an integer of at least 1, got {chunk_size}.")
+    if mesh is not None and axis not in mesh.shape:
+        raise ValueError(
+            f"axis must name an axis of the mesh; got {axis!r}, the mesh has "
+            f"{', '.join(map(repr, mesh.shape))}."
+        )
+    local = _in_chunks(predictor, chunk_size)
+
+    def run(params: Params, xs: Any, keys: Key) -> tuple[Any, Info]:
+        count = _count(xs, keys)
+        if mesh is None:
+            return local(params, xs, keys)
+        devices = mesh.shape[axis]
+        total = -(-count // devices) * devices
+        xs, keys = _padded((xs, keys), count, total)
+        results = _over_mesh(local, mesh, axis)(params, xs, keys)
+        return jax.tree.map(lambda leaf: leaf[:count], results)
+
+    return run
+
+
+def _over_mesh(local: BatchedPredictor, mesh: jax.sharding.Mesh, axis: str) -> BatchedPredictor:
+    """``local`` on each device's own instances.
+
+    Plain ``jit`` over sharded inputs all-gathers grouped convolutions. Inside ``shard_map`` with
+    its replication checks on, a gradient with respect to a replicated value is summed over the
+    mesh; ``pcast`` to varying before anything is differentiated keeps it the device's own.
+    """
+
+    def shard(params: Params, xs: Any, keys: Key) -> tuple[Any, Info]:
+        varying = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axis, to="varying"), params)
+        return local(varying, xs, keys)
+
+    each = jax.sharding.PartitionSpec(axis)
+    return jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=(jax.sharding.PartitionSpec(), each, each),
+        out_specs=each,
+        axis_names={axis},
+    )

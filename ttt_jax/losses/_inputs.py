@@ -1,0 +1,95 @@
+"""What the loss factories share: checks of their input, calls of the model function, weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax import _trees
+from ttt_jax.base import Key, Params
+
+
+def check_images(name: str, x: Any, batch: bool) -> jax.Array:
+    """Returns ``x`` as images ``[N, H, W, C]``; refuses any rank but the one that is due.
+
+    Convolutions accept extra leading axes silently and would compute a wrong loss.
+    """
+    shape = jnp.shape(x)
+    due = 4 if batch else 3
+    if len(shape) != due:
+        raise ValueError(
+            f"losses.{name} works on {'a batch [N, H, W, C]' if batch else 'one image [H, W, C]'}"
+            f"; got shape {shape}. "
+            + (
+                "Pass the whole batch, or build the loss with batch=False."
+                if batch
+                else "Map over a batch with ttt_jax.batched, or build the loss with batch=True."
+            )
+        )
+    return x if batch else x[None]
+
+
+def check_instance(name: str, x: Any, batch: bool) -> Any:
+    """Returns ``x`` with a leading batch axis; refuses what is plainly a batch of images."""
+    if batch:
+        return x
+    if _trees.is_floating(x) and x.ndim >= 4:
+        raise ValueError(
+            f"losses.{name} works on one instance; got an array of shape {x.shape}, a batch of "
+            "images. Map over it with ttt_jax.batched, or build the loss with batch=True "
+            "(put a video into a dict)."
+        )
+    return jax.tree.map(lambda leaf: leaf[None], x)
+
+
+def batch_size(x: Any) -> int:
+    """The length of the leading axis of a batched pytree."""
+    return jax.tree.leaves(x)[0].shape[0]
+
+
+def caller(apply: Callable[..., Any], stochastic: bool) -> Callable[[Params, Any, Key], Any]:
+    """``call(params, inputs, key)`` for a model function with or without a key."""
+    if stochastic:
+        return apply
+    return lambda params, inputs, key: apply(params, inputs)
+
+
+def check_logits(name: str, logits: Any, count: int, classes: int | None = None) -> jax.Array:
+    """Returns logits in float32 after checking their leading axis and number of classes."""
+    shape = jnp.shape(logits)
+    wanted = f"[{count}, ..., {classes or 'classes'}]"
+    if len(shape) < 2 or shape[0] != count or (classes is not None and shape[-1] != classes):
+        raise ValueError(
+            f"losses.{name} needs a model function that maps inputs[N, ...] to outputs of shape "
+            f"{wanted}; got {shape} for N = {count}. Pass the model function itself, not "
+            "unbatched(apply)."
+        )
+    return logits.astype(jnp.float32)
+
+
+def per_instance(values: jax.Array) -> jax.Array:
+    """Averages all axes but the first: ``[N, ...] -> [N]`` (pixels of a segmentation)."""
+    return values.reshape(values.shape[0], -1).mean(axis=1)
+
+
+def weighted_mean(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """``sum(w * v) / max(sum w, 1)`` with constant weights; exactly 0 where all are 0."""
+    weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
+    return jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1.0)
+
+
+def views_of(augment: Callable[[Any, Key], Any], x: Any, key: Key, num_views: int) -> Any:
+    """``[V, ...]`` random views of one instance, one key each."""
+    keys = jax.random.split(key, num_views)
+    return jax.vmap(augment, in_axes=(None, 0))(x, keys)
+
+
+def flatten_views(views: Any) -> Any:
+    """``[N, V, ...] -> [N * V, ...]`` on every leaf."""
+    return jax.tree.map(lambda leaf: leaf.reshape((-1,) + leaf.shape[2:]), views)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a static argument is an integer of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,275 @@
+"""Selections: which parameters adapt.
+
+A selection offers floating-point leaves only, never an integer or key leaf. Where ``params``
+has a top-level ``params`` collection (the Linen layout), nothing outside it is offered, except
+by :func:`statistics`. A selection that matches nothing raises ``ValueError`` naming the
+nearest paths: a silent no-op is the most common mistake in test-time adaptation.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from ttt_jax import _trees
+from ttt_jax.base import Params, Selection
+
+_Chooser = Callable[[list[tuple[str, Any]]], list[bool]]
+
+
+def _collection(path: str) -> str:
+    return path.split("/", 1)[0]
+
+
+def _last(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def _parent(path: str) -> str:
+    return path.rsplit("/", 1)[0] if "/" in path else ""
+
+
+def _offered(named: list[tuple[str, Any]], collection: str | None = None) -> list[bool]:
+    """Which leaves may be chosen at all."""
+    if collection is None:
+        has_params = any(path.startswith("params/") for path, _ in named)
+        collection = "params" if has_params else None
+    return [
+        _trees.is_floating(leaf) and (collection is None or _collection(path) == collection)
+        for path, leaf in named
+    ]
+
+
+def _from_chooser(choose: _Chooser) -> Selection:
+    """Builds a selection from ``choose(named leaves) -> mask``, which raises on no match."""
+
+    def split(params: Params) -> tuple[Any, Any]:
+        named = _trees.named_leaves(params)
+        mask = choose(named)
+        treedef = jax.tree.structure(params, is_leaf=_trees.is_hole)
+        fast = [leaf if keep else None for (_, leaf), keep in zip(named, mask, strict=True)]
+        frozen = [None if keep else leaf for (_, leaf), keep in zip(named, mask, strict=True)]
+        return jax.tree.unflatten(treedef, fast), jax.tree.unflatten(treedef, frozen)
+
+    return Selection(split, _merge)
+
+
+def _merge(fast: Any, frozen: Any) -> Params:
+    return jax.tree.map(lambda a, b: b if a is None else a, fast, frozen, is_leaf=_trees.is_hole)
+
+
+def _matching(
+    description: str, test: Callable[[str], bool], *, collection: str | None = None
+) -> Selection:
+    """Selects the offered leaves whose path passes ``test``."""
+
+    def choose(named: list[tuple[str, Any]]) -> list[bool]:
+        offered = _offered(named, collection)
+        mask = [ok and test(path) for (path, _), ok in zip(named, offered, strict=True)]
+        if not any(mask):
+            _raise_empty(description, named, offered)
+        return mask
+
+    return _from_chooser(choose)
+
+
+def _raise_empty(what: str, named: list[tuple[str, Any]], offered: list[bool]) -> None:
+    pool = [path for (path, _), ok in zip(named, offered, strict=True) if ok]
+    if not pool:
+        raise ValueError(
+            f"A selection must match at least one parameter; {what} was given a tree without any "
+            "floating-point leaf that it may choose. Pass the parameters of the model."
+        )
+    near = ", ".join(_trees.nearest(what, pool))
+    raise ValueError(
+        f"A selection must match at least one parameter; {what} matches none of the "
+        f"{len(pool)} on offer. Nearest paths: {near}. See ttt_jax.select.describe."
+    )
+
+
+def paths(*regex: str) -> Selection:
+    r"""Leaves whose whole ``a/b/c`` path matches one of the regular expressions.
+
+    Args:
+      *regex: patterns for ``re.fullmatch``; in the Linen layout a path begins with ``params/``.
+
+    Returns:
+      A selection. Splitting raises ``ValueError`` if any one pattern matches nothing.
+
+    Raises:
+      ValueError: no pattern was given, or one is not a regular expression.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"encoder": {"kernel": jnp.ones(3)}, "head": {"kernel": jnp.ones(2)}}
+      >>> fast, frozen = paths(r"encoder/.*").split(params)
+      >>> fast["head"]["kernel"] is None, frozen["encoder"]["kernel"] is None
+      (True, True)
+    """
+    if not regex:
+        raise ValueError("select.paths needs at least one pattern, got none. Try paths('.*').")
+    compiled = []
+    for pattern in regex:
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise ValueError(
+                f"select.paths needs regular expressions; {pattern!r} is not one ({error})."
+            ) from error
+
+    def choose(named: list[tuple[str, Any]]) -> list[bool]:
+        offered = _offered(named)
+        mask = [False] * len(named)
+        for pattern in compiled:
+            hits = [
+                ok and pattern.fullmatch(path) is not None
+                for (path, _), ok in zip(named, offered, strict=True)
+            ]
+            if not any(hits):
+                _raise_empty(f"pattern {pattern.pattern!r}", named, offered)
+            mask = [a or b for a, b in zip(mask, hits, strict=True)]
+        return mask
+
+    return _from_chooser(choose)
+
+
+def norm_affine() -> Selection:
+    """The affine parameters of normalisation layers, whatever the layers are called.
+
+    That is the ``scale`` leaf, and its sibling ``bias``, of any module that has a ``scale`` and
+    neither a ``kernel`` nor an ``embedding`` (Tent, EATA and SAR adapt these).
+    """
+
+    def choose(named: list[tuple[str, Any]]) -> list[bool]:
+        offered = _offered(named)
+        leaves: dict[str, set[str]] = {}
+        for (path, _), ok in zip(named, offered, strict=True):
+            if ok:
+                leaves.setdefault(_parent(path), set()).add(_last(path))
+        norms = {
+            module
+            for module, names in leaves.items()
+            if "scale" in names and not names & {"kernel", "embedding"}
+        }
+        mask = [
+            ok and _parent(path) in norms and _last(path) in ("scale", "bias")
+            for (path, _), ok in zip(named, offered, strict=True)
+        ]
+        if not any(mask):
+            _raise_empty("norm_affine() (a module with a scale)", named, offered)
+        return mask
+
+    return _from_chooser(choose)
+
+
+def biases() -> Selection:
+    """Every leaf called ``bias`` (BitFit), those of normalisation layers included."""
+    return _matching("biases() (a leaf called bias)", lambda path: _last(path) == "bias")
+
+
+def everything() -> Selection:
+    """Every floating-point parameter."""
+    return _matching("everything()", lambda path: True)
+
+
+def lora() -> Selection:
+    """Low-rank factors: leaves whose last path part contains ``lora_a`` or ``lora_b``.
+
+    ``qwix.apply_lora_to_model`` names its leaves so.
+    """
+    return _matching(
+        "lora() (a leaf whose name contains lora_a or lora_b)",
+        lambda path: "lora_a" in _last(path) or "lora_b" in _last(path),
+    )
+
+
+def statistics() -> Selection:
+    """Running normalisation statistics: the floating leaves of the ``batch_stats`` collection."""
+    return _matching(
+        "statistics() (the batch_stats collection)", lambda path: True, collection="batch_stats"
+    )
+
+
+def _mask(selection: Selection, params: Params) -> list[bool]:
+    fast, _ = selection.split(params)
+    return [leaf is not None for _, leaf in _trees.named_leaves(fast)]
+
+
+def _combined(combine: Callable[[Params], list[bool]]) -> Selection:
+    def split(params: Params) -> tuple[Any, Any]:
+        mask = combine(params)
+        return _from_chooser(lambda named: mask).split(params)
+
+    return Selection(split, _merge)
+
+
+def union(*selections: Selection) -> Selection:
+    """Leaves chosen by at least one of the selections; each must match something."""
+    if not selections:
+        raise ValueError("select.union needs at least one selection, got none.")
+
+    def combine(params: Params) -> list[bool]:
+        masks = [_mask(selection, params) for selection in selections]
+        return [any(flags) for flags in zip(*masks, strict=True)]
+
+    return _combined(combine)
+
+
+def exclude(base: Selection, *minus: Selection) -> Selection:
+    """Leaves of ``base`` that none of ``minus`` chooses; each must match something.
+
+    Raises:
+      ValueError: when splitting, if nothing is left.
+    """
+
+    def combine(params: Params) -> list[bool]:
+        keep = _mask(base, params)
+        for selection in minus:
+            keep = [a and not b for a, b in zip(keep, _mask(selection, params), strict=True)]
+        if not any(keep):
+            raise ValueError(
+                "A selection must match at least one parameter; exclude(...) removed all of "
+                f"the {sum(_mask(base, params))} that its base chose. Exclude fewer."
+            )
+        return keep
+
+    return _combined(combine)
+
+
+class Description(NamedTuple):
+    """What a selection chooses; ``print`` it for a table.
+
+    Attributes:
+      paths: the chosen paths, in tree order.
+      num_elements: scalars that each private copy holds.
+      num_bytes: their size in bytes.
+      total_elements: scalars in the whole tree.
+    """
+
+    paths: tuple[str, ...]
+    num_elements: int
+    num_bytes: int
+    total_elements: int
+
+    def __str__(self) -> str:
+        head = (
+            f"{len(self.paths)} arrays, {self.num_elements:,} of {self.total_elements:,} "
+            f"elements, {self.num_bytes:,} bytes per copy"
+        )
+        return "\n".join([head, *(f"  {path}" for path in self.paths)])
+
+
+def describe(selection: Selection, params: Params) -> Description:
+    """The chosen paths, counts and bytes of a selection over ``params``.
+
+    Works on arrays and on ``jax.ShapeDtypeStruct`` trees alike.
+    """
+    fast, _ = selection.split(params)
+    chosen = [(path, leaf) for path, leaf in _trees.named_leaves(fast) if leaf is not None]
+    return Description(
+        paths=tuple(path for path, _ in chosen),
+        num_elements=sum(leaf.size for _, leaf in chosen),
+        num_bytes=sum(leaf.size * leaf.dtype.itemsize for _, leaf in chosen),
+        total_elements=sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(params)),
+    )
