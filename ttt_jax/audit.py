@@ -52,7 +52,7 @@ _MEANING = {
     "pristine": "the pristine parameters are unchanged",
     "zero_steps": "zero steps are the source prediction",
     "trace": "entry 0 of a trace is the source prediction",
-    "every_1": "online with every(1) equals episodic",
+    "every_1": "parallel episodic equals the loop, a stream with every(1)",
     "stream_poison": "a NaN instance leaves the rest of a stream untouched",
 }
 _BITWISE = ("mates", "poison", "poison_ok", "pristine", "zero_steps", "stream_poison")
@@ -108,13 +108,15 @@ def differences(predictor: Predictor, params: Params, xs: Any, keys: Key) -> dic
       ValueError: fewer than three instances.
     """
     xs = jax.tree.map(jnp.asarray, xs)
+    found, base = _variants(predictor, params, xs, keys)
     loop = jax.lax.map(lambda pair: predictor(params, *pair), (xs, keys))
-    return _compare(predictor, params, xs, keys, loop)
+    return {"loop": distance(base, loop), **found}
 
 
-def _compare(
-    predictor: Predictor, params: Params, xs: Any, keys: Key, loop: Any
-) -> dict[str, jax.Array]:
+def _variants(
+    predictor: Predictor, params: Params, xs: Any, keys: Key
+) -> tuple[dict[str, jax.Array], Any]:
+    """Compares variants of the batch; also returns the results of the batch as it is."""
     count = keys.shape[0]
     if count < 3:
         raise ValueError(f"An audit needs at least 3 instances to mix, got {count}.")
@@ -130,7 +132,6 @@ def _compare(
     results = jax.lax.map(lambda variant: parallel(params, *variant), stacked)
     base = _rows(results, 0)
     found = {
-        "loop": distance(base, loop),
         "order": distance(base, _rows(_rows(results, 1), np.argsort(rolled))),
         "mates": distance(_rows(base, 1), _rows(_rows(results, 2), 1)),
     }
@@ -140,7 +141,7 @@ def _compare(
         info = spoiled[1]
         if info.loss.shape[-1]:
             found["poison_ok"] = info.ok[1].astype(jnp.float32)
-    return found
+    return found, base
 
 
 def adapter_differences(
@@ -154,8 +155,8 @@ def adapter_differences(
 ) -> dict[str, jax.Array]:
     """How far an adapter is from the promises of its predictors; pure and traceable.
 
-    Runs :func:`differences` on the traced episodic predictor, and compares it with zero steps
-    and with a stream that resets after every instance.
+    Compares the traced episodic predictor, in parallel chunks, with its own variants, with zero
+    steps, and with a stream that resets after every instance (which is the loop).
 
     Args:
       adapter: any adapter.
@@ -172,15 +173,9 @@ def adapter_differences(
     traced = predictors.episodic(adapter, apply, num_steps=num_steps, trace=True)
     untouched = predictors.episodic(adapter, apply, num_steps=0)
     source = predictors.source(apply)
-
-    def single(pair: Any) -> Any:
-        return traced(params, *pair), untouched(params, *pair), source(params, *pair)
-
-    loop, zero, plain = jax.lax.map(single, (xs, keys))
-    found = _compare(traced, params, xs, keys, loop)
-    found["zero_steps"] = distance(zero, plain)
-    found["trace"] = distance(_rows(loop[0], (slice(None), 0)), plain[0])
-
+    zero, plain = jax.lax.map(
+        lambda pair: (untouched(params, *pair), source(params, *pair)), (xs, keys)
+    )
     stream = streams.online(adapter, apply, num_steps=num_steps, reset=resets.every(1))
 
     def run(xs: Any) -> Any:
@@ -193,10 +188,13 @@ def adapter_differences(
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variants)
     runs = jax.lax.map(run, stacked)
     outputs, infos = _rows(runs, 0)
-    path, episodes = loop
+    found, (path, episodes) = _variants(traced, params, xs, keys)
     found["every_1"] = distance(
-        (outputs, infos.loss), (_rows(path, (slice(None), -1)), episodes.loss)
+        (outputs, infos.loss, infos.ok),
+        (_rows(path, (slice(None), -1)), episodes.loss, episodes.ok),
     )
+    found["zero_steps"] = distance(zero, plain)
+    found["trace"] = distance(_rows(path, (slice(None), 0)), plain[0])
     if _can_poison(xs):
         clean = np.delete(np.arange(keys.shape[0]), 1)
         found["stream_poison"] = distance(
