@@ -1,0 +1,127 @@
+"""One self-contained HTML page and a terminal table from ``results.jsonl``.
+
+Usage::
+
+    python -m experiments.report --workdir=runs/demo
+
+reads ``results.jsonl`` (and ``selection.json`` and ``run.json``, if they are there) and writes
+``report.html`` beside it. It computes nothing with a model and needs no plotting package.
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from absl import app, flags
+
+from experiments.reporting import page, terminal
+from experiments.reporting.rows import ReportError, Row, read_rows, read_side_file
+
+_FAILED = 2
+
+
+class Report(NamedTuple):
+    """What a report was made of.
+
+    Attributes:
+      path: the page that was written.
+      rows: every row read, failed ones included.
+      notes: what reading the files brought up.
+    """
+
+    path: pathlib.Path
+    rows: list[Row]
+    notes: list[str]
+
+
+def write(workdir: str | os.PathLike[str]) -> Report:
+    """Writes ``report.html`` into a run's folder.
+
+    Args:
+      workdir: the folder that holds ``results.jsonl``.
+
+    Returns:
+      The :class:`Report`.
+
+    Raises:
+      ReportError: the results are missing, empty, malformed or doubled, or the page cannot be
+        written.
+    """
+    folder = pathlib.Path(workdir)
+    rows, notes = read_rows(folder / "results.jsonl")
+    run, run_notes = read_side_file(folder / "run.json")
+    selection, selection_notes = read_side_file(folder / "selection.json")
+    notes += run_notes + selection_notes
+    text = page.render(rows, notes=notes, run=run, selection=selection, name=str(folder.resolve()))
+    target = folder / "report.html"
+    # A reader never sees half a page: the old one stays until the new one is complete.
+    draft = folder / f".report.html.{os.getpid()}"
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, target)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise ReportError(f"{target}: cannot be written: {error.strerror}.") from error
+    return Report(target, rows, notes)
+
+
+def show(report: Report, *, color: bool = False) -> str:
+    """The text the program prints for a report."""
+    text = terminal.render(report.rows, notes=report.notes, color=color)
+    return f"{text}\n\nwrote {report.path}"
+
+
+def _print(text: str) -> None:
+    # A terminal without Unicode gets "+-" rather than a traceback.
+    encoding = sys.stdout.encoding or "ascii"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = text.replace("±", "+-").encode(encoding, "replace").decode(encoding)
+    print(text)
+
+
+def run(workdir: str | os.PathLike[str]) -> int:
+    """Writes the page and prints the table.
+
+    Args:
+      workdir: the folder that holds ``results.jsonl``.
+
+    Returns:
+      The exit status: 0, or 2 when no report can be made (the reason is on stderr).
+    """
+    try:
+        report = write(workdir)
+    except ReportError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return _FAILED
+    _print(show(report, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """The program; the folder comes from ``--workdir`` or from the only argument."""
+    given = [*([flags.FLAGS.workdir] if flags.FLAGS.workdir else []), *argv[1:]]
+    if len(given) != 1:
+        raise app.UsageError(
+            "give exactly one results folder, as --workdir=DIR or as the only argument; "
+            f"got {', '.join(given) or 'none'}"
+        )
+    return run(given[0])
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the program's flags; not at import, as other programs have a ``workdir`` too."""
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "The folder that holds results.jsonl; report.html is written there.",
+        flag_values=values,
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

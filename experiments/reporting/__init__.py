@@ -1,0 +1,1 @@
+"""The pieces of :mod:`experiments.report`: rows, tables, figures, page, terminal."""
