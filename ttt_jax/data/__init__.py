@@ -1,0 +1,27 @@
+"""The data floor: where examples come from, how they are corrupted, in which order they come.
+
+* :func:`load` opens a set (``"tfds:digits"``, ``"tfds:NAME"``, ``"npz:PATH"``) as a
+  :class:`Source`: random access, checked lengths, ids that stay with their sample.
+* :mod:`~ttt_jax.data.corruptions`: the 15 + 4 common corruptions as seeded functions.
+* :mod:`~ttt_jax.data.streams`: plans that say which example comes when and how corrupted.
+* :class:`Loader` turns a source and a plan into batches; :func:`training_batches` is the
+  endless shuffled iterator of a training run. Both resume from a saved position.
+
+Everything is NumPy; nothing needs TensorFlow.
+"""
+
+from ttt_jax.data import corruptions, streams
+from ttt_jax.data.loader import DomainBatch, Loader, training_batches
+from ttt_jax.data.sources import Batch, Example, Source, load
+
+__all__ = [
+    "Batch",
+    "DomainBatch",
+    "Example",
+    "Loader",
+    "Source",
+    "corruptions",
+    "load",
+    "streams",
+    "training_batches",
+]

@@ -1,0 +1,117 @@
+"""Prepared TFDS sets, read through array_record without TensorFlow."""
+
+import difflib
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+
+class RecordReader:
+    """One split of a prepared TFDS set with the features ``image`` and ``label``."""
+
+    def __init__(self, builder: Any, split: str):
+        features = builder.info.features
+        missing = [key for key in ("image", "label") if key not in features]
+        if missing:
+            raise ValueError(
+                f"A TFDS set needs the features image and label, but {builder.info.full_name} has "
+                f"{', '.join(features)}."
+            )
+        label = features["label"]
+        self.num_classes = label.num_classes
+        # TFDS numbers the classes of a set without names; those are no names.
+        names = tuple(label.names)
+        self.class_names = None if names == tuple(map(str, range(len(names)))) else names
+        self.image_shape = tuple(features["image"].shape)
+        self._builder, self._split = builder, split
+        self._source = _data_source(builder, split)
+        stored, promised = len(self._source), builder.info.splits[split].num_examples
+        if stored != promised:
+            raise ValueError(
+                f"{builder.info.full_name}/{split} has {stored} records on disk, but its metadata "
+                f"say {promised}; delete {str(builder.data_dir)!r} and prepare it again."
+            )
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def image(self, position: int) -> np.ndarray:
+        """The decoded image at ``position``."""
+        return np.asarray(self._source[position]["image"])
+
+    def labels(self) -> np.ndarray:
+        """int32 ``[N]``; the images stay encoded."""
+        import tensorflow_datasets as tfds
+
+        lean = self._builder.as_data_source(
+            self._split, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+        return np.fromiter((record["label"] for record in lean), np.int32, len(lean))
+
+    def ids(self) -> np.ndarray:
+        """int64 ``[N]``: positions."""
+        return np.arange(len(self), dtype=np.int64)
+
+
+def has_data(builder: Any) -> bool:
+    """Whether the set was written (``builder.is_prepared`` warns where it was not)."""
+    return os.path.isfile(os.path.join(os.fspath(builder.data_dir), "dataset_info.json"))
+
+
+def _data_source(builder: Any, split: str) -> Any:
+    try:
+        return builder.as_data_source(split)
+    except NotImplementedError:
+        raise ValueError(
+            f"{builder.info.full_name} is prepared as {builder.info.file_format.value}, which has "
+            f"no random access; delete {str(builder.data_dir)!r} and prepare it with "
+            "file_format='array_record'."
+        ) from None
+
+
+def open_set(name: str, split: str, data_dir: str | None) -> RecordReader:
+    """Opens a split of a prepared set; see :func:`ttt_jax.data.load` for errors."""
+    directory = None if data_dir is None else os.path.abspath(os.path.expanduser(data_dir))
+    if name == "digits":
+        from ttt_jax.data import digits
+
+        builder = digits.prepare(directory)
+    else:
+        builder = _prepared(name, directory)
+    known = builder.info.splits
+    if split not in known:
+        near = difflib.get_close_matches(split, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"{name} has no split called {split!r}; it has {', '.join(sorted(known))}.{hint}"
+        )
+    if not known[split].num_examples:
+        raise ValueError(f"A split needs at least one example, but {name}/{split} is empty.")
+    return RecordReader(builder, split)
+
+
+def _prepared(name: str, directory: str | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    # TFDS writes a version behind a colon; a slash would name a configuration.
+    name = re.sub(r"/(\d+\.\d+\.\d+)$", r":\1", name)
+    try:
+        builder = tfds.builder(name, data_dir=directory)
+    except tfds.core.DatasetNotFoundError:
+        known = ["digits", *tfds.core.registered.list_imported_builders()]
+        near = difflib.get_close_matches(name.split("/")[0].split(":")[0], known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see tensorflow.org/datasets."
+        raise ValueError(f"TFDS knows no set called {name!r}; {hint}") from None
+    except ValueError as error:
+        raise ValueError(f"TFDS cannot open {name!r}: {str(error).splitlines()[0]}") from error
+    if not has_data(builder):
+        where = "" if directory is None else f", data_dir={directory!r}"
+        raise FileNotFoundError(
+            f"The TFDS set {name!r} is not prepared in {str(builder.data_dir)!r}. Prepare it once "
+            "(this needs TensorFlow, the extra 'tf'): python -c \"import tensorflow_datasets as "
+            f"tfds; tfds.builder('{name}'{where}, file_format='array_record')"
+            '.download_and_prepare()"'
+        )
+    return builder
