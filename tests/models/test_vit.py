@@ -1,0 +1,150 @@
+"""The vision transformer: patches, masking, heads, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from ttt_jax.models import ViT, init, patchify, unpatchify
+from ttt_jax.models.vit import sincos_positions
+
+OPTIONS = {
+    "image_size": 8,
+    "patch": 2,
+    "channels": 2,
+    "width": 16,
+    "depth": 1,
+    "heads": 2,
+    "num_classes": 3,
+    "decoder_width": 8,
+    "decoder_depth": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def vit(filled):
+    module = ViT(**OPTIONS)
+    return module, filled(module, (8, 8, 2)), jax.random.normal(jax.random.key(1), (3, 8, 8, 2))
+
+
+def test_patches_are_row_major_with_pixels_in_order_p_q_c():
+    images = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
+    patches = patchify(images, 2)
+    assert patches.shape == (2, 6, 12)
+    np.testing.assert_array_equal(patches[1, 4], images[1, 2:4, 2:4, :].reshape(-1))
+    np.testing.assert_array_equal(unpatchify(patches, 2, (4, 6)), images)
+
+
+def test_heads_have_the_documented_shapes_and_names(vit):
+    module, variables, images = vit
+    names = set(traverse_util.flatten_dict(variables["params"], sep="/"))
+    assert {name.split("/")[0] for name in names} == {"encoder", "decoder", "head", "rotation_head"}
+    shapes = {
+        method: jax.eval_shape(lambda v, m=method: module.apply(v, images, method=m), variables)
+        for method in ("__call__", "rotation", "features", "all_heads")
+    }
+    assert shapes["__call__"].shape == (3, 3)
+    assert shapes["rotation"].shape == (3, 4)
+    assert shapes["features"].shape == (3, 16)
+    assert [out.shape for out in shapes["all_heads"]] == [(3, 3), (3, 4), (3, 16, 8)]
+
+
+def test_reconstruction_never_sees_hidden_patches(vit):
+    module, variables, images = vit
+    keep = jnp.array([[0, 5], [1, 2], [14, 15]])
+    patches = patchify(images, 2)
+    visible = jnp.zeros((3, 16), bool).at[jnp.arange(3)[:, None], keep].set(True)
+    other = jnp.where(visible[..., None], patches, 7.0)
+    swapped = unpatchify(other, 2, (8, 8))
+    run = jax.jit(lambda images: module.apply(variables, images, keep, method="reconstruct"))
+    np.testing.assert_array_equal(run(images), run(swapped))
+    assert not np.array_equal(run(images), run(images + 1.0))
+
+
+def test_visible_patches_keep_their_places(vit):
+    # The order of keep does not matter, since positions travel with the patches.
+    module, variables, images = vit
+    run = jax.jit(lambda keep: module.apply(variables, images, keep, method="reconstruct"))
+    one = run(jnp.array([[0, 5, 9]] * 3))
+    np.testing.assert_allclose(one, run(jnp.array([[9, 0, 5]] * 3)), rtol=1e-5, atol=1e-5)
+    assert not np.allclose(one, run(jnp.array([[0, 5, 10]] * 3)), atol=1e-3)
+
+
+def test_encoder_computes_visible_patches_only(vit):
+    module, variables, images = vit
+    text = (
+        jax.jit(lambda v, x, k: module.apply(v, x, k, method="reconstruct"))
+        .lower(variables, images, jnp.zeros((3, 5), jnp.int32))
+        .as_text()
+    )
+    # The encoder's MLP is 64 wide: five tokens of it exist, never sixteen.
+    assert "tensor<3x5x64xf32>" in text
+    assert "tensor<3x16x64xf32>" not in text
+
+
+def test_positions_tell_rows_from_columns():
+    table = sincos_positions(2, 3, 8)
+    assert table.shape == (6, 8)
+    assert table.dtype == np.float32
+    np.testing.assert_allclose(table[0], [0, 0, 1, 1, 0, 0, 1, 1])
+    np.testing.assert_allclose(table[4, :2], np.sin([1, 0.01]), rtol=1e-6)
+    assert len(np.unique(table, axis=0)) == 6
+
+
+def test_bfloat16_compute_gives_float32_outputs(vit):
+    _, variables, images = vit
+    module = ViT(**OPTIONS, dtype=jnp.bfloat16)
+    heads = jax.eval_shape(lambda v: module.apply(v, images, method="all_heads"), variables)
+    assert {out.dtype for out in heads} == {jnp.dtype("float32")}
+    narrow = jax.jit(lambda v: module.apply(v, images))(variables)
+    exact = jax.jit(lambda v: ViT(**OPTIONS).apply(v, images))(variables)
+    assert 0 < float(jnp.max(jnp.abs(narrow - exact))) < 0.05 * float(jnp.max(jnp.abs(exact)))
+
+
+def test_init_creates_every_head():
+    module = ViT(**{**OPTIONS, "width": 8, "decoder_width": 4})
+    variables = jax.jit(lambda key: init(module, key, (8, 8, 2)))(jax.random.key(0))
+    flat = traverse_util.flatten_dict(variables["params"], sep="/")
+    assert {leaf.dtype for leaf in flat.values()} == {jnp.dtype("float32")}
+    limit = np.sqrt(6 / (8 + 8))
+    embed = np.abs(flat["encoder/patch_embed/kernel"])
+    assert 0.8 * limit < embed.max() <= limit
+    assert flat["decoder/mask_token"].any() and not flat["head/bias"].any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((8, 8, 2), r"takes images \[N, H, W, C\]"),
+        ((3, 8, 8, 3), "was built for 2 channels"),
+        ((3, 12, 12, 2), "was built for 8x8 images"),
+    ],
+)
+def test_wrong_images_are_refused(vit, shape, message):
+    module, variables, _ = vit
+    with pytest.raises(ValueError, match=message):
+        module.apply(variables, jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [jnp.zeros((3,), int), jnp.zeros((2, 4), int), jnp.zeros((3, 17), int), jnp.zeros((3, 4))],
+)
+def test_wrong_keep_is_refused(vit, keep):
+    module, variables, images = vit
+    with pytest.raises(ValueError, match=r"keep holds integer patch indices \[N, K\] with N=3"):
+        module.apply(variables, images, keep, method="reconstruct")
+
+
+def test_impossible_options_are_refused():
+    with pytest.raises(ValueError, match="patch divides both sides"):
+        ViT(image_size=8, patch=3)
+    with pytest.raises(ValueError, match="decoder_width is a multiple of 4"):
+        ViT(decoder_width=10)
+    with pytest.raises(ValueError, match="width is a multiple of 4"):
+        ViT(width=190)
+    with pytest.raises(ValueError, match="patch divides both sides"):
+        patchify(jnp.zeros((1, 8, 8, 1)), 3)
+    with pytest.raises(ValueError, match="unpatchify takes patches"):
+        unpatchify(jnp.zeros((1, 16, 4)), 2, (6, 8))

@@ -1,0 +1,23 @@
+"""Reference models (Flax Linen), bridges for Linen and NNX, importers; needs flax."""
+
+from ttt_jax.models.conv import conv3x3
+from ttt_jax.models.importers import load_resnet26_npz
+from ttt_jax.models.initialize import init
+from ttt_jax.models.linen import from_linen, linen_statistics
+from ttt_jax.models.nnx import from_nnx, nnx_statistics
+from ttt_jax.models.resnet import ResNet
+from ttt_jax.models.vit import ViT, patchify, unpatchify
+
+__all__ = [
+    "ResNet",
+    "ViT",
+    "conv3x3",
+    "from_linen",
+    "from_nnx",
+    "init",
+    "linen_statistics",
+    "load_resnet26_npz",
+    "nnx_statistics",
+    "patchify",
+    "unpatchify",
+]

@@ -1,0 +1,71 @@
+"""The three ways a BatchNorm may be served, shared by the Linen and the NNX bridge.
+
+``"running"`` uses the source's running statistics, ``"batch"`` those of the given batch, and a
+prior N blends both: ``N / (N + n)`` source and ``n / (N + n)`` test, with n the number of
+instances in the batch (Schneider et al., 2020, "Improving robustness against common corruptions
+by covariate shift adaptation", equation 1; mean and variance are blended linearly).
+"""
+
+import math
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax.models._checks import nearest
+
+Norm: TypeAlias = Literal["running", "batch"] | int | float | jax.Array
+"""``"running"``, ``"batch"`` or a prior N >= 0 (a number, or a traced scalar)."""
+
+
+def check_norm(norm: Any) -> None:
+    """Raises unless ``norm`` is ``"running"``, ``"batch"`` or a prior N >= 0.
+
+    Raises:
+      ValueError: an unknown name, a negative or non-finite prior, an array that is no scalar.
+      TypeError: anything else, booleans included.
+    """
+    if isinstance(norm, str):
+        if norm not in ("running", "batch"):
+            raise ValueError(
+                'norm is "running", "batch" or a prior N >= 0, received '
+                f"{norm!r}; {nearest(norm, ('running', 'batch'))}"
+            )
+    elif isinstance(norm, jax.Array | np.ndarray):
+        if norm.ndim != 0 or norm.dtype == jnp.bool_:
+            raise ValueError(
+                f"A prior is one number, received an array of shape {norm.shape} and dtype "
+                f"{norm.dtype}: pass an int, or vmap over a scalar."
+            )
+    elif isinstance(norm, int | float | np.number) and not isinstance(norm, bool):
+        if not (math.isfinite(norm) and norm >= 0):
+            raise ValueError(
+                f"A prior counts pseudo-instances, so it is finite and >= 0, received {norm!r}: "
+                'pass 0 for batch statistics alone, or norm="running" for the source\'s.'
+            )
+    else:
+        raise TypeError(
+            'norm is "running", "batch" or a prior N >= 0, received '
+            f"{norm!r} of type {type(norm).__name__}."
+        )
+
+
+def source_weight(norm: Any, size: int) -> jax.Array:
+    """``N / (N + n)``, the share of the source statistics, float32 scalar."""
+    prior = jnp.asarray(norm, jnp.float32)
+    return prior / (prior + size)
+
+
+def refuse_single(norm: Any, size: int, where: str) -> None:
+    """Raises ``ValueError`` where the statistics would be those of one instance alone.
+
+    Normalized by its own statistics, a single feature vector is all zeros, whatever it was, and
+    no error would show it. A traced prior of zero cannot be seen here.
+    """
+    alone = norm == "batch" or (isinstance(norm, int | float | np.number) and norm == 0)
+    if alone and size < 2:
+        raise ValueError(
+            f"norm={norm!r} takes statistics from the batch and needs at least 2 instances, "
+            f"received {size} at {where}: pass a prior such as norm=16, or use GroupNorm."
+        )

@@ -1,0 +1,215 @@
+"""The residual network of the TTT paper, with its rotation branch.
+
+Sun et al., 2020, "Test-Time Training with Self-Supervision for Generalization under Distribution
+Shifts" (ICML): a CIFAR network of depth 6n + 2 in pre-activation basic blocks (He et al., 2016),
+GroupNorm with 8 groups, and a rotation head on a deep copy of what follows ``layer2``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.models._checks import check_images, nearest
+from ttt_jax.models.conv import Conv3x3, check_form
+from ttt_jax.models.initializers import xavier_uniform
+
+_NORMS = ("group", "batch")
+_PLAN = ((1, 1), (2, 2), (4, 2))
+"""Per layer: width as a multiple of the first, and stride."""
+
+
+class _Block(nn.Module):
+    """norm, relu, conv, norm, relu, conv, plus the block's own input."""
+
+    features: int
+    stride: int
+    groups: int
+    norm: str
+    conv: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        shortcut = x
+        if self.stride == 2:
+            shortcut = nn.avg_pool(shortcut, (2, 2), strides=(2, 2))
+        if x.shape[-1] != self.features:
+            extra = self.features - x.shape[-1]
+            shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (0, extra)))
+        prefix = "gn" if self.norm == "group" else "bn"
+        for index, stride in ((1, self.stride), (2, 1)):
+            norm = _make_norm(self.norm, self.groups, self.dtype, f"{prefix}{index}")
+            x = nn.relu(_normalize(norm, x, train))
+            x = Conv3x3(self.features, stride, self.conv, self.dtype, name=f"conv{index}")(x)
+        return x + shortcut
+
+
+class _Layer(nn.Module):
+    """n blocks, named by their number; the first one may halve the image."""
+
+    blocks: int
+    features: int
+    stride: int
+    groups: int
+    norm: str
+    conv: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        shared = (self.groups, self.norm, self.conv, self.dtype)
+        for index in range(self.blocks):
+            stride = self.stride if index == 0 else 1
+            x = _Block(self.features, stride, *shared, name=str(index))(x, train)
+        return x
+
+
+def _make_norm(norm: str, groups: int, dtype: Any, name: str) -> nn.Module:
+    # flax keeps the statistics of both in float32, whatever the compute dtype.
+    if norm == "group":
+        return nn.GroupNorm(num_groups=groups, epsilon=1e-5, dtype=dtype, name=name)
+    return nn.BatchNorm(momentum=0.9, epsilon=1e-5, dtype=dtype, name=name)
+
+
+def _normalize(norm: nn.Module, x: jax.Array, train: bool) -> jax.Array:
+    return norm(x, not train) if isinstance(norm, nn.BatchNorm) else norm(x)
+
+
+class ResNet(nn.Module):
+    """A CIFAR ResNet with a classification head and a rotation head.
+
+    The rotation branch leaves the shared encoder (``conv1`` to ``layer{branch}``) and consists
+    of ``rotation_layer*``, ``rotation_gn`` and ``rotation_fc``; :func:`ttt_jax.models.init`
+    starts it as a copy of the main branch. With ``norm="batch"`` the normalizations are called
+    ``bn1``, ``bn2``, ``bn`` and ``rotation_bn``. The parameter names are those of the public
+    checkpoint read by :func:`ttt_jax.models.load_resnet26_npz`.
+
+    Images have sides that are multiples of 4, because the network halves them twice and its
+    shortcuts average 2x2 pixels. The number of channels is the one it was initialized with.
+
+    Attributes:
+      depth: 6n + 2 with n >= 1 blocks per layer.
+      width: channels of the first layer; the others have 2 and 4 times as many.
+      num_classes: the number of classes.
+      groups: groups of every GroupNorm; divides ``width``. Unused with ``norm="batch"``.
+      norm: ``"group"`` or ``"batch"``.
+      branch: the last shared layer, 1, 2 or 3 (the paper: 2).
+      rotation_classes: outputs of the rotation head.
+      conv: the form of the convolutions, see :func:`ttt_jax.models.conv.conv3x3`.
+      dtype: the compute dtype. Parameters, statistics and logits are float32.
+
+    Raises:
+      ValueError: an impossible option when built; images of the wrong rank, size or channel
+        count when called.
+    """
+
+    depth: int = 26
+    width: int = 16
+    num_classes: int = 10
+    groups: int = 8
+    norm: str = "group"
+    branch: int = 2
+    rotation_classes: int = 4
+    conv: str = "auto"
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.depth < 8 or (self.depth - 2) % 6:
+            raise ValueError(
+                f"A ResNet has depth 6n + 2 with n >= 1, received {self.depth}: use 8, 14, 20, 26."
+            )
+        if self.norm not in _NORMS:
+            raise ValueError(
+                f"norm is one of {_NORMS}, received {self.norm!r}; "
+                f"{nearest(str(self.norm), _NORMS)}"
+            )
+        if self.norm == "group" and (self.groups < 1 or self.width % self.groups):
+            raise ValueError(
+                f"groups divides width, received groups={self.groups} and width={self.width}: "
+                "choose a divisor."
+            )
+        if self.branch not in (1, 2, 3):
+            raise ValueError(f"branch is the last shared layer, 1, 2 or 3, received {self.branch}.")
+        check_form(self.conv)
+        super().__post_init__()
+
+    def setup(self) -> None:
+        """Names the parts; a part has parameters once a method that uses it was initialized."""
+        shared = (self.groups, self.norm, self.conv, self.dtype)
+        final = "gn" if self.norm == "group" else "bn"
+
+        def layer(index: int, name: str) -> nn.Module:
+            scale, stride = _PLAN[index - 1]
+            blocks = (self.depth - 2) // 6
+            return _Layer(blocks, scale * self.width, stride, *shared, name=name)
+
+        self.conv1 = Conv3x3(self.width, 1, self.conv, self.dtype)
+        self.main_layers = [layer(i, f"layer{i}") for i in (1, 2, 3)]
+        self.main_norm = _make_norm(self.norm, self.groups, self.dtype, final)
+        self.fc = nn.Dense(self.num_classes, kernel_init=xavier_uniform)
+        self.rotation_layers = [layer(i, f"rotation_layer{i}") for i in range(self.branch + 1, 4)]
+        self.rotation_norm = _make_norm(self.norm, self.groups, self.dtype, f"rotation_{final}")
+        self.rotation_fc = nn.Dense(self.rotation_classes, kernel_init=xavier_uniform)
+
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Classifies: ``[N, H, W, C] -> logits [N, num_classes]``, float32.
+
+        Args:
+          images: ``[N, H, W, C]``, normalized.
+          train: for ``norm="batch"`` only: use and update batch statistics.
+        """
+        return self.fc(self.features(images, train))
+
+    def features(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """The pooled features before ``fc``: ``[N, H, W, C] -> [N, 4 * width]``, float32."""
+        x = self._encode(images, train)
+        for layer in self.main_layers[self.branch :]:
+            x = layer(x, train)
+        return _pool(_normalize(self.main_norm, x, train))
+
+    def rotation(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Predicts the rotation: ``[N, H, W, C] -> logits [N, rotation_classes]``, float32."""
+        x = self._encode(images, train)
+        for layer in self.rotation_layers:
+            x = layer(x, train)
+        return self.rotation_fc(_pool(_normalize(self.rotation_norm, x, train)))
+
+    def all_heads(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Runs both heads, so that one ``init`` creates every parameter."""
+        return self(images), self.rotation(images)
+
+    def _encode(self, images: jax.Array, train: bool) -> jax.Array:
+        channels: int | None = None
+        if self.has_variable("params", "conv1"):
+            channels = self.get_variable("params", "conv1")["kernel"].shape[2]
+        check_images(images, model="ResNet", channels=channels)
+        if min(images.shape[1:3]) < 4 or images.shape[1] % 4 or images.shape[2] % 4:
+            raise ValueError(
+                "ResNet takes images whose sides are multiples of 4, received shape "
+                f"{images.shape}: pad or resize them."
+            )
+        x = self.conv1(images)
+        for layer in self.main_layers[: self.branch]:
+            x = layer(x, train)
+        return x
+
+    @nn.nowrap
+    def finish_init(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Makes the rotation branch a copy of the main one, all but ``rotation_fc``."""
+        final = "gn" if self.norm == "group" else "bn"
+        parts = [f"layer{i}" for i in range(self.branch + 1, 4)] + [final]
+        copies = {
+            name: {f"rotation_{part}": tree[part] for part in parts if part in tree}
+            for name, tree in variables.items()
+        }
+        return {
+            name: {**tree, **jax.tree.map(jnp.array, copies[name])}
+            for name, tree in variables.items()
+        }
+
+
+def _pool(x: jax.Array) -> jax.Array:
+    return jnp.mean(nn.relu(x).astype(jnp.float32), axis=(1, 2))
