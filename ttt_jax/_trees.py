@@ -6,6 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+
+def is_integer(value: Any, least: int) -> bool:
+    """Whether a static argument is an integer, Python's or NumPy's, of at least ``least``."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and bool(value >= least)
 
 
 def is_hole(leaf: Any) -> bool:
@@ -61,10 +68,10 @@ def differs(before: Any, after: Any) -> jax.Array:
     return jnp.any(jnp.stack(changed)) if changed else jnp.zeros((), bool)
 
 
-def all_finite(tree: Any) -> jax.Array:
-    """Bool scalar: whether every floating leaf of ``tree`` is finite everywhere."""
-    flags = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree) if is_floating(leaf)]
-    return jnp.stack(flags).all() if flags else jnp.ones((), bool)
+def any_nonzero(tree: Any) -> jax.Array:
+    """Bool scalar: whether any element of ``tree`` differs from zero (as nan does)."""
+    flags = [jnp.any(leaf != 0) for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(flags).any() if flags else jnp.zeros((), bool)
 
 
 def norm(tree: Any) -> jax.Array:

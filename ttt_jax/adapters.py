@@ -133,7 +133,8 @@ def _gradient_step(
         (value, memory), grads = gradient(objective, state.fast)
         # A loss whose gradient is exactly zero asked for no step: every weight of a filter was
         # zero. Stepping all the same would let momentum, decay or the anchor move the weights.
-        active = _trees.norm(grads) != 0
+        # Leaf by leaf: squares of small gradients would vanish in a norm.
+        active = _trees.any_nonzero(grads)
         if not _is_zero(anchor):
             _check_anchor(anchor, state.fast)
             penalty, pull = _anchored(anchor, state.fast, fast0)
@@ -294,6 +295,13 @@ def statistics_adapter(
                 "collect must return statistics in the layout of select.statistics(); got "
                 f"{jax.tree.structure(new)}, expected {jax.tree.structure(state.fast)}."
             )
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(new)]
+        expected = [leaf.shape for leaf in jax.tree.leaves(state.fast)]
+        if shapes != expected:
+            raise ValueError(
+                "collect must return statistics of the shapes that params has; got "
+                f"{shapes}, expected {expected}."
+            )
         fast = jax.tree.map(
             lambda old, batch: (momentum * old + (1 - momentum) * batch).astype(old.dtype),
             state.fast,
@@ -355,9 +363,9 @@ def guarded(adapter: Adapter) -> Adapter:
 
 def check_num_steps(num_steps: Any) -> int:
     """Returns ``num_steps`` as an int, or raises the one error that all callers share."""
-    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 0:
+    if not _trees.is_integer(num_steps, 0):
         raise ValueError(f"num_steps must be an integer of at least 0, got {num_steps!r}.")
-    return num_steps
+    return int(num_steps)
 
 
 def observed_loop(

@@ -65,7 +65,7 @@ def sample_keys(key: Key, ids: Any) -> Key:
 
 
 def _count(xs: Any, keys: Key) -> int:
-    leaves = _trees.named_leaves(xs)
+    leaves = [(path, leaf) for path, leaf in _trees.named_leaves(xs) if leaf is not None]
     sizes = {(path, jnp.shape(leaf)[0] if jnp.ndim(leaf) else None) for path, leaf in leaves}
     if not leaves or len({size for _, size in sizes}) != 1 or None in {s for _, s in sizes}:
         raise ValueError(
@@ -86,6 +86,10 @@ def _count(xs: Any, keys: Key) -> int:
     if count == 0:
         raise ValueError("batched needs at least one instance; got an empty batch.")
     return count
+
+
+def _is_traced(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def _padded(tree: Any, count: int, total: int) -> Any:
@@ -139,10 +143,13 @@ def batched(
 
     Raises:
       ValueError: ``chunk_size`` < 1, an unknown mesh axis; when called: unequal leading axes, an
-        empty batch, or keys that are not one typed key per instance.
+        empty batch, keys that are not one typed key per instance, or a mesh with several axes
+        outside of ``jax.jit``.
     """
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be None or an integer of at least 1, got {chunk_size}.")
+    if chunk_size is not None and not _trees.is_integer(chunk_size, 1):
+        raise ValueError(
+            f"chunk_size must be None or an integer of at least 1, got {chunk_size!r}."
+        )
     if mesh is not None and axis not in mesh.shape:
         raise ValueError(
             f"axis must name an axis of the mesh; got {axis!r}, the mesh has "
@@ -154,6 +161,11 @@ def batched(
         count = _count(xs, keys)
         if mesh is None:
             return local(params, xs, keys)
+        if len(mesh.shape) > 1 and not _is_traced((params, xs, keys)):
+            raise ValueError(
+                "batched over one of several mesh axes runs under jax.jit only; got the mesh axes "
+                f"{', '.join(map(repr, mesh.shape))}. Call jax.jit(batched(...)) instead."
+            )
         devices = mesh.shape[axis]
         total = -(-count // devices) * devices
         xs, keys = _padded((xs, keys), count, total)
@@ -168,18 +180,15 @@ def _over_mesh(local: BatchedPredictor, mesh: jax.sharding.Mesh, axis: str) -> B
 
     Plain ``jit`` over sharded inputs all-gathers grouped convolutions. Inside ``shard_map`` with
     its replication checks on, a gradient with respect to a replicated value is summed over the
-    mesh; ``pcast`` to varying before anything is differentiated keeps it the device's own.
+    mesh, and a model function that scans from a carry of zeros is refused. With the checks off a
+    gradient is the device's own, as it must be here.
     """
-
-    def shard(params: Params, xs: Any, keys: Key) -> tuple[Any, Info]:
-        varying = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axis, to="varying"), params)
-        return local(varying, xs, keys)
-
     each = jax.sharding.PartitionSpec(axis)
     return jax.shard_map(
-        shard,
+        local,
         mesh=mesh,
         in_specs=(jax.sharding.PartitionSpec(), each, each),
         out_specs=each,
         axis_names={axis},
+        check_vma=False,
     )

@@ -60,7 +60,7 @@ def augmented(
     References:
       Krizhevsky et al., ImageNet Classification with Deep Convolutional Neural Networks, 2012.
     """
-    if not isinstance(num_views, int) or num_views < 1:
+    if not _trees.is_integer(num_views, 1):
         raise ValueError(f"num_views must be an integer of at least 1, got {num_views!r}.")
     if mean not in ("probability", "logit"):
         raise ValueError(f"mean must be 'probability' or 'logit', got {mean!r}.")
@@ -162,7 +162,7 @@ def vote(predictor: Predictor, num_votes: int, *, combine: Callable[[Any], Any])
     Raises:
       ValueError: ``num_votes`` < 1.
     """
-    if not isinstance(num_votes, int) or num_votes < 1:
+    if not _trees.is_integer(num_votes, 1):
         raise ValueError(f"num_votes must be an integer of at least 1, got {num_votes!r}.")
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:

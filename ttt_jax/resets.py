@@ -36,7 +36,7 @@ def every(n: int | jax.Array) -> Reset:
     References:
       Press et al., `RDumb <https://arxiv.org/abs/2306.05401>`_, 2023.
     """
-    if not isinstance(n, jax.Array) and not (isinstance(n, int) and n >= 1):
+    if not isinstance(n, jax.Array) and not _trees.is_integer(n, 1):
         raise ValueError(f"resets.every needs an integer of at least 1, got {n!r}.")
 
     def apply(carry: Any, state: PyTree, pristine: PyTree, output: Any, info: Info, key: Key):
