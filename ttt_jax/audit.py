@@ -54,8 +54,12 @@ _MEANING = {
     "trace": "entry 0 of a trace is the source prediction",
     "every_1": "parallel episodic equals the loop, a stream with every(1)",
     "stream_poison": "a NaN instance leaves the rest of a stream untouched",
+    "updates": "at least one instance is updated: an adapter that does nothing proves nothing",
 }
-_BITWISE = ("mates", "poison", "poison_ok", "pristine", "zero_steps", "stream_poison")
+_BITWISE = (
+    *("mates", "poison", "poison_ok", "pristine", "zero_steps", "stream_poison"),
+    "updates",
+)
 
 
 def distance(a: Any, b: Any) -> jax.Array:
@@ -176,29 +180,39 @@ def adapter_differences(
     zero, plain = jax.lax.map(
         lambda pair: (untouched(params, *pair), source(params, *pair)), (xs, keys)
     )
-    stream = streams.online(adapter, apply, num_steps=num_steps, reset=resets.every(1))
+    spoilable = _can_poison(xs)
+    never = keys.shape[0] + 1
 
-    def run(xs: Any) -> Any:
+    def run(variant: Any) -> Any:
+        period, pairs = variant
+        stream = streams.online(adapter, apply, num_steps=num_steps, reset=resets.every(period))
+
         def step(carry: Any, pair: Any) -> Any:
             return stream.step(params, carry, *pair)
 
-        return jax.lax.scan(step, stream.init(params), (xs, keys))[1]
+        return jax.lax.scan(step, stream.init(params), pairs)[1]
 
-    variants = [xs, _poisoned(xs, 1)] if _can_poison(xs) else [xs]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variants)
-    runs = jax.lax.map(run, stacked)
+    variants = [(jnp.asarray(1), (xs, keys))]
+    swapped = np.arange(keys.shape[0])
+    swapped[:2] = 1, 0
+    if spoilable:
+        # Without resets: a spoiled instance that leaves no trace may as well come first.
+        spoiled = (_poisoned(xs, 1), keys)
+        variants += [(jnp.asarray(never), spoiled), (jnp.asarray(never), _rows(spoiled, swapped))]
+    runs = jax.lax.map(run, jax.tree.map(lambda *leaves: jnp.stack(leaves), *variants))
     outputs, infos = _rows(runs, 0)
     found, (path, episodes) = _variants(traced, params, xs, keys)
     found["every_1"] = distance(
         (outputs, infos.loss, infos.ok),
         (_rows(path, (slice(None), -1)), episodes.loss, episodes.ok),
     )
+    found["updates"] = 1.0 - episodes.updated.any().astype(jnp.float32)
     found["zero_steps"] = distance(zero, plain)
     found["trace"] = distance(_rows(path, (slice(None), 0)), plain[0])
-    if _can_poison(xs):
+    if spoilable:
         clean = np.delete(np.arange(keys.shape[0]), 1)
         found["stream_poison"] = distance(
-            _rows((outputs, infos), clean), _rows(_rows(runs, 1), clean)
+            _rows(_rows(runs, 1), clean), _rows(_rows(_rows(runs, 2), swapped), clean)
         )
     return found
 
