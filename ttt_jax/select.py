@@ -33,7 +33,7 @@ def _parent(path: str) -> str:
 def _offered(named: list[tuple[str, Any]], collection: str | None = None) -> list[bool]:
     """Which leaves may be chosen at all."""
     if collection is None:
-        has_params = any(path.startswith("params/") for path, _ in named)
+        has_params = any(_collection(path) == "params" for path, _ in named)
         collection = "params" if has_params else None
     return [
         _trees.is_floating(leaf) and (collection is None or _collection(path) == collection)
@@ -74,14 +74,18 @@ def _matching(
     return _from_chooser(choose)
 
 
-def _raise_empty(what: str, named: list[tuple[str, Any]], offered: list[bool]) -> None:
+def _raise_empty(
+    what: str, named: list[tuple[str, Any]], offered: list[bool], pattern: str | None = None
+) -> None:
     pool = [path for (path, _), ok in zip(named, offered, strict=True) if ok]
     if not pool:
         raise ValueError(
             f"A selection must match at least one parameter; {what} was given a tree without any "
             "floating-point leaf that it may choose. Pass the parameters of the model."
         )
-    near = ", ".join(_trees.nearest(what, pool))
+    # Without its wildcards a pattern is closest in spelling to the path that was meant.
+    plain = what if pattern is None else re.sub(r"\.\*|\.\+|[\\^$()?]", "", pattern)
+    near = ", ".join(_trees.nearest(plain, pool))
     raise ValueError(
         f"A selection must match at least one parameter; {what} matches none of the "
         f"{len(pool)} on offer. Nearest paths: {near}. See ttt_jax.select.describe."
@@ -127,7 +131,7 @@ def paths(*regex: str) -> Selection:
                 for (path, _), ok in zip(named, offered, strict=True)
             ]
             if not any(hits):
-                _raise_empty(f"pattern {pattern.pattern!r}", named, offered)
+                _raise_empty(f"pattern {pattern.pattern!r}", named, offered, pattern.pattern)
             mask = [a or b for a, b in zip(mask, hits, strict=True)]
         return mask
 
@@ -144,8 +148,9 @@ def norm_affine() -> Selection:
     def choose(named: list[tuple[str, Any]]) -> list[bool]:
         offered = _offered(named)
         leaves: dict[str, set[str]] = {}
-        for (path, _), ok in zip(named, offered, strict=True):
-            if ok:
+        for path, leaf in named:
+            # A quantized kernel is not on offer, yet its scale is no normalization.
+            if leaf is not None:
                 leaves.setdefault(_parent(path), set()).add(_last(path))
         norms = {
             module
