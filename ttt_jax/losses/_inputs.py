@@ -34,7 +34,7 @@ def check_instance(name: str, x: Any, batch: bool) -> Any:
     """Returns ``x`` with a leading batch axis; refuses what is plainly a batch of images."""
     if batch:
         return x
-    if _trees.is_floating(x) and x.ndim >= 4:
+    if getattr(x, "ndim", 0) >= 4:
         raise ValueError(
             f"losses.{name} works on one instance; got an array of shape {x.shape}, a batch of "
             "images. Map over it with ttt_jax.batched, or build the loss with batch=True "
@@ -92,4 +92,4 @@ def flatten_views(views: Any) -> Any:
 
 def is_count(value: Any) -> bool:
     """Whether a static argument is an integer of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return _trees.is_integer(value, 1)

@@ -49,7 +49,7 @@ def masked_reconstruction(
 
     Raises:
       ValueError: an argument out of range; when called: the wrong rank, an image that the patch
-        does not divide, no visible or no hidden patch, or an output of another shape.
+        does not divide, patches of a single value to normalize, no visible or no hidden patch, or an output of another shape.
 
     References:
       Gandelsman et al., `Test-Time Training with Masked Autoencoders
@@ -65,11 +65,16 @@ def masked_reconstruction(
 
     def loss(params: Params, x: Any, key: Key) -> jax.Array:
         images = _inputs.check_images("masked_reconstruction", x, batch)
-        n, height, width, _ = images.shape
+        n, height, width, channels = images.shape
         if height % patch or width % patch:
             raise ValueError(
                 f"losses.masked_reconstruction needs image sides that patch = {patch} divides; "
                 f"got {height} x {width}."
+            )
+        if normalize and patch * patch * channels == 1:
+            raise ValueError(
+                "losses.masked_reconstruction normalizes each patch over its values; patch = 1 of "
+                "one channel has a single value. Use larger patches or normalize=False."
             )
         count = (height // patch) * (width // patch)
         # The nudge keeps int() from losing a patch to rounding, e.g. 10 * (1 - 0.9).
