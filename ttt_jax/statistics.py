@@ -28,7 +28,9 @@ jax.tree_util.register_dataclass(SourceStatistics, data_fields=["value"], meta_f
 
 
 def _is_test(split: str) -> bool:
-    return any(word.lower().startswith("test") for word in re.findall(r"[A-Za-z_]\w*", split))
+    """Whether a split holds test data: ``test[:50%]``, ``train+test``, ``my_test``, ``all``."""
+    words = re.findall(r"[a-z]+", split.lower())
+    return any(word.startswith("test") or word == "all" for word in words)
 
 
 def source_statistics(
