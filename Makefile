@@ -1,0 +1,51 @@
+# Needs git, make and Python >= 3.11; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/demo
+CONFIG ?= experiments/configs/digits.py
+
+.PHONY: demo demo-seeds test lint types unit docs clean
+
+demo: $(VENV)/.run
+	$(BIN)/python -m experiments.train --workdir=$(WORKDIR) --config=$(CONFIG)
+	$(BIN)/python -m experiments.adapt --workdir=$(WORKDIR) --config=$(CONFIG)
+	$(BIN)/python -m experiments.report --workdir=$(WORKDIR)
+
+demo-seeds: WORKDIR = runs/demo-seeds
+demo-seeds: $(VENV)/.run
+	$(BIN)/python -m experiments.train --workdir=$(WORKDIR) --config=$(CONFIG) --config.seeds="(0, 1, 2)"
+	$(BIN)/python -m experiments.adapt --workdir=$(WORKDIR) --config=$(CONFIG) --config.seeds="(0, 1, 2)"
+	$(BIN)/python -m experiments.report --workdir=$(WORKDIR)
+
+test: lint types unit docs
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -q -W --keep-going -b doctest docs docs/_build/doctest
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+# What a run needs; the second of `make demo` and `make test` finds it there.
+$(VENV)/.run: setup.cfg requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "ttt_jax needs Python >= 3.11; $(PYTHON) is $$($(PYTHON) --version). Run make PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet -e '.[report]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet -e '.[report,lora,dev,docs]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs docs/_build .jax_cache .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,165 @@
+"""Checkpoint + shifted data + a dict of predictors -> rows.
+
+Usage::
+
+    python -m experiments.adapt --workdir=runs/demo [--config=experiments/configs/digits.py]
+
+Chooses settings on the validation corruptions (``WORKDIR/selection.json``), then evaluates every
+method of the config on the clean test split and the 15 corruptions, and appends one row per
+(method, domain, severity, seed) to ``WORKDIR/results.jsonl``. Run it again to resume: finished
+rows are kept and skipped, failed ones run again.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+from absl import flags
+
+from experiments import (
+    journal,
+    launch,
+    methods as methods_lib,
+    problem as problem_lib,
+    runner as runner_lib,
+    selection,
+    writers,
+)
+from ttt_jax import checkpoint, data
+
+
+def make_row(
+    method: methods_lib.Method,
+    settings: dict[str, Any],
+    outcome: runner_lib.Outcome,
+    source_wrong: np.ndarray,
+    probe: dict[str, float],
+) -> dict[str, Any]:
+    """The measured part of a result row."""
+    wrong = outcome.wrong()
+    count = len(wrong)
+    forwards, backwards = method.cost(settings)
+    row: dict[str, Any] = {
+        "status": "ok",
+        "error": float(wrong.mean()),
+        "num_examples": count,
+        "num_steps": settings.get("num_steps", 0),
+        "scope": method.scope,
+        "reset": method.reset,
+        "predict": method.predict,
+        "seconds": outcome.seconds,
+        "samples_per_second": count / outcome.seconds,
+        "turned_right": float((source_wrong & ~wrong).mean()),
+        "turned_wrong": float((~source_wrong & wrong).mean()),
+        "forwards_per_sample": forwards,
+        "backwards_per_sample": backwards,
+        "non_finite": int((~outcome.ok).sum()),
+        "resets": outcome.resets,
+        "settings": settings,
+    }
+    if method.traced:
+        by_step = outcome.logits.argmax(-1) != outcome.label[:, None]
+        row["error_by_step"] = [float(value) for value in by_step.mean(axis=0)]
+    if method.probe is not None and outcome.aux is not None:
+        after = outcome.aux[:, -1] if method.traced else outcome.aux
+        row["aux_loss_before"] = probe[method.probe]
+        row["aux_loss_after"] = float(np.nanmean(after))
+    return row
+
+
+def evaluate(
+    config: ml_collections.ConfigDict,
+    results: journal.Journal,
+    methods: dict[str, methods_lib.Method],
+    chosen: dict[str, dict[str, Any]],
+    runner: runner_lib.Runner,
+    source: data.Source,
+    fields: dict[str, Any],
+    domains: Sequence[tuple[str, int]],
+    writer: writers.Writer,
+) -> None:
+    """Adds the missing rows of one seed and split role; a failing trial becomes a failed row."""
+    progress = tqdm.tqdm(
+        total=len(domains) * len(methods),
+        desc=f"{fields['split_role']} seed {fields['seed']}",
+        disable=not sys.stderr.isatty(),
+    )
+    for domain, severity in domains:
+        trial = {**fields, "dataset": source.name, "domain": domain, "severity": severity}
+        missing = [name for name in methods if results.get(method=name, **trial) is None]
+        progress.update(len(methods) - len(missing))
+        if not missing:
+            continue
+        batches = runner.batches(source, domain, severity)
+        plain = methods_lib.Method("per_sample", methods["source"].build, ({},), lambda s: (1, 0))
+        source_wrong = runner.run("source", plain, {}, batches).wrong()
+        probe = runner.probe(batches)
+        for name in missing:
+            row: dict[str, Any] = {"method": name, **trial}
+            try:
+                outcome = runner.run(name, methods[name], chosen[name], batches)
+                row |= make_row(methods[name], chosen[name], outcome, source_wrong, probe)
+            except (ValueError, TypeError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+                row |= {"status": "failed", "message": f"{type(error).__name__}: {error}"[:500]}
+            results.add(row)
+            if row["status"] == "ok":
+                scalars = {f"{fields['split_role']}/{name}/{domain}": row["error"]}
+                writer.scalars(fields["seed"], scalars)
+            progress.update()
+            progress.set_postfix_str(f"{domain} {name}")
+    progress.close()
+
+
+def main(argv: Sequence[str]) -> int:
+    """The program."""
+    del argv
+    config = _CONFIG.value
+    workdir = launch.open_workdir(_WORKDIR.value)
+    launch.claim(workdir, config)
+    results = journal.Journal(workdir / "results.jsonl")
+    test = problem_lib.load_data(config, "test")
+    validation = problem_lib.load_data(config, "validation")
+    problem = problem_lib.build(config, test)
+    methods = methods_lib.build(config, problem)
+    severity = config.adapt.severity
+    checked = [(name, severity) for name in data.corruptions.VALIDATION_CORRUPTIONS]
+    reported = [("clean", 0)] + [(name, severity) for name in data.corruptions.CORRUPTIONS]
+    with writers.open_writer(workdir, tensorboard=_TENSORBOARD.value) as writer:
+        for seed in config.seeds:
+            path = _CHECKPOINT.value or problem_lib.checkpoint_path(workdir, seed)
+            pristine = checkpoint.load(path, like=problem_lib.shapes(problem))
+            pristine.require(**problem_lib.checkpoint_metadata(config))
+            runner = runner_lib.Runner(config, problem, pristine, seed=seed, restore=_RESTORE.value)
+            chosen = selection.choose(
+                workdir / "selection.json", methods, runner, validation, severity
+            )
+            for role, source, domains in (
+                ("validation", validation, checked),
+                ("reported", test, reported),
+            ):
+                fields = {"seed": seed, "split_role": role, "checkpoint": pristine.fingerprint}
+                evaluate(config, results, methods, chosen, runner, source, fields, domains, writer)
+    failed = [row for row in results.failed]
+    print(f"{len(results.rows())} rows in {results.path}, {len(failed)} failed trials")
+    for row in failed:
+        print(f"failed: {row['method']} on {row['domain']}: {row['message']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    _CONFIG, _WORKDIR = launch.define_flags()
+    _RESTORE = flags.DEFINE_enum(
+        "restore",
+        "memory",
+        list(checkpoint.MODES),
+        "How the pristine parameters come back between batches.",
+    )
+    _CHECKPOINT = flags.DEFINE_string(
+        "checkpoint", None, "Checkpoint to adapt; default: WORKDIR/checkpoints/seed_SEED."
+    )
+    _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.")
+    launch.run(main)

@@ -1,0 +1,51 @@
+"""Random views of one image, in JAX: ``(image[H, W, C] in [0, 1], key) -> image``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Augment = Callable[[Any, jax.Array], Any]
+
+
+def shift(padding: int) -> Augment:
+    """Random crop of the edge-padded image: a shift by up to ``padding`` pixels.
+
+    The edge is repeated rather than filled with black: on a brightened or low-contrast image a
+    black rim would be the strongest edge there is.
+    """
+
+    def augment(image: jax.Array, key: jax.Array) -> jax.Array:
+        padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="edge")
+        offset = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+        return jax.lax.dynamic_slice(padded, (offset[0], offset[1], 0), image.shape)
+
+    return augment
+
+
+def flip(image: jax.Array, key: jax.Array) -> jax.Array:
+    """Mirrors left and right with probability 1/2."""
+    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
+
+
+def autocontrast(image: jax.Array, key: jax.Array) -> jax.Array:
+    """Stretches the image to [0, 1] with probability 1/2; a constant image stays as it is.
+
+    One of AugMix' operations (Hendrycks et al., 2020, https://arxiv.org/abs/1912.02781), the
+    views that MEMO uses.
+    """
+    low, high = image.min(), image.max()
+    stretched = (image - low) / jnp.maximum(high - low, 1 / 255)
+    return jnp.where(jax.random.bernoulli(key) & (high > low), stretched, image)
+
+
+def chain(*steps: Augment) -> Augment:
+    """Applies several views in order, each with its own key."""
+
+    def augment(image: jax.Array, key: jax.Array) -> jax.Array:
+        for step, step_key in zip(steps, jax.random.split(key, len(steps)), strict=True):
+            image = step(image, step_key)
+        return image
+
+    return augment

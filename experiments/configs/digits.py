@@ -1,0 +1,95 @@
+"""Scikit-learn's digits under 15 corruptions: the demo.
+
+Command: ``make demo``, that is train, adapt and report with this config.
+
+Cost: about four minutes on two CPU cores after the install; nothing is downloaded.
+
+Expect: the source model errs on 1 to 3 % of the clean test images and on about 18 % under
+severity-5 corruption; the best per-sample method, rotation TTT whose adapted copy predicts on
+augmented views, removes at least 15 % of that error and beats test-time augmentation with the
+same views and more forward passes. ``make demo-seeds`` repeats it for three seeds (about ten
+minutes) and reports mean and standard error.
+
+Training uses the first 1257 of the 1437 training images. The last 180, under the four
+validation corruptions, choose every tuple-valued setting below and the number of steps; test
+images and the 15 reported corruptions choose nothing.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The configuration of the demo."""
+    config = ml_collections.ConfigDict()
+    config.seeds = (0,)
+    config.data = ml_collections.ConfigDict(
+        {
+            "name": "tfds:digits",
+            "dir": "",
+            "train": "train[:1257]",
+            "validation": "train[1257:]",
+            "test": "test",
+            "mean": 0.5,
+            "std": 0.5,
+        }
+    )
+    config.model = ml_collections.ConfigDict(
+        {"name": "resnet", "depth": 8, "width": 8, "groups": 8, "branch": 3}
+    )
+    config.views = ml_collections.ConfigDict({"padding": 1, "flip": False, "autocontrast": True})
+    config.train = ml_collections.ConfigDict(
+        {
+            "num_steps": 1900,
+            "batch_size": 64,
+            "learning_rate": 0.1,
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+            "aux_weight": 1.0,
+            "log_every": 100,
+            "save_every": 500,
+        }
+    )
+    config.adapt = ml_collections.ConfigDict(
+        {"severity": 5, "batch_size": 180, "chunk_size": 180, "corruption_seed": 0}
+    )
+    config.methods = ml_collections.ConfigDict(
+        {
+            "source": {},
+            "augmented": {"num_views": 128},
+            "rotation": {
+                "copies": 8,
+                "num_steps": 4,
+                "learning_rate": (0.01, 0.03, 0.06),
+                "select": "all",
+            },
+            "memo": {
+                "num_views": 16,
+                "num_steps": 2,
+                "learning_rate": (0.003, 0.01, 0.03),
+                "select": "all",
+            },
+            "rotation_memo_augmented": {
+                "copies": 8,
+                "num_views": 16,
+                "memo_weight": (0.0, 0.3),
+                "num_steps": 4,
+                "learning_rate": (0.03, 0.06),
+                "predict_views": 32,
+                "select": "all",
+            },
+            "rotation_online": {
+                "copies": 8,
+                "num_steps": 1,
+                "learning_rate": (0.003, 0.01),
+                "select": "all",
+            },
+        },
+        convert_dict=True,
+    )
+    return config
+
+
+def sweep(add) -> None:
+    """Three seeds."""
+    for seed in range(3):
+        add(seeds=(seed,))

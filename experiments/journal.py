@@ -1,0 +1,83 @@
+"""``results.jsonl``: one row per trial, appended whole, never lost and never doubled."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from experiments import launch
+
+KEY = ("method", "dataset", "domain", "severity", "seed", "split_role")
+
+
+class Journal:
+    """The rows of a work folder.
+
+    Opening one drops a last line that a killed writer left unfinished, and the failed rows, so
+    that these trials run again. A row is one ``write`` of one line, flushed to the disk.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.failed: list[dict[str, Any]] = []
+        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        if path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        failed = False
+        for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                key = tuple(row[name] for name in KEY)
+            except (ValueError, KeyError, TypeError) as error:
+                raise launch.UserError(
+                    f"{self.path}, line {number}: not a result row ({error!r}). Remove the line, "
+                    "or use another --workdir."
+                ) from error
+            if row.get("status") == "ok":
+                self._rows[key] = row
+            else:
+                failed = True
+        if failed or len(whole) != len(data):
+            lines = [json.dumps(row) + "\n" for row in self._rows.values()]
+            launch.write_atomically(self.path, "".join(lines))
+
+    @staticmethod
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        """What identifies a row."""
+        return tuple(row[name] for name in KEY)
+
+    def get(self, **fields: Any) -> dict[str, Any] | None:
+        """The finished row with these key fields, if there is one; other fields are ignored."""
+        return self._rows.get(self.key(fields))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All finished rows."""
+        return list(self._rows.values())
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Appends a row; a second one of the same key is a programming error."""
+        key = self.key(row)
+        if key in self._rows:
+            raise RuntimeError(f"the row {key} is already in {self.path}")
+        line = (json.dumps(row) + "\n").encode()
+        with launch.writing(self.path):
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                end = os.fstat(descriptor).st_size
+                try:
+                    if os.write(descriptor, line) != len(line):
+                        raise OSError(28, "No space left on device")
+                    os.fsync(descriptor)
+                except OSError:
+                    os.ftruncate(descriptor, end)
+                    raise
+            finally:
+                os.close(descriptor)
+        if row["status"] == "ok":
+            self._rows[key] = row
+        else:
+            self.failed.append(row)

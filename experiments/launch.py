@@ -1,0 +1,195 @@
+"""What every program shares: flags, the work folder, provenance, one-line errors."""
+
+import contextlib
+import datetime
+import difflib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
+
+DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "digits.py"
+
+
+class UserError(Exception):
+    """Something the person at the terminal can mend; printed as one line, exit status 2."""
+
+
+def define_flags() -> tuple[Any, Any]:
+    """Defines ``--config`` and ``--workdir``; returns their holders."""
+    config = config_flags.DEFINE_config_file(
+        "config", str(DEFAULT_CONFIG), "Config file; override with --config.KEY=VALUE."
+    )
+    workdir = flags.DEFINE_string("workdir", None, "Folder for everything the run writes.")
+    flags.mark_flag_as_required("workdir")
+    return config, workdir
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> None:
+    """``absl.app.run`` in which errors a person can mend are one line and exit status 2."""
+
+    def guarded(argv: Sequence[str]) -> Any:
+        if len(argv) > 1:
+            raise app.UsageError(f"Unexpected argument {argv[1]!r}; flags begin with --.")
+        try:
+            return main(argv)
+        except (UserError, ValueError, OSError) as error:
+            if os.environ.get("TTT_JAX_TRACEBACK"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            return app.parse_flags_with_usage(list(argv))
+        except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+            # ml_collections raises these for --config.KEY=VALUE; the message has the near name.
+            message = str(error.args[0]) if error.args else str(error)
+            print(f"error: bad --config override: {_with_nearest(message, argv)}", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _with_nearest(message: str, argv: Sequence[str]) -> str:
+    """Adds the nearest key of the default config where ml_collections names none."""
+    if "Did you mean" in message:
+        return message
+    keys = [
+        found[1] for argument in argv if (found := re.match(r"--?config\.([\w.]+)=?", argument))
+    ]
+    known = list(_flat(config_from(DEFAULT_CONFIG)))
+    near = [match for key in keys for match in difflib.get_close_matches(key, known, n=1)]
+    return f"{message} Did you mean {', '.join(near)}?" if near else message
+
+
+def config_from(path: str | os.PathLike[str]) -> ml_collections.ConfigDict:
+    """The ``get_config()`` of a config file."""
+    namespace: dict[str, Any] = {}
+    exec(compile(pathlib.Path(path).read_text(), str(path), "exec"), namespace)
+    return namespace["get_config"]()
+
+
+def _flat(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+@contextlib.contextmanager
+def writing(path: os.PathLike[str] | str) -> Iterator[None]:
+    """Turns a failed write into one sentence that says what is safe and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}. What was written before is intact; "
+            "free space or choose another --workdir, then run the same command again."
+        ) from error
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Replaces a file as a whole, so that a killed run never leaves half of one."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            draft.write_text(text, encoding="utf-8")
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def open_workdir(workdir: str) -> pathlib.Path:
+    """Makes the work folder, and finds out now whether it can be written."""
+    folder = pathlib.Path(workdir)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.write_text("ok")
+        probe.unlink()
+    return folder
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    root = pathlib.Path(__file__).resolve().parent.parent
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        if head.returncode:
+            return None
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+        return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
+    except OSError:
+        return None
+
+
+def provenance(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Command, device, versions, commit and configuration of this run."""
+    program = pathlib.Path(sys.argv[0]).stem
+    packages = ("ttt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "command": " ".join(["python -m", f"experiments.{program}", *sys.argv[1:]]),
+        "device": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "versions": {"python": sys.version.split()[0], **{p: _version(p) for p in packages}},
+        "commit": _commit(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "config": json.loads(config.to_json()),
+    }
+
+
+def fingerprint(config: ml_collections.ConfigDict, sections: Sequence[str]) -> str:
+    """A digest of some sections of a config."""
+    chosen = {name: json.loads(config.to_json())[name] for name in sections}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def claim(folder: pathlib.Path, config: ml_collections.ConfigDict, seeds_may_grow: bool = True):
+    """Writes ``run.json``, or refuses a folder whose results were made with another config.
+
+    Raises:
+      UserError: naming each differing key, its stored and its present value.
+    """
+    path = folder / "run.json"
+    record = provenance(config)
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+            before = _flat(ml_collections.ConfigDict(old["config"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}). Use another --workdir.") from error
+        after = _flat(ml_collections.ConfigDict(record["config"]))
+        free = {"seeds"} if seeds_may_grow else set()
+        changed = [
+            f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
+            for key in sorted({*before, *after} - free)
+            if before.get(key) != after.get(key)
+        ]
+        if changed:
+            raise UserError(
+                f"{folder} holds results of another configuration: {'; '.join(changed)}. Use "
+                "another --workdir, or the old values."
+            )
+    write_atomically(path, json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,220 @@
+"""The methods a config may name: each a predictor (or stream) over one problem.
+
+A method is a family over a small grid of settings; which member is reported is chosen on
+validation corruptions (:mod:`experiments.selection`). Every predictor's output is a dict with
+``logits`` ``[classes]`` (``[num_steps + 1, classes]`` for a traced one) and, for adapting
+methods, ``aux`` of the same leading axes: a probe of the auxiliary loss on views that are the
+same for every sample and step.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import optax
+
+import ttt_jax as ttt
+from experiments.problem import Problem
+
+# Keys of the views inside an adapted model's prediction and of the probes: fixed, so that the
+# values before and after adapting differ by the adaptation alone.
+_VIEW_KEY, _PROBE_KEY = 7, 8
+_PROBE_VIEWS = 8
+
+Apply = Callable[[Any, jax.Array], dict[str, jax.Array]]
+
+
+class Method(NamedTuple):
+    """One way to predict, over a grid of settings.
+
+    Attributes:
+      scope: ``per_sample`` or ``stream``.
+      build: ``build(settings) -> Predictor`` (or ``Stream``); ``learning_rate`` may be traced.
+      grid: settings per candidate.
+      cost: ``cost(settings) -> (forwards, backwards)`` per sample of the method itself, without
+        probes.
+      probe: the auxiliary loss of its ``aux`` output, a key of :func:`probes`, or None.
+      traced: whether the logits have a leading axis over inner steps.
+      reset: when a sample's or stream's state is dropped.
+      predict: ``"before"`` or ``"after"`` the update; None where nothing adapts.
+    """
+
+    scope: str
+    build: Callable[[dict[str, Any]], Any]
+    grid: tuple[dict[str, Any], ...]
+    cost: Callable[[dict[str, Any]], tuple[int, int]]
+    probe: str | None = None
+    traced: bool = False
+    reset: str | None = None
+    predict: str | None = None
+
+
+def _grid(options: ml_collections.ConfigDict) -> tuple[dict[str, Any], ...]:
+    """The product of the options that are tuples; the others are the same in every candidate."""
+    names = list(options)
+    values = [v if isinstance(v, tuple) else (v,) for v in (options[name] for name in names)]
+    return tuple(dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values))
+
+
+def build(config: ml_collections.ConfigDict, problem: Problem) -> dict[str, Method]:
+    """The dict of methods that a config asks for, in its order.
+
+    Raises:
+      ValueError: a name that is not a method.
+    """
+    makers = {
+        "source": _source,
+        "augmented": _augmented,
+        "rotation": _rotation,
+        "memo": _memo,
+        "rotation_memo_augmented": _composition,
+        "rotation_online": _rotation_online,
+    }
+    for name in config.methods:
+        if name not in makers:
+            raise ValueError(f"methods.{name} is not a method; choose from {sorted(makers)}.")
+    return {name: makers[name](_grid(options), problem) for name, options in config.methods.items()}
+
+
+def probes(problem: Problem) -> dict[str, Callable[[Any, jax.Array], jax.Array]]:
+    """Deterministic readings ``(params, image) -> scalar`` of the auxiliary losses."""
+    key = jax.random.key(_PROBE_KEY)
+    rotation = ttt.losses.rotation(problem.rotation)
+    memo = ttt.losses.marginal_entropy(problem.classify, problem.view, num_views=_PROBE_VIEWS)
+    return {
+        "rotation": lambda params, image: rotation(params, image, key),
+        "memo": lambda params, image: memo(params, image, key),
+    }
+
+
+def _plain(problem: Problem, probe: str | None = None) -> Apply:
+    one = ttt.unbatched(problem.classify)
+    if probe is None:
+        return lambda params, image: {"logits": one(params, image)}
+    read = probes(problem)[probe]
+    return lambda params, image: {"logits": one(params, image), "aux": read(params, image)}
+
+
+def _selection(settings: dict[str, Any]) -> ttt.Selection:
+    """``all``, ``norm`` or a pattern for ``select.paths``."""
+    if settings["select"] == "all":
+        return ttt.select.everything()
+    if settings["select"] == "norm":
+        return ttt.select.norm_affine()
+    return ttt.select.paths(settings["select"])
+
+
+def describe(settings: dict[str, Any], params: Any) -> ttt.select.Description | None:
+    """What a candidate's selection adapts; None where nothing adapts."""
+    return ttt.select.describe(_selection(settings), params) if "select" in settings else None
+
+
+def _adapter(loss: Any, settings: dict[str, Any]) -> ttt.Adapter:
+    optimizer = optax.sgd(settings["learning_rate"])
+    return ttt.gradient_adapter(loss, optimizer, select=_selection(settings))
+
+
+def _rotation_loss(problem: Problem, settings: dict[str, Any]) -> ttt.AuxLoss:
+    copies = settings["copies"]
+    return ttt.losses.rotation(problem.rotation, copies=copies, augment=problem.view)
+
+
+def _memo_loss(problem: Problem, settings: dict[str, Any]) -> ttt.AuxLoss:
+    views = settings["num_views"]
+    return ttt.losses.marginal_entropy(problem.classify, problem.view, num_views=views)
+
+
+def _views(settings: dict[str, Any]) -> int:
+    """Views that one inner step looks at."""
+    copies = 4 if settings.get("copies", 0) is None else settings.get("copies", 0)
+    return copies + (settings["num_views"] if settings.get("memo_weight", 1) else 0)
+
+
+def _source(grid: Any, problem: Problem) -> Method:
+    return Method("per_sample", lambda s: ttt.source(_plain(problem)), grid, lambda s: (1, 0))
+
+
+def _averaged(problem: Problem, num_views: int) -> ttt.Predictor:
+    one = ttt.unbatched(problem.classify)
+    return ttt.augmented(one, problem.view, num_views=num_views)
+
+
+def _augmented(grid: Any, problem: Problem) -> Method:
+    def make(settings: dict[str, Any]) -> ttt.Predictor:
+        predict = _averaged(problem, settings["num_views"])
+
+        def labelled(params: Any, image: jax.Array, key: jax.Array) -> Any:
+            logits, info = predict(params, image, key)
+            return {"logits": logits}, info
+
+        return labelled
+
+    return Method("per_sample", make, grid, lambda s: (s["num_views"], 0))
+
+
+def _traced(grid: Any, problem: Problem, loss: Callable[..., Any], probe: str) -> Method:
+    """An episodic method that predicts the plain image after every step."""
+
+    def make(settings: dict[str, Any]) -> ttt.Predictor:
+        adapter = _adapter(loss(problem, settings), settings)
+        apply = _plain(problem, probe)
+        return ttt.episodic(adapter, apply, num_steps=settings["num_steps"], trace=True)
+
+    def cost(settings: dict[str, Any]) -> tuple[int, int]:
+        work = settings["num_steps"] * _views({"num_views": 0, **settings})
+        return work + 1, work
+
+    return Method(
+        "per_sample", make, grid, cost, probe, traced=True, reset="episodic", predict="after"
+    )
+
+
+def _rotation(grid: Any, problem: Problem) -> Method:
+    return _traced(grid, problem, _rotation_loss, "rotation")
+
+
+def _memo(grid: Any, problem: Problem) -> Method:
+    return _traced(grid, problem, _memo_loss, "memo")
+
+
+def _composition(grid: Any, problem: Problem) -> Method:
+    """Adapts to rotation and, if it weighs anything, marginal entropy; predicts on views."""
+
+    def make(settings: dict[str, Any]) -> ttt.Predictor:
+        read = probes(problem)["rotation"]
+        average = _averaged(problem, settings["predict_views"])
+
+        def apply(params: Any, image: jax.Array) -> dict[str, jax.Array]:
+            logits, _ = average(params, image, jax.random.key(_VIEW_KEY))
+            return {"logits": logits, "aux": read(params, image)}
+
+        loss = _rotation_loss(problem, settings)
+        if settings["memo_weight"]:
+            memo = (settings["memo_weight"], _memo_loss(problem, settings))
+            loss = ttt.losses.weighted((1.0, loss), memo)
+        return ttt.episodic(_adapter(loss, settings), apply, num_steps=settings["num_steps"])
+
+    def cost(settings: dict[str, Any]) -> tuple[int, int]:
+        work = settings["num_steps"] * _views(settings)
+        return work + settings["predict_views"], work
+
+    return Method("per_sample", make, grid, cost, "rotation", reset="episodic", predict="after")
+
+
+def _rotation_online(grid: Any, problem: Problem) -> Method:
+    def make(settings: dict[str, Any]) -> ttt.Stream:
+        return ttt.online(
+            _adapter(_rotation_loss(problem, settings), settings),
+            _plain(problem, "rotation"),
+            num_steps=settings["num_steps"],
+            reset=ttt.resets.never(),
+            predict="after",
+        )
+
+    def cost(settings: dict[str, Any]) -> tuple[int, int]:
+        work = settings["num_steps"] * _views({"num_views": 0, **settings})
+        return work + 1, work
+
+    return Method("stream", make, grid, cost, "rotation", reset="never", predict="after")

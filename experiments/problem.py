@@ -1,0 +1,101 @@
+"""From a config to data and pure model functions."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from experiments import augment
+from ttt_jax import data, models
+
+MODELS = {"resnet": models.ResNet, "vit": models.ViT}
+
+
+class Problem(NamedTuple):
+    """A model family on a data set.
+
+    Attributes:
+      module: the Linen module.
+      classify: model function ``(params, images[N, H, W, C] in [0, 1]) -> logits [N, classes]``.
+      rotation: model function ``-> [N, 4]``.
+      view: one random view of an image, the same family in training, in the auxiliary tasks and
+        in test-time augmentation.
+      image_shape: ``(H, W, C)``.
+    """
+
+    module: Any
+    classify: Callable[[Any, jax.Array], jax.Array]
+    rotation: Callable[[Any, jax.Array], jax.Array]
+    view: augment.Augment
+    image_shape: tuple[int, int, int]
+
+
+def load_data(config: ml_collections.ConfigDict, split: str) -> data.Source:
+    """A split of the config's data set, by role: ``train``, ``validation`` or ``test``."""
+    return data.load(config.data.name, config.data[split], data_dir=config.data.dir or None)
+
+
+def build(config: ml_collections.ConfigDict, source: data.Source) -> Problem:
+    """The problem that a config describes, for images like those of ``source``.
+
+    Raises:
+      ValueError: an unknown model or view, or images without one fixed shape.
+    """
+    if config.model.name not in MODELS:
+        raise ValueError(f"model.name must be one of {sorted(MODELS)}; got {config.model.name!r}.")
+    if None in source.image_shape:
+        raise ValueError(
+            f"{source.name} has images of several sizes {source.image_shape}; resize them first."
+        )
+    options = {key: value for key, value in config.model.items() if key != "name"}
+    options["num_classes"] = source.num_classes
+    if config.model.name == "vit":
+        options |= {"image_size": source.image_shape[0], "channels": source.image_shape[2]}
+    module = MODELS[config.model.name](**options)
+    mean, std = config.data.mean, config.data.std
+
+    def normalized(apply: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, images, *rest: apply(params, (images - mean) / std, *rest)
+
+    view_steps = [augment.shift(config.views.padding)]
+    if config.views.flip:
+        view_steps.append(augment.flip)
+    if config.views.autocontrast:
+        view_steps.append(augment.autocontrast)
+    return Problem(
+        module=module,
+        classify=normalized(models.from_linen(module)),
+        rotation=normalized(models.from_linen(module, "rotation")),
+        view=augment.chain(*view_steps),
+        image_shape=tuple(source.image_shape),
+    )
+
+
+def initial(problem: Problem, seed: int) -> Any:
+    """Freshly initialised variables."""
+    init = jax.jit(lambda key: models.init(problem.module, key, problem.image_shape))
+    return init(jax.random.key(seed))
+
+
+def shapes(problem: Problem) -> Any:
+    """The layout of the variables, for checking a checkpoint against the model."""
+    return jax.eval_shape(
+        lambda key: models.init(problem.module, key, problem.image_shape), jax.random.key(0)
+    )
+
+
+def checkpoint_path(workdir: pathlib.Path, seed: int) -> pathlib.Path:
+    """Where the pristine checkpoint of a seed lives."""
+    return workdir / "checkpoints" / f"seed_{seed}"
+
+
+def checkpoint_metadata(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What a checkpoint must agree on with the config that uses it."""
+    return {
+        "mean": config.data.mean,
+        "std": config.data.std,
+        "model": {key: value for key, value in config.model.items()},
+        "dataset": config.data.name,
+    }

@@ -1,0 +1,171 @@
+"""Runs one method over one domain: compile once, restore between batches, measure."""
+
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+import ttt_jax as ttt
+from experiments import methods as methods_lib
+from experiments.problem import Problem
+from ttt_jax import checkpoint, data
+
+
+class Outcome(NamedTuple):
+    """What a method did on one domain.
+
+    Attributes:
+      logits: float32 ``[N, classes]``, or ``[N, S + 1, classes]`` for a traced method.
+      aux: float32 ``[N]`` or ``[N, S + 1]``, the probe of the auxiliary loss, or None.
+      ok: bool ``[N]``.
+      resets: how many resets fired.
+      label: int32 ``[N]``.
+      seconds: time of the compiled calls, compilation apart.
+    """
+
+    logits: np.ndarray
+    aux: np.ndarray | None
+    ok: np.ndarray
+    resets: int
+    label: np.ndarray
+    seconds: float
+
+    @property
+    def final(self) -> np.ndarray:
+        """Logits of the prediction that counts, ``[N, classes]``."""
+        return self.logits if self.logits.ndim == 2 else self.logits[:, -1]
+
+    def wrong(self) -> np.ndarray:
+        """Bool ``[N]``."""
+        return self.final.argmax(-1) != self.label
+
+
+def plan_for(source: data.Source, domain: str, severity: int, order_seed: int) -> Any:
+    """A domain's stream, shuffled by the run's seed so that streams meet no class order."""
+    return data.streams.shuffled(source, seed=order_seed, domain=domain, severity=severity)
+
+
+class Runner:
+    """Evaluates methods of one seed, from one pristine checkpoint."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        problem: Problem,
+        pristine: checkpoint.Pristine,
+        *,
+        seed: int,
+        restore: str,
+    ):
+        self._config = config.adapt
+        self._problem = problem
+        self._pristine = pristine
+        self._restore = restore
+        self._seed = seed
+        self._key = jax.random.key(seed)
+        self._compiled: dict[Any, Any] = {}
+        self._batches: dict[Any, list[Any]] = {}
+
+    def batches(self, source: data.Source, domain: str, severity: int) -> list[data.DomainBatch]:
+        """The corrupted batches of a domain, made once."""
+        where = (source.split, domain, severity)
+        if where not in self._batches:
+            loader = data.Loader(
+                source,
+                plan_for(source, domain, severity, self._seed),
+                batch_size=self._config.batch_size,
+                seed=self._config.corruption_seed,
+            )
+            self._batches[where] = list(loader)
+        return self._batches[where]
+
+    def run(
+        self,
+        name: str,
+        method: methods_lib.Method,
+        settings: dict[str, Any],
+        batches: Iterable[data.DomainBatch],
+    ) -> Outcome:
+        """Runs a method with some settings over the batches of one domain."""
+        static = tuple(sorted((k, v) for k, v in settings.items() if k != "learning_rate"))
+        rate = jnp.float32(settings.get("learning_rate", 0.0))
+        carry = None
+        results, infos, labels, seconds = [], [], [], 0.0
+        for batch in batches:
+            params = self._pristine.restore(self._restore)
+            count = len(batch.id)
+            images, ids = _padded(batch, self._config.batch_size)
+            keys = ttt.sample_keys(self._key, ids)
+            if method.scope == "stream" and carry is None:
+                carry = jax.jit(method.build(settings).init)(params)
+            arguments = (params, carry, images, keys, rate)
+            where = (name, static, images.shape)
+            if where not in self._compiled:
+                program = jax.jit(self._program(method, settings))
+                self._compiled[where] = program.lower(*arguments).compile()
+            start = time.perf_counter()
+            carry, output, info = jax.block_until_ready(self._compiled[where](*arguments))
+            seconds += time.perf_counter() - start
+            results.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], output))
+            infos.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], info))
+            labels.append(batch.label)
+        output, info = jax.tree.map(
+            lambda *parts: np.concatenate(parts), *zip(results, infos, strict=True)
+        )
+        return Outcome(
+            logits=output["logits"],
+            aux=output.get("aux"),
+            ok=info.ok,
+            resets=int(info.reset.sum()) if isinstance(info, ttt.StreamInfo) else 0,
+            label=np.concatenate(labels),
+            seconds=seconds,
+        )
+
+    def _program(self, method: methods_lib.Method, settings: dict[str, Any]) -> Any:
+        """``(params, carry, images, keys, rate) -> (carry, output, info)``; the rate is traced."""
+
+        def with_rate(rate: jax.Array) -> Any:
+            return method.build({**settings, "learning_rate": rate})
+
+        def per_sample(params: Any, carry: Any, images: Any, keys: Any, rate: Any) -> Any:
+            run = ttt.batched(with_rate(rate), chunk_size=self._config.chunk_size)
+            return (carry, *run(params, images, keys))
+
+        def stream(params: Any, carry: Any, images: Any, keys: Any, rate: Any) -> Any:
+            step = with_rate(rate).step
+            carry, (output, info) = jax.lax.scan(
+                lambda carry, pair: step(params, carry, *pair), carry, (images, keys)
+            )
+            return carry, output, info
+
+        return stream if method.scope == "stream" else per_sample
+
+    def probe(self, batches: Iterable[data.DomainBatch]) -> dict[str, float]:
+        """Mean auxiliary losses of the pristine model on a domain; not part of any timing."""
+        if "probe" not in self._compiled:
+            readings = methods_lib.probes(self._problem)
+
+            def read(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+                return {
+                    name: jax.vmap(fn, in_axes=(None, 0))(params, images)
+                    for name, fn in readings.items()
+                }
+
+            self._compiled["probe"] = jax.jit(read)
+        params = self._pristine.restore("memory")
+        parts = []
+        for batch in batches:
+            images, _ = _padded(batch, self._config.batch_size)
+            values = self._compiled["probe"](params, images)
+            parts.append({k: np.asarray(v)[: len(batch.id)] for k, v in values.items()})
+        return {name: float(np.concatenate([p[name] for p in parts]).mean()) for name in parts[0]}
+
+
+def _padded(batch: data.DomainBatch, size: int) -> tuple[jax.Array, np.ndarray]:
+    """Repeats the last example up to ``size``, so that every batch has one compiled program."""
+    places = np.minimum(np.arange(size), len(batch.id) - 1)
+    return jnp.asarray(batch.image[places]), batch.id[places]

@@ -1,0 +1,68 @@
+"""Choosing settings on the four validation corruptions, and nothing else."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import launch, methods as methods_lib, runner as runner_lib
+from ttt_jax import data
+
+NOTE = (
+    "Every setting with more than one candidate was chosen by the lowest mean error, then the "
+    "lowest mean cross-entropy, over the four validation corruptions (speckle_noise, "
+    "gaussian_blur, spatter, saturate) of held-out training images, with the model of the first "
+    "seed. Test images and the 15 reported corruptions chose nothing."
+)
+
+
+def _cross_entropy(outcome: runner_lib.Outcome) -> float:
+    log_p = np.asarray(jax.nn.log_softmax(outcome.final, axis=-1))
+    return float(-log_p[np.arange(len(outcome.label)), outcome.label].mean())
+
+
+def choose(
+    path: pathlib.Path,
+    methods: dict[str, methods_lib.Method],
+    runner: runner_lib.Runner,
+    source: data.Source,
+    severity: int,
+) -> dict[str, dict[str, Any]]:
+    """The chosen settings per method; reads ``selection.json`` if the folder has one.
+
+    Args:
+      path: ``selection.json``: ``{"note", "chosen": {method: settings}, "tried": [...]}``.
+      methods: the methods and their grids.
+      runner: evaluates a candidate.
+      source: the validation split.
+      severity: of the validation corruptions.
+
+    Returns:
+      ``{method: settings}``.
+    """
+    record: dict[str, Any] = {"note": NOTE, "chosen": {}, "tried": []}
+    if path.exists():
+        try:
+            record = json.loads(path.read_text())
+        except ValueError as error:
+            raise launch.UserError(f"{path} is damaged ({error}); remove it.") from error
+    for name, method in methods.items():
+        if name in record["chosen"]:
+            continue
+        scores = []
+        for settings in method.grid if len(method.grid) > 1 else ():
+            outcomes = [
+                runner.run(name, method, settings, runner.batches(source, domain, severity))
+                for domain in data.corruptions.VALIDATION_CORRUPTIONS
+            ]
+            error = float(np.mean([outcome.wrong().mean() for outcome in outcomes]))
+            loss = float(np.mean([_cross_entropy(outcome) for outcome in outcomes]))
+            scores.append((error, loss))
+            tried = {"method": name, "params": settings, "error": error, "cross_entropy": loss}
+            record["tried"].append(tried)
+        best = min(range(len(scores)), key=lambda i: scores[i]) if scores else 0
+        record["chosen"][name] = method.grid[best]
+        launch.write_atomically(path, json.dumps(record, indent=2) + "\n")
+    return {name: dict(record["chosen"][name]) for name in methods}

@@ -1,0 +1,168 @@
+"""Joint training of the main and the auxiliary task.
+
+Usage::
+
+    python -m experiments.train --workdir=runs/demo [--config=experiments/configs/digits.py]
+
+Trains one model per seed of the config and saves it, with its normalisation constants and
+configuration, under ``WORKDIR/checkpoints/seed_K``. Run it again to resume: finished seeds are
+skipped, an interrupted one continues from its last saved step.
+"""
+
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import tqdm
+from absl import flags
+
+import ttt_jax as ttt
+from experiments import launch, problem as problem_lib, writers
+from ttt_jax import checkpoint, data
+
+
+def _optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    rate = optax.cosine_decay_schedule(config.learning_rate, config.num_steps)
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=config.momentum)
+    )
+
+
+def make_step(problem: problem_lib.Problem, config: ml_collections.ConfigDict) -> Any:
+    """The jitted training step ``(variables, opt_state, images, labels, key) -> ...``.
+
+    Minimises cross-entropy plus ``aux_weight`` times the loss of all four rotations of the same
+    augmented batch (Sun et al. 2020, Eq. 2).
+    """
+    optimizer = _optimizer(config)
+    aux = ttt.losses.rotation(problem.rotation, batch=True)
+
+    def losses(variables: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
+        view_key, aux_key = jax.random.split(key)
+        views = jax.vmap(problem.view)(images, jax.random.split(view_key, len(labels)))
+        logits = problem.classify(variables, views)
+        main = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        rotation = aux(variables, views, aux_key)
+        return main + config.aux_weight * rotation, (main, rotation)
+
+    @jax.jit
+    def step(variables: Any, opt_state: Any, images: Any, labels: Any, key: Any) -> Any:
+        grads, parts = jax.grad(losses, has_aux=True)(variables, images, labels, key)
+        updates, opt_state = optimizer.update(grads, opt_state, variables)
+        return optax.apply_updates(variables, updates), opt_state, parts
+
+    return step, optimizer
+
+
+class _SavedState:
+    """The training state on disk: the newest complete save, older ones removed after it."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+
+    def _saves(self) -> list[tuple[int, pathlib.Path]]:
+        if not self._folder.is_dir():
+            return []
+        found = [path for path in self._folder.iterdir() if path.name.startswith("step_")]
+        return sorted((int(path.name.removeprefix("step_")), path) for path in found)
+
+    def load(self, like: Any) -> tuple[int, Any]:
+        """The newest state that reads back whole, or step 0 and ``like``."""
+        for step, path in reversed(self._saves()):
+            try:
+                return step, checkpoint.load(path, like=like).params
+            except checkpoint.CheckpointError as error:
+                print(f"training state {path} is not usable, trying an older one: {error}")
+        return 0, like
+
+    def save(self, step: int, state: Any) -> None:
+        older = self._saves()
+        checkpoint.save(self._folder / f"step_{step}", state)
+        for _, path in older:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _batches(source: data.Source, batch_size: int, seed: int, start: int) -> Iterator[Any]:
+    return data.training_batches(source, batch_size=batch_size, seed=seed, start_step=start)
+
+
+def train(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, seed: int, writer: writers.Writer
+) -> pathlib.Path:
+    """Trains one seed, resuming what is there; returns the path of its checkpoint."""
+    target = problem_lib.checkpoint_path(workdir, seed)
+    if target.exists():
+        print(f"seed {seed}: {target} is already trained")
+        return target
+    source = problem_lib.load_data(config, "train")
+    problem = problem_lib.build(config, source)
+    step_fn, optimizer = make_step(problem, config.train)
+    variables = problem_lib.initial(problem, seed)
+    if "batch_stats" in variables:
+        raise ValueError("train.py trains models without running statistics; use norm='group'.")
+    saved = _SavedState(workdir / "training" / f"seed_{seed}")
+    start, (variables, opt_state) = saved.load((variables, optimizer.init(variables)))
+    root = jax.random.key(seed)
+    steps = range(start, config.train.num_steps)
+    batches = _batches(source, config.train.batch_size, seed, start)
+    progress = tqdm.tqdm(
+        steps, desc=f"train seed {seed}", initial=start, total=config.train.num_steps,
+        disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+    for step in progress:
+        batch = next(batches)
+        key = jax.random.fold_in(root, step)
+        variables, opt_state, parts = step_fn(variables, opt_state, batch.image, batch.label, key)
+        done = step + 1
+        if done % config.train.log_every == 0 or done == config.train.num_steps:
+            main, rotation = map(float, parts)
+            writer.scalars(done, {"train/main_loss": main, "train/rotation_loss": rotation})
+            progress.set_postfix(main=f"{main:.3f}", rotation=f"{rotation:.3f}")
+        if done % config.train.save_every == 0 and done < config.train.num_steps:
+            saved.save(done, (variables, opt_state))
+    accuracy = _accuracy(problem, variables, problem_lib.load_data(config, "validation"))
+    metadata = problem_lib.checkpoint_metadata(config) | {
+        "seed": seed,
+        "num_steps": config.train.num_steps,
+        "validation_accuracy": accuracy,
+    }
+    checkpoint.save(target, variables, metadata=metadata)
+    saved.remove()
+    print(f"seed {seed}: validation accuracy {accuracy:.4f}, saved {target}")
+    return target
+
+
+def _accuracy(problem: problem_lib.Problem, variables: Any, source: data.Source) -> float:
+    apply = jax.jit(problem.classify)
+    right = 0
+    for start in range(0, len(source), 512):
+        batch = source.take(np.arange(start, min(start + 512, len(source))))
+        right += int((jnp.argmax(apply(variables, batch.image), -1) == batch.label).sum())
+    return right / len(source)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The program."""
+    del argv
+    config = _CONFIG.value
+    workdir = launch.open_workdir(_WORKDIR.value)
+    launch.claim(workdir, config)
+    with writers.open_writer(workdir, tensorboard=_TENSORBOARD.value) as writer:
+        for seed in config.seeds:
+            train(config, workdir, seed, writer)
+
+
+if __name__ == "__main__":
+    _CONFIG, _WORKDIR = launch.define_flags()
+    _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.")
+    launch.run(main)
