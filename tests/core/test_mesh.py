@@ -1,0 +1,200 @@
+"""Instances spread over the devices of a mesh: the same values, and nothing is gathered."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import ttt_jax as ttt
+from ttt_jax import losses, select
+
+from . import models
+from .compiling import quickly
+
+pytestmark = pytest.mark.skipif(
+    len(jax.devices()) < 4,
+    reason="needs four devices (CPU: --xla_force_host_platform_device_count)",
+)
+DENSE = models.make_params()
+ATOL = 1e-5
+
+
+def mesh_of(*shape, names=("data",)):
+    count = int(np.prod(shape))
+    return jax.make_mesh(
+        shape, names, axis_types=(AxisType.Auto,) * len(shape), devices=jax.devices()[:count]
+    )
+
+
+def convolve(params, images):
+    """A convolution and a head: ``[N, 6, 6, 1] -> [N, 4]``."""
+    for kernel in params["kernels"]:
+        images = jax.lax.conv_general_dilated(
+            images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        images = jnp.tanh(images)
+    return images.mean(axis=(1, 2)) @ params["head"]
+
+
+def conv_params():
+    rng = np.random.default_rng(0)
+    shapes = [(3, 3, 1, 3), (3, 3, 3, 5)]
+    return {
+        "kernels": [jnp.asarray(rng.normal(size=s), jnp.float32) / 3 for s in shapes],
+        "head": jnp.asarray(rng.normal(size=(5, 4)), jnp.float32),
+    }
+
+
+def rotation_ttt(apply, num_steps=2, rate=0.1):
+    adapter = ttt.gradient_adapter(
+        losses.rotation(apply), optax.sgd(rate), select=select.everything()
+    )
+    return ttt.episodic(adapter, ttt.unbatched(apply), num_steps=num_steps)
+
+
+def inputs(count):
+    return models.make_images(count), ttt.sample_keys(jax.random.key(0), jnp.arange(count))
+
+
+def far(a, b):
+    return max(
+        float(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max())
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@pytest.mark.parametrize(("count", "chunk_size"), [(3, None), (7, 1), (7, 2), (8, None)])
+def test_values_equal_those_of_one_device(count, chunk_size):
+    """For any number of instances; padding and chunks make no difference."""
+    predict = rotation_ttt(models.turn)
+    one = quickly(ttt.batched(predict), DENSE, *inputs(count))
+    many = ttt.batched(predict, mesh=mesh_of(4), chunk_size=chunk_size)
+    spread = quickly(many, DENSE, *inputs(count))
+    assert bool(spread[1].updated.all())
+    assert spread[0].shape == (count, 4)
+    assert far(one, spread) < ATOL
+
+
+def test_convolutions_stay_on_their_device():
+    """No gather, no reduction, and the groups divided by the number of devices."""
+    count, predict, params = 8, rotation_ttt(convolve), conv_params()
+    lowered = {
+        devices: jax.jit(ttt.batched(predict, mesh=mesh)).lower(params, *inputs(count))
+        for devices, mesh in ((1, None), (4, mesh_of(4)))
+    }
+    compiled = {devices: low.compile() for devices, low in lowered.items()}
+    texts = {devices: program.as_text() for devices, program in compiled.items()}
+    assert not re.search(r"all-gather|all-reduce|all-to-all|collective", texts[4])
+
+    def most_groups(text):
+        return max(map(int, re.findall(r"feature_group_count=(\d+)", text)))
+
+    # The widest grouped convolution has the instances times its own input channels.
+    assert most_groups(texts[1]) % count == 0
+    assert most_groups(texts[4]) * 4 == most_groups(texts[1])
+    values = [program(params, *inputs(count)) for program in compiled.values()]
+    assert far(*values) < ATOL
+
+
+def test_uneven_convolutions_equal_one_device():
+    predict, params = rotation_ttt(convolve), conv_params()
+    one = quickly(ttt.batched(predict), params, *inputs(6))
+    spread = quickly(ttt.batched(predict, mesh=mesh_of(4), chunk_size=1), params, *inputs(6))
+    assert far(one, spread) < ATOL
+
+
+def test_without_care_gradients_are_summed_over_the_mesh():
+    """Why ``batched`` turns replication checks off: the obvious form is wrong, silently."""
+    predict = rotation_ttt(models.turn, num_steps=1)
+    mapped = jax.vmap(predict, in_axes=(None, 0, 0))
+    obvious = jax.shard_map(
+        mapped, mesh=mesh_of(4), in_specs=(P(), P("data"), P("data")), out_specs=P("data")
+    )
+    one = quickly(ttt.batched(predict), DENSE, *inputs(8))
+    assert far(one, quickly(obvious, DENSE, *inputs(8))) > 100 * ATOL
+
+
+def test_second_axis_stays_automatic():
+    """Parameters sharded over another axis of the mesh stay so; only that axis is reduced."""
+    mesh = mesh_of(2, 2, names=("data", "model"))
+    predict = rotation_ttt(convolve)
+    params = conv_params()
+    one = quickly(ttt.batched(predict), params, *inputs(5))
+    sharded = jax.device_put(params, NamedSharding(mesh, P()))
+    sharded["head"] = jax.device_put(params["head"], NamedSharding(mesh, P(None, "model")))
+    spread = quickly(ttt.batched(predict, mesh=mesh), sharded, *inputs(5))
+    assert far(one, spread) < ATOL
+
+
+def test_another_axis_name():
+    predict = rotation_ttt(models.turn, num_steps=1)
+    one = quickly(ttt.batched(predict), DENSE, *inputs(3))
+    batched = ttt.batched(predict, mesh=mesh_of(2, names=("batch",)), axis="batch")
+    assert far(one, quickly(batched, DENSE, *inputs(3))) < ATOL
+
+
+def test_model_function_may_scan_from_zeros():
+    """A recurrent model starts its carry from a constant, which differs from device to device."""
+
+    def recurrent(params, images):
+        def read(carry, row):
+            return jnp.tanh(carry + row @ params["in"]), None
+
+        rows = jnp.moveaxis(images[..., 0], 1, 0)
+        carry, _ = jax.lax.scan(read, jnp.zeros((images.shape[0], 5)), rows)
+        return carry @ params["out"]
+
+    rng = np.random.default_rng(0)
+    params = {
+        "in": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32),
+        "out": jnp.asarray(rng.normal(size=(5, 4)), jnp.float32),
+    }
+    predict = rotation_ttt(recurrent)
+    one = quickly(ttt.batched(predict), params, *inputs(5))
+    spread = quickly(ttt.batched(predict, mesh=mesh_of(4)), params, *inputs(5))
+    assert bool(spread[1].updated.all())
+    assert far(one, spread) < ATOL
+
+
+def test_integer_and_key_leaves():
+    def keyed(params, images):
+        noise = jax.random.normal(params["key"], (4,)) * params["count"]
+        return models.turn(params["net"], images) + noise[None]
+
+    params = {"net": DENSE, "key": jax.random.key(5), "count": jnp.asarray(3)}
+    predict = rotation_ttt(keyed, num_steps=1)
+    one = quickly(ttt.batched(predict), params, *inputs(5))
+    spread = quickly(ttt.batched(predict, mesh=mesh_of(4)), params, *inputs(5))
+    assert far(one, spread) < ATOL
+
+
+def test_hyper_parameters_may_be_traced():
+    def run(rate, *args):
+        return ttt.batched(rotation_ttt(models.turn, rate=rate), mesh=mesh_of(4))(*args)
+
+    one = quickly(ttt.batched(rotation_ttt(models.turn, rate=0.2)), DENSE, *inputs(5))
+    assert far(one, quickly(run, 0.2, DENSE, *inputs(5))) < ATOL
+
+
+def test_outside_of_jit():
+    predict = ttt.source(lambda params, x: params * x[0, 0])
+    xs, keys = inputs(5)
+    outputs, _ = ttt.batched(predict, mesh=mesh_of(4))(2.0, xs, keys)
+    np.testing.assert_array_equal(outputs, 2 * np.asarray(xs)[:, 0, 0])
+
+
+class TestErrors:
+    PREDICT = staticmethod(ttt.source(lambda params, x: x))
+
+    def test_unknown_axis(self):
+        with pytest.raises(ValueError, match=r"(?s)axis of the mesh.*'samples'.*'data'"):
+            ttt.batched(self.PREDICT, mesh=mesh_of(4), axis="samples")
+
+    def test_several_axes_need_jit(self):
+        mesh = mesh_of(2, 2, names=("data", "model"))
+        with pytest.raises(ValueError, match=r"(?s)under jax\.jit.*'data', 'model'.*jax\.jit\(b"):
+            ttt.batched(self.PREDICT, mesh=mesh)({}, *inputs(4))
