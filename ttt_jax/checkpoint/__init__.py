@@ -15,7 +15,7 @@ caller's metadata, the package versions, and a crc32 of itself::
 On disk::
 
     PATH/ttt_jax.json                the manifest
-    PATH/params/                     an orbax checkpoint of its own (zarr, ``use_ocdbt=False``)
+    PATH/params/                     an orbax checkpoint of its own (zarr, use_ocdbt=False)
     PATH/params/encoder.conv.kernel/ one folder per leaf, so damage names its leaf
 
 Every failure is a :class:`CheckpointError` that names the leaf or the file.

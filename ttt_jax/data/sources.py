@@ -105,7 +105,7 @@ class Source:
 
     @property
     def ids(self) -> np.ndarray:
-        """int64 ``[len(self)]``: positions in the un-sliced split, or the file's own ids."""
+        """Positions in the un-sliced split, or the file's own ids; int64 ``[len(self)]``."""
         return self._ids
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Batch:
@@ -134,7 +134,7 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """Eight hex digits: crc32 over ids, labels and stored pixels. Computed once, on demand."""
+        """The crc32 over ids, labels and stored pixels, eight hex digits; computed on demand."""
         if self._fingerprint is None:
             crc = zlib.crc32(np.ascontiguousarray(self._ids, "<i8").tobytes())
             crc = zlib.crc32(np.ascontiguousarray(self.labels(), "<i4").tobytes(), crc)
