@@ -72,7 +72,6 @@ def make_row(
 
 
 def evaluate(
-    config: ml_collections.ConfigDict,
     results: journal.Journal,
     methods: dict[str, methods_lib.Method],
     chosen: dict[str, dict[str, Any]],
@@ -114,11 +113,25 @@ def evaluate(
     progress.close()
 
 
-def main(argv: Sequence[str]) -> int:
-    """The program."""
-    del argv
-    config = _CONFIG.value
-    workdir = launch.open_workdir(_WORKDIR.value)
+def run(
+    config: ml_collections.ConfigDict,
+    folder: str,
+    *,
+    restore: str = "memory",
+    checkpoint_path: str | None = None,
+    tensorboard: bool = False,
+) -> int:
+    """Adapts every seed of a config; returns the exit status, 1 if any trial failed.
+
+    Args:
+      config: see ``experiments/configs``.
+      folder: the work folder.
+      restore: how the pristine parameters come back between batches: ``memory``,
+        ``fingerprint`` or ``orbax``.
+      checkpoint_path: a checkpoint for all seeds; None takes the folder's own.
+      tensorboard: whether to write TensorBoard events too.
+    """
+    workdir = launch.open_workdir(folder)
     launch.claim(workdir, config)
     results = journal.Journal(workdir / "results.jsonl")
     test = problem_lib.load_data(config, "test")
@@ -128,26 +141,34 @@ def main(argv: Sequence[str]) -> int:
     severity = config.adapt.severity
     checked = [(name, severity) for name in data.corruptions.VALIDATION_CORRUPTIONS]
     reported = [("clean", 0)] + [(name, severity) for name in data.corruptions.CORRUPTIONS]
-    with writers.open_writer(workdir, tensorboard=_TENSORBOARD.value) as writer:
+    roles = (("validation", validation, checked), ("reported", test, reported))
+    with writers.open_writer(workdir, tensorboard=tensorboard) as writer:
         for seed in config.seeds:
-            path = _CHECKPOINT.value or problem_lib.checkpoint_path(workdir, seed)
-            pristine = checkpoint.load(path, like=problem_lib.shapes(problem))
-            pristine.require(**problem_lib.checkpoint_metadata(config))
-            runner = runner_lib.Runner(config, problem, pristine, seed=seed, restore=_RESTORE.value)
+            path = checkpoint_path or problem_lib.checkpoint_path(workdir, seed)
+            pristine = problem_lib.load_checkpoint(path, problem, config)
+            runner = runner_lib.Runner(config, problem, pristine, seed=seed, restore=restore)
             chosen = selection.choose(
                 workdir / "selection.json", methods, runner, validation, severity
             )
-            for role, source, domains in (
-                ("validation", validation, checked),
-                ("reported", test, reported),
-            ):
+            for role, source, domains in roles:
                 fields = {"seed": seed, "split_role": role, "checkpoint": pristine.fingerprint}
-                evaluate(config, results, methods, chosen, runner, source, fields, domains, writer)
-    failed = [row for row in results.failed]
-    print(f"{len(results.rows())} rows in {results.path}, {len(failed)} failed trials")
-    for row in failed:
+                evaluate(results, methods, chosen, runner, source, fields, domains, writer)
+    print(f"{len(results.rows())} rows in {results.path}, {len(results.failed)} failed trials")
+    for row in results.failed:
         print(f"failed: {row['method']} on {row['domain']}: {row['message']}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if results.failed else 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """The program."""
+    del argv
+    return run(
+        _CONFIG.value,
+        _WORKDIR.value,
+        restore=_RESTORE.value,
+        checkpoint_path=_CHECKPOINT.value,
+        tensorboard=_TENSORBOARD.value,
+    )
 
 
 if __name__ == "__main__":

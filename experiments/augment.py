@@ -29,15 +29,22 @@ def flip(image: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
-def autocontrast(image: jax.Array, key: jax.Array) -> jax.Array:
-    """Stretches the image to [0, 1] with probability 1/2; a constant image stays as it is.
+def every_view(padding: int, flipped: bool) -> Callable[[jax.Array], jax.Array]:
+    """All the views that :func:`shift` and, if asked, :func:`flip` can draw.
 
-    One of AugMix' operations (Hendrycks et al., 2020, https://arxiv.org/abs/1912.02781), the
-    views that MEMO uses.
+    Returns:
+      ``image[H, W, C] -> [V, H, W, C]`` with ``V = (2 * padding + 1)^2``, twice that if flipped.
     """
-    low, high = image.min(), image.max()
-    stretched = (image - low) / jnp.maximum(high - low, 1 / 255)
-    return jnp.where(jax.random.bernoulli(key) & (high > low), stretched, image)
+    offsets = range(2 * padding + 1)
+
+    def views(image: jax.Array) -> jax.Array:
+        height, width, _ = image.shape
+        padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="edge")
+        shifted = [padded[i : i + height, j : j + width] for i in offsets for j in offsets]
+        mirrored = [view[:, ::-1] for view in shifted] if flipped else []
+        return jnp.stack(shifted + mirrored)
+
+    return views
 
 
 def chain(*steps: Augment) -> Augment:

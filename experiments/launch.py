@@ -12,14 +12,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "digits.py"
+
+
+# What ml_collections raises for a missing config file and for --config.KEY=VALUE it cannot apply;
+# it parses the overrides as soon as the flag is defined.
+_OVERRIDE_ERRORS = (KeyError, AttributeError, TypeError, ValueError, OSError)
 
 
 class UserError(Exception):
@@ -28,9 +33,12 @@ class UserError(Exception):
 
 def define_flags() -> tuple[Any, Any]:
     """Defines ``--config`` and ``--workdir``; returns their holders."""
-    config = config_flags.DEFINE_config_file(
-        "config", str(DEFAULT_CONFIG), "Config file; override with --config.KEY=VALUE."
-    )
+    try:
+        config = config_flags.DEFINE_config_file(
+            "config", str(DEFAULT_CONFIG), "Config file; override with --config.KEY=VALUE."
+        )
+    except _OVERRIDE_ERRORS as error:
+        _refuse_override(error)
     workdir = flags.DEFINE_string("workdir", None, "Folder for everything the run writes.")
     flags.mark_flag_as_required("workdir")
     return config, workdir
@@ -53,13 +61,18 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     def parse(argv: Sequence[str]) -> list[str]:
         try:
             return app.parse_flags_with_usage(list(argv))
-        except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
-            # ml_collections raises these for --config.KEY=VALUE; the message has the near name.
-            message = str(error.args[0]) if error.args else str(error)
-            print(f"error: bad --config override: {_with_nearest(message, argv)}", file=sys.stderr)
-            sys.exit(2)
+        except _OVERRIDE_ERRORS as error:
+            _refuse_override(error)
 
+    # Orbax and TFDS log each file they touch at INFO.
+    logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parse)
+
+
+def _refuse_override(error: Exception) -> NoReturn:
+    message = str(error.args[0]) if error.args else str(error)
+    print(f"error: bad --config: {_with_nearest(message, sys.argv)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _with_nearest(message: str, argv: Sequence[str]) -> str:

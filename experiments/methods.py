@@ -18,9 +18,9 @@ import optax
 import ttt_jax as ttt
 from experiments.problem import Problem
 
-# Keys of the views inside an adapted model's prediction and of the probes: fixed, so that the
-# values before and after adapting differ by the adaptation alone.
-_VIEW_KEY, _PROBE_KEY = 7, 8
+# The views of the probes are fixed, so that the values before and after adapting differ by the
+# adaptation alone.
+_PROBE_KEY = 8
 _PROBE_VIEWS = 8
 
 Apply = Callable[[Any, jax.Array], dict[str, jax.Array]]
@@ -129,21 +129,18 @@ def _memo_loss(problem: Problem, settings: dict[str, Any]) -> ttt.AuxLoss:
 def _views(settings: dict[str, Any]) -> int:
     """Views that one inner step looks at."""
     copies = 4 if settings.get("copies", 0) is None else settings.get("copies", 0)
-    return copies + (settings["num_views"] if settings.get("memo_weight", 1) else 0)
+    return copies + settings.get("num_views", 0)
 
 
 def _source(grid: Any, problem: Problem) -> Method:
     return Method("per_sample", lambda s: ttt.source(_plain(problem)), grid, lambda s: (1, 0))
 
 
-def _averaged(problem: Problem, num_views: int) -> ttt.Predictor:
-    one = ttt.unbatched(problem.classify)
-    return ttt.augmented(one, problem.view, num_views=num_views)
-
-
 def _augmented(grid: Any, problem: Problem) -> Method:
+    one = ttt.unbatched(problem.classify)
+
     def make(settings: dict[str, Any]) -> ttt.Predictor:
-        predict = _averaged(problem, settings["num_views"])
+        predict = ttt.augmented(one, problem.view, num_views=settings["num_views"])
 
         def labelled(params: Any, image: jax.Array, key: jax.Array) -> Any:
             logits, info = predict(params, image, key)
@@ -163,7 +160,7 @@ def _traced(grid: Any, problem: Problem, loss: Callable[..., Any], probe: str) -
         return ttt.episodic(adapter, apply, num_steps=settings["num_steps"], trace=True)
 
     def cost(settings: dict[str, Any]) -> tuple[int, int]:
-        work = settings["num_steps"] * _views({"num_views": 0, **settings})
+        work = settings["num_steps"] * _views(settings)
         return work + 1, work
 
     return Method(
@@ -180,25 +177,27 @@ def _memo(grid: Any, problem: Problem) -> Method:
 
 
 def _composition(grid: Any, problem: Problem) -> Method:
-    """Adapts to rotation and, if it weighs anything, marginal entropy; predicts on views."""
+    """Adapts to rotation and marginal entropy together; predicts the mean over every view."""
+    read = probes(problem)["rotation"]
+
+    def apply(params: Any, image: jax.Array) -> dict[str, jax.Array]:
+        log_p = jax.nn.log_softmax(problem.classify(params, problem.every_view(image)), axis=-1)
+        # Logarithm of the mean probability; the constant number of views does not matter.
+        return {"logits": jax.nn.logsumexp(log_p, axis=0), "aux": read(params, image)}
 
     def make(settings: dict[str, Any]) -> ttt.Predictor:
-        read = probes(problem)["rotation"]
-        average = _averaged(problem, settings["predict_views"])
-
-        def apply(params: Any, image: jax.Array) -> dict[str, jax.Array]:
-            logits, _ = average(params, image, jax.random.key(_VIEW_KEY))
-            return {"logits": logits, "aux": read(params, image)}
-
-        loss = _rotation_loss(problem, settings)
-        if settings["memo_weight"]:
-            memo = (settings["memo_weight"], _memo_loss(problem, settings))
-            loss = ttt.losses.weighted((1.0, loss), memo)
+        loss = ttt.losses.weighted(
+            (1.0, _rotation_loss(problem, settings)),
+            (settings["memo_weight"], _memo_loss(problem, settings)),
+        )
         return ttt.episodic(_adapter(loss, settings), apply, num_steps=settings["num_steps"])
 
     def cost(settings: dict[str, Any]) -> tuple[int, int]:
         work = settings["num_steps"] * _views(settings)
-        return work + settings["predict_views"], work
+        views = jax.eval_shape(
+            problem.every_view, jax.ShapeDtypeStruct(problem.image_shape, "float32")
+        )
+        return work + views.shape[0], work
 
     return Method("per_sample", make, grid, cost, "rotation", reset="episodic", predict="after")
 
@@ -214,7 +213,7 @@ def _rotation_online(grid: Any, problem: Problem) -> Method:
         )
 
     def cost(settings: dict[str, Any]) -> tuple[int, int]:
-        work = settings["num_steps"] * _views({"num_views": 0, **settings})
+        work = settings["num_steps"] * _views(settings)
         return work + 1, work
 
     return Method("stream", make, grid, cost, "rotation", reset="never", predict="after")

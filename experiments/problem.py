@@ -8,7 +8,7 @@ import jax
 import ml_collections
 
 from experiments import augment
-from ttt_jax import data, models
+from ttt_jax import checkpoint, data, models
 
 MODELS = {"resnet": models.ResNet, "vit": models.ViT}
 
@@ -22,6 +22,7 @@ class Problem(NamedTuple):
       rotation: model function ``-> [N, 4]``.
       view: one random view of an image, the same family in training, in the auxiliary tasks and
         in test-time augmentation.
+      every_view: all views that ``view`` can draw, ``image -> [V, H, W, C]``.
       image_shape: ``(H, W, C)``.
     """
 
@@ -29,6 +30,7 @@ class Problem(NamedTuple):
     classify: Callable[[Any, jax.Array], jax.Array]
     rotation: Callable[[Any, jax.Array], jax.Array]
     view: augment.Augment
+    every_view: Callable[[jax.Array], jax.Array]
     image_shape: tuple[int, int, int]
 
 
@@ -59,16 +61,14 @@ def build(config: ml_collections.ConfigDict, source: data.Source) -> Problem:
     def normalized(apply: Callable[..., Any]) -> Callable[..., Any]:
         return lambda params, images, *rest: apply(params, (images - mean) / std, *rest)
 
-    view_steps = [augment.shift(config.views.padding)]
-    if config.views.flip:
-        view_steps.append(augment.flip)
-    if config.views.autocontrast:
-        view_steps.append(augment.autocontrast)
+    padding, flip = config.views.padding, config.views.flip
+    steps = [augment.shift(padding), augment.flip] if flip else [augment.shift(padding)]
     return Problem(
         module=module,
         classify=normalized(models.from_linen(module)),
         rotation=normalized(models.from_linen(module, "rotation")),
-        view=augment.chain(*view_steps),
+        view=augment.chain(*steps),
+        every_view=augment.every_view(padding, flip),
         image_shape=tuple(source.image_shape),
     )
 
@@ -99,3 +99,21 @@ def checkpoint_metadata(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "model": {key: value for key, value in config.model.items()},
         "dataset": config.data.name,
     }
+
+
+def load_checkpoint(
+    path: str | pathlib.Path, problem: Problem, config: ml_collections.ConfigDict
+) -> checkpoint.Pristine:
+    """The pristine checkpoint, checked against the model and the config's normalisation.
+
+    Raises:
+      CheckpointError: damaged, of another layout, or made with other constants.
+    """
+    if not pathlib.Path(path).exists():
+        raise FileNotFoundError(
+            f"there is no checkpoint at {path}; train one first: python -m experiments.train with "
+            "the same --workdir and --config, or name another with --checkpoint."
+        )
+    pristine = checkpoint.load(path, like=shapes(problem))
+    pristine.require(**checkpoint_metadata(config))
+    return pristine

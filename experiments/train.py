@@ -151,15 +151,19 @@ def _accuracy(problem: problem_lib.Problem, variables: Any, source: data.Source)
     return right / len(source)
 
 
+def run(config: ml_collections.ConfigDict, folder: str, *, tensorboard: bool = False) -> None:
+    """Trains every seed of a config that has no checkpoint yet."""
+    workdir = launch.open_workdir(folder)
+    launch.claim(workdir, config)
+    with writers.open_writer(workdir, tensorboard=tensorboard) as writer:
+        for seed in config.seeds:
+            train(config, workdir, seed, writer)
+
+
 def main(argv: Sequence[str]) -> None:
     """The program."""
     del argv
-    config = _CONFIG.value
-    workdir = launch.open_workdir(_WORKDIR.value)
-    launch.claim(workdir, config)
-    with writers.open_writer(workdir, tensorboard=_TENSORBOARD.value) as writer:
-        for seed in config.seeds:
-            train(config, workdir, seed, writer)
+    run(_CONFIG.value, _WORKDIR.value, tensorboard=_TENSORBOARD.value)
 
 
 if __name__ == "__main__":
