@@ -52,6 +52,7 @@ def make_row(
         "reset": method.reset,
         "predict": method.predict,
         "seconds": outcome.seconds,
+        "compile_seconds": outcome.compile_seconds,
         "samples_per_second": count / outcome.seconds,
         "turned_right": float((source_wrong & ~wrong).mean()),
         "turned_wrong": float((~source_wrong & wrong).mean()),
@@ -137,7 +138,8 @@ def run(
     test = problem_lib.load_data(config, "test")
     validation = problem_lib.load_data(config, "validation")
     problem = problem_lib.build(config, test)
-    methods = methods_lib.build(config, problem)
+    plain = problem_lib.build(config, test, shared_kernels=True)
+    methods = methods_lib.build(config, problem, plain)
     severity = config.adapt.severity
     checked = [(name, severity) for name in data.corruptions.VALIDATION_CORRUPTIONS]
     reported = [("clean", 0)] + [(name, severity) for name in data.corruptions.CORRUPTIONS]
@@ -146,7 +148,7 @@ def run(
         for seed in config.seeds:
             path = checkpoint_path or problem_lib.checkpoint_path(workdir, seed)
             pristine = problem_lib.load_checkpoint(path, problem, config)
-            runner = runner_lib.Runner(config, problem, pristine, seed=seed, restore=restore)
+            runner = runner_lib.Runner(config, plain, pristine, seed=seed, restore=restore)
             chosen = selection.choose(
                 workdir / "selection.json", methods, runner, validation, severity
             )

@@ -16,7 +16,7 @@ import ml_collections
 import optax
 
 import ttt_jax as ttt
-from experiments.problem import Problem
+from experiments.problem import Model, Problem
 
 # The views of the probes are fixed, so that the values before and after adapting differ by the
 # adaptation alone.
@@ -58,43 +58,83 @@ def _grid(options: ml_collections.ConfigDict) -> tuple[dict[str, Any], ...]:
     return tuple(dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values))
 
 
-def build(config: ml_collections.ConfigDict, problem: Problem) -> dict[str, Method]:
+def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -> dict[str, Method]:
     """The dict of methods that a config asks for, in its order.
+
+    Args:
+      config: its ``methods`` name them.
+      problem: for methods whose kernels are private to each sample.
+      plain: the same problem with shared kernels, for methods that adapt nothing.
 
     Raises:
       ValueError: a name that is not a method.
     """
     makers = {
-        "source": _source,
-        "augmented": _augmented,
-        "rotation": _rotation,
-        "memo": _memo,
-        "rotation_memo_augmented": _composition,
-        "rotation_online": _rotation_online,
+        "source": (_source, plain),
+        "augmented": (_augmented, plain),
+        "norm_prior": (_norm_prior, plain),
+        "augmented_prior": (_augmented_prior, plain),
+        "rotation": (_rotation, problem),
+        "memo": (_memo, problem),
+        "rotation_memo_augmented": (_composition, problem),
+        "rotation_online": (_rotation_online, problem),
     }
     for name in config.methods:
         if name not in makers:
             raise ValueError(f"methods.{name} is not a method; choose from {sorted(makers)}.")
-    return {name: makers[name](_grid(options), problem) for name, options in config.methods.items()}
+    methods = {}
+    for name, options in config.methods.items():
+        make, of = makers[name]
+        methods[name] = make(_grid(options), of)
+    return methods
 
 
 def probes(problem: Problem) -> dict[str, Callable[[Any, jax.Array], jax.Array]]:
-    """Deterministic readings ``(params, image) -> scalar`` of the auxiliary losses."""
+    """Deterministic readings ``(params, image) -> scalar`` of the auxiliary losses.
+
+    They use running statistics, so that they move with the weights alone.
+    """
     key = jax.random.key(_PROBE_KEY)
-    rotation = ttt.losses.rotation(problem.rotation)
-    memo = ttt.losses.marginal_entropy(problem.classify, problem.view, num_views=_PROBE_VIEWS)
+    model = problem.model()
+    rotation = ttt.losses.rotation(model.rotation)
+    memo = ttt.losses.marginal_entropy(model.classify, problem.view, num_views=_PROBE_VIEWS)
     return {
         "rotation": lambda params, image: rotation(params, image, key),
         "memo": lambda params, image: memo(params, image, key),
     }
 
 
-def _plain(problem: Problem, probe: str | None = None) -> Apply:
-    one = ttt.unbatched(problem.classify)
+def _model(problem: Problem, settings: dict[str, Any]) -> Model:
+    """The model functions of a candidate: a ``prior`` blends source and test statistics."""
+    return problem.model(settings.get("prior", "running"))
+
+
+def _plain(problem: Problem, settings: dict[str, Any], probe: str | None = None) -> Apply:
+    """Predicts the image as it is."""
+    one = ttt.unbatched(_model(problem, settings).classify)
     if probe is None:
         return lambda params, image: {"logits": one(params, image)}
     read = probes(problem)[probe]
     return lambda params, image: {"logits": one(params, image), "aux": read(params, image)}
+
+
+def _every_view(problem: Problem, settings: dict[str, Any], probe: str | None = None) -> Apply:
+    """Predicts the mean probability over every view, all of them in one batch."""
+    classify = _model(problem, settings).classify
+    read = probes(problem)[probe] if probe else None
+
+    def apply(params: Any, image: jax.Array) -> dict[str, jax.Array]:
+        log_p = jax.nn.log_softmax(classify(params, problem.every_view(image)), axis=-1)
+        # The logarithm of the mean but for a constant, which changes no prediction.
+        output = {"logits": jax.nn.logsumexp(log_p, axis=0)}
+        return output | ({"aux": read(params, image)} if read else {})
+
+    return apply
+
+
+def _num_views(problem: Problem) -> int:
+    image = jax.ShapeDtypeStruct(problem.image_shape, "float32")
+    return int(jax.eval_shape(problem.every_view, image).shape[0])
 
 
 def _selection(settings: dict[str, Any]) -> ttt.Selection:
@@ -118,12 +158,14 @@ def _adapter(loss: Any, settings: dict[str, Any]) -> ttt.Adapter:
 
 def _rotation_loss(problem: Problem, settings: dict[str, Any]) -> ttt.AuxLoss:
     copies = settings["copies"]
-    return ttt.losses.rotation(problem.rotation, copies=copies, augment=problem.view)
+    rotation = _model(problem, settings).rotation
+    return ttt.losses.rotation(rotation, copies=copies, augment=problem.view)
 
 
 def _memo_loss(problem: Problem, settings: dict[str, Any]) -> ttt.AuxLoss:
     views = settings["num_views"]
-    return ttt.losses.marginal_entropy(problem.classify, problem.view, num_views=views)
+    classify = _model(problem, settings).classify
+    return ttt.losses.marginal_entropy(classify, problem.view, num_views=views)
 
 
 def _views(settings: dict[str, Any]) -> int:
@@ -133,13 +175,25 @@ def _views(settings: dict[str, Any]) -> int:
 
 
 def _source(grid: Any, problem: Problem) -> Method:
-    return Method("per_sample", lambda s: ttt.source(_plain(problem)), grid, lambda s: (1, 0))
+    return Method("per_sample", lambda s: ttt.source(_plain(problem, s)), grid, lambda s: (1, 0))
+
+
+def _norm_prior(grid: Any, problem: Problem) -> Method:
+    """Blends the statistics of the one image into those of the source; no gradient."""
+    return _source(grid, problem)
+
+
+def _augmented_prior(grid: Any, problem: Problem) -> Method:
+    """Every view in one batch with blended statistics: the composition without its gradient."""
+    views = _num_views(problem)
+    return Method(
+        "per_sample", lambda s: ttt.source(_every_view(problem, s)), grid, lambda s: (views, 0)
+    )
 
 
 def _augmented(grid: Any, problem: Problem) -> Method:
-    one = ttt.unbatched(problem.classify)
-
     def make(settings: dict[str, Any]) -> ttt.Predictor:
+        one = ttt.unbatched(_model(problem, settings).classify)
         predict = ttt.augmented(one, problem.view, num_views=settings["num_views"])
 
         def labelled(params: Any, image: jax.Array, key: jax.Array) -> Any:
@@ -156,7 +210,7 @@ def _traced(grid: Any, problem: Problem, loss: Callable[..., Any], probe: str) -
 
     def make(settings: dict[str, Any]) -> ttt.Predictor:
         adapter = _adapter(loss(problem, settings), settings)
-        apply = _plain(problem, probe)
+        apply = _plain(problem, settings, probe)
         return ttt.episodic(adapter, apply, num_steps=settings["num_steps"], trace=True)
 
     def cost(settings: dict[str, Any]) -> tuple[int, int]:
@@ -178,26 +232,19 @@ def _memo(grid: Any, problem: Problem) -> Method:
 
 def _composition(grid: Any, problem: Problem) -> Method:
     """Adapts to rotation and marginal entropy together; predicts the mean over every view."""
-    read = probes(problem)["rotation"]
-
-    def apply(params: Any, image: jax.Array) -> dict[str, jax.Array]:
-        log_p = jax.nn.log_softmax(problem.classify(params, problem.every_view(image)), axis=-1)
-        # Logarithm of the mean probability; the constant number of views does not matter.
-        return {"logits": jax.nn.logsumexp(log_p, axis=0), "aux": read(params, image)}
+    views = _num_views(problem)
 
     def make(settings: dict[str, Any]) -> ttt.Predictor:
         loss = ttt.losses.weighted(
             (1.0, _rotation_loss(problem, settings)),
             (settings["memo_weight"], _memo_loss(problem, settings)),
         )
+        apply = _every_view(problem, settings, "rotation")
         return ttt.episodic(_adapter(loss, settings), apply, num_steps=settings["num_steps"])
 
     def cost(settings: dict[str, Any]) -> tuple[int, int]:
         work = settings["num_steps"] * _views(settings)
-        views = jax.eval_shape(
-            problem.every_view, jax.ShapeDtypeStruct(problem.image_shape, "float32")
-        )
-        return work + views.shape[0], work
+        return work + views, work
 
     return Method("per_sample", make, grid, cost, "rotation", reset="episodic", predict="after")
 
@@ -206,7 +253,7 @@ def _rotation_online(grid: Any, problem: Problem) -> Method:
     def make(settings: dict[str, Any]) -> ttt.Stream:
         return ttt.online(
             _adapter(_rotation_loss(problem, settings), settings),
-            _plain(problem, "rotation"),
+            _plain(problem, settings, "rotation"),
             num_steps=settings["num_steps"],
             reset=ttt.resets.never(),
             predict="after",

@@ -13,13 +13,26 @@ from ttt_jax import checkpoint, data, models
 MODELS = {"resnet": models.ResNet, "vit": models.ViT}
 
 
+class Model(NamedTuple):
+    """The model functions of a problem under one normalisation.
+
+    Attributes:
+      classify: ``(params, images[N, H, W, C] in [0, 1]) -> logits [N, classes]``.
+      rotation: ``(params, images) -> [N, 4]``.
+    """
+
+    classify: Callable[[Any, jax.Array], jax.Array]
+    rotation: Callable[[Any, jax.Array], jax.Array]
+
+
 class Problem(NamedTuple):
     """A model family on a data set.
 
     Attributes:
       module: the Linen module.
-      classify: model function ``(params, images[N, H, W, C] in [0, 1]) -> logits [N, classes]``.
-      rotation: model function ``-> [N, 4]``.
+      model: ``model(norm) -> Model``; ``norm`` as in ``ttt_jax.models.from_linen``: running
+        statistics, the batch's, or a prior of that many source instances.
+      normalize: images in [0, 1] to what the module takes.
       view: one random view of an image, the same family in training, in the auxiliary tasks and
         in test-time augmentation.
       every_view: all views that ``view`` can draw, ``image -> [V, H, W, C]``.
@@ -27,8 +40,8 @@ class Problem(NamedTuple):
     """
 
     module: Any
-    classify: Callable[[Any, jax.Array], jax.Array]
-    rotation: Callable[[Any, jax.Array], jax.Array]
+    model: Callable[[Any], Model]
+    normalize: Callable[[jax.Array], jax.Array]
     view: augment.Augment
     every_view: Callable[[jax.Array], jax.Array]
     image_shape: tuple[int, int, int]
@@ -36,11 +49,20 @@ class Problem(NamedTuple):
 
 def load_data(config: ml_collections.ConfigDict, split: str) -> data.Source:
     """A split of the config's data set, by role: ``train``, ``validation`` or ``test``."""
-    return data.load(config.data.name, config.data[split], data_dir=config.data.dir or None)
+    source = data.load(config.data.name, config.data[split], data_dir=config.data.dir or None)
+    return source.in_memory() if config.data.in_memory else source
 
 
-def build(config: ml_collections.ConfigDict, source: data.Source) -> Problem:
+def build(
+    config: ml_collections.ConfigDict, source: data.Source, *, shared_kernels: bool = False
+) -> Problem:
     """The problem that a config describes, for images like those of ``source``.
+
+    Args:
+      config: see ``experiments/configs``.
+      source: the images; their shape and classes complete the model's options.
+      shared_kernels: whether all instances use the same kernels (training, a prediction without
+        adaptation): XLA's own convolution is then the fastest everywhere.
 
     Raises:
       ValueError: an unknown model or view, or images without one fixed shape.
@@ -55,18 +77,28 @@ def build(config: ml_collections.ConfigDict, source: data.Source) -> Problem:
     options["num_classes"] = source.num_classes
     if config.model.name == "vit":
         options |= {"image_size": source.image_shape[0], "channels": source.image_shape[2]}
+    if config.model.name == "resnet" and shared_kernels:
+        options["conv"] = "lax"
     module = MODELS[config.model.name](**options)
     mean, std = config.data.mean, config.data.std
 
-    def normalized(apply: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda params, images, *rest: apply(params, (images - mean) / std, *rest)
+    def normalize(images: jax.Array) -> jax.Array:
+        return (images - mean) / std
+
+    def model(norm: Any = "running") -> Model:
+        classify = models.from_linen(module, norm=norm)
+        rotation = models.from_linen(module, "rotation", norm=norm)
+        return Model(
+            lambda params, images: classify(params, normalize(images)),
+            lambda params, images: rotation(params, normalize(images)),
+        )
 
     padding, flip = config.views.padding, config.views.flip
     steps = [augment.shift(padding), augment.flip] if flip else [augment.shift(padding)]
     return Problem(
         module=module,
-        classify=normalized(models.from_linen(module)),
-        rotation=normalized(models.from_linen(module, "rotation")),
+        model=model,
+        normalize=normalize,
         view=augment.chain(*steps),
         every_view=augment.every_view(padding, flip),
         image_shape=tuple(source.image_shape),

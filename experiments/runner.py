@@ -24,7 +24,8 @@ class Outcome(NamedTuple):
       ok: bool ``[N]``.
       resets: how many resets fired.
       label: int32 ``[N]``.
-      seconds: time of the compiled calls, compilation apart.
+      seconds: time of the compiled calls.
+      compile_seconds: time to trace and compile, 0 where the program was there already.
     """
 
     logits: np.ndarray
@@ -33,6 +34,7 @@ class Outcome(NamedTuple):
     resets: int
     label: np.ndarray
     seconds: float
+    compile_seconds: float
 
     @property
     def final(self) -> np.ndarray:
@@ -55,14 +57,14 @@ class Runner:
     def __init__(
         self,
         config: ml_collections.ConfigDict,
-        problem: Problem,
+        plain: Problem,
         pristine: checkpoint.Pristine,
         *,
         seed: int,
         restore: str,
     ):
         self._config = config.adapt
-        self._problem = problem
+        self._plain = plain
         self._pristine = pristine
         self._restore = restore
         self._seed = seed
@@ -94,7 +96,7 @@ class Runner:
         static = tuple(sorted((k, v) for k, v in settings.items() if k != "learning_rate"))
         rate = jnp.float32(settings.get("learning_rate", 0.0))
         carry = None
-        results, infos, labels, seconds = [], [], [], 0.0
+        results, infos, labels, seconds, compiling = [], [], [], 0.0, 0.0
         for batch in batches:
             params = self._pristine.restore(self._restore)
             count = len(batch.id)
@@ -105,8 +107,10 @@ class Runner:
             arguments = (params, carry, images, keys, rate)
             where = (name, static, images.shape)
             if where not in self._compiled:
+                start = time.perf_counter()
                 program = jax.jit(self._program(method, settings))
                 self._compiled[where] = program.lower(*arguments).compile()
+                compiling += time.perf_counter() - start
             start = time.perf_counter()
             carry, output, info = jax.block_until_ready(self._compiled[where](*arguments))
             seconds += time.perf_counter() - start
@@ -123,6 +127,7 @@ class Runner:
             resets=int(info.reset.sum()) if isinstance(info, ttt.StreamInfo) else 0,
             label=np.concatenate(labels),
             seconds=seconds,
+            compile_seconds=compiling,
         )
 
     def _program(self, method: methods_lib.Method, settings: dict[str, Any]) -> Any:
@@ -147,7 +152,7 @@ class Runner:
     def probe(self, batches: Iterable[data.DomainBatch]) -> dict[str, float]:
         """Mean auxiliary losses of the pristine model on a domain; not part of any timing."""
         if "probe" not in self._compiled:
-            readings = methods_lib.probes(self._problem)
+            readings = methods_lib.probes(self._plain)
 
             def read(params: Any, images: jax.Array) -> dict[str, jax.Array]:
                 return {

@@ -25,7 +25,7 @@ from absl import flags
 
 import ttt_jax as ttt
 from experiments import launch, problem as problem_lib, writers
-from ttt_jax import checkpoint, data
+from ttt_jax import checkpoint, data, models
 
 
 def _optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -42,21 +42,38 @@ def make_step(problem: problem_lib.Problem, config: ml_collections.ConfigDict) -
     augmented batch (Sun et al. 2020, Eq. 2).
     """
     optimizer = _optimizer(config)
-    aux = ttt.losses.rotation(problem.rotation, batch=True)
+    batch_norm = "batch_stats" in problem_lib.shapes(problem)
+    model = problem.model("batch" if batch_norm else "running")
+    aux = ttt.losses.rotation(model.rotation, batch=True)
 
     def losses(variables: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
         view_key, aux_key = jax.random.split(key)
         views = jax.vmap(problem.view)(images, jax.random.split(view_key, len(labels)))
-        logits = problem.classify(variables, views)
+        logits = model.classify(variables, views)
         main = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         rotation = aux(variables, views, aux_key)
-        return main + config.aux_weight * rotation, (main, rotation)
+        return main + config.aux_weight * rotation, (views, main, rotation)
+
+    def with_statistics(variables: Any, views: jax.Array, key: jax.Array) -> Any:
+        """Running statistics follow the batch: of the views, then of their four rotations."""
+        turned = jnp.concatenate([jnp.rot90(views, k, (1, 2)) for k in range(4)])
+        for method, images in ((None, views), ("rotation", turned)):
+            collect = models.linen_statistics(problem.module, method)
+            follow = ttt.statistics_adapter(collect, momentum=config.statistics_momentum)
+            state = follow.init(variables)
+            state, _ = follow.step(variables, state, problem.normalize(images), key)
+            variables = follow.merge(variables, state)
+        return variables
 
     @jax.jit
     def step(variables: Any, opt_state: Any, images: Any, labels: Any, key: Any) -> Any:
-        grads, parts = jax.grad(losses, has_aux=True)(variables, images, labels, key)
-        updates, opt_state = optimizer.update(grads, opt_state, variables)
-        return optax.apply_updates(variables, updates), opt_state, parts
+        grads, (views, *parts) = jax.grad(losses, has_aux=True)(variables, images, labels, key)
+        updates, opt_state = optimizer.update(grads["params"], opt_state, variables["params"])
+        params = optax.apply_updates(variables["params"], updates)
+        variables = {**variables, "params": params}
+        if batch_norm:
+            variables = with_statistics(variables, views, key)
+        return variables, opt_state, parts
 
     return step, optimizer
 
@@ -105,13 +122,11 @@ def train(
         print(f"seed {seed}: {target} is already trained")
         return target
     source = problem_lib.load_data(config, "train")
-    problem = problem_lib.build(config, source)
+    problem = problem_lib.build(config, source, shared_kernels=True)
     step_fn, optimizer = make_step(problem, config.train)
     variables = problem_lib.initial(problem, seed)
-    if "batch_stats" in variables:
-        raise ValueError("train.py trains models without running statistics; use norm='group'.")
     saved = _SavedState(workdir / "training" / f"seed_{seed}")
-    start, (variables, opt_state) = saved.load((variables, optimizer.init(variables)))
+    start, (variables, opt_state) = saved.load((variables, optimizer.init(variables["params"])))
     root = jax.random.key(seed)
     steps = range(start, config.train.num_steps)
     batches = _batches(source, config.train.batch_size, seed, start)
@@ -143,7 +158,7 @@ def train(
 
 
 def _accuracy(problem: problem_lib.Problem, variables: Any, source: data.Source) -> float:
-    apply = jax.jit(problem.classify)
+    apply = jax.jit(problem.model().classify)
     right = 0
     for start in range(0, len(source), 512):
         batch = source.take(np.arange(start, min(start + 512, len(source))))

@@ -3,8 +3,13 @@
 import os
 import pathlib
 
-# Must be set before jax starts. On an accelerator the flag only adds host devices.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+# Must be set before jax starts. On an accelerator the first flag only adds host devices; the
+# second makes the CPU compiler of jax 0.11 more than twice as fast on small programs.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=4 "
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax

@@ -17,7 +17,6 @@ from ttt_jax._version import __version__ as __version__
 from ttt_jax.adapters import (
     filtered as filtered,
     gradient_adapter as gradient_adapter,
-    inner_loop as inner_loop,
     sharpness_aware_adapter as sharpness_aware_adapter,
     statistics_adapter as statistics_adapter,
 )
@@ -39,6 +38,7 @@ from ttt_jax.batching import (
     sample_keys as sample_keys,
     unbatched as unbatched,
 )
+from ttt_jax.inner import inner_loop as inner_loop
 from ttt_jax.predictors import (
     augmented as augmented,
     episodic as episodic,

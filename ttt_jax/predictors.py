@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees, adapters
+from ttt_jax import _trees, inner
 from ttt_jax.base import Adapter, Info, Key, Params, Predictor, PyTree, StepInfo
 
 
@@ -106,7 +106,7 @@ def episodic(
     Raises:
       ValueError: ``num_steps`` is negative or not an integer.
     """
-    adapters.check_num_steps(num_steps)
+    inner.check_num_steps(num_steps)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
         if num_steps == 0:
@@ -116,7 +116,7 @@ def episodic(
         if trace:
             outputs, infos, state = _traced(params, pristine, x, key)
         else:
-            state, infos = adapters.inner_loop(adapter, num_steps)(params, pristine, x, key)
+            state, infos = inner.inner_loop(adapter, num_steps)(params, pristine, x, key)
         ok = infos.finite.all()
         kept = _trees.where(ok, state, pristine)
         if not trace:
@@ -137,7 +137,7 @@ def episodic(
 
         flagged = Adapter(adapter.init, step, lambda params, state: params)
         start = (pristine, jnp.ones((), bool))
-        loop = adapters.observed_loop(flagged, num_steps, observe)
+        loop = inner.observed_loop(flagged, num_steps, observe)
         (state, _), (infos, rest) = loop(params, start, x, key)
         outputs = jax.tree.map(
             lambda first, later: jnp.concatenate([first[None], later]), apply(params, x), rest

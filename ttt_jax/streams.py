@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ttt_jax import _trees, adapters
+from ttt_jax import _trees, inner
 from ttt_jax.base import Adapter, Info, Key, Params, PyTree, Reset, Stream, StreamInfo
 
 # Inner step i uses fold_in(key, i); the reset must not meet any of those keys.
@@ -50,10 +50,10 @@ def online(
     Raises:
       ValueError: ``num_steps`` is negative, or ``predict`` is neither word.
     """
-    adapters.check_num_steps(num_steps)
+    inner.check_num_steps(num_steps)
     if predict not in ("before", "after"):
         raise ValueError(f"predict must be 'before' or 'after', got {predict!r}.")
-    loop = adapters.inner_loop(adapters.guarded(adapter), num_steps)
+    loop = inner.inner_loop(inner.guarded(adapter), num_steps)
 
     def init(params: Params) -> Carry:
         return Carry(adapter.init(params), reset.init())

@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
         {
             "name": "tfds:digits",
             "dir": "",
+            "in_memory": True,
             "train": "train[:1257]",
             "validation": "train[1257:]",
             "test": "test",
@@ -34,17 +35,18 @@ def get_config() -> ml_collections.ConfigDict:
         }
     )
     config.model = ml_collections.ConfigDict(
-        {"name": "resnet", "depth": 8, "width": 8, "groups": 8, "branch": 2}
+        {"name": "resnet", "depth": 8, "width": 8, "norm": "batch", "branch": 2}
     )
     config.views = ml_collections.ConfigDict({"padding": 1, "flip": False})
     config.train = ml_collections.ConfigDict(
         {
-            "num_steps": 1900,
+            "num_steps": 1300,
             "batch_size": 64,
             "learning_rate": 0.1,
             "momentum": 0.9,
             "weight_decay": 5e-4,
             "aux_weight": 1.0,
+            "statistics_momentum": 0.95,
             "log_every": 100,
             "save_every": 500,
         }
@@ -55,31 +57,37 @@ def get_config() -> ml_collections.ConfigDict:
     config.methods = ml_collections.ConfigDict(
         {
             "source": {},
-            "augmented": {"num_views": 144},
+            "augmented": {"num_views": 48},
+            "norm_prior": {"prior": 16},
+            "augmented_prior": {"prior": 16},
             "rotation": {
                 "copies": 8,
-                "num_steps": 4,
+                "num_steps": 2,
                 "learning_rate": (0.01, 0.03),
+                "prior": 16,
                 "select": "all",
             },
             "memo": {
                 "num_views": 16,
                 "num_steps": 1,
                 "learning_rate": (0.01, 0.03),
+                "prior": 16,
                 "select": "all",
             },
             "rotation_memo_augmented": {
                 "copies": 8,
                 "num_views": 8,
-                "memo_weight": 1.0,
-                "num_steps": 4,
-                "learning_rate": (0.01, 0.02, 0.03),
+                "memo_weight": 0.3,
+                "num_steps": 2,
+                "learning_rate": (0.01, 0.03),
+                "prior": 16,
                 "select": "all",
             },
             "rotation_online": {
                 "copies": 8,
                 "num_steps": 1,
-                "learning_rate": (0.003, 0.01),
+                "learning_rate": (0.001, 0.003),
+                "prior": 16,
                 "select": "all",
             },
         },

@@ -284,3 +284,12 @@ def test_packed_jpegs(save, images):
         data.load(save(**{**arrays, "data": arrays["data"][:-9]}), "test")
     with pytest.raises(ValueError, match=r"Image 0 .* JPEG"):
         data.load(save(**{**arrays, "header": arrays["header"][:-40]}), "test")
+
+
+def test_in_memory_is_the_same_source(tfds_dir):
+    stored = data.load("tfds:digits", "test[100:110]", data_dir=tfds_dir)
+    held = stored.in_memory()
+    assert held.fingerprint == stored.fingerprint
+    assert held[3].id == stored[3].id == 103
+    np.testing.assert_array_equal(held.arrays().image, stored.arrays().image)
+    assert held.split == stored.split

@@ -1,23 +1,22 @@
-"""The demo, cut down to what a test needs."""
+"""The demo, cut down to what a test needs: a two-block model, few images, few methods."""
+
+import ml_collections
 
 from experiments.configs import digits
 
 
 def get_config():
     config = digits.get_config()
-    config.data.test = "test[:50]"
-    config.data.validation = "train[1257:1287]"
-    config.train.num_steps = 12
-    config.train.save_every = 5
-    config.train.log_every = 4
-    config.train.batch_size = 16
-    config.adapt.batch_size = 20
-    config.adapt.chunk_size = 10
-    methods = config.methods
-    del methods["augmented"], methods["memo"], methods["rotation_memo_augmented"]
-    methods.rotation.copies = 2
-    methods.rotation.num_steps = 2
-    methods.rotation.learning_rate = (0.01, 0.03)
-    methods.rotation_online.copies = 2
-    methods.rotation_online.learning_rate = (0.003,)
+    config.data.test = "test[:30]"
+    config.data.validation = "train[1257:1277]"
+    config.model = ml_collections.ConfigDict(
+        {"name": "vit", "patch": 4, "width": 8, "depth": 1, "heads": 1}
+        | {"decoder_width": 8, "decoder_depth": 1}
+    )
+    config.train.update({"num_steps": 12, "save_every": 5, "log_every": 4, "batch_size": 16})
+    config.adapt.update({"batch_size": 20, "chunk_size": 10})
+    for name in set(config.methods) - {"source", "rotation", "rotation_online"}:
+        del config.methods[name]
+    config.methods.rotation.update({"copies": 2, "num_steps": 2, "learning_rate": (0.01, 0.03)})
+    config.methods.rotation_online.update({"copies": 2, "learning_rate": (0.003,)})
     return config

@@ -1,5 +1,6 @@
 """Sources: sets of labelled images with random access and ids that stay with their sample."""
 
+import copy
 import operator
 import zlib
 from collections.abc import Sequence
@@ -132,6 +133,12 @@ class Source:
         """The whole split in memory."""
         return self.take(np.arange(len(self)))
 
+    def in_memory(self) -> "Source":
+        """The same source with every stored image decoded once and held in memory."""
+        held = copy.copy(self)
+        held._reader = _Held(self._reader, self._start, self._stop)
+        return held
+
     @property
     def fingerprint(self) -> str:
         """The crc32 over ids, labels and stored pixels, eight hex digits; computed on demand."""
@@ -144,6 +151,29 @@ class Source:
                 crc = zlib.crc32(np.ascontiguousarray(image).tobytes(), crc)
             self._fingerprint = f"{crc:08x}"
         return self._fingerprint
+
+
+class _Held:
+    """A reader whose images from ``start`` to ``stop`` were decoded ahead."""
+
+    def __init__(self, reader: Reader, start: int, stop: int):
+        self._reader, self._start = reader, start
+        self._images = [reader.image(position) for position in range(start, stop)]
+        self.num_classes = reader.num_classes
+        self.class_names = reader.class_names
+        self.image_shape = reader.image_shape
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def image(self, position: int) -> np.ndarray:
+        return self._images[position - self._start]
+
+    def labels(self) -> np.ndarray:
+        return self._reader.labels()
+
+    def ids(self) -> np.ndarray:
+        return self._reader.ids()
 
 
 def _as_float(image: np.ndarray) -> np.ndarray:

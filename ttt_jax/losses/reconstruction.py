@@ -49,7 +49,8 @@ def masked_reconstruction(
 
     Raises:
       ValueError: an argument out of range; when called: the wrong rank, an image that the patch
-        does not divide, patches of a single value to normalize, no visible or no hidden patch, or an output of another shape.
+        does not divide, patches of a single value to normalize, no visible or no hidden patch, or
+        an output of another shape.
 
     References:
       Gandelsman et al., `Test-Time Training with Masked Autoencoders

@@ -1,0 +1,264 @@
+"""The programs: train, adapt, resume, refuse; on a two-block model of the digits."""
+
+import json
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import adapt, journal, launch, train
+from tests.experiments import tiny_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "tests" / "experiments" / "tiny_config.py"
+TIMING = ("seconds", "samples_per_second", "compile_seconds")
+REQUIRED = (
+    "method dataset domain severity seed error num_examples num_steps scope split_role reset "
+    "predict seconds samples_per_second checkpoint status"
+).split()
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def without_timing(rows):
+    kept = [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+    return sorted(kept, key=lambda row: json.dumps(row, sort_keys=True))
+
+
+def program(name, *arguments, **options):
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
+    command = [sys.executable, "-m", f"experiments.{name}", f"--config={CONFIG}", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train.run(tiny_config.get_config(), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapted") / "run"
+    shutil.copytree(trained, folder)
+    assert adapt.run(tiny_config.get_config(), str(folder)) == 0
+    return folder
+
+
+def test_one_row_per_trial_with_the_whole_schema(adapted):
+    rows = rows_of(adapted)
+    assert len(rows) == 3 * (16 + 4)
+    assert len({journal.Journal.key(row) for row in rows}) == len(rows)
+    for row in rows:
+        assert [key for key in REQUIRED if key not in row] == []
+        assert 0 <= row["error"] <= 1
+        assert row["severity"] == (0 if row["domain"] == "clean" else 5)
+    reported = [row for row in rows if row["split_role"] == "reported"]
+    assert {row["num_examples"] for row in reported} == {30}
+    scopes = {row["method"]: row["scope"] for row in rows}
+    assert scopes == {
+        "source": "per_sample",
+        "rotation": "per_sample",
+        "rotation_online": "stream",
+    }
+
+
+def test_flips_and_curves_agree_with_the_errors(adapted):
+    rows = {(r["method"], r["domain"]): r for r in rows_of(adapted)}
+    for (method, domain), row in rows.items():
+        change = row["turned_right"] - row["turned_wrong"]
+        assert rows["source", domain]["error"] - row["error"] == pytest.approx(change, abs=1e-9)
+        if method == "rotation":
+            assert row["error_by_step"][0] == pytest.approx(rows["source", domain]["error"])
+            assert row["error_by_step"][-1] == row["error"]
+            assert row["aux_loss_before"] > 0
+
+
+def test_settings_come_from_the_validation_candidates(adapted):
+    selection = json.loads((adapted / "selection.json").read_text())
+    tried = [entry for entry in selection["tried"] if entry["method"] == "rotation"]
+    assert sorted(entry["params"]["learning_rate"] for entry in tried) == [0.01, 0.03]
+    best = min(tried, key=lambda entry: (entry["error"], entry["cross_entropy"]))
+    assert selection["chosen"]["rotation"] == best["params"]
+    for row in rows_of(adapted):
+        assert row["settings"] == selection["chosen"][row["method"]]
+
+
+@pytest.mark.parametrize("mode", ["fingerprint", "orbax"])
+def test_restore_modes_give_equal_rows(adapted, trained, tmp_path, mode):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    assert adapt.run(tiny_config.get_config(), str(folder), restore=mode) == 0
+    assert without_timing(rows_of(folder)) == without_timing(rows_of(adapted))
+
+
+def test_a_finished_run_is_left_alone(adapted):
+    before = (adapted / "results.jsonl").read_bytes()
+    assert adapt.run(tiny_config.get_config(), str(adapted)) == 0
+    assert (adapted / "results.jsonl").read_bytes() == before
+
+
+def test_killed_in_the_middle_resumes_to_the_same_rows(adapted, trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    process = program("adapt", f"--workdir={folder}")
+    results = folder / "results.jsonl"
+    deadline = time.monotonic() + 200
+    while not (results.exists() and results.read_bytes().count(b"\n") >= 20):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    survived = results.read_bytes().count(b"\n")
+    assert survived < 60
+    with results.open("ab") as file:
+        file.write(b'{"method": "source", "data')
+    assert adapt.run(tiny_config.get_config(), str(folder)) == 0
+    assert without_timing(rows_of(folder)) == without_timing(rows_of(adapted))
+
+
+def test_interrupted_training_resumes_to_the_same_parameters(trained, tmp_path):
+    config = tiny_config.get_config()
+
+    class Stop(Exception):
+        pass
+
+    class StopAtEight:
+        def scalars(self, step, values):
+            if step == 8:
+                raise Stop
+
+    with pytest.raises(Stop):
+        train.train(config, tmp_path, 0, StopAtEight())
+    assert (tmp_path / "training" / "seed_0" / "step_5").is_dir()
+    train.run(config, str(tmp_path))
+    from ttt_jax import checkpoint
+
+    whole = checkpoint.load(trained / "checkpoints" / "seed_0")
+    resumed = checkpoint.load(tmp_path / "checkpoints" / "seed_0")
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_failing_trial_is_a_row_and_runs_again(trained, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    from experiments import runner
+
+    run = runner.Runner.run
+
+    def fail_on_fog(self, name, method, settings, batches):
+        batches = list(batches)
+        if name == "rotation" and batches[0].domain[0] == "fog":
+            raise ValueError("fog is too thick")
+        return run(self, name, method, settings, batches)
+
+    monkeypatch.setattr(runner.Runner, "run", fail_on_fog)
+    assert adapt.run(tiny_config.get_config(), str(folder)) == 1
+    failed = [row for row in rows_of(folder) if row["status"] == "failed"]
+    assert [(r["method"], r["domain"]) for r in failed] == [("rotation", "fog")]
+    assert "fog is too thick" in failed[0]["message"] and "error" not in failed[0]
+    monkeypatch.undo()
+    assert adapt.run(tiny_config.get_config(), str(folder)) == 0
+    rows = rows_of(folder)
+    assert len(rows) == 60 and {row["status"] for row in rows} == {"ok"}
+
+
+def test_a_full_disk_keeps_what_was_written(adapted, tmp_path):
+    """A limit on file size stands in for a full disk: the write of a row fails half way."""
+    path = tmp_path / "results.jsonl"
+    rows = rows_of(adapted)[:3]
+    line = len(json.dumps(rows[0])) + 1
+    book = journal.Journal(path)
+    book.add(rows[0])
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (line + 20, old[1]))
+    try:
+        with pytest.raises(launch.UserError, match=r"cannot write .*results\.jsonl.*is intact"):
+            book.add(rows[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert rows_of(tmp_path) == rows[:1]
+    book = journal.Journal(path)
+    book.add(rows[1])
+    assert rows_of(tmp_path) == rows[:2]
+
+
+def test_an_unwritable_workdir_is_one_sentence(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(launch.UserError, match=r"cannot write .*choose another --workdir"):
+        adapt.run(tiny_config.get_config(), str(blocked / "run"))
+
+
+def test_another_config_in_the_same_folder_is_refused(adapted):
+    config = tiny_config.get_config()
+    config.adapt.severity = 3
+    with pytest.raises(launch.UserError, match=r"adapt.severity was 5, now 3"):
+        adapt.run(config, str(adapted))
+
+
+def test_no_checkpoint_says_how_to_train(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"train one first: python -m experiments\.train"):
+        adapt.run(tiny_config.get_config(), str(tmp_path))
+
+
+def test_other_normalisation_constants_are_refused(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained / "checkpoints", folder / "checkpoints")
+    config = tiny_config.get_config()
+    config.data.mean = 0.25
+    with pytest.raises(ValueError, match="mean"):
+        adapt.run(config, str(folder))
+
+
+@pytest.mark.parametrize(
+    ("argument", "status", "words"),
+    [
+        ("--workdri=x", 1, ["workdri", "Did you mean", "workdir"]),
+        ("--config.adapt.severty=3", 2, ["severty", 'Did you mean "severity"']),
+        ("--config.adapt.severity=high", 1, ["adapt.severity", "high"]),
+        ("--restore=disk", 1, ["restore", "memory|fingerprint|orbax"]),
+    ],
+)
+def test_wrong_flags_name_the_nearest(tmp_path, argument, status, words):
+    code, _, err = finish(program("adapt", f"--workdir={tmp_path}", argument))
+    assert code == status
+    assert [word for word in words if word not in err] == []
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_method_is_refused(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained / "checkpoints", folder / "checkpoints")
+    config = tiny_config.get_config()
+    config.methods.rotate = config.methods.rotation
+    with pytest.raises(ValueError, match=r"methods\.rotate is not a method; choose from"):
+        adapt.run(config, str(folder))
