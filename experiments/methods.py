@@ -23,6 +23,9 @@ from experiments.problem import Model, Problem
 _PROBE_KEY = 8
 _PROBE_VIEWS = 8
 
+# Settings that a program takes as arguments; all others are part of what is compiled.
+TRACED = ("learning_rate", "memo_weight", "prior")
+
 Apply = Callable[[Any, jax.Array], dict[str, jax.Array]]
 
 
@@ -31,7 +34,7 @@ class Method(NamedTuple):
 
     Attributes:
       scope: ``per_sample`` or ``stream``.
-      build: ``build(settings) -> Predictor`` (or ``Stream``); ``learning_rate`` may be traced.
+      build: ``build(settings) -> Predictor`` (or ``Stream``); see :data:`TRACED`.
       grid: settings per candidate.
       cost: ``cost(settings) -> (forwards, backwards)`` per sample of the method itself, without
         probes.
@@ -73,7 +76,7 @@ def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -
         "source": (_source, plain),
         "augmented": (_augmented, plain),
         "norm_prior": (_norm_prior, plain),
-        "augmented_prior": (_augmented_prior, plain),
+        "norm_prior_views": (_norm_prior_views, plain),
         "rotation": (_rotation, problem),
         "memo": (_memo, problem),
         "rotation_memo_augmented": (_composition, problem),
@@ -183,7 +186,7 @@ def _norm_prior(grid: Any, problem: Problem) -> Method:
     return _source(grid, problem)
 
 
-def _augmented_prior(grid: Any, problem: Problem) -> Method:
+def _norm_prior_views(grid: Any, problem: Problem) -> Method:
     """Every view in one batch with blended statistics: the composition without its gradient."""
     views = _num_views(problem)
     return Method(

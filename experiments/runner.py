@@ -93,8 +93,8 @@ class Runner:
         batches: Iterable[data.DomainBatch],
     ) -> Outcome:
         """Runs a method with some settings over the batches of one domain."""
-        static = tuple(sorted((k, v) for k, v in settings.items() if k != "learning_rate"))
-        rate = jnp.float32(settings.get("learning_rate", 0.0))
+        static = tuple(sorted((k, v) for k, v in settings.items() if k not in methods_lib.TRACED))
+        numbers = {k: jnp.float32(v) for k, v in settings.items() if k in methods_lib.TRACED}
         carry = None
         results, infos, labels, seconds, compiling = [], [], [], 0.0, 0.0
         for batch in batches:
@@ -104,7 +104,7 @@ class Runner:
             keys = ttt.sample_keys(self._key, ids)
             if method.scope == "stream" and carry is None:
                 carry = jax.jit(method.build(settings).init)(params)
-            arguments = (params, carry, images, keys, rate)
+            arguments = (params, carry, images, keys, numbers)
             where = (name, static, images.shape)
             if where not in self._compiled:
                 start = time.perf_counter()
@@ -131,17 +131,19 @@ class Runner:
         )
 
     def _program(self, method: methods_lib.Method, settings: dict[str, Any]) -> Any:
-        """``(params, carry, images, keys, rate) -> (carry, output, info)``; the rate is traced."""
+        """``(params, carry, images, keys, numbers) -> (carry, output, info)``.
 
-        def with_rate(rate: jax.Array) -> Any:
-            return method.build({**settings, "learning_rate": rate})
+        ``numbers`` are the settings that may be traced, so candidates that differ in these alone
+        share one compiled program.
+        """
 
-        def per_sample(params: Any, carry: Any, images: Any, keys: Any, rate: Any) -> Any:
-            run = ttt.batched(with_rate(rate), chunk_size=self._config.chunk_size)
+        def per_sample(params: Any, carry: Any, images: Any, keys: Any, numbers: Any) -> Any:
+            predict = method.build(settings | numbers)
+            run = ttt.batched(predict, chunk_size=self._config.chunk_size)
             return (carry, *run(params, images, keys))
 
-        def stream(params: Any, carry: Any, images: Any, keys: Any, rate: Any) -> Any:
-            step = with_rate(rate).step
+        def stream(params: Any, carry: Any, images: Any, keys: Any, numbers: Any) -> Any:
+            step = method.build(settings | numbers).step
             carry, (output, info) = jax.lax.scan(
                 lambda carry, pair: step(params, carry, *pair), carry, (images, keys)
             )
