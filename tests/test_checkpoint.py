@@ -304,6 +304,8 @@ def test_wide_dtypes_need_x64(tmp_path):
 
 @pytest.fixture
 def mesh():
+    if jax.device_count() < 4:
+        pytest.skip("needs four devices (CPU: --xla_force_host_platform_device_count)")
     return jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 

@@ -143,7 +143,9 @@ def steps(grid: Grid, head: summary.Headline) -> str:
         if step <= longest:
             canvas.line(at_x(step), bottom, at_x(step), bottom + 4, "axis")
             canvas.text(at_x(step), bottom + 18, str(step), "middle", "tick")
-    canvas.text((left + width - right) / 2, bottom + 38, "inner steps (0 = source)", "middle")
+    canvas.text(
+        (left + width - right) / 2, bottom + 38, "inner steps (0: before the first)", "middle"
+    )
     canvas.text(14, (top + bottom) / 2, "mean error (%)", "middle", turn=-90)
     ends = [at_y(100 * points[-1].mean) for points in lines.values()]
     labels = spread(ends, 16, top + 4, bottom - 2)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 # Mean width of one character of the 12 px system font, in px; used to reserve margins.
-CHAR = 6.6
+CHAR = 7.4
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

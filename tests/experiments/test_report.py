@@ -234,7 +234,7 @@ def test_full_page_is_complete_well_formed_and_offline(full):
         "jax 0.10.2",
         "0123abcd",
         "fingerprint-2",
-        "inner steps (0 = source)",
+        "inner steps (0: before the first)",
     ):
         assert words in page.text, words
     assert not re.search(r"\b(None|nan|inf|Failed runs)\b", page.text)
