@@ -8,6 +8,7 @@ reads ``results.jsonl`` (and ``selection.json`` and ``run.json``, if they are th
 ``report.html`` beside it. It computes nothing with a model and needs no plotting package.
 """
 
+import json
 import os
 import pathlib
 import sys
@@ -67,6 +68,28 @@ def write(workdir: str | os.PathLike[str]) -> Report:
     return Report(target, rows, notes)
 
 
+def export(workdir: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Writes a run as one JSON file to be kept: where it came from, what was chosen, its rows.
+
+    Args:
+      workdir: the folder that holds ``results.jsonl``.
+      target: the file, ``{"command", "device", ..., "selection", "rows": [...]}``.
+
+    Raises:
+      ReportError: the results are missing or malformed, or the file cannot be written.
+    """
+    folder = pathlib.Path(workdir)
+    read_rows(folder / "results.jsonl")
+    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    run, _ = read_side_file(folder / "run.json")
+    selection, _ = read_side_file(folder / "selection.json")
+    record = {**(run or {}), "selection": selection, "rows": [json.loads(line) for line in lines]}
+    try:
+        pathlib.Path(target).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"{target}: cannot be written: {error.strerror}.") from error
+
+
 def show(report: Report, *, color: bool = False) -> str:
     """The text the program prints for a report."""
     text = terminal.render(report.rows, notes=report.notes, color=color)
@@ -83,17 +106,20 @@ def _print(text: str) -> None:
     print(text)
 
 
-def run(workdir: str | os.PathLike[str]) -> int:
+def run(workdir: str | os.PathLike[str], export_to: str | None = None) -> int:
     """Writes the page and prints the table.
 
     Args:
       workdir: the folder that holds ``results.jsonl``.
+      export_to: also write the run as one JSON file.
 
     Returns:
       The exit status: 0, or 2 when no report can be made (the reason is on stderr).
     """
     try:
         report = write(workdir)
+        if export_to is not None:
+            export(workdir, export_to)
     except ReportError as error:
         print(f"report: {error}", file=sys.stderr)
         return _FAILED
@@ -109,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
             "give exactly one results folder, as --workdir=DIR or as the only argument; "
             f"got {', '.join(given) or 'none'}"
         )
-    return run(given[0])
+    return run(given[0], flags.FLAGS.export)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -119,6 +145,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         None,
         "The folder that holds results.jsonl; report.html is written there.",
         flag_values=values,
+    )
+    flags.DEFINE_string(
+        "export", None, "Also write the run as one JSON file, to be kept.", flag_values=values
     )
 
 

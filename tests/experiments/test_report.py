@@ -524,3 +524,33 @@ def test_nothing_to_report_is_status_two(tmp_path, capsys):
     put(tmp_path, [make_row("source", "fog", 0, 0.5)])
     assert report.run(tmp_path) == 0
     assert "wrote" in capsys.readouterr().out
+
+
+def test_export_keeps_rows_and_provenance(tmp_path):
+    source = tmp_path / "run"
+    source.mkdir()
+    row = {
+        "method": "source",
+        "dataset": "d",
+        "domain": "clean",
+        "severity": 0,
+        "seed": 0,
+        "split_role": "reported",
+        "status": "ok",
+        "error": 0.25,
+        "num_examples": 4,
+        "num_steps": 0,
+        "scope": "per_sample",
+        "reset": None,
+        "predict": None,
+        "seconds": 1.0,
+        "samples_per_second": 4.0,
+        "checkpoint": "c",
+    }
+    (source / "results.jsonl").write_text(json.dumps(row) + "\n")
+    (source / "run.json").write_text(json.dumps({"command": "x", "device": "cpu"}))
+    report.export(source, tmp_path / "kept.json")
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert kept["rows"] == [row] and kept["command"] == "x" and kept["device"] == "cpu"
+    with pytest.raises(report.ReportError, match="cannot be written"):
+        report.export(source, tmp_path / "nowhere" / "kept.json")
