@@ -75,6 +75,7 @@ def make_row(
 def evaluate(
     results: journal.Journal,
     methods: dict[str, methods_lib.Method],
+    baseline: methods_lib.Method,
     chosen: dict[str, dict[str, Any]],
     runner: runner_lib.Runner,
     source: data.Source,
@@ -95,8 +96,7 @@ def evaluate(
         if not missing:
             continue
         batches = runner.batches(source, domain, severity)
-        plain = methods_lib.Method("per_sample", methods["source"].build, ({},), lambda s: (1, 0))
-        source_wrong = runner.run("source", plain, {}, batches).wrong()
+        source_wrong = runner.run("source", baseline, {}, batches).wrong()
         probe = runner.probe(batches)
         for name in missing:
             row: dict[str, Any] = {"method": name, **trial}
@@ -140,6 +140,7 @@ def run(
     problem = problem_lib.build(config, test)
     plain = problem_lib.build(config, test, shared_kernels=True)
     methods = methods_lib.build(config, problem, plain)
+    baseline = methods_lib.baseline(plain)
     severity = config.adapt.severity
     checked = [(name, severity) for name in data.corruptions.VALIDATION_CORRUPTIONS]
     reported = [("clean", 0)] + [(name, severity) for name in data.corruptions.CORRUPTIONS]
@@ -154,7 +155,9 @@ def run(
             )
             for role, source, domains in roles:
                 fields = {"seed": seed, "split_role": role, "checkpoint": pristine.fingerprint}
-                evaluate(results, methods, chosen, runner, source, fields, domains, writer)
+                evaluate(
+                    results, methods, baseline, chosen, runner, source, fields, domains, writer
+                )
     print(f"{len(results.rows())} rows in {results.path}, {len(results.failed)} failed trials")
     for row in results.failed:
         print(f"failed: {row['method']} on {row['domain']}: {row['message']}", file=sys.stderr)

@@ -181,6 +181,11 @@ def _source(grid: Any, problem: Problem) -> Method:
     return Method("per_sample", lambda s: ttt.source(_plain(problem, s)), grid, lambda s: (1, 0))
 
 
+def baseline(plain: Problem) -> Method:
+    """The source model, against whose predictions right and wrong turns are counted."""
+    return _source(({},), plain)
+
+
 def _norm_prior(grid: Any, problem: Problem) -> Method:
     """Blends the statistics of the one image into those of the source; no gradient."""
     return _source(grid, problem)
