@@ -10,11 +10,11 @@ method of the config on the clean test split and the 15 corruptions, and appends
 rows are kept and skipped, failed ones run again.
 """
 
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 import tqdm
@@ -91,7 +91,16 @@ def evaluate(
     )
     for domain, severity in domains:
         trial = {**fields, "dataset": source.name, "domain": domain, "severity": severity}
-        missing = [name for name in methods if results.get(method=name, **trial) is None]
+        missing = []
+        for name in methods:
+            row = results.get(method=name, **trial)
+            if row is None:
+                missing.append(name)
+            elif row["checkpoint"] != fields["checkpoint"]:
+                raise launch.UserError(
+                    f"{results.path} has rows of another checkpoint ({row['checkpoint']}, now "
+                    f"{fields['checkpoint']}). Use another --workdir, or remove the file."
+                )
         progress.update(len(methods) - len(missing))
         if not missing:
             continue
@@ -99,11 +108,11 @@ def evaluate(
         source_wrong = runner.run("source", baseline, {}, batches).wrong()
         probe = runner.probe(batches)
         for name in missing:
-            row: dict[str, Any] = {"method": name, **trial}
+            row = {"method": name, **trial}
             try:
                 outcome = runner.run(name, methods[name], chosen[name], batches)
                 row |= make_row(methods[name], chosen[name], outcome, source_wrong, probe)
-            except (ValueError, TypeError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+            except runner_lib.TRIAL_ERRORS as error:
                 row |= {"status": "failed", "message": f"{type(error).__name__}: {error}"[:500]}
             results.add(row)
             if row["status"] == "ok":
@@ -133,6 +142,17 @@ def run(
       tensorboard: whether to write TensorBoard events too.
     """
     workdir = launch.open_workdir(folder)
+    with launch.locked(workdir):
+        return _run(config, workdir, restore, checkpoint_path, tensorboard)
+
+
+def _run(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    restore: str,
+    checkpoint_path: str | None,
+    tensorboard: bool,
+) -> int:
     launch.claim(workdir, config)
     results = journal.Journal(workdir / "results.jsonl")
     test = problem_lib.load_data(config, "test")

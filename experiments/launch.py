@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import difflib
+import fcntl
 import hashlib
 import json
 import os
@@ -136,6 +137,19 @@ def open_workdir(workdir: str) -> pathlib.Path:
         probe.write_text("ok")
         probe.unlink()
     return folder
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Refuses a second program on the same folder; the lock dies with the process."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{folder} is in use by another program; wait for it or choose another --workdir."
+            ) from error
+        yield
 
 
 def _version(package: str) -> str | None:

@@ -271,4 +271,4 @@ def _rotation_online(grid: Any, problem: Problem) -> Method:
         work = settings["num_steps"] * _views(settings)
         return work + 1, work
 
-    return Method("stream", make, grid, cost, "rotation", reset="never", predict="after")
+    return Method("stream", make, grid, cost, "rotation", reset="per_domain", predict="after")

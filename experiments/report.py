@@ -80,7 +80,9 @@ def export(workdir: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
     """
     folder = pathlib.Path(workdir)
     read_rows(folder / "results.jsonl")
-    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    text = (folder / "results.jsonl").read_text(encoding="utf-8")
+    # A line that a killed writer left unfinished is not a row.
+    lines = [line for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
     run, _ = read_side_file(folder / "run.json")
     selection, _ = read_side_file(folder / "selection.json")
     record = {**(run or {}), "selection": selection, "rows": [json.loads(line) for line in lines]}

@@ -14,6 +14,9 @@ from experiments import methods as methods_lib
 from experiments.problem import Problem
 from ttt_jax import checkpoint, data
 
+# What makes a trial a failed row instead of ending the run.
+TRIAL_ERRORS = (ValueError, TypeError, FloatingPointError, jax.errors.JaxRuntimeError)
+
 
 class Outcome(NamedTuple):
     """What a method did on one domain.
@@ -67,7 +70,8 @@ class Runner:
         self._plain = plain
         self._pristine = pristine
         self._restore = restore
-        self._seed = seed
+        self.seed = seed
+        self.fingerprint = pristine.fingerprint
         self._key = jax.random.key(seed)
         self._compiled: dict[Any, Any] = {}
         self._batches: dict[Any, list[Any]] = {}
@@ -78,7 +82,7 @@ class Runner:
         if where not in self._batches:
             loader = data.Loader(
                 source,
-                plan_for(source, domain, severity, self._seed),
+                plan_for(source, domain, severity, self.seed),
                 batch_size=self._config.batch_size,
                 seed=self._config.corruption_seed,
             )
@@ -105,7 +109,7 @@ class Runner:
             if method.scope == "stream" and carry is None:
                 carry = jax.jit(method.build(settings).init)(params)
             arguments = (params, carry, images, keys, numbers)
-            where = (name, static, images.shape)
+            where = (name, static, tuple(sorted(numbers)), images.shape)
             if where not in self._compiled:
                 start = time.perf_counter()
                 program = jax.jit(self._program(method, settings))

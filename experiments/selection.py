@@ -42,26 +42,44 @@ def choose(
     Returns:
       ``{method: settings}``.
     """
-    record: dict[str, Any] = {"note": NOTE, "chosen": {}, "tried": []}
+    record: dict[str, Any] = {
+        "note": NOTE,
+        "seed": runner.seed,
+        "checkpoint": runner.fingerprint,
+        "chosen": {},
+        "tried": [],
+    }
     if path.exists():
         try:
             record = json.loads(path.read_text())
         except ValueError as error:
             raise launch.UserError(f"{path} is damaged ({error}); remove it.") from error
+        chosen_with = record.get("checkpoint")
+        if record.get("seed") == runner.seed and chosen_with != runner.fingerprint:
+            raise launch.UserError(
+                f"{path} was chosen with another checkpoint ({chosen_with}, now "
+                f"{runner.fingerprint}). Use another --workdir, or remove the file and the rows."
+            )
     for name, method in methods.items():
         if name in record["chosen"]:
             continue
         scores = []
         for settings in method.grid if len(method.grid) > 1 else ():
-            outcomes = [
-                runner.run(name, method, settings, runner.batches(source, domain, severity))
-                for domain in data.corruptions.VALIDATION_CORRUPTIONS
-            ]
+            tried: dict[str, Any] = {"method": name, "params": settings}
+            try:
+                outcomes = [
+                    runner.run(name, method, settings, runner.batches(source, domain, severity))
+                    for domain in data.corruptions.VALIDATION_CORRUPTIONS
+                ]
+            except runner_lib.TRIAL_ERRORS as failure:
+                # The evaluation will meet the same failure and record it as rows.
+                scores.append((np.inf, np.inf))
+                record["tried"].append(tried | {"message": f"{failure}"[:500]})
+                continue
             error = float(np.mean([outcome.wrong().mean() for outcome in outcomes]))
             loss = float(np.mean([_cross_entropy(outcome) for outcome in outcomes]))
-            scores.append((error, loss))
-            tried = {"method": name, "params": settings, "error": error, "cross_entropy": loss}
-            record["tried"].append(tried)
+            scores.append((error, loss if np.isfinite(loss) else np.inf))
+            record["tried"].append(tried | {"error": error, "cross_entropy": loss})
         best = min(range(len(scores)), key=lambda i: scores[i]) if scores else 0
         record["chosen"][name] = method.grid[best]
         launch.write_atomically(path, json.dumps(record, indent=2) + "\n")

@@ -169,8 +169,11 @@ def _accuracy(problem: problem_lib.Problem, variables: Any, source: data.Source)
 def run(config: ml_collections.ConfigDict, folder: str, *, tensorboard: bool = False) -> None:
     """Trains every seed of a config that has no checkpoint yet."""
     workdir = launch.open_workdir(folder)
-    launch.claim(workdir, config)
-    with writers.open_writer(workdir, tensorboard=tensorboard) as writer:
+    with (
+        launch.locked(workdir),
+        writers.open_writer(workdir, tensorboard=tensorboard) as writer,
+    ):
+        launch.claim(workdir, config)
         for seed in config.seeds:
             train(config, workdir, seed, writer)
 

@@ -74,6 +74,16 @@ def any_nonzero(tree: Any) -> jax.Array:
     return jnp.stack(flags).any() if flags else jnp.zeros((), bool)
 
 
+def spoiled(before: Any, after: Any) -> jax.Array:
+    """Bool scalar: whether a floating element that was finite before is not finite after."""
+    flags = [
+        jnp.any(jnp.isfinite(a) & ~jnp.isfinite(b))
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+        if a is not b and is_floating(b)
+    ]
+    return jnp.stack(flags).any() if flags else jnp.zeros((), bool)
+
+
 def norm(tree: Any) -> jax.Array:
     """Global Euclidean norm in float32 (inf when it overflows)."""
     squares = [

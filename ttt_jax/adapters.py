@@ -154,6 +154,11 @@ def _gradient_step(
         finite = (
             jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(_trees.norm(stepped.fast))
         )
+        # A memory may take in the instance before its loss depends on it; a value that was not
+        # finite to begin with (a bound of infinity) is no harm.
+        finite &= ~_trees.spoiled(
+            (state.memory, state.opt_state), (stepped.memory, stepped.opt_state)
+        )
         return stepped, StepInfo(loss=value, grad_norm=grad_norm, finite=finite)
 
     return Adapter(init, step, merge)

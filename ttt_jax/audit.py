@@ -48,7 +48,7 @@ _MEANING = {
     "order": "the order of the instances does not matter",
     "mates": "batch mates do not matter",
     "poison": "a NaN instance leaves its neighbors untouched",
-    "poison_ok": "a NaN instance is reported as not ok",
+    "poison_ok": "a NaN instance is reported as not ok, or was skipped",
     "pristine": "the pristine parameters are unchanged",
     "zero_steps": "zero steps are the source prediction",
     "trace": "entry 0 of a trace is the source prediction",
@@ -144,7 +144,9 @@ def _variants(
         found["poison"] = distance(_rows(base, clean), _rows(spoiled, clean))
         info = spoiled[1]
         if info.loss.shape[-1]:
-            found["poison_ok"] = info.ok[1].astype(jnp.float32)
+            # A filter may have skipped it, which is ok and updates nothing.
+            fault = info.updated[1] | ~jnp.isfinite(info.loss[1]).all()
+            found["poison_ok"] = (info.ok[1] & fault).astype(jnp.float32)
     return found, base
 
 

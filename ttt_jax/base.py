@@ -82,7 +82,8 @@ class StepInfo(NamedTuple):
     Attributes:
       loss: float32 scalar, the loss before the update (penalties included).
       grad_norm: float32 scalar, the global norm of its gradient.
-      finite: bool scalar, whether loss, gradient **and updated parameters** are finite.
+      finite: bool scalar, whether loss, gradient **and updated parameters** (and optimizer
+        state and memory, where they were before) are finite.
     """
 
     loss: jax.Array

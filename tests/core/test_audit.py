@@ -77,6 +77,10 @@ class TestPredictors:
 
         assert broken(predict) == {"poison_ok"}
 
+    def test_a_filter_may_skip_the_poisoned_instance(self):
+        adapter = ttt.filtered(entropy_adapter(), lambda params, x, key: x.max() < 10)
+        assert broken(ttt.episodic(adapter, classify, num_steps=1)) == set()
+
     def test_changed_parameters(self):
         params = {"w": np.ones(3, np.float32)}
 

@@ -249,3 +249,25 @@ class TestMemory:
         )
         np.testing.assert_array_equal(info.updated, [True, False])
         assert outputs[0] != 1.0 and outputs[1] == 1.0
+
+
+def test_a_memory_that_an_instance_spoils_is_not_kept():
+    """The loss reads the memory before the instance enters it, so only the memory sees the NaN."""
+    loss = ttt.StatefulLoss(
+        init=lambda params: jnp.zeros(()),
+        value=lambda params, memory, x, key: ((params["w"] - memory) ** 2, 0.5 * memory + 0.5 * x),
+        after=lambda adapted, memory: memory,
+    )
+    adapter = ttt.gradient_adapter(loss, optax.sgd(0.1), select=ttt.select.everything())
+    stream = ttt.online(adapter, lambda params, x: params["w"], reset=ttt.resets.never())
+    params = {"w": jnp.ones(())}
+
+    def run(xs):
+        keys = ttt.sample_keys(jax.random.key(0), jnp.arange(len(xs)))
+        step = lambda carry, pair: stream.step(params, carry, *pair)  # noqa: E731
+        return jax.lax.scan(step, stream.init(params), (jnp.asarray(xs), keys))[1]
+
+    outputs, info = run([1.0, jnp.nan, 2.0, 3.0])
+    kept, _ = run([1.0, 2.0, 3.0])
+    assert info.ok.tolist() == [True, False, True, True]
+    np.testing.assert_array_equal(outputs[jnp.array([0, 2, 3])], kept)

@@ -42,8 +42,8 @@ def assert_equal_rows(left, right):
     )
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
-        for probe in ("aux_loss_before", "aux_loss_after"):
-            assert a.pop(probe, None) == pytest.approx(b.pop(probe, None), rel=1e-4)
+        for probe in {"aux_loss_before", "aux_loss_after"} & set(a):
+            assert a.pop(probe) == pytest.approx(b.pop(probe), rel=1e-4)
         assert a == b
 
 
@@ -278,3 +278,22 @@ def test_an_unknown_method_is_refused(trained, tmp_path):
     config.methods.rotate = config.methods.rotation
     with pytest.raises(ValueError, match=r"methods\.rotate is not a method; choose from"):
         adapt.run(config, str(folder))
+
+
+def test_two_programs_on_one_folder_are_refused(trained, tmp_path):
+    with launch.locked(tmp_path):
+        with pytest.raises(launch.UserError, match="in use by another program"):
+            adapt.run(tiny_config.get_config(), str(tmp_path))
+
+
+def test_rows_of_another_checkpoint_are_refused(adapted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(adapted, folder)
+    lines = (folder / "results.jsonl").read_text().replace('"checkpoint": "', '"checkpoint": "0')
+    (folder / "results.jsonl").write_text(lines)
+    with pytest.raises(launch.UserError, match="rows of another checkpoint"):
+        adapt.run(tiny_config.get_config(), str(folder))
+    selection = json.loads((folder / "selection.json").read_text())
+    (folder / "selection.json").write_text(json.dumps(selection | {"checkpoint": "other"}))
+    with pytest.raises(launch.UserError, match="chosen with another checkpoint"):
+        adapt.run(tiny_config.get_config(), str(folder))
