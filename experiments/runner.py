@@ -49,9 +49,25 @@ class Outcome(NamedTuple):
         return self.final.argmax(-1) != self.label
 
 
-def plan_for(source: data.Source, domain: str, severity: int, order_seed: int) -> Any:
-    """A domain's stream, shuffled by the run's seed so that streams meet no class order."""
-    return data.streams.shuffled(source, seed=order_seed, domain=domain, severity=severity)
+def plan_for(
+    adapt: ml_collections.ConfigDict, source: data.Source, domain: str, severity: int, seed: int
+) -> data.streams.Plan:
+    """The order of a domain's images, as ``adapt.stream`` says.
+
+    Raises:
+      ValueError: an unknown stream.
+    """
+    where: dict[str, Any] = {"domain": domain, "severity": severity}
+    plans = {
+        "shuffled": lambda: data.streams.shuffled(source, seed=seed, **where),
+        "sorted_by_label": lambda: data.streams.sorted_by_label(source, seed=seed, **where),
+        "dirichlet": lambda: data.streams.dirichlet(
+            source, gamma=adapt.dirichlet_gamma, seed=seed, **where
+        ),
+    }
+    if adapt.stream not in plans:
+        raise ValueError(f"adapt.stream must be one of {list(plans)}; got {adapt.stream!r}.")
+    return plans[adapt.stream]()
 
 
 class Runner:
@@ -82,7 +98,7 @@ class Runner:
         if where not in self._batches:
             loader = data.Loader(
                 source,
-                plan_for(source, domain, severity, self.seed),
+                plan_for(self._config, source, domain, severity, self.seed),
                 batch_size=self._config.batch_size,
                 seed=self._config.corruption_seed,
             )

@@ -55,7 +55,15 @@ def get_config() -> ml_collections.ConfigDict:
         }
     )
     config.adapt = ml_collections.ConfigDict(
-        {"severity": 5, "batch_size": 180, "chunk_size": 180, "corruption_seed": 0}
+        {
+            "severity": 5,
+            "batch_size": 180,
+            "chunk_size": 180,
+            "corruption_seed": 0,
+            # shuffled, sorted_by_label or dirichlet (correlated labels)
+            "stream": "shuffled",
+            "dirichlet_gamma": 0.1,
+        }
     )
     config.methods = ml_collections.ConfigDict(
         {
