@@ -4,9 +4,9 @@ Command: ``make demo CONFIG=experiments/configs/digits_groupnorm.py WORKDIR=runs
 
 Cost: about four minutes on two CPU cores.
 
-Expect: the source model errs on about 17 % under severity-5 corruption, where the BatchNorm model
-of ``digits.py`` errs on 47 %; averaging shifted views removes about an eighth of that, and gradient
-steps add little to it. A negative result, kept for comparison.
+Expect: a far lower source error under corruption than the BatchNorm model of ``digits.py``, and
+little gained by gradient steps over averaging shifted views. Kept for comparison; no measured result
+is committed yet.
 """
 
 import ml_collections
