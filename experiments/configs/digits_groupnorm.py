@@ -5,8 +5,8 @@ Command: ``make demo CONFIG=experiments/configs/digits_groupnorm.py WORKDIR=runs
 Cost: about four minutes on two CPU cores.
 
 Expect: a far lower source error under corruption than the BatchNorm model of ``digits.py``, and
-little gained by gradient steps over averaging shifted views. Kept for comparison; no measured result
-is committed yet.
+little gained by gradient steps over averaging shifted views. Kept for comparison; no measured
+result is committed yet.
 """
 
 import ml_collections
