@@ -5,9 +5,10 @@ Usage::
     python -m experiments.adapt --workdir=runs/demo [--config=experiments/configs/digits.py]
 
 Chooses settings on the validation corruptions (``WORKDIR/selection.json``), then evaluates every
-method of the config on the clean test split and the 15 corruptions, and appends one row per
-(method, domain, severity, seed) to ``WORKDIR/results.jsonl``. Run it again to resume: finished
-rows are kept and skipped, failed ones run again.
+method of the config on the clean test split and the 15 corruptions, each by itself or all in one
+stream (``adapt.sequence``), and appends one row per (method, domain, severity, seed) to
+``WORKDIR/results.jsonl``. Run it again to resume: finished rows are kept and skipped, failed ones
+run again.
 """
 
 import pathlib
@@ -16,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
-import numpy as np
 import tqdm
 from absl import flags
 
@@ -25,51 +25,41 @@ from experiments import (
     launch,
     methods as methods_lib,
     problem as problem_lib,
+    rows as rows_lib,
     runner as runner_lib,
     selection,
+    trials as trials_lib,
     writers,
 )
 from ttt_jax import checkpoint, data
 
 
-def make_row(
-    method: methods_lib.Method,
-    settings: dict[str, Any],
-    outcome: runner_lib.Outcome,
-    source_wrong: np.ndarray,
-    probe: dict[str, float],
-) -> dict[str, Any]:
-    """The measured part of a result row."""
-    wrong = outcome.wrong()
-    count = len(wrong)
-    forwards, backwards = method.cost(settings)
-    row: dict[str, Any] = {
-        "status": "ok",
-        "error": float(wrong.mean()),
-        "num_examples": count,
-        "num_steps": settings.get("num_steps", 0),
-        "scope": method.scope,
-        "reset": method.reset,
-        "predict": method.predict,
-        "seconds": outcome.seconds,
-        "compile_seconds": outcome.compile_seconds,
-        "samples_per_second": count / outcome.seconds,
-        "turned_right": float((source_wrong & ~wrong).mean()),
-        "turned_wrong": float((~source_wrong & wrong).mean()),
-        "forwards_per_sample": forwards,
-        "backwards_per_sample": backwards,
-        "non_finite": int((~outcome.ok).sum()),
-        "resets": outcome.resets,
-        "settings": settings,
-    }
-    if method.traced:
-        by_step = outcome.logits.argmax(-1) != outcome.label[:, None]
-        row["error_by_step"] = [float(value) for value in by_step.mean(axis=0)]
-    if method.probe is not None and outcome.aux is not None:
-        after = outcome.aux[:, -1] if method.traced else outcome.aux
-        row["aux_loss_before"] = probe[method.probe]
-        row["aux_loss_after"] = float(np.nanmean(after))
-    return row
+def missing_methods(
+    results: journal.Journal,
+    methods: dict[str, methods_lib.Method],
+    trial: trials_lib.Trial,
+    fields: dict[str, Any],
+) -> list[str]:
+    """The methods that lack a row of a trial: it is there as a whole, or it is run again.
+
+    Raises:
+      UserError: the rows are those of another checkpoint.
+    """
+    missing = []
+    for name in methods:
+        rows = [
+            results.get(method=name, domain=domain, severity=severity, **fields)
+            for domain, severity in trial.cells
+        ]
+        for row in rows:
+            if row is not None and row["checkpoint"] != fields["checkpoint"]:
+                raise launch.UserError(
+                    f"{results.path} has rows of another checkpoint ({row['checkpoint']}, now "
+                    f"{fields['checkpoint']}). Use another --workdir, or remove the file."
+                )
+        if None in rows:
+            missing.append(name)
+    return missing
 
 
 def evaluate(
@@ -80,46 +70,45 @@ def evaluate(
     runner: runner_lib.Runner,
     source: data.Source,
     fields: dict[str, Any],
-    domains: Sequence[tuple[str, int]],
+    trials: Sequence[trials_lib.Trial],
     writer: writers.Writer,
 ) -> None:
-    """Adds the missing rows of one seed and split role; a failing trial becomes a failed row."""
+    """Adds the missing rows of one seed and split role; a failing trial becomes failed rows."""
+    fields = {**fields, "dataset": source.name}
+    probed = {method.probe for method in methods.values()} - {None}
     progress = tqdm.tqdm(
-        total=len(domains) * len(methods),
+        total=len(trials) * len(methods),
         desc=f"{fields['split_role']} seed {fields['seed']}",
         disable=not sys.stderr.isatty(),
     )
-    for domain, severity in domains:
-        trial = {**fields, "dataset": source.name, "domain": domain, "severity": severity}
-        missing = []
-        for name in methods:
-            row = results.get(method=name, **trial)
-            if row is None:
-                missing.append(name)
-            elif row["checkpoint"] != fields["checkpoint"]:
-                raise launch.UserError(
-                    f"{results.path} has rows of another checkpoint ({row['checkpoint']}, now "
-                    f"{fields['checkpoint']}). Use another --workdir, or remove the file."
-                )
+    for trial in trials:
+        missing = missing_methods(results, methods, trial, fields)
         progress.update(len(methods) - len(missing))
         if not missing:
             continue
-        batches = runner.batches(source, domain, severity)
+        batches = runner.batches(source, trial)
         source_wrong = runner.run("source", baseline, {}, batches).wrong()
-        probe = runner.probe(batches)
+        probes = runner.probe(batches, probed)
         for name in missing:
-            row = {"method": name, **trial}
             try:
                 outcome = runner.run(name, methods[name], chosen[name], batches)
-                row |= make_row(methods[name], chosen[name], outcome, source_wrong, probe)
+                rows = rows_lib.make_rows(
+                    methods[name], chosen[name], trial, outcome, source_wrong, probes
+                )
             except runner_lib.TRIAL_ERRORS as error:
-                row |= {"status": "failed", "message": f"{type(error).__name__}: {error}"[:500]}
-            results.add(row)
-            if row["status"] == "ok":
-                scalars = {f"{fields['split_role']}/{name}/{domain}": row["error"]}
-                writer.scalars(fields["seed"], scalars)
+                failure = {"status": "failed", "message": f"{type(error).__name__}: {error}"[:500]}
+                rows = [{"domain": d, "severity": s, **failure} for d, s in trial.cells]
+            rows = [{"method": name, **fields, **row} for row in rows]
+            # Of a sequence that was cut off while its rows were written, some are there already.
+            results.add(*(row for row in rows if results.get(**row) is None))
+            for row in rows:
+                if row["status"] == "ok":
+                    scalar = f"{fields['split_role']}/{name}/{row['domain']}"
+                    if trial.sequence == "gradual":
+                        scalar += f"/{row['severity']}"
+                    writer.scalars(fields["seed"], {scalar: row["error"]})
             progress.update()
-            progress.set_postfix_str(f"{domain} {name}")
+            progress.set_postfix_str(f"{trial.cells[0][0]} {name}")
     progress.close()
 
 
@@ -153,31 +142,33 @@ def _run(
     checkpoint_path: str | None,
     tensorboard: bool,
 ) -> int:
-    launch.claim(workdir, config)
-    results = journal.Journal(workdir / "results.jsonl")
     test = problem_lib.load_data(config, "test")
     validation = problem_lib.load_data(config, "validation")
     problem = problem_lib.build(config, test)
     plain = problem_lib.build(config, test, shared_kernels=True)
     methods = methods_lib.build(config, problem, plain)
     baseline = methods_lib.baseline(plain)
-    severity = config.adapt.severity
-    checked = [(name, severity) for name in data.corruptions.VALIDATION_CORRUPTIONS]
-    reported = [("clean", 0)] + [(name, severity) for name in data.corruptions.CORRUPTIONS]
-    roles = (("validation", validation, checked), ("reported", test, reported))
+    trials_lib.check(config)
+    # Once all is checked: a config that cannot be run must not keep the folder.
+    launch.claim(workdir, config)
+    results = journal.Journal(workdir / "results.jsonl")
     with writers.open_writer(workdir, tensorboard=tensorboard) as writer:
         for seed in config.seeds:
             path = checkpoint_path or problem_lib.checkpoint_path(workdir, seed)
             pristine = problem_lib.load_checkpoint(path, problem, config)
             runner = runner_lib.Runner(config, plain, pristine, seed=seed, restore=restore)
-            chosen = selection.choose(
-                workdir / "selection.json", methods, runner, validation, severity
+            checked = trials_lib.over(
+                config, validation, data.corruptions.VALIDATION_CORRUPTIONS, seed
             )
-            for role, source, domains in roles:
+            reported = trials_lib.over(config, test, data.corruptions.CORRUPTIONS, seed)
+            reported = [trials_lib.clean(config, test, seed), *reported]
+            chosen = selection.choose(
+                workdir / "selection.json", methods, runner, validation, checked
+            )
+            roles = (("validation", validation, checked), ("reported", test, reported))
+            for role, source, trials in roles:
                 fields = {"seed": seed, "split_role": role, "checkpoint": pristine.fingerprint}
-                evaluate(
-                    results, methods, baseline, chosen, runner, source, fields, domains, writer
-                )
+                evaluate(results, methods, baseline, chosen, runner, source, fields, trials, writer)
     print(f"{len(results.rows())} rows in {results.path}, {len(results.failed)} failed trials")
     for row in results.failed:
         print(f"failed: {row['method']} on {row['domain']}: {row['message']}", file=sys.stderr)

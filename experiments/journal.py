@@ -14,7 +14,7 @@ class Journal:
     """The rows of a work folder.
 
     Opening one drops a last line that a killed writer left unfinished, and the failed rows, so
-    that these trials run again. A row is one ``write`` of one line, flushed to the disk.
+    that these trials run again. The rows of a trial are one ``write``, flushed to the disk.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -58,18 +58,18 @@ class Journal:
         """All finished rows."""
         return list(self._rows.values())
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Appends a row; a second one of the same key is a programming error."""
-        key = self.key(row)
-        if key in self._rows:
-            raise RuntimeError(f"the row {key} is already in {self.path}")
-        line = (json.dumps(row) + "\n").encode()
+    def add(self, *rows: dict[str, Any]) -> None:
+        """Appends rows in one write; a second one of the same key is a programming error."""
+        for row in rows:
+            if (key := self.key(row)) in self._rows:
+                raise RuntimeError(f"the row {key} is already in {self.path}")
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
         with launch.writing(self.path):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:
                 end = os.fstat(descriptor).st_size
                 try:
-                    if os.write(descriptor, line) != len(line):
+                    if os.write(descriptor, lines) != len(lines):
                         raise OSError(28, "No space left on device")
                     os.fsync(descriptor)
                 except OSError:
@@ -77,7 +77,8 @@ class Journal:
                     raise
             finally:
                 os.close(descriptor)
-        if row["status"] == "ok":
-            self._rows[key] = row
-        else:
-            self.failed.append(row)
+        for row in rows:
+            if row["status"] == "ok":
+                self._rows[self.key(row)] = row
+            else:
+                self.failed.append(row)

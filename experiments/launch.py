@@ -20,6 +20,9 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+# Keys that a config may leave out, and what their absence means.
+DEFAULTS = {"train.aux": "rotation", "train.mask_ratio": 0.75, "adapt.sequence": "none"}
+
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "digits.py"
 
 
@@ -93,6 +96,12 @@ def config_from(path: str | os.PathLike[str]) -> ml_collections.ConfigDict:
     namespace: dict[str, Any] = {}
     exec(compile(pathlib.Path(path).read_text(), str(path), "exec"), namespace)
     return namespace["get_config"]()
+
+
+def setting(config: ml_collections.ConfigDict, name: str) -> Any:
+    """The value of one of the keys in :data:`DEFAULTS`, such as ``train.aux``."""
+    section, key = name.split(".")
+    return config[section].get(key, DEFAULTS[name])
 
 
 def _flat(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -204,10 +213,10 @@ def claim(folder: pathlib.Path, config: ml_collections.ConfigDict, seeds_may_gro
     if path.exists():
         try:
             old = json.loads(path.read_text())
-            before = _flat(ml_collections.ConfigDict(old["config"]))
+            before = DEFAULTS | _flat(ml_collections.ConfigDict(old["config"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}). Use another --workdir.") from error
-        after = _flat(ml_collections.ConfigDict(record["config"]))
+        after = DEFAULTS | _flat(ml_collections.ConfigDict(record["config"]))
         free = {"seeds"} if seeds_may_grow else set()
         changed = [
             f"{key} was {before.get(key)!r}, now {after.get(key)!r}"

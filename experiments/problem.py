@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from experiments import augment
+from experiments import augment, launch
 from ttt_jax import checkpoint, data, models
 
 MODELS = {"resnet": models.ResNet, "vit": models.ViT}
@@ -19,10 +19,13 @@ class Model(NamedTuple):
     Attributes:
       classify: ``(params, images[N, H, W, C] in [0, 1]) -> logits [N, classes]``.
       rotation: ``(params, images) -> [N, 4]``.
+      reconstruct: ``(params, images, keep[N, K]) -> [N, P, patch * patch * C]``, as
+        ``ttt_jax.losses.masked_reconstruction`` needs it; None for a model that cannot.
     """
 
     classify: Callable[[Any, jax.Array], jax.Array]
     rotation: Callable[[Any, jax.Array], jax.Array]
+    reconstruct: Callable[[Any, jax.Array, jax.Array], jax.Array] | None
 
 
 class Problem(NamedTuple):
@@ -37,6 +40,7 @@ class Problem(NamedTuple):
         in test-time augmentation.
       every_view: all views that ``view`` can draw, ``image -> [V, H, W, C]``.
       image_shape: ``(H, W, C)``.
+      mask_ratio: share of the patches that masked reconstruction hides in training.
     """
 
     module: Any
@@ -45,6 +49,7 @@ class Problem(NamedTuple):
     view: augment.Augment
     every_view: Callable[[jax.Array], jax.Array]
     image_shape: tuple[int, int, int]
+    mask_ratio: float
 
 
 def load_data(config: ml_collections.ConfigDict, split: str) -> data.Source:
@@ -88,9 +93,17 @@ def build(
     def model(norm: Any = "running") -> Model:
         classify = models.from_linen(module, norm=norm)
         rotation = models.from_linen(module, "rotation", norm=norm)
+        reconstruct = None
+        if hasattr(module, "reconstruct"):
+            raw = models.from_linen(module, "reconstruct", norm=norm)
+
+            def reconstruct(params: Any, images: jax.Array, keep: jax.Array) -> jax.Array:
+                return raw(params, normalize(images), keep)
+
         return Model(
             lambda params, images: classify(params, normalize(images)),
             lambda params, images: rotation(params, normalize(images)),
+            reconstruct,
         )
 
     padding, flip = config.views.padding, config.views.flip
@@ -102,6 +115,7 @@ def build(
         view=augment.chain(*steps),
         every_view=augment.every_view(padding, flip),
         image_shape=tuple(source.image_shape),
+        mask_ratio=launch.setting(config, "train.mask_ratio"),
     )
 
 
@@ -116,6 +130,11 @@ def shapes(problem: Problem) -> Any:
     return jax.eval_shape(
         lambda key: models.init(problem.module, key, problem.image_shape), jax.random.key(0)
     )
+
+
+def has_batch_norm(problem: Problem) -> bool:
+    """Whether the model normalises by statistics of the batch."""
+    return "batch_stats" in shapes(problem)
 
 
 def checkpoint_path(workdir: pathlib.Path, seed: int) -> pathlib.Path:

@@ -1,4 +1,4 @@
-"""Runs one method over one domain: compile once, restore between batches, measure."""
+"""Runs one method over one trial: compile once, restore between batches, measure."""
 
 import time
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ import numpy as np
 import ttt_jax as ttt
 from experiments import methods as methods_lib
 from experiments.problem import Problem
+from experiments.trials import Trial, cells_of
 from ttt_jax import checkpoint, data
 
 # What makes a trial a failed row instead of ending the run.
@@ -19,14 +20,16 @@ TRIAL_ERRORS = (ValueError, TypeError, FloatingPointError, jax.errors.JaxRuntime
 
 
 class Outcome(NamedTuple):
-    """What a method did on one domain.
+    """What a method did on one trial, or on one domain of it.
 
     Attributes:
       logits: float32 ``[N, classes]``, or ``[N, S + 1, classes]`` for a traced method.
       aux: float32 ``[N]`` or ``[N, S + 1]``, the probe of the auxiliary loss, or None.
       ok: bool ``[N]``.
-      resets: how many resets fired.
+      reset: bool ``[N]``, whether a reset fired after the image.
       label: int32 ``[N]``.
+      domain: str ``[N]``.
+      severity: int32 ``[N]``.
       seconds: time of the compiled calls.
       compile_seconds: time to trace and compile, 0 where the program was there already.
     """
@@ -34,8 +37,10 @@ class Outcome(NamedTuple):
     logits: np.ndarray
     aux: np.ndarray | None
     ok: np.ndarray
-    resets: int
+    reset: np.ndarray
     label: np.ndarray
+    domain: np.ndarray
+    severity: np.ndarray
     seconds: float
     compile_seconds: float
 
@@ -48,26 +53,21 @@ class Outcome(NamedTuple):
         """Bool ``[N]``."""
         return self.final.argmax(-1) != self.label
 
+    def cells(self) -> dict[tuple[str, int], np.ndarray]:
+        """Where the images of each (domain, severity) are: bool ``[N]``."""
+        return {
+            (domain, severity): (self.domain == domain) & (self.severity == severity)
+            for domain, severity in cells_of(self.domain, self.severity)
+        }
 
-def plan_for(
-    adapt: ml_collections.ConfigDict, source: data.Source, domain: str, severity: int, seed: int
-) -> data.streams.Plan:
-    """The order of a domain's images, as ``adapt.stream`` says.
-
-    Raises:
-      ValueError: an unknown stream.
-    """
-    where: dict[str, Any] = {"domain": domain, "severity": severity}
-    plans = {
-        "shuffled": lambda: data.streams.shuffled(source, seed=seed, **where),
-        "sorted_by_label": lambda: data.streams.sorted_by_label(source, seed=seed, **where),
-        "dirichlet": lambda: data.streams.dirichlet(
-            source, gamma=adapt.dirichlet_gamma, seed=seed, **where
-        ),
-    }
-    if adapt.stream not in plans:
-        raise ValueError(f"adapt.stream must be one of {list(plans)}; got {adapt.stream!r}.")
-    return plans[adapt.stream]()
+    def take(self, here: np.ndarray) -> "Outcome":
+        """Some of the images, with their share of the time."""
+        share = float(here.mean())
+        return Outcome(
+            *(column if column is None else column[here] for column in self[:-2]),
+            seconds=self.seconds * share,
+            compile_seconds=self.compile_seconds * share,
+        )
 
 
 class Runner:
@@ -92,17 +92,20 @@ class Runner:
         self._compiled: dict[Any, Any] = {}
         self._batches: dict[Any, list[Any]] = {}
 
-    def batches(self, source: data.Source, domain: str, severity: int) -> list[data.DomainBatch]:
-        """The corrupted batches of a domain, made once."""
-        where = (source.split, domain, severity)
+    def batches(self, source: data.Source, trial: Trial) -> list[data.DomainBatch]:
+        """The corrupted batches of a trial, made once."""
+        where = (source.split, trial.sequence, trial.cells)
         if where not in self._batches:
-            loader = data.Loader(
-                source,
-                plan_for(self._config, source, domain, severity, self.seed),
-                batch_size=self._config.batch_size,
-                seed=self._config.corruption_seed,
-            )
-            self._batches[where] = list(loader)
+            loaders = [
+                data.Loader(
+                    source,
+                    plan,
+                    batch_size=self._config.batch_size,
+                    seed=self._config.corruption_seed,
+                )
+                for plan in trial.plans
+            ]
+            self._batches[where] = [batch for loader in loaders for batch in loader]
         return self._batches[where]
 
     def run(
@@ -112,15 +115,20 @@ class Runner:
         settings: dict[str, Any],
         batches: Iterable[data.DomainBatch],
     ) -> Outcome:
-        """Runs a method with some settings over the batches of one domain."""
+        """Runs a method with some settings over the batches of one trial."""
         static = tuple(sorted((k, v) for k, v in settings.items() if k not in methods_lib.TRACED))
         numbers = {k: jnp.float32(v) for k, v in settings.items() if k in methods_lib.TRACED}
         carry = None
-        results, infos, labels, seconds, compiling = [], [], [], 0.0, 0.0
+        batches = list(batches)
+        outputs, flags, seconds, compiling = [], [], 0.0, 0.0
         for batch in batches:
             params = self._pristine.restore(self._restore)
             count = len(batch.id)
-            images, ids = _padded(batch, self._config.batch_size)
+            images, ids = jnp.asarray(batch.image), batch.id
+            if method.scope == "per_sample":
+                # Nothing else may be padded: the repeated image would enter the statistics of a
+                # batch and the state of a stream. A last, smaller batch has a program of its own.
+                images, ids = _padded(batch, self._config.batch_size)
             keys = ttt.sample_keys(self._key, ids)
             if method.scope == "stream" and carry is None:
                 carry = jax.jit(method.build(settings).init)(params)
@@ -134,18 +142,19 @@ class Runner:
             start = time.perf_counter()
             carry, output, info = jax.block_until_ready(self._compiled[where](*arguments))
             seconds += time.perf_counter() - start
-            results.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], output))
-            infos.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], info))
-            labels.append(batch.label)
-        output, info = jax.tree.map(
-            lambda *parts: np.concatenate(parts), *zip(results, infos, strict=True)
+            outputs.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], output))
+            flags.append(_flags(info, count))
+        output, (ok, reset) = jax.tree.map(
+            lambda *parts: np.concatenate(parts), *zip(outputs, flags, strict=True)
         )
         return Outcome(
             logits=output["logits"],
             aux=output.get("aux"),
-            ok=info.ok,
-            resets=int(info.reset.sum()) if isinstance(info, ttt.StreamInfo) else 0,
-            label=np.concatenate(labels),
+            ok=ok,
+            reset=reset,
+            label=np.concatenate([batch.label for batch in batches]),
+            domain=np.concatenate([batch.domain for batch in batches]),
+            severity=np.concatenate([batch.severity for batch in batches]),
             seconds=seconds,
             compile_seconds=compiling,
         )
@@ -157,39 +166,57 @@ class Runner:
         share one compiled program.
         """
 
-        def per_sample(params: Any, carry: Any, images: Any, keys: Any, numbers: Any) -> Any:
+        def independent(params: Any, carry: Any, images: Any, keys: Any, numbers: Any) -> Any:
             predict = method.build(settings | numbers)
+            if method.whole_batch:
+                return (carry, *predict(params, images, keys[0]))
             run = ttt.batched(predict, chunk_size=self._config.chunk_size)
             return (carry, *run(params, images, keys))
 
         def stream(params: Any, carry: Any, images: Any, keys: Any, numbers: Any) -> Any:
             step = method.build(settings | numbers).step
+            if method.whole_batch:
+                carry, (output, info) = step(params, carry, images, keys[0])
+                return carry, output, info
             carry, (output, info) = jax.lax.scan(
                 lambda carry, pair: step(params, carry, *pair), carry, (images, keys)
             )
             return carry, output, info
 
-        return stream if method.scope == "stream" else per_sample
+        return stream if method.scope == "stream" else independent
 
-    def probe(self, batches: Iterable[data.DomainBatch]) -> dict[str, float]:
-        """Mean auxiliary losses of the pristine model on a domain; not part of any timing."""
-        if "probe" not in self._compiled:
+    def probe(
+        self, batches: Iterable[data.DomainBatch], names: Iterable[str]
+    ) -> dict[str, np.ndarray]:
+        """Auxiliary losses ``[N]`` of the pristine model on a trial; not part of any timing."""
+        where = ("probe", *sorted(names))
+        if where not in self._compiled:
             readings = methods_lib.probes(self._plain)
 
             def read(params: Any, images: jax.Array) -> dict[str, jax.Array]:
                 return {
-                    name: jax.vmap(fn, in_axes=(None, 0))(params, images)
-                    for name, fn in readings.items()
+                    name: jax.vmap(readings[name], in_axes=(None, 0))(params, images)
+                    for name in where[1:]
                 }
 
-            self._compiled["probe"] = jax.jit(read)
+            self._compiled[where] = jax.jit(read)
         params = self._pristine.restore("memory")
         parts = []
         for batch in batches:
             images, _ = _padded(batch, self._config.batch_size)
-            values = self._compiled["probe"](params, images)
+            values = self._compiled[where](params, images)
             parts.append({k: np.asarray(v)[: len(batch.id)] for k, v in values.items()})
-        return {name: float(np.concatenate([p[name] for p in parts]).mean()) for name in parts[0]}
+        return {name: np.concatenate([part[name] for part in parts]) for name in where[1:]}
+
+
+def _flags(info: ttt.Info | ttt.StreamInfo, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Per image: whether its steps were finite, and whether a reset fired after it."""
+    ok = np.asarray(info.ok)
+    reset = np.asarray(info.reset) if isinstance(info, ttt.StreamInfo) else np.zeros_like(ok)
+    if ok.ndim:
+        return ok[:count], reset[:count]
+    # One flag for a whole batch: all of its images adapt together, and a reset comes after them.
+    return np.full(count, ok), reset & (np.arange(count) == count - 1)
 
 
 def _padded(batch: data.DomainBatch, size: int) -> tuple[jax.Array, np.ndarray]:

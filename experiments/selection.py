@@ -2,12 +2,18 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments import launch, methods as methods_lib, runner as runner_lib
+from experiments import (
+    launch,
+    methods as methods_lib,
+    runner as runner_lib,
+    trials as trials_lib,
+)
 from ttt_jax import data
 
 NOTE = (
@@ -29,7 +35,7 @@ def choose(
     methods: dict[str, methods_lib.Method],
     runner: runner_lib.Runner,
     source: data.Source,
-    severity: int,
+    trials: Sequence[trials_lib.Trial],
 ) -> dict[str, dict[str, Any]]:
     """The chosen settings per method; reads ``selection.json`` if the folder has one.
 
@@ -38,7 +44,7 @@ def choose(
       methods: the methods and their grids.
       runner: evaluates a candidate.
       source: the validation split.
-      severity: of the validation corruptions.
+      trials: over the validation corruptions, in the order that the evaluation has too.
 
     Returns:
       ``{method: settings}``.
@@ -68,15 +74,18 @@ def choose(
         for settings in method.grid if len(method.grid) > 1 else ():
             tried: dict[str, Any] = {"method": name, "params": settings}
             try:
-                outcomes = [
-                    runner.run(name, method, settings, runner.batches(source, domain, severity))
-                    for domain in data.corruptions.VALIDATION_CORRUPTIONS
+                whole = [
+                    runner.run(name, method, settings, runner.batches(source, trial))
+                    for trial in trials
                 ]
             except runner_lib.TRIAL_ERRORS as failure:
                 # The evaluation will meet the same failure and record it as rows.
                 scores.append((np.inf, np.inf))
                 record["tried"].append(tried | {"message": f"{failure}"[:500]})
                 continue
+            outcomes = [
+                outcome.take(here) for outcome in whole for here in outcome.cells().values()
+            ]
             error = float(np.mean([outcome.wrong().mean() for outcome in outcomes]))
             loss = float(np.mean([_cross_entropy(outcome) for outcome in outcomes]))
             scores.append((error, loss if np.isfinite(loss) else np.inf))

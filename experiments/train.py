@@ -1,4 +1,4 @@
-"""Joint training of the main and the auxiliary task.
+"""Joint training of the main and the auxiliary task (``train.aux``: rotation, mae or none).
 
 Usage::
 
@@ -24,7 +24,7 @@ import tqdm
 from absl import flags
 
 import ttt_jax as ttt
-from experiments import launch, problem as problem_lib, writers
+from experiments import auxiliary, launch, problem as problem_lib, writers
 from ttt_jax import checkpoint, data, models
 
 
@@ -38,26 +38,34 @@ def _optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformatio
 def make_step(problem: problem_lib.Problem, config: ml_collections.ConfigDict) -> Any:
     """The jitted training step ``(variables, opt_state, images, labels, key) -> ...``.
 
-    Minimises cross-entropy plus ``aux_weight`` times the loss of all four rotations of the same
-    augmented batch (Sun et al. 2020, Eq. 2).
+    Minimises cross-entropy plus ``aux_weight`` times the loss of the auxiliary task on the same
+    augmented batch (Sun et al. 2020, Eq. 2); its third output holds both, by name.
     """
+    task = auxiliary.name_of(config)
+    config = config.train
     optimizer = _optimizer(config)
-    batch_norm = "batch_stats" in problem_lib.shapes(problem)
+    batch_norm = problem_lib.has_batch_norm(problem)
     model = problem.model("batch" if batch_norm else "running")
-    aux = ttt.losses.rotation(model.rotation, batch=True)
+    aux = auxiliary.training_loss(task, problem, model)
 
     def losses(variables: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
         view_key, aux_key = jax.random.split(key)
         views = jax.vmap(problem.view)(images, jax.random.split(view_key, len(labels)))
         logits = model.classify(variables, views)
         main = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        rotation = aux(variables, views, aux_key)
-        return main + config.aux_weight * rotation, (views, main, rotation)
+        if aux is None:
+            return main, (views, {"main": main})
+        auxiliary_loss = aux(variables, views, aux_key)
+        parts = {"main": main, task: auxiliary_loss}
+        return main + config.aux_weight * auxiliary_loss, (views, parts)
 
     def with_statistics(variables: Any, views: jax.Array, key: jax.Array) -> Any:
         """Running statistics follow the batch: of the views, then of their four rotations."""
-        turned = jnp.concatenate([jnp.rot90(views, k, (1, 2)) for k in range(4)])
-        for method, images in ((None, views), ("rotation", turned)):
+        passes = [(None, views)]
+        if task == "rotation":
+            turned = jnp.concatenate([jnp.rot90(views, k, (1, 2)) for k in range(4)])
+            passes.append(("rotation", turned))
+        for method, images in passes:
             collect = models.linen_statistics(problem.module, method)
             follow = ttt.statistics_adapter(collect, momentum=config.statistics_momentum)
             state = follow.init(variables)
@@ -67,7 +75,7 @@ def make_step(problem: problem_lib.Problem, config: ml_collections.ConfigDict) -
 
     @jax.jit
     def step(variables: Any, opt_state: Any, images: Any, labels: Any, key: Any) -> Any:
-        grads, (views, *parts) = jax.grad(losses, has_aux=True)(variables, images, labels, key)
+        grads, (views, parts) = jax.grad(losses, has_aux=True)(variables, images, labels, key)
         updates, opt_state = optimizer.update(grads["params"], opt_state, variables["params"])
         params = optax.apply_updates(variables["params"], updates)
         variables = {**variables, "params": params}
@@ -123,7 +131,7 @@ def train(
         return target
     source = problem_lib.load_data(config, "train")
     problem = problem_lib.build(config, source, shared_kernels=True)
-    step_fn, optimizer = make_step(problem, config.train)
+    step_fn, optimizer = make_step(problem, config)
     variables = problem_lib.initial(problem, seed)
     saved = _SavedState(workdir / "training" / f"seed_{seed}")
     start, (variables, opt_state) = saved.load((variables, optimizer.init(variables["params"])))
@@ -140,14 +148,14 @@ def train(
         variables, opt_state, parts = step_fn(variables, opt_state, batch.image, batch.label, key)
         done = step + 1
         if done % config.train.log_every == 0 or done == config.train.num_steps:
-            main, rotation = map(float, parts)
-            writer.scalars(done, {"train/main_loss": main, "train/rotation_loss": rotation})
-            progress.set_postfix(main=f"{main:.3f}", rotation=f"{rotation:.3f}")
+            writer.scalars(done, {f"train/{k}_loss": float(v) for k, v in parts.items()})
+            progress.set_postfix({k: f"{float(v):.3f}" for k, v in parts.items()})
         if done % config.train.save_every == 0 and done < config.train.num_steps:
             saved.save(done, (variables, opt_state))
     accuracy = _accuracy(problem, variables, problem_lib.load_data(config, "validation"))
     metadata = problem_lib.checkpoint_metadata(config) | {
         "seed": seed,
+        "aux": auxiliary.name_of(config),
         "num_steps": config.train.num_steps,
         "validation_accuracy": accuracy,
     }
@@ -168,6 +176,8 @@ def _accuracy(problem: problem_lib.Problem, variables: Any, source: data.Source)
 
 def run(config: ml_collections.ConfigDict, folder: str, *, tensorboard: bool = False) -> None:
     """Trains every seed of a config that has no checkpoint yet."""
+    # Before the folder is claimed: a config that cannot be trained must not keep it.
+    auxiliary.name_of(config)
     workdir = launch.open_workdir(folder)
     with (
         launch.locked(workdir),

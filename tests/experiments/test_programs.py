@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import adapt, journal, launch, problem, runner, train
+from experiments import adapt, journal, launch, runner, train
 from tests.experiments import tiny_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -295,24 +295,3 @@ def test_rows_of_another_checkpoint_are_refused(adapted, tmp_path):
     (folder / "selection.json").write_text(json.dumps(selection | {"checkpoint": "other"}))
     with pytest.raises(launch.UserError, match="chosen with another checkpoint"):
         adapt.run(tiny_config.get_config(), str(folder))
-
-
-@pytest.mark.parametrize("stream", ["sorted_by_label", "dirichlet"])
-def test_the_order_of_a_stream_is_the_configs(stream):
-    config = tiny_config.get_config()
-    config.adapt.stream = stream
-    source = problem.load_data(config, "test")
-    plan = runner.plan_for(config.adapt, source, "fog", 5, seed=0)
-    assert sorted(plan.index) == list(range(len(source)))
-    labels = source.labels()[plan.index]
-    shuffled = tiny_config.get_config().adapt
-    mixed = source.labels()[runner.plan_for(shuffled, source, "fog", 5, seed=0).index]
-    assert (np.diff(labels) != 0).sum() < (np.diff(mixed) != 0).sum()
-
-
-def test_an_unknown_stream_is_refused():
-    config = tiny_config.get_config()
-    config.adapt.stream = "sorted"
-    source = problem.load_data(config, "test")
-    with pytest.raises(ValueError, match=r"adapt\.stream must be one of .*got 'sorted'"):
-        runner.plan_for(config.adapt, source, "fog", 5, seed=0)

@@ -20,3 +20,32 @@ def get_config():
     config.methods.rotation.update({"copies": 2, "num_steps": 2, "learning_rate": (0.01, 0.03)})
     config.methods.rotation_online.update({"copies": 2, "learning_rate": (0.003,)})
     return config
+
+
+def with_methods(config, **methods):
+    """Replaces the methods of a config."""
+    config.methods = ml_collections.ConfigDict(methods, convert_dict=True)
+    return config
+
+
+def get_mae_config():
+    """Masked reconstruction in training and in adapting."""
+    config = get_config()
+    config.train.update({"aux": "mae", "mask_ratio": 0.5, "num_steps": 4})
+    mae = {"num_masks": 2, "num_steps": 1, "learning_rate": (0.03, 0.1), "momentum": 0.9}
+    return with_methods(config, source={}, mae={**mae, "select": ".*encoder/.*"})
+
+
+def get_batch_norm_config():
+    """The model with BatchNorm of ``tiny_model``, and methods over whole batches."""
+    config = get_config()
+    config.data.test = "test[:50]"
+    config.model = ml_collections.ConfigDict({"name": "dense"})
+    return with_methods(
+        config,
+        source={},
+        bn_adapt={},
+        tent={"learning_rate": 0.05},
+        tent_online={"learning_rate": 0.05, "optimizer": "sgd", "predict": "before"},
+        pseudo_label={"learning_rate": 0.05, "optimizer": "sgd", "momentum": 0.9, "num_steps": 2},
+    )

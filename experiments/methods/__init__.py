@@ -1,0 +1,70 @@
+"""The methods a config may name: each a predictor (or stream) over one problem.
+
+A method is a family over a small grid of settings; which member is reported is chosen on
+validation corruptions (:mod:`experiments.selection`). Every predictor's output is a dict with
+``logits`` ``[classes]`` (``[num_steps + 1, classes]`` for a traced one, ``[N, classes]`` for a
+whole batch) and, for adapting per-sample methods, ``aux`` of the same leading axes: a probe of
+the auxiliary loss on views that are the same for every sample and step.
+"""
+
+import ml_collections
+
+from experiments.methods import online, per_sample, whole_batch
+from experiments.methods.method import TRACED as TRACED, Method as Method, grid_of
+from experiments.methods.outputs import probes as probes
+from experiments.problem import Problem
+
+
+def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -> dict[str, Method]:
+    """The dict of methods that a config asks for, in its order.
+
+    Args:
+      config: its ``methods`` name them.
+      problem: for methods whose kernels are private to each sample.
+      plain: the same problem with shared kernels, for methods that adapt nothing, or one copy
+        for a whole batch.
+
+    Raises:
+      ValueError: a name that is not a method, an option that is missing or impossible, or a
+        model that the method does not fit.
+    """
+    makers = {
+        "source": (per_sample.source, plain),
+        "augmented": (per_sample.augmented, plain),
+        "norm_prior": (per_sample.norm_prior, plain),
+        "norm_prior_views": (per_sample.norm_prior_views, plain),
+        "rotation": (per_sample.rotation, problem),
+        "memo": (per_sample.memo, problem),
+        "mae": (per_sample.mae, problem),
+        "rotation_memo_augmented": (per_sample.rotation_memo_augmented, problem),
+        "rotation_online": (online.rotation_online, problem),
+        "bn_adapt": (whole_batch.bn_adapt, plain),
+        "tent": (whole_batch.tent, plain),
+        "tent_online": (whole_batch.tent_online, plain),
+        "pseudo_label": (whole_batch.pseudo_label, plain),
+    }
+    for name in config.methods:
+        if name not in makers:
+            raise ValueError(f"methods.{name} is not a method; choose from {sorted(makers)}.")
+    methods = {}
+    for name, options in config.methods.items():
+        make, of = makers[name]
+        methods[name] = make(grid_of(options), of)
+        _try(name, methods[name])
+    return methods
+
+
+def _try(name: str, method: Method) -> None:
+    """Builds every candidate once: a bad option ends the run before it has written anything."""
+    for settings in method.grid:
+        try:
+            method.build(settings)
+        except KeyError as error:
+            raise ValueError(f"methods.{name} needs the option {error.args[0]!r}.") from error
+        except ValueError as error:
+            raise ValueError(f"methods.{name}: {error}") from error
+
+
+def baseline(plain: Problem) -> Method:
+    """The source model, against whose predictions right and wrong turns are counted."""
+    return per_sample.source(({},), plain)

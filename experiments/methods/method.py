@@ -1,0 +1,53 @@
+"""What a method is: how to build it, its grid of settings, its cost."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import ml_collections
+
+# Settings that a program takes as arguments; all others are part of what is compiled.
+TRACED = ("learning_rate", "memo_weight", "prior")
+
+Settings = dict[str, Any]
+
+
+class Method(NamedTuple):
+    """One way to predict, over a grid of settings.
+
+    Attributes:
+      scope: ``per_sample``, ``batch`` or ``stream``.
+      build: ``build(settings) -> Predictor`` (or ``Stream``); see :data:`TRACED`.
+      grid: settings per candidate.
+      cost: ``cost(settings) -> (forwards, backwards)`` per sample of the method itself, without
+        probes.
+      probe: the auxiliary loss of its ``aux`` output, a key of ``outputs.probes``, or None.
+      traced: whether the logits have a leading axis over inner steps.
+      reset: when a sample's, batch's or stream's state is dropped.
+      predict: ``"before"`` or ``"after"`` the update; None where nothing adapts. A setting of
+        that name comes first.
+      whole_batch: whether one instance is a whole batch of images, as in scope ``batch`` and in
+        a stream of batches.
+    """
+
+    scope: str
+    build: Callable[[Settings], Any]
+    grid: tuple[Settings, ...]
+    cost: Callable[[Settings], tuple[int, int]]
+    probe: str | None = None
+    traced: bool = False
+    reset: str | None = None
+    predict: str | None = None
+    whole_batch: bool = False
+
+
+def grid_of(options: ml_collections.ConfigDict) -> tuple[Settings, ...]:
+    """The product of the options that are tuples; the others are the same in every candidate."""
+    names = list(options)
+    values = [v if isinstance(v, tuple) else (v,) for v in (options[name] for name in names)]
+    return tuple(dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values))
+
+
+def with_defaults(grid: tuple[Settings, ...], **defaults: Any) -> tuple[Settings, ...]:
+    """Fills in options that a config left out, so that the rows name them too."""
+    return tuple(defaults | settings for settings in grid)

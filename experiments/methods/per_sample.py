@@ -1,0 +1,105 @@
+"""Methods that take one image at a time and keep nothing of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+import ttt_jax as ttt
+from experiments import auxiliary
+from experiments.methods import outputs, steps
+from experiments.methods.method import Method, Settings, with_defaults
+from experiments.problem import Problem
+
+
+def source(grid: Any, problem: Problem) -> Method:
+    """The pristine model."""
+    return Method(
+        "per_sample", lambda s: ttt.source(outputs.plain(problem, s)), grid, lambda s: (1, 0)
+    )
+
+
+def norm_prior(grid: Any, problem: Problem) -> Method:
+    """Blends the statistics of the one image into those of the source; no gradient."""
+    return source(grid, problem)
+
+
+def norm_prior_views(grid: Any, problem: Problem) -> Method:
+    """Every view in one batch with blended statistics: the composition without its gradient."""
+    views = outputs.num_views(problem)
+
+    def make(settings: Settings) -> ttt.Predictor:
+        return ttt.source(outputs.every_view(problem, settings))
+
+    return Method("per_sample", make, grid, lambda s: (views, 0))
+
+
+def augmented(grid: Any, problem: Problem) -> Method:
+    """Mean probability over random views."""
+
+    def make(settings: Settings) -> ttt.Predictor:
+        one = ttt.unbatched(outputs.model_of(problem, settings).classify)
+        predict = ttt.augmented(one, problem.view, num_views=settings["num_views"])
+
+        def labelled(params: Any, image: jax.Array, key: jax.Array) -> Any:
+            logits, info = predict(params, image, key)
+            return {"logits": logits}, info
+
+        return labelled
+
+    return Method("per_sample", make, grid, lambda s: (s["num_views"], 0))
+
+
+def _traced(grid: Any, problem: Problem, loss: Callable[..., Any], probe: str) -> Method:
+    """An episodic method that predicts the plain image after every step."""
+
+    def make(settings: Settings) -> ttt.Predictor:
+        adapter = steps.adapter(loss(problem, settings), settings)
+        apply = outputs.plain(problem, settings, probe)
+        return ttt.episodic(adapter, apply, num_steps=settings["num_steps"], trace=True)
+
+    def cost(settings: Settings) -> tuple[int, int]:
+        return steps.work(settings) + 1, steps.work(settings)
+
+    return Method(
+        "per_sample", make, grid, cost, probe, traced=True, reset="episodic", predict="after"
+    )
+
+
+def rotation(grid: Any, problem: Problem) -> Method:
+    """Test-time training on rotation prediction (Sun et al. 2020)."""
+    return _traced(grid, problem, steps.rotation_loss, "rotation")
+
+
+def memo(grid: Any, problem: Problem) -> Method:
+    """Marginal entropy over views (Zhang et al. 2022)."""
+    return _traced(grid, problem, steps.memo_loss, "memo")
+
+
+def mae(grid: Any, problem: Problem) -> Method:
+    """Test-time training on masked reconstruction (Gandelsman et al. 2022).
+
+    Raises:
+      ValueError: a model that cannot reconstruct.
+    """
+    auxiliary.require_reconstruction(problem.module, "methods.mae")
+    grid = with_defaults(grid, mask_ratio=problem.mask_ratio, num_masks=1)
+    return _traced(grid, problem, steps.mae_loss, "mae")
+
+
+def rotation_memo_augmented(grid: Any, problem: Problem) -> Method:
+    """Adapts to rotation and marginal entropy together; predicts the mean over every view."""
+    views = outputs.num_views(problem)
+
+    def make(settings: Settings) -> ttt.Predictor:
+        loss = ttt.losses.weighted(
+            (1.0, steps.rotation_loss(problem, settings)),
+            (settings["memo_weight"], steps.memo_loss(problem, settings)),
+        )
+        apply = outputs.every_view(problem, settings, "rotation")
+        return ttt.episodic(steps.adapter(loss, settings), apply, num_steps=settings["num_steps"])
+
+    def cost(settings: Settings) -> tuple[int, int]:
+        return steps.work(settings) + views, steps.work(settings)
+
+    return Method("per_sample", make, grid, cost, "rotation", reset="episodic", predict="after")

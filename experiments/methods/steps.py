@@ -1,0 +1,69 @@
+"""What an inner step of a method is: its loss, its optimizer, what it adapts, its cost."""
+
+from typing import Any
+
+import optax
+
+import ttt_jax as ttt
+from experiments import auxiliary
+from experiments.methods.method import Settings
+from experiments.methods.outputs import model_of
+from experiments.problem import Problem
+
+
+def adapter(loss: Any, settings: Settings) -> ttt.Adapter:
+    """Gradient steps on a loss with the optimizer and the selection of some settings."""
+    return ttt.gradient_adapter(loss, _optimizer(settings), select=_selection(settings))
+
+
+def _optimizer(settings: Settings) -> optax.GradientTransformation:
+    """``sgd`` (the default), with ``momentum`` if there is one, or ``adam``."""
+    name, momentum = settings.get("optimizer", "sgd"), settings.get("momentum")
+    if name == "sgd":
+        return optax.sgd(settings["learning_rate"], momentum=momentum)
+    if name == "adam" and momentum is None:
+        return optax.adam(settings["learning_rate"])
+    raise ValueError(
+        "optimizer must be 'sgd', with or without momentum, or 'adam' without; got "
+        f"{name!r} with momentum={momentum!r}."
+    )
+
+
+def _selection(settings: Settings) -> ttt.Selection:
+    """``all``, ``norm`` or a pattern for ``select.paths``."""
+    if settings["select"] == "all":
+        return ttt.select.everything()
+    if settings["select"] == "norm":
+        return ttt.select.norm_affine()
+    return ttt.select.paths(settings["select"])
+
+
+def rotation_loss(problem: Problem, settings: Settings) -> ttt.AuxLoss:
+    """Rotation prediction over augmented copies of the image."""
+    copies = settings["copies"]
+    rotation = model_of(problem, settings).rotation
+    return ttt.losses.rotation(rotation, copies=copies, augment=problem.view)
+
+
+def memo_loss(problem: Problem, settings: Settings) -> ttt.AuxLoss:
+    """Entropy of the mean prediction over random views."""
+    views = settings["num_views"]
+    classify = model_of(problem, settings).classify
+    return ttt.losses.marginal_entropy(classify, problem.view, num_views=views)
+
+
+def mae_loss(problem: Problem, settings: Settings) -> ttt.AuxLoss:
+    """Reconstruction of the hidden patches under several masks."""
+    return auxiliary.reconstruction(
+        problem,
+        model_of(problem, settings),
+        mask_ratio=settings["mask_ratio"],
+        num_masks=settings["num_masks"],
+    )
+
+
+def work(settings: Settings) -> int:
+    """Forward (and backward) passes of all inner steps: views per step times steps."""
+    copies = 4 if settings.get("copies", 0) is None else settings.get("copies", 0)
+    views = copies + settings.get("num_views", 0) + settings.get("num_masks", 0)
+    return settings["num_steps"] * views

@@ -1,0 +1,96 @@
+"""Which images come when: a trial is one stream, over one domain or over a sequence of them."""
+
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+
+from experiments import launch
+from ttt_jax import data
+
+STREAMS = ("shuffled", "sorted_by_label", "dirichlet")
+SEQUENCES = ("none", "domains", "mixed", "gradual")
+
+
+class Trial(NamedTuple):
+    """One stream; a state that is carried along it is pristine at its start alone.
+
+    Attributes:
+      sequence: one of :data:`SEQUENCES`; ``"none"`` for a domain by itself.
+      plans: run one after the other. Each has batches of its own, so that the statistics of a
+        batch are never those of two domains unless a plan itself mixes them.
+    """
+
+    sequence: str
+    plans: tuple[data.streams.Plan, ...]
+
+    @property
+    def cells(self) -> tuple[tuple[str, int], ...]:
+        """Its pairs (domain, severity), each of which becomes a row per method."""
+        return cells_of(
+            np.concatenate([plan.domain for plan in self.plans]),
+            np.concatenate([plan.severity for plan in self.plans]),
+        )
+
+
+def cells_of(domain: np.ndarray, severity: np.ndarray) -> tuple[tuple[str, int], ...]:
+    """The different pairs of two columns, in order of appearance."""
+    return tuple(dict.fromkeys(zip(domain.tolist(), severity.tolist(), strict=True)))
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses an order that there is not.
+
+    Raises:
+      ValueError: an unknown ``adapt.stream`` or ``adapt.sequence``, or two that exclude each
+        other.
+    """
+    stream, sequence = config.adapt.stream, launch.setting(config, "adapt.sequence")
+    if stream not in STREAMS:
+        raise ValueError(f"adapt.stream must be one of {list(STREAMS)}; got {stream!r}.")
+    if sequence not in SEQUENCES:
+        raise ValueError(f"adapt.sequence must be one of {list(SEQUENCES)}; got {sequence!r}.")
+    if sequence == "gradual" and stream != "shuffled":
+        raise ValueError(
+            "adapt.sequence='gradual' has an order of its own and needs adapt.stream='shuffled'; "
+            f"got {stream!r}."
+        )
+
+
+def plan_for(
+    adapt: ml_collections.ConfigDict, source: data.Source, domain: str, severity: int, seed: int
+) -> data.streams.Plan:
+    """The order of a domain's images, as ``adapt.stream`` says."""
+    where: dict[str, Any] = {"seed": seed, "domain": domain, "severity": severity}
+    if adapt.stream == "dirichlet":
+        return data.streams.dirichlet(source, gamma=adapt.dirichlet_gamma, **where)
+    plan = {"shuffled": data.streams.shuffled, "sorted_by_label": data.streams.sorted_by_label}
+    return plan[adapt.stream](source, **where)
+
+
+def clean(config: ml_collections.ConfigDict, source: data.Source, seed: int) -> Trial:
+    """The images as they are: always a stream by itself."""
+    return Trial("none", (plan_for(config.adapt, source, "clean", 0, seed),))
+
+
+def over(
+    config: ml_collections.ConfigDict, source: data.Source, corruptions: tuple[str, ...], seed: int
+) -> list[Trial]:
+    """The trials over some corruptions: one each, or a single ``adapt.sequence`` of all."""
+    check(config)
+    adapt, sequence = config.adapt, launch.setting(config, "adapt.sequence")
+    if sequence == "gradual":
+        plans = [data.streams.gradual(source, name, seed=seed) for name in corruptions]
+    elif sequence == "mixed":
+        # Each domain in an order of its own: else the stream would show the versions of one
+        # image close together.
+        parts = [
+            plan_for(adapt, source, name, adapt.severity, seed * len(corruptions) + place)
+            for place, name in enumerate(corruptions)
+        ]
+        plans = [data.streams.mixed(parts, seed=seed)]
+    else:
+        plans = [plan_for(adapt, source, name, adapt.severity, seed) for name in corruptions]
+    if sequence == "none":
+        return [Trial(sequence, (plan,)) for plan in plans]
+    return [Trial(sequence, tuple(plans))]

@@ -1,0 +1,90 @@
+"""``train.aux``: what each task trains, what it is called, and what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import launch, problem, train
+from tests.experiments import tiny_config, tiny_model
+from ttt_jax import checkpoint
+
+
+def built(config):
+    return problem.build(config, problem.load_data(config, "test"), shared_kernels=True)
+
+
+def moved(before, after):
+    """The top-level modules of which any parameter changed."""
+    before, after = before["params"], after["params"]
+    return {
+        name
+        for name in before
+        if not all(map(np.array_equal, *map(jax.tree.leaves, (before[name], after[name]))))
+    }
+
+
+@pytest.mark.parametrize(
+    ("aux", "losses", "parts"),
+    [
+        ("rotation", {"main", "rotation"}, {"encoder", "head", "rotation_head"}),
+        ("mae", {"main", "mae"}, {"encoder", "head", "decoder"}),
+        ("none", {"main"}, {"encoder", "head"}),
+    ],
+)
+def test_a_task_trains_its_head_and_names_its_loss(tmp_path, aux, losses, parts):
+    config = tiny_config.get_config()
+    config.train.update({"aux": aux, "num_steps": 3, "weight_decay": 0.0, "log_every": 3})
+    train.run(config, str(tmp_path))
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    scalars = json.loads(line)
+    assert set(scalars) == {"step"} | {f"train/{name}_loss" for name in losses}
+    assert all(scalars[f"train/{name}_loss"] > 0 for name in losses)
+    trained = checkpoint.load(tmp_path / "checkpoints" / "seed_0")
+    assert trained.metadata["aux"] == aux
+    initial = problem.initial(built(config), 0)
+    assert moved(initial, trained.params) == parts
+
+
+def test_without_a_task_the_statistics_of_its_branch_stay(monkeypatch):
+    tiny_model.install(monkeypatch)
+    config = tiny_config.get_batch_norm_config()
+    config.train.aux = "none"
+    of = built(config)
+    before = problem.initial(of, 0)
+    step, optimizer = train.make_step(of, config)
+    images = problem.load_data(config, "test").take(np.arange(8))
+    state = optimizer.init(before["params"])
+    after, _, losses = step(before, state, images.image, images.label, jax.random.key(0))
+    assert set(losses) == {"main"}
+    statistics = after["batch_stats"]
+    assert jnp.any(statistics["bn"]["mean"] != 0)
+    assert jnp.all(statistics["rotation_bn"]["mean"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "aux", "words"),
+    [
+        ("vit", "mea", r"train\.aux must be one of \['rotation', 'mae', 'none'\]; got 'mea'"),
+        ("resnet", "mae", r"train\.aux='mae' needs .* ResNet .*model\.name='vit'"),
+    ],
+)
+def test_an_impossible_task_is_refused_and_leaves_the_folder_free(tmp_path, model, aux, words):
+    config = tiny_config.get_config()
+    config.train.aux, config.model.name = aux, model
+    with pytest.raises(ValueError, match=words):
+        train.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_key_is_its_default_for_the_folder_too(tmp_path):
+    config = tiny_config.get_config()
+    launch.claim(tmp_path, config)
+    config.train.aux = "rotation"
+    config.adapt.sequence = "none"
+    launch.claim(tmp_path, config)
+    config.train.aux = "none"
+    with pytest.raises(launch.UserError, match=r"train\.aux was 'rotation', now 'none'"):
+        launch.claim(tmp_path, config)

@@ -1,0 +1,211 @@
+"""Which images come when: streams of one domain, sequences of domains, and what they carry."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import ttt_jax as ttt
+from experiments import adapt, journal, methods, problem, runner, train, trials
+from tests.experiments import tiny_config
+from ttt_jax import checkpoint, data
+
+CORRUPTIONS = data.corruptions.CORRUPTIONS
+
+
+@pytest.fixture(scope="module")
+def source():
+    return problem.load_data(tiny_config.get_config(), "test")
+
+
+def config_of(sequence, stream="shuffled"):
+    config = tiny_config.get_config()
+    config.adapt.update({"sequence": sequence, "stream": stream})
+    return config
+
+
+@pytest.mark.parametrize("stream", ["sorted_by_label", "dirichlet"])
+def test_the_order_of_a_stream_is_the_configs(source, stream):
+    plans = [
+        trials.plan_for(config_of("none", name).adapt, source, "fog", 5, seed=0)
+        for name in (stream, "shuffled")
+    ]
+    assert all(sorted(plan.index) == list(range(len(source))) for plan in plans)
+    changes = [(np.diff(source.labels()[plan.index]) != 0).sum() for plan in plans]
+    assert changes[0] < changes[1]
+
+
+@pytest.mark.parametrize(
+    ("sequence", "stream", "words"),
+    [
+        ("none", "sorted", r"adapt\.stream must be one of .*'dirichlet'\]; got 'sorted'"),
+        ("all", "shuffled", r"adapt\.sequence must be one of \['none', .*'gradual'\]; got 'all'"),
+        ("gradual", "dirichlet", r"needs adapt\.stream='shuffled'; got 'dirichlet'"),
+    ],
+)
+def test_an_order_that_there_is_not_leaves_the_folder_free(tmp_path, sequence, stream, words):
+    with pytest.raises(ValueError, match=words):
+        adapt.run(config_of(sequence, stream), str(tmp_path))
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_no_sequence_is_a_trial_per_domain(source):
+    found = trials.over(tiny_config.get_config(), source, CORRUPTIONS, seed=0)
+    assert [trial.cells for trial in found] == [((name, 5),) for name in CORRUPTIONS]
+
+
+def test_domains_come_one_after_the_other_in_batches_of_their_own(source):
+    (trial,) = trials.over(config_of("domains"), source, CORRUPTIONS, seed=0)
+    assert trial.cells == tuple((name, 5) for name in CORRUPTIONS)
+    assert [len(plan.index) for plan in trial.plans] == [30] * 15
+
+
+def test_mixed_domains_alternate_and_do_not_repeat_an_image_at_once(source):
+    (trial,) = trials.over(config_of("mixed"), source, CORRUPTIONS, seed=0)
+    (plan,) = trial.plans
+    assert len(plan.index) == 15 * 30 and set(trial.cells) == {(name, 5) for name in CORRUPTIONS}
+    assert (plan.domain[1:] != plan.domain[:-1]).mean() > 0.8
+    assert len(set(plan.index[:20].tolist())) > 10
+
+
+def test_gradual_severity_climbs_and_falls(source):
+    (trial,) = trials.over(config_of("gradual"), source, CORRUPTIONS[:2], seed=0)
+    assert [plan.domain[0] for plan in trial.plans] == list(CORRUPTIONS[:2])
+    for plan in trial.plans:
+        assert list(dict.fromkeys(plan.severity.tolist())) == [1, 2, 3, 4, 5]
+        assert plan.severity[0] == plan.severity[-1] == 1
+    assert len(trial.cells) == 10
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train.run(tiny_config.get_mae_config(), str(folder))
+    return folder
+
+
+def test_a_stream_goes_on_from_domain_to_domain(trained, source):
+    """Also over a last batch that is smaller: its padding must not enter the state."""
+    config = tiny_config.get_mae_config()
+    options = {"copies": 2, "num_steps": 1, "learning_rate": 0.1, "select": "all"}
+    tiny_config.with_methods(config, rotation_online=options)
+    plain = problem.build(config, source)
+    method = methods.build(config, plain, plain)["rotation_online"]
+    pristine = checkpoint.load(trained / "checkpoints" / "seed_0")
+    run = runner.Runner(config, plain, pristine, seed=0, restore="memory")
+    plans = [trials.plan_for(config.adapt, source, name, 5, 0) for name in ("fog", "snow")]
+    batches = run.batches(source, trials.Trial("domains", tuple(plans)))
+    assert [len(batch.id) for batch in batches] == [20, 10, 20, 10]
+    outcome = run.run("rotation_online", method, options, batches)
+
+    stream = method.build(options)
+    images = np.concatenate([batch.image for batch in batches])
+    ids = np.concatenate([batch.id for batch in batches])
+    params = pristine.restore("memory")
+    _, (expected, _) = jax.jit(
+        lambda *pairs: jax.lax.scan(
+            lambda carry, pair: stream.step(params, carry, *pair), stream.init(params), pairs
+        )
+    )(images, ttt.sample_keys(jax.random.key(0), ids))
+    np.testing.assert_allclose(outcome.logits, expected["logits"], rtol=1e-4, atol=1e-5)
+    snow = run.run("rotation_online", method, options, batches[2:])
+    assert np.abs(snow.logits - outcome.logits[30:]).max() > 1e-2
+    assert outcome.cells()["snow", 5].tolist() == [False] * 30 + [True] * 30
+
+
+def adapted(config, trained, folder):
+    shutil.copytree(trained / "checkpoints", folder / "checkpoints")
+    assert adapt.run(config, str(folder)) == 0
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def in_sequence(trained, tmp_path_factory):
+    config = tiny_config.get_mae_config()
+    # One size of batch, so that every method is compiled once.
+    config.adapt.update({"sequence": "domains", "batch_size": 10})
+    config.methods.update(
+        tiny_config.with_methods(
+            tiny_config.get_config(),
+            tent={"learning_rate": 0.05},
+            tent_online={"learning_rate": 0.05},
+        ).methods
+    )
+    folder = tmp_path_factory.mktemp("sequence") / "run"
+    return config, folder, adapted(config, trained, folder)
+
+
+def test_a_sequence_gives_a_row_per_domain(in_sequence):
+    _, _, rows = in_sequence
+    assert len({journal.Journal.key(row) for row in rows}) == len(rows) == 4 * (16 + 4)
+    how = {
+        row["method"]: (row["scope"], row["reset"], row["predict"])
+        for row in rows
+        if row["domain"] == "fog"
+    }
+    assert how == {
+        "source": ("per_sample", None, None),
+        "mae": ("per_sample", "episodic", "after"),
+        "tent": ("batch", "episodic", "after"),
+        "tent_online": ("stream", "per_sequence", "after"),
+    }
+    for row in rows:
+        clean = row["domain"] == "clean"
+        assert row["sequence"] == ("none" if clean else "domains")
+        assert row["num_examples"] == (30 if row["split_role"] == "reported" else 20)
+        assert row["seconds"] > 0
+        if clean and row["method"] == "tent_online":
+            assert row["reset"] == "per_domain"
+
+
+def test_masked_reconstruction_lowers_its_loss(in_sequence):
+    _, folder, rows = in_sequence
+    rows = [row for row in rows if row["method"] == "mae"]
+    assert all(len(row["error_by_step"]) == 2 for row in rows)
+    assert {(row["forwards_per_sample"], row["backwards_per_sample"]) for row in rows} == {(3, 2)}
+    lower = [row["aux_loss_after"] < row["aux_loss_before"] for row in rows]
+    assert np.mean(lower) > 0.8
+    tried = json.loads((folder / "selection.json").read_text())["tried"]
+    assert [entry["params"]["learning_rate"] for entry in tried] == [0.03, 0.1]
+    assert tried[0]["params"]["mask_ratio"] == 0.5
+
+
+def test_a_cut_off_sequence_runs_again_without_doubling_rows(in_sequence, tmp_path):
+    config, folder, rows = in_sequence
+    shutil.copytree(folder, tmp_path / "run")
+    results = tmp_path / "run" / "results.jsonl"
+    # The last trial is tent_online along the 15 corruptions; six of its rows are lost.
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows[:-6]))
+    assert adapt.run(config, str(tmp_path / "run")) == 0
+    again = [json.loads(line) for line in results.read_text().splitlines()]
+    assert again[:-6] == rows[:-6]
+    for new, old in zip(again[-6:], rows[-6:], strict=True):
+        assert (new["method"], new["domain"]) == ("tent_online", old["domain"])
+        assert new["error"] == old["error"]
+
+
+def test_what_keeps_no_state_does_not_mind_the_order(in_sequence, trained, tmp_path):
+    """Per-sample rows are equal in a mixed stream; a batch there holds several domains."""
+    config, _, rows = in_sequence
+    mixed = config.copy_and_resolve_references()
+    mixed.adapt.sequence = "mixed"
+    other = {journal.Journal.key(row): row for row in adapted(mixed, trained, tmp_path / "mixed")}
+    assert len(other) == len(rows)
+    differing = set()
+    for row in rows:
+        found = other[journal.Journal.key(row)]
+        if found["error"] != row["error"]:
+            differing.add(row["method"])
+    assert differing <= {"tent", "tent_online"} and differing
+
+
+def test_gradual_rows_are_per_severity(trained, tmp_path):
+    config = tiny_config.with_methods(tiny_config.get_mae_config(), source={})
+    config.adapt.sequence = "gradual"
+    rows = adapted(config, trained, tmp_path / "run")
+    reported = [row for row in rows if row["split_role"] == "reported"]
+    assert len(reported) == 1 + 15 * 5
+    fog = {row["severity"]: row["num_examples"] for row in reported if row["domain"] == "fog"}
+    assert sorted(fog) == [1, 2, 3, 4, 5] and sum(fog.values()) == 30 and fog[5] < fog[1]
