@@ -81,12 +81,11 @@ def evaluate(
         desc=f"{fields['split_role']} seed {fields['seed']}",
         disable=not sys.stderr.isatty(),
     )
-    for trial in trials:
-        missing = missing_methods(results, methods, trial, fields)
-        progress.update(len(methods) - len(missing))
-        if not missing:
-            continue
-        batches = runner.batches(source, trial)
+    todo = [(trial, missing_methods(results, methods, trial, fields)) for trial in trials]
+    progress.update(sum(len(methods) - len(missing) for _, missing in todo))
+    todo = [(trial, missing) for trial, missing in todo if missing]
+    corrupted = runner_lib.ahead(lambda trial: runner.batches(source, trial), [t for t, _ in todo])
+    for (trial, missing), batches in zip(todo, corrupted, strict=True):
         source_wrong = runner.run("source", baseline, {}, batches).wrong()
         probes = runner.probe(batches, probed)
         for name in missing:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from experiments import augment, launch
@@ -54,7 +55,10 @@ class Problem(NamedTuple):
 
 def load_data(config: ml_collections.ConfigDict, split: str) -> data.Source:
     """A split of the config's data set, by role: ``train``, ``validation`` or ``test``."""
-    source = data.load(config.data.name, config.data[split], data_dir=config.data.dir or None)
+    base = config.data[split].partition("[")[0]
+    # Sets of one file per split name it by its place: npz:DIR/{split}.npz
+    name = config.data.name.replace("{split}", base)
+    source = data.load(name, config.data[split], data_dir=config.data.dir or None)
     return source.in_memory() if config.data.in_memory else source
 
 
@@ -67,7 +71,8 @@ def build(
       config: see ``experiments/configs``.
       source: the images; their shape and classes complete the model's options.
       shared_kernels: whether all instances use the same kernels (training, a prediction without
-        adaptation): XLA's own convolution is then the fastest everywhere.
+        adaptation): XLA's own convolution is then the fastest, but for fused kernels where they
+        fit.
 
     Raises:
       ValueError: an unknown model or view, or images without one fixed shape.
@@ -82,8 +87,10 @@ def build(
     options["num_classes"] = source.num_classes
     if config.model.name == "vit":
         options |= {"image_size": source.image_shape[0], "channels": source.image_shape[2]}
+    if "dtype" in options:
+        options["dtype"] = jnp.dtype(options["dtype"])
     if config.model.name == "resnet" and shared_kernels:
-        options["conv"] = "lax"
+        options["conv"] = _shared_form(models.ResNet(**options), source.image_shape)
     module = MODELS[config.model.name](**options)
     mean, std = config.data.mean, config.data.std
 
@@ -119,6 +126,12 @@ def build(
     )
 
 
+def _shared_form(net: models.ResNet, image_shape: tuple[int, ...]) -> str:
+    sizes = (image_shape, net.width, net.groups, net.dtype)
+    fused = net.norm == "group" and models.fused_block.supported(*sizes)
+    return "fused" if fused else "lax"
+
+
 def initial(problem: Problem, seed: int) -> Any:
     """Freshly initialised variables."""
     init = jax.jit(lambda key: models.init(problem.module, key, problem.image_shape))
@@ -147,7 +160,8 @@ def checkpoint_metadata(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return {
         "mean": config.data.mean,
         "std": config.data.std,
-        "model": {key: value for key, value in config.model.items()},
+        # The compute dtype and the form of the convolutions change no parameter.
+        "model": {k: v for k, v in config.model.items() if k not in ("dtype", "conv")},
         "dataset": config.data.name,
     }
 

@@ -1,7 +1,8 @@
 """Runs one method over one trial: compile once, restore between batches, measure."""
 
+import concurrent.futures
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +69,20 @@ class Outcome(NamedTuple):
             seconds=self.seconds * share,
             compile_seconds=self.compile_seconds * share,
         )
+
+
+def ahead(make: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """``make(item)`` for each item in order, the next one made while this one is in use.
+
+    Corrupting images is work for the host, adapting for the accelerator.
+    """
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
+        pending = pool.submit(make, items[0]) if items else None
+        for item in items[1:]:
+            made, pending = pending.result(), pool.submit(make, item)
+            yield made
+        if pending is not None:
+            yield pending.result()
 
 
 class Runner:

@@ -30,10 +30,14 @@ def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -
     """
     makers = {
         "source": (per_sample.source, plain),
+        # The same prediction of a model that was trained on both tasks.
+        "joint": (per_sample.source, plain),
         "augmented": (per_sample.augmented, plain),
         "norm_prior": (per_sample.norm_prior, plain),
         "norm_prior_views": (per_sample.norm_prior_views, plain),
         "rotation": (per_sample.rotation, problem),
+        # One large step instead of several small ones (Sun et al. 2020, appendix).
+        "rotation_jump": (per_sample.rotation, problem),
         "memo": (per_sample.memo, problem),
         "mae": (per_sample.mae, problem),
         "rotation_memo_augmented": (per_sample.rotation_memo_augmented, problem),

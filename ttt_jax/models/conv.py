@@ -38,7 +38,8 @@ def conv3x3(
     Raises:
       ValueError: an unknown ``form`` or ``stride``, or shapes that do not fit.
     """
-    check_form(form)
+    if form not in FORMS:
+        raise ValueError(f"conv is one of {FORMS}, received {form!r}; {nearest(str(form), FORMS)}")
     if stride not in (1, 2):
         raise ValueError(f"conv3x3 has stride 1 or 2, received {stride!r}.")
     if images.ndim != 4 or kernel.shape[:3] != (3, 3, images.shape[-1]):
@@ -49,12 +50,6 @@ def conv3x3(
     if form == "auto":
         form = _choose(jax.default_backend(), images.dtype)
     return _patches(images, kernel, stride) if form == "patches" else _lax(images, kernel, stride)
-
-
-def check_form(form: str) -> None:
-    """Raises ``ValueError`` for an unknown form."""
-    if form not in FORMS:
-        raise ValueError(f"conv is one of {FORMS}, received {form!r}; {nearest(str(form), FORMS)}")
 
 
 def _choose(backend: str, dtype: Any) -> str:

@@ -12,13 +12,35 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.models import fused_block
 from ttt_jax.models._checks import check_images, nearest
-from ttt_jax.models.conv import Conv3x3, check_form
-from ttt_jax.models.initializers import xavier_uniform
+from ttt_jax.models.conv import FORMS as _CONV_FORMS, Conv3x3
+from ttt_jax.models.initializers import he_normal_fan_out, xavier_uniform
 
 _NORMS = ("group", "batch")
+FORMS = (*_CONV_FORMS, "fused")
+"""``fused``: whole blocks as GPU kernels; the others are forms of one convolution."""
 _PLAN = ((1, 1), (2, 2), (4, 2))
 """Per layer: width as a multiple of the first, and stride."""
+
+
+class _Scale(nn.Module):
+    """The parameters of a GroupNorm, for a kernel that applies it."""
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[jax.Array, jax.Array]:
+        return (
+            self.param("scale", nn.initializers.ones, (channels,), jnp.float32),
+            self.param("bias", nn.initializers.zeros, (channels,), jnp.float32),
+        )
+
+
+class _Kernel(nn.Module):
+    """The parameter of a :class:`Conv3x3`, for a kernel that applies it."""
+
+    @nn.compact
+    def __call__(self, channels: int, features: int) -> jax.Array:
+        return self.param("kernel", he_normal_fan_out, (3, 3, channels, features), jnp.float32)
 
 
 class _Block(nn.Module):
@@ -32,7 +54,15 @@ class _Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: Any, train: bool) -> Any:
+        """``[N, H, W, C] -> [N, H / stride, W / stride, features]``, or Maps to Maps."""
+        if isinstance(x, fused_block.Maps):
+            layers = []
+            for index, channels in ((1, x.values.shape[-1]), (2, self.features)):
+                scale, bias = _Scale(name=f"gn{index}")(channels)
+                kernel = _Kernel(name=f"conv{index}")(channels, self.features)
+                layers.append(fused_block.Layer(scale, bias, kernel))
+            return fused_block.block(x, *layers, stride=self.stride, groups=self.groups)
         shortcut = x
         if self.stride == 2:
             shortcut = nn.avg_pool(shortcut, (2, 2), strides=(2, 2))
@@ -59,7 +89,7 @@ class _Layer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: Any, train: bool) -> Any:
         shared = (self.groups, self.norm, self.conv, self.dtype)
         for index in range(self.blocks):
             stride = self.stride if index == 0 else 1
@@ -98,7 +128,11 @@ class ResNet(nn.Module):
       norm: ``"group"`` or ``"batch"``.
       branch: the last shared layer, 1, 2 or 3 (the paper: 2).
       rotation_classes: outputs of the rotation head.
-      conv: the form of the convolutions, see :func:`ttt_jax.models.conv.conv3x3`.
+      conv: the form of the convolutions: ``"lax"`` or ``"patches"``
+        (:func:`ttt_jax.models.conv.conv3x3`), ``"fused"`` (GPU kernels over whole blocks, see
+        :mod:`ttt_jax.models.fused_block`; elsewhere the same kernels interpreted, slowly), or
+        ``"auto"``: fused where the kernels fit, otherwise that of ``conv3x3``. All give equal
+        results and have the same parameters.
       dtype: the compute dtype. Parameters, statistics and logits are float32.
 
     Raises:
@@ -133,12 +167,18 @@ class ResNet(nn.Module):
             )
         if self.branch not in (1, 2, 3):
             raise ValueError(f"branch is the last shared layer, 1, 2 or 3, received {self.branch}.")
-        check_form(self.conv)
+        if self.conv not in FORMS:
+            raise ValueError(
+                f"conv is one of {FORMS}, received {self.conv!r}; {nearest(str(self.conv), FORMS)}"
+            )
+        if self.conv == "fused" and self.norm != "group":
+            raise ValueError('conv="fused" has kernels for norm="group", received norm="batch".')
         super().__post_init__()
 
     def setup(self) -> None:
         """Names the parts; a part has parameters once a method that uses it was initialized."""
-        shared = (self.groups, self.norm, self.conv, self.dtype)
+        form = "auto" if self.conv == "fused" else self.conv
+        shared = (self.groups, self.norm, form, self.dtype)
         final = "gn" if self.norm == "group" else "bn"
 
         def layer(index: int, name: str) -> nn.Module:
@@ -146,7 +186,7 @@ class ResNet(nn.Module):
             blocks = (self.depth - 2) // 6
             return _Layer(blocks, scale * self.width, stride, *shared, name=name)
 
-        self.conv1 = Conv3x3(self.width, 1, self.conv, self.dtype)
+        self.conv1 = Conv3x3(self.width, 1, form, self.dtype)
         self.main_layers = [layer(i, f"layer{i}") for i in (1, 2, 3)]
         self.main_norm = _make_norm(self.norm, self.groups, self.dtype, final)
         self.fc = nn.Dense(self.num_classes, kernel_init=xavier_uniform)
@@ -168,20 +208,20 @@ class ResNet(nn.Module):
         x = self._encode(images, train)
         for layer in self.main_layers[self.branch :]:
             x = layer(x, train)
-        return _pool(_normalize(self.main_norm, x, train))
+        return _pool(_normalize(self.main_norm, _images(x), train))
 
     def rotation(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Predicts the rotation: ``[N, H, W, C] -> logits [N, rotation_classes]``, float32."""
         x = self._encode(images, train)
         for layer in self.rotation_layers:
             x = layer(x, train)
-        return self.rotation_fc(_pool(_normalize(self.rotation_norm, x, train)))
+        return self.rotation_fc(_pool(_normalize(self.rotation_norm, _images(x), train)))
 
     def all_heads(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Runs both heads, so that one ``init`` creates every parameter."""
         return self(images), self.rotation(images)
 
-    def _encode(self, images: jax.Array, train: bool) -> jax.Array:
+    def _encode(self, images: jax.Array, train: bool) -> Any:
         channels: int | None = None
         if self.has_variable("params", "conv1"):
             channels = self.get_variable("params", "conv1")["kernel"].shape[2]
@@ -191,10 +231,30 @@ class ResNet(nn.Module):
                 "ResNet takes images whose sides are multiples of 4, received shape "
                 f"{images.shape}: pad or resize them."
             )
-        x = self.conv1(images)
+        if self._fused(images.shape[1:]):
+            kernel: jax.Array = self.get_variable("params", "conv1")["kernel"]
+            x: Any = fused_block.stem(images.astype(self.dtype), kernel)
+        else:
+            x = self.conv1(images)
         for layer in self.main_layers[: self.branch]:
             x = layer(x, train)
         return x
+
+    @nn.nowrap
+    def _fused(self, shape: tuple[int, ...]) -> bool:
+        # Initialization takes the flax layers, whose shapes it records.
+        if self.norm != "group" or self.conv not in ("auto", "fused") or self.is_initializing():
+            return False
+        options = (shape, self.width, self.groups, self.dtype)
+        if self.conv == "auto":
+            return fused_block.supported(*options)
+        if not fused_block.fits(*options):
+            raise ValueError(
+                'conv="fused" takes width 16, float32 or bfloat16, images of at most 16 channels '
+                "whose sides are powers of two with 16 x 16 pixels or more; received width "
+                f'{self.width}, {jnp.dtype(self.dtype)} and images {shape}: use conv="auto".'
+            )
+        return True
 
     @nn.nowrap
     def finish_init(self, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,6 +269,10 @@ class ResNet(nn.Module):
             name: {**tree, **jax.tree.map(jnp.array, copies[name])}
             for name, tree in variables.items()
         }
+
+
+def _images(x: Any) -> jax.Array:
+    return x.images() if isinstance(x, fused_block.Maps) else x
 
 
 def _pool(x: jax.Array) -> jax.Array:

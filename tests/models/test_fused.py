@@ -1,0 +1,162 @@
+"""The fused kernels against the same network written with flax layers.
+
+On a CPU the kernels are interpreted; on a GPU they are compiled.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ttt_jax as ttt
+from ttt_jax import models
+from ttt_jax.models import fused_block, fused_conv, resnet
+
+SHAPE = (16, 16, 3)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    net = models.ResNet(depth=8, conv="lax")
+    variables = jax.jit(lambda key: models.init(net, key, SHAPE))(jax.random.key(0))
+    leaves, treedef = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    # Scales and biases away from 1 and 0, so that each has a part in the result.
+    moved = [v + 0.1 * jax.random.normal(k, v.shape) for v, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, moved)
+
+
+def _distance(a, b):
+    square = lambda tree: sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(tree))  # noqa: E731
+    return (square(jax.tree.map(jnp.subtract, a, b)) / square(b)) ** 0.5
+
+
+def _maps(x):
+    flat = x.reshape(len(x), -1, x.shape[-1]).astype(jnp.float32)
+    sums = jnp.stack([flat.sum(axis=1), (flat**2).sum(axis=1)], axis=1)
+    return fused_block.Maps(flat.astype(x.dtype), sums, *x.shape[1:3])
+
+
+def _block(features, stride, dtype=jnp.float32):
+    """``(params, x) -> scalar`` with flax layers, and the same on the kernels."""
+    net = resnet._Block(features, stride, 8, "group", "lax", dtype)
+    weights = jax.random.normal(jax.random.key(7), (2, 8 // stride, 8 // stride, features))
+
+    def plain(params, x):
+        return jnp.sum(weights * jnp.sin(net.apply(params, x.astype(dtype), False)))
+
+    def fused(params, x):
+        y = net.apply(params, _maps(x.astype(dtype)), False)
+        # The sums belong to the values that they came with.
+        np.testing.assert_equal(y.sums.shape, (2, 2, features))
+        return jnp.sum(weights * jnp.sin(y.images()))
+
+    x = jax.random.normal(jax.random.key(8), (2, 8, 8, 16))
+    params = net.init(jax.random.key(9), x, False)
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    # Scales and biases away from 1 and 0, so that each has a part in the result.
+    moved = [v + 0.3 * jax.random.normal(k, v.shape) for v, k in zip(leaves, keys, strict=True)]
+    return plain, fused, jax.tree.unflatten(treedef, moved), x
+
+
+@pytest.mark.parametrize(("features", "stride"), [(16, 1), (32, 2)])
+def test_a_block_and_its_gradients_equal_the_flax_layers(features, stride):
+    plain, fused, params, x = _block(features, stride)
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(params, x)
+        value = jax.jit(jax.value_and_grad(fused, argnums=(0, 1)))(params, x)
+    np.testing.assert_allclose(value[0], expected[0], rtol=1e-5)
+    for part, due in zip(jax.tree.leaves(value[1]), jax.tree.leaves(expected[1]), strict=True):
+        assert _distance(part, due) < 1e-5
+
+
+def test_private_kernels_equal_the_loop():
+    """Vmapped over parameters, as from the second inner step on."""
+    _, fused, params, x = _block(16, 1)
+    private = jax.tree.map(lambda v: jnp.stack([v, v * 1.1]), params)
+    one = jax.jit(jax.grad(fused))
+    with jax.default_matmul_precision("highest"):
+        together = jax.jit(jax.vmap(jax.grad(fused), in_axes=(0, None)))(private, x)
+        for place in range(2):
+            alone = one(jax.tree.map(lambda v, i=place: v[i], private), x)
+            assert _distance(jax.tree.map(lambda v, i=place: v[i], together), alone) < 1e-5
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU: compiles the kernels")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_network_on_a_gpu(variables, dtype):
+    images = jax.random.uniform(jax.random.key(3), (2, *SHAPE))
+    keys = jax.random.split(jax.random.key(2), 2)
+
+    def gradients(form, dtype):
+        net = models.ResNet(depth=8, conv=form, dtype=dtype)
+        loss = ttt.losses.rotation(models.from_linen(net, "rotation"), copies=8)
+        return jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0, 0)))(variables, images, keys)
+
+    with jax.default_matmul_precision("highest"):
+        exact = gradients("lax", jnp.float32)
+    if dtype == "float32":
+        with jax.default_matmul_precision("highest"):
+            assert _distance(gradients("fused", jnp.float32), exact) < 1e-5
+    else:
+        far = _distance(gradients("lax", jnp.bfloat16), exact)
+        assert 0 < _distance(gradients("fused", jnp.bfloat16), exact) < 1.5 * far
+
+
+def test_classification_of_one_image(variables):
+    image = jax.random.uniform(jax.random.key(4), (1, *SHAPE))
+    with jax.default_matmul_precision("highest"):
+        fused = models.from_linen(models.ResNet(depth=8, conv="fused"))(variables, image)
+        plain = models.from_linen(models.ResNet(depth=8, conv="lax"))(variables, image)
+    np.testing.assert_allclose(fused, plain, atol=1e-4)
+
+
+def test_parameters_are_those_of_the_flax_layers():
+    made = [
+        jax.jit(lambda key, form=form: models.init(models.ResNet(conv=form, depth=8), key, SHAPE))(
+            jax.random.key(0)
+        )
+        for form in ("lax", "fused")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *made)
+
+
+@pytest.mark.parametrize("count", [1, 6, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_weight_gradient_by_any_number_of_images(count, stride):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (count, 64, 16))
+    w = jax.random.normal(keys[1], (9, 16, 16))
+    a, b = jax.random.normal(keys[2], (2, count, 16))
+    dy = jax.random.normal(keys[3], (count, 64 // stride**2, 16))
+
+    def plain(w):
+        h = jax.nn.relu(a[:, None] * x + b[:, None]).reshape(count, 8, 8, 16)
+        return jax.lax.conv_general_dilated(
+            h,
+            w.reshape(3, 3, 16, 16),
+            (stride, stride),
+            ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        ).reshape(dy.shape)
+
+    size = {"height": 8, "width": 8, "stride": stride, "interpret": jax.default_backend() != "gpu"}
+    with jax.default_matmul_precision("highest"):
+        y, backward = jax.vjp(plain, w)
+        out, sums = fused_conv.forward(x, a, b, w, None, **size)
+        dw = fused_conv.weight_gradient(x, a, b, dy, **size)
+        np.testing.assert_allclose(out, y, atol=1e-3)
+        np.testing.assert_allclose(sums[:, 0], y.sum(axis=1), atol=1e-2)
+        np.testing.assert_allclose(dw, backward(dy)[0], atol=1e-3)
+
+
+def test_what_does_not_fit_is_refused_or_falls_back(variables):
+    images = jnp.zeros((1, 12, 12, 3))
+    with pytest.raises(ValueError, match=r"powers of two.*\(12, 12, 3\).*use conv=\"auto\""):
+        models.from_linen(models.ResNet(depth=8, conv="fused"))(variables, images)
+    assert models.from_linen(models.ResNet(depth=8))(variables, images).shape == (1, 10)
+    with pytest.raises(ValueError, match="norm"):
+        models.ResNet(conv="fused", norm="batch")
+    assert not fused_block.fits(SHAPE, 32, 8, jnp.float32)
+    assert not fused_block.fits(SHAPE, 16, 8, jnp.float16)
