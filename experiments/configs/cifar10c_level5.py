@@ -1,15 +1,13 @@
 """CIFAR-10, JPEG q75, and its 15 corruptions at severity 5: the standard TTT table.
 
-Commands, in this order, with a CIFAR-10 in ``DIR/train.npz`` and ``DIR/test.npz`` (the two files
-are written by ``python -m experiments.shuffle_pack``; rows sorted by class must be shuffled)::
-
-    python -m experiments.train --workdir=W --config=experiments/configs/cifar10c_level5.py
-    python -m experiments.adapt --workdir=W --config=experiments/configs/cifar10c_level5.py
-
-``--config.data.name=tfds:cifar10`` takes the lossless TFDS set instead.
+Command: ``python -m experiments.train --workdir=W
+--config=experiments/configs/cifar10c_level5.py``, then the same with ``experiments.adapt``. Both
+read ``data/cifar10_jpeg/train.npz`` and ``test.npz``, which ``python -m experiments.shuffle_pack``
+writes (rows sorted by class must be shuffled); ``--config.data.name=tfds:cifar10`` takes the
+lossless TFDS set instead.
 ``experiments/configs/cifar10c_level5_source.py`` is the model without the auxiliary task.
 
-Cost: about five minutes of training and ten of adapting on one H100, in bfloat16.
+Cost: about seven minutes of training and ten of adapting on one H100, in bfloat16.
 
 Expect: rotation TTT a few percent (relative) below the joint model under corruption. Published,
 on lossless CIFAR-10-C with 150 epochs of training (Sun et al. 2020, level 5): 7.0 % relative for

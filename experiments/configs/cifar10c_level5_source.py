@@ -1,8 +1,10 @@
 """CIFAR-10, JPEG q75, level 5: the model trained without the auxiliary task (row ``source``).
 
-Command: as for ``cifar10c_level5.py``, in a work folder of its own.
+Command: ``python -m experiments.train --workdir=V
+--config=experiments/configs/cifar10c_level5_source.py``, then the same with ``experiments.adapt``;
+the data are those of ``cifar10c_level5.py``, the work folder is its own.
 
-Cost: about two minutes of training on one H100.
+Cost: about seven minutes of training on one H100.
 
 Expect: errors near those of the joint model; in the paper joint training is slightly better.
 """
