@@ -14,9 +14,10 @@ run again.
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
+import numpy as np
 import tqdm
 from absl import flags
 
@@ -62,6 +63,16 @@ def missing_methods(
     return missing
 
 
+class _Seen(NamedTuple):
+    """A trial, the methods it lacks, and what they are given and compared with."""
+
+    trial: trials_lib.Trial
+    missing: list[str]
+    batches: list[data.DomainBatch]
+    source_wrong: np.ndarray
+    probes: dict[str, np.ndarray]
+
+
 def evaluate(
     results: journal.Journal,
     methods: dict[str, methods_lib.Method],
@@ -84,30 +95,50 @@ def evaluate(
     todo = [(trial, missing_methods(results, methods, trial, fields)) for trial in trials]
     progress.update(sum(len(methods) - len(missing) for _, missing in todo))
     todo = [(trial, missing) for trial, missing in todo if missing]
+    seen: list[_Seen] = []
+
+    def add(name: str, some: Sequence[_Seen]) -> None:
+        """Runs a method over trials and writes their rows."""
+        method, settings = methods[name], chosen[name]
+        try:
+            outcomes = runner.run_all(name, method, settings, [one.batches for one in some])
+            rows = [
+                row
+                for one, outcome in zip(some, outcomes, strict=True)
+                for row in rows_lib.make_rows(
+                    method, settings, one.trial, outcome, one.source_wrong, one.probes
+                )
+            ]
+        except runner_lib.TRIAL_ERRORS as error:
+            message = f"{type(error).__name__}: {error}"[:500]
+            rows = [
+                {"domain": domain, "severity": severity, "status": "failed", "message": message}
+                for one in some
+                for domain, severity in one.trial.cells
+            ]
+        rows = [{"method": name, **fields, **row} for row in rows]
+        # Of several rows that were cut off while they were written, some are there already.
+        results.add(*(row for row in rows if results.get(**row) is None))
+        for row in rows:
+            if row["status"] == "ok":
+                scalar = f"{fields['split_role']}/{name}/{row['domain']}"
+                if row["sequence"] == "gradual":
+                    scalar += f"/{row['severity']}"
+                writer.scalars(fields["seed"], {scalar: row["error"]})
+        progress.update(len(some))
+        progress.set_postfix_str(f"{some[0].trial.cells[0][0]} {name}")
+
     corrupted = runner_lib.ahead(lambda trial: runner.batches(source, trial), [t for t, _ in todo])
     for (trial, missing), batches in zip(todo, corrupted, strict=True):
-        source_wrong = runner.run("source", baseline, {}, batches).wrong()
-        probes = runner.probe(batches, probed)
+        wrong = runner.run("source", baseline, {}, batches).wrong()
+        seen.append(_Seen(trial, missing, batches, wrong, runner.probe(batches, probed)))
         for name in missing:
-            try:
-                outcome = runner.run(name, methods[name], chosen[name], batches)
-                rows = rows_lib.make_rows(
-                    methods[name], chosen[name], trial, outcome, source_wrong, probes
-                )
-            except runner_lib.TRIAL_ERRORS as error:
-                failure = {"status": "failed", "message": f"{type(error).__name__}: {error}"[:500]}
-                rows = [{"domain": d, "severity": s, **failure} for d, s in trial.cells]
-            rows = [{"method": name, **fields, **row} for row in rows]
-            # Of a sequence that was cut off while its rows were written, some are there already.
-            results.add(*(row for row in rows if results.get(**row) is None))
-            for row in rows:
-                if row["status"] == "ok":
-                    scalar = f"{fields['split_role']}/{name}/{row['domain']}"
-                    if trial.sequence == "gradual":
-                        scalar += f"/{row['severity']}"
-                    writer.scalars(fields["seed"], {scalar: row["error"]})
-            progress.update()
-            progress.set_postfix_str(f"{trial.cells[0][0]} {name}")
+            if methods[name].scope != "stream":
+                add(name, seen[-1:])
+    # Streams go last, those of all trials side by side.
+    for name, method in methods.items():
+        if method.scope == "stream" and (some := [one for one in seen if name in one.missing]):
+            add(name, some)
     progress.close()
 
 

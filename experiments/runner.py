@@ -128,77 +128,130 @@ class Runner:
         name: str,
         method: methods_lib.Method,
         settings: dict[str, Any],
-        batches: Iterable[data.DomainBatch],
+        batches: Sequence[data.DomainBatch],
     ) -> Outcome:
         """Runs a method with some settings over the batches of one trial."""
-        static = tuple(sorted((k, v) for k, v in settings.items() if k not in methods_lib.TRACED))
-        numbers = {k: jnp.float32(v) for k, v in settings.items() if k in methods_lib.TRACED}
-        carry = None
-        batches = list(batches)
-        outputs, flags, seconds, compiling = [], [], 0.0, 0.0
+        return self.run_all(name, method, settings, [batches])[0]
+
+    def run_all(
+        self,
+        name: str,
+        method: methods_lib.Method,
+        settings: dict[str, Any],
+        trials: Sequence[Sequence[data.DomainBatch]],
+    ) -> list[Outcome]:
+        """Runs a method over several trials.
+
+        Streams go side by side, each with a state of its own: one by one they would leave most of
+        an accelerator idle, since a stream takes one image at a time.
+        """
+        if method.scope != "stream":
+            return [self._one(name, method, settings, batches) for batches in trials]
+        # Side by side go streams whose batches have the same sizes.
+        outcomes: dict[int, Outcome] = {}
+        sizes = [tuple(len(batch.id) for batch in batches) for batches in trials]
+        for size in dict.fromkeys(sizes):
+            places = [place for place, other in enumerate(sizes) if other == size]
+            together = self._streams(name, method, settings, [trials[place] for place in places])
+            outcomes.update(zip(places, together, strict=True))
+        return [outcomes[place] for place in range(len(trials))]
+
+    def _one(
+        self,
+        name: str,
+        method: methods_lib.Method,
+        settings: dict[str, Any],
+        batches: Sequence[data.DomainBatch],
+    ) -> Outcome:
+        results, clock = [], _Clock()
         for batch in batches:
-            params = self._pristine.restore(self._restore)
-            count = len(batch.id)
             images, ids = jnp.asarray(batch.image), batch.id
             if method.scope == "per_sample":
-                # Nothing else may be padded: the repeated image would enter the statistics of a
-                # batch and the state of a stream. A last, smaller batch has a program of its own.
+                # A whole batch must not be padded: the repeated image would enter its statistics.
+                # A last, smaller one has a program of its own.
                 images, ids = _padded(batch, self._config.batch_size)
-            keys = ttt.sample_keys(self._key, ids)
-            if method.scope == "stream" and carry is None:
-                carry = jax.jit(method.build(settings).init)(params)
-            arguments = (params, carry, images, keys, numbers)
-            where = (name, static, tuple(sorted(numbers)), images.shape)
-            if where not in self._compiled:
-                start = time.perf_counter()
-                program = jax.jit(self._program(method, settings))
-                self._compiled[where] = program.lower(*arguments).compile()
-                compiling += time.perf_counter() - start
+            arguments = (images, ttt.sample_keys(self._key, ids))
+            output, info = self._call(name, method, settings, arguments, clock)
+            results.append(_host((output, _flags(info, len(batch.id))), len(batch.id)))
+        return _outcome(results, batches, clock, 1)
+
+    def _streams(
+        self,
+        name: str,
+        method: methods_lib.Method,
+        settings: dict[str, Any],
+        trials: Sequence[Sequence[data.DomainBatch]],
+    ) -> list[Outcome]:
+        params = self._pristine.restore(self._restore)
+        init = jax.jit(method.build(settings).init)
+        carry = jax.vmap(init, in_axes=None, axis_size=len(trials))(params)
+        results: list[list[Any]] = [[] for _ in trials]
+        clock = _Clock()
+        for batches in zip(*trials, strict=True):
+            images = jnp.stack([batch.image for batch in batches])
+            keys = jnp.stack([ttt.sample_keys(self._key, batch.id) for batch in batches])
+            arguments = (carry, images, keys)
+            carry, output, info = self._call(name, method, settings, arguments, clock)
+            count = images.shape[1]
+            for place, result in enumerate(results):
+                mine = jax.tree.map(lambda leaf, i=place: leaf[i], (output, info))
+                result.append(_host((mine[0], _flags(mine[1], count)), count))
+        return [
+            _outcome(result, batches, clock, len(trials))
+            for result, batches in zip(results, trials, strict=True)
+        ]
+
+    def _call(
+        self,
+        name: str,
+        method: methods_lib.Method,
+        settings: dict[str, Any],
+        arguments: tuple[Any, ...],
+        clock: "_Clock",
+    ) -> Any:
+        """Compiles where needed, runs, and adds to the clock."""
+        params = self._pristine.restore(self._restore)
+        static = tuple(sorted((k, v) for k, v in settings.items() if k not in methods_lib.TRACED))
+        numbers = {k: jnp.float32(v) for k, v in settings.items() if k in methods_lib.TRACED}
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
+        where = (name, static, tuple(sorted(numbers)), shapes)
+        if where not in self._compiled:
             start = time.perf_counter()
-            carry, output, info = jax.block_until_ready(self._compiled[where](*arguments))
-            seconds += time.perf_counter() - start
-            outputs.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], output))
-            flags.append(_flags(info, count))
-        output, (ok, reset) = jax.tree.map(
-            lambda *parts: np.concatenate(parts), *zip(outputs, flags, strict=True)
-        )
-        return Outcome(
-            logits=output["logits"],
-            aux=output.get("aux"),
-            ok=ok,
-            reset=reset,
-            label=np.concatenate([batch.label for batch in batches]),
-            domain=np.concatenate([batch.domain for batch in batches]),
-            severity=np.concatenate([batch.severity for batch in batches]),
-            seconds=seconds,
-            compile_seconds=compiling,
-        )
+            program = jax.jit(self._program(method, settings))
+            self._compiled[where] = program.lower(params, numbers, *arguments).compile()
+            clock.compiling += time.perf_counter() - start
+        start = time.perf_counter()
+        results = jax.block_until_ready(self._compiled[where](params, numbers, *arguments))
+        clock.seconds += time.perf_counter() - start
+        return results
 
     def _program(self, method: methods_lib.Method, settings: dict[str, Any]) -> Any:
-        """``(params, carry, images, keys, numbers) -> (carry, output, info)``.
+        """``(params, numbers, images, keys) -> (output, info)``; streams take and return a carry.
 
         ``numbers`` are the settings that may be traced, so candidates that differ in these alone
         share one compiled program.
         """
 
-        def independent(params: Any, carry: Any, images: Any, keys: Any, numbers: Any) -> Any:
+        def independent(params: Any, numbers: Any, images: Any, keys: Any) -> Any:
             predict = method.build(settings | numbers)
             if method.whole_batch:
-                return (carry, *predict(params, images, keys[0]))
-            run = ttt.batched(predict, chunk_size=self._config.chunk_size)
-            return (carry, *run(params, images, keys))
+                return predict(params, images, keys[0])
+            return ttt.batched(predict, chunk_size=self._config.chunk_size)(params, images, keys)
 
-        def stream(params: Any, carry: Any, images: Any, keys: Any, numbers: Any) -> Any:
-            step = method.build(settings | numbers).step
+        def streams(params: Any, numbers: Any, carry: Any, images: Any, keys: Any) -> Any:
+            step = jax.vmap(method.build(settings | numbers).step, in_axes=(None, 0, 0, 0))
             if method.whole_batch:
-                carry, (output, info) = step(params, carry, images, keys[0])
+                carry, (output, info) = step(params, carry, images, keys[:, 0])
                 return carry, output, info
-            carry, (output, info) = jax.lax.scan(
-                lambda carry, pair: step(params, carry, *pair), carry, (images, keys)
+            carry, results = jax.lax.scan(
+                lambda carry, pair: step(params, carry, *pair),
+                carry,
+                jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (images, keys)),
             )
+            output, info = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), results)
             return carry, output, info
 
-        return stream if method.scope == "stream" else independent
+        return streams if method.scope == "stream" else independent
 
     def probe(
         self, batches: Iterable[data.DomainBatch], names: Iterable[str]
@@ -222,6 +275,36 @@ class Runner:
             values = self._compiled[where](params, images)
             parts.append({k: np.asarray(v)[: len(batch.id)] for k, v in values.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in where[1:]}
+
+
+class _Clock:
+    """Time spent in compiled calls, and in compiling them."""
+
+    def __init__(self) -> None:
+        self.seconds, self.compiling = 0.0, 0.0
+
+
+def _host(tree: Any, count: int) -> Any:
+    """The first ``count`` images, as NumPy."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], tree)
+
+
+def _outcome(
+    results: Sequence[Any], batches: Sequence[data.DomainBatch], clock: _Clock, sharers: int
+) -> Outcome:
+    """Joins the batches of a trial, which shares the clock with others."""
+    output, (ok, reset) = jax.tree.map(lambda *parts: np.concatenate(parts), *results)
+    return Outcome(
+        logits=output["logits"],
+        aux=output.get("aux"),
+        ok=ok,
+        reset=reset,
+        label=np.concatenate([batch.label for batch in batches]),
+        domain=np.concatenate([batch.domain for batch in batches]),
+        severity=np.concatenate([batch.severity for batch in batches]),
+        seconds=clock.seconds / sharers,
+        compile_seconds=clock.compiling / sharers,
+    )
 
 
 def _flags(info: ttt.Info | ttt.StreamInfo, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -74,10 +74,8 @@ def choose(
         for settings in method.grid if len(method.grid) > 1 else ():
             tried: dict[str, Any] = {"method": name, "params": settings}
             try:
-                whole = [
-                    runner.run(name, method, settings, runner.batches(source, trial))
-                    for trial in trials
-                ]
+                batches = [runner.batches(source, trial) for trial in trials]
+                whole = runner.run_all(name, method, settings, batches)
             except runner_lib.TRIAL_ERRORS as failure:
                 # The evaluation will meet the same failure and record it as rows.
                 scores.append((np.inf, np.inf))

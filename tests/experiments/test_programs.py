@@ -183,15 +183,14 @@ def test_interrupted_training_resumes_to_the_same_parameters(trained, tmp_path):
 def test_a_failing_trial_is_a_row_and_runs_again(trained, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
-    run = runner.Runner.run
+    run_all = runner.Runner.run_all
 
-    def fail_on_fog(self, name, method, settings, batches):
-        batches = list(batches)
-        if name == "rotation" and batches[0].domain[0] == "fog":
+    def fail_on_fog(self, name, method, settings, trials):
+        if name == "rotation" and trials[0][0].domain[0] == "fog":
             raise ValueError("fog is too thick")
-        return run(self, name, method, settings, batches)
+        return run_all(self, name, method, settings, trials)
 
-    monkeypatch.setattr(runner.Runner, "run", fail_on_fog)
+    monkeypatch.setattr(runner.Runner, "run_all", fail_on_fog)
     assert adapt.run(tiny_config.get_config(), str(folder)) == 1
     failed = [row for row in rows_of(folder) if row["status"] == "failed"]
     assert [(r["method"], r["domain"]) for r in failed] == [("rotation", "fog")]

@@ -115,6 +115,32 @@ def test_a_stream_goes_on_from_domain_to_domain(trained, source):
     assert outcome.cells()["snow", 5].tolist() == [False] * 30 + [True] * 30
 
 
+@pytest.mark.parametrize("name", ["rotation_online", "tent_online"])
+def test_streams_side_by_side_equal_each_alone(trained, source, name):
+    config = tiny_config.get_mae_config()
+    options = {"num_steps": 1, "learning_rate": 0.1, "select": "all", "optimizer": "sgd"}
+    options |= {"copies": 2} if name == "rotation_online" else {}
+    tiny_config.with_methods(config, **{name: options})
+    plain = problem.build(config, source)
+    method = methods.build(config, plain, plain)[name]
+    pristine = checkpoint.load(trained / "checkpoints" / "seed_0")
+    run = runner.Runner(config, plain, pristine, seed=0, restore="memory")
+    each = [
+        run.batches(source, trials.Trial("none", (trials.plan_for(*where),)))
+        for where in [(config.adapt, source, domain, 5, 0) for domain in ("fog", "snow")]
+    ]
+    # The third is shorter and goes by itself.
+    each.append(each[0][:1])
+    settings = method.grid[0]
+    together = run.run_all(name, method, settings, each)
+    for outcome, batches in zip(together, each, strict=True):
+        alone = run.run(name, method, settings, batches)
+        np.testing.assert_allclose(outcome.logits, alone.logits, rtol=1e-4, atol=1e-5)
+        assert outcome.domain.tolist() == alone.domain.tolist()
+        assert outcome.seconds > 0
+    assert np.abs(together[0].logits - together[1].logits).max() > 1e-2
+
+
 def adapted(config, trained, folder):
     shutil.copytree(trained / "checkpoints", folder / "checkpoints")
     assert adapt.run(config, str(folder)) == 0
