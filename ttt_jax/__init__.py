@@ -9,6 +9,7 @@ from typing import Any
 
 from ttt_jax import (
     audit as audit,
+    diagnostics as diagnostics,
     losses as losses,
     resets as resets,
     select as select,

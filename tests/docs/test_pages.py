@@ -54,6 +54,7 @@ def _public(module):
         "ttt_jax.select",
         "ttt_jax.resets",
         "ttt_jax.audit",
+        "ttt_jax.diagnostics",
         "ttt_jax.checkpoint",
         "ttt_jax.data",
         "ttt_jax.data.corruptions",

@@ -1,0 +1,29 @@
+"""Diagnostics: will adapting help, does it hurt, and which step size and number of steps to take.
+
+Pure functions, traceable and free of labels, except those that say so: :func:`gradient_alignment`
+and :func:`harm` evaluate with labels, and a function that chooses with labels is called
+``oracle_...``, like the fields of its result.
+"""
+
+from ttt_jax.diagnostics.alignment import (
+    Alignment as Alignment,
+    gradient_alignment as gradient_alignment,
+    guaranteed_step as guaranteed_step,
+)
+from ttt_jax.diagnostics.maps import step_size_map as step_size_map
+from ttt_jax.diagnostics.monitors import (
+    Harm as Harm,
+    agreement as agreement,
+    auxiliary_accuracy as auxiliary_accuracy,
+    drift as drift,
+    effective_classes as effective_classes,
+    harm as harm,
+)
+from ttt_jax.diagnostics.selectors import (
+    Choice as Choice,
+    OracleChoice as OracleChoice,
+    largest_change as largest_change,
+    lowest_entropy as lowest_entropy,
+    oracle_select as oracle_select,
+    select_label_free as select_label_free,
+)

@@ -1,0 +1,135 @@
+"""Alignment: does a step on the auxiliary loss also lower the main loss?"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax import _trees
+from ttt_jax.base import AuxLoss, Key, Params, PyTree, Selection
+
+
+class Alignment(NamedTuple):
+    """How the gradients of the main and the auxiliary loss lie to each other; float32 scalars.
+
+    Attributes:
+      inner: their inner product.
+      cosine: the cosine of their angle; 0 where one of them is zero.
+      main_norm: Euclidean norm of the main gradient.
+      aux_norm: Euclidean norm of the auxiliary gradient.
+    """
+
+    inner: jax.Array
+    cosine: jax.Array
+    main_norm: jax.Array
+    aux_norm: jax.Array
+
+
+def _checked(name: str, value: Any) -> jax.Array:
+    value = jnp.asarray(value)
+    if value.shape != ():
+        raise ValueError(f"{name} must return a scalar; got shape {value.shape}. Average it.")
+    return value.astype(jnp.float32)
+
+
+def _divided(value: jax.Array, *norms: jax.Array) -> jax.Array:
+    """``value`` over norms that bound it; 0 where a norm is 0, since then so is the value."""
+    for norm in norms:
+        value = jnp.where(norm == 0, 0.0, value / jnp.where(norm == 0, 1.0, norm))
+    return value
+
+
+def gradient_alignment(
+    main_loss: Callable[[Params, Any, Any, Key], jax.Array],
+    aux_loss: AuxLoss,
+    *,
+    select: Selection,
+) -> Callable[[Params, Any, Any, Key], Alignment]:
+    """The inner product of the main and the auxiliary gradient, in the selected parameters.
+
+    **Needs labels**: on training or validation data it tells whether an auxiliary task suits
+    the main one; on a labelled test set it is an evaluation and may choose nothing.
+
+    Args:
+      main_loss: ``(params, x, label, key) -> scalar``, the loss of the prediction.
+      aux_loss: ``(params, x, key) -> scalar``, an ``AuxLoss``.
+      select: the parameters that adapt; the gradients in all others are left out.
+
+    Returns:
+      ``(params, x, label, key) -> Alignment`` for one instance; ``jax.vmap`` it with
+      ``in_axes=(None, 0, 0, 0)`` over instances. ``aux_loss`` gets ``fold_in(key, 0)``: its
+      gradient is the one of the first inner step that :func:`~ttt_jax.episodic` takes with
+      ``key``. ``main_loss`` gets ``fold_in(key, 1)``.
+
+    Raises:
+      TypeError: a loss is not a function (a :class:`~ttt_jax.StatefulLoss` is none).
+      ValueError: when called: a loss is not a scalar, or the selection matches nothing.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from ttt_jax import select
+      >>> main = lambda params, x, label, key: 3 * params[0]
+      >>> aux = lambda params, x, key: params[0] + params[1]
+      >>> align = gradient_alignment(main, aux, select=select.everything())
+      >>> print(align(jnp.zeros(2), None, None, jax.random.key(0)).cosine)
+      0.70710677
+
+    References:
+      Sun et al., `Test-Time Training with Self-Supervision
+      <https://arxiv.org/abs/1909.13231>`_, 2020, Theorem 1.
+    """
+    for name, loss in (("main_loss", main_loss), ("aux_loss", aux_loss)):
+        if not callable(loss):
+            raise TypeError(
+                f"{name} must be a function, got {type(loss).__name__}. Wrap a loss with a memory "
+                "in one that starts from loss.init(params)."
+            )
+
+    def align(params: Params, x: Any, label: Any, key: Key) -> Alignment:
+        fast, frozen = select.split(params)
+        aux_key, main_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+
+        def main(fast: PyTree) -> jax.Array:
+            return _checked("main_loss", main_loss(select.merge(fast, frozen), x, label, main_key))
+
+        def aux(fast: PyTree) -> jax.Array:
+            return _checked("aux_loss", aux_loss(select.merge(fast, frozen), x, aux_key))
+
+        main_grad, aux_grad = jax.grad(main)(fast), jax.grad(aux)(fast)
+        # Elementwise, so that no matrix unit rounds the products.
+        products = jax.tree.map(
+            lambda a, b: jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)),
+            main_grad,
+            aux_grad,
+        )
+        inner = jnp.sum(jnp.stack(jax.tree.leaves(products)))
+        main_norm, aux_norm = _trees.norm(main_grad), _trees.norm(aux_grad)
+        return Alignment(inner, _divided(inner, main_norm, aux_norm), main_norm, aux_norm)
+
+    return align
+
+
+def guaranteed_step(alignment: Alignment, *, smoothness: Any) -> jax.Array:
+    """The step size of Sun et al., Theorem 1, for which the main loss must fall.
+
+    With ``eps = inner > 0`` and ``G = max(main_norm, aux_norm)``, one plain gradient step of
+    size ``eps / (smoothness * G^2)`` on the auxiliary loss lowers the main loss by at least
+    ``eps^2 / (2 * smoothness * G^2)``.
+
+    Args:
+      alignment: what :func:`gradient_alignment` returned, of any common shape ``[...]``.
+      smoothness: beta > 0, a Lipschitz constant of the main gradient in the selected parameters
+        (for a quadratic its largest eigenvalue). May be traced.
+
+    Returns:
+      Float32 ``[...]``; 0 where the inner product is not positive (the theorem is silent) or the
+      gradients are not finite.
+
+    References:
+      Sun et al., `Test-Time Training with Self-Supervision
+      <https://arxiv.org/abs/1909.13231>`_, 2020, Theorem 1.
+    """
+    bound = jnp.maximum(alignment.main_norm, alignment.aux_norm)
+    step = _divided(alignment.inner, bound, bound) / smoothness
+    return jnp.where((alignment.inner > 0) & jnp.isfinite(step), step, 0.0).astype(jnp.float32)
