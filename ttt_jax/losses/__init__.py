@@ -5,10 +5,18 @@ a batch axis) and ``stochastic=False`` (whether the model function takes a key).
 """
 
 from ttt_jax.losses.compose import over_batch as over_batch, weighted as weighted
+from ttt_jax.losses.contrastive import contrastive as contrastive
+from ttt_jax.losses.denoising import denoising as denoising
 from ttt_jax.losses.entropy import (
     entropy as entropy,
     marginal_entropy as marginal_entropy,
     pseudo_label as pseudo_label,
+)
+from ttt_jax.losses.matching import (
+    activation_matching as activation_matching,
+    activation_moments as activation_moments,
+    feature_moments as feature_moments,
+    moment_matching as moment_matching,
 )
 from ttt_jax.losses.reconstruction import masked_reconstruction as masked_reconstruction
 from ttt_jax.losses.rotation import rotation as rotation

@@ -1,5 +1,6 @@
 """Reference models (Flax Linen), bridges for Linen and NNX, importers; needs flax."""
 
+from ttt_jax.models.activations import linen_activations
 from ttt_jax.models.conv import conv3x3
 from ttt_jax.models.importers import load_resnet26_npz
 from ttt_jax.models.initialize import init
@@ -15,6 +16,7 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "init",
+    "linen_activations",
     "linen_statistics",
     "load_resnet26_npz",
     "nnx_statistics",
