@@ -21,7 +21,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 # Keys that a config may leave out, and what their absence means.
-DEFAULTS = {"train.aux": "rotation", "train.mask_ratio": 0.75, "adapt.sequence": "none"}
+DEFAULTS = {
+    "train.aux": "rotation",
+    "train.mask_ratio": 0.75,
+    "adapt.sequence": "none",
+    "adapt.parallel_streams": 16,
+}
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "digits.py"
 

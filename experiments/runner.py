@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 import ttt_jax as ttt
-from experiments import methods as methods_lib
+from experiments import launch, methods as methods_lib
 from experiments.problem import Problem
 from experiments.trials import Trial, cells_of
 from ttt_jax import checkpoint, data
@@ -98,6 +98,7 @@ class Runner:
         restore: str,
     ):
         self._config = config.adapt
+        self._parallel_streams = launch.setting(config, "adapt.parallel_streams")
         self._plain = plain
         self._pristine = pristine
         self._restore = restore
@@ -151,9 +152,11 @@ class Runner:
         outcomes: dict[int, Outcome] = {}
         sizes = [tuple(len(batch.id) for batch in batches) for batches in trials]
         for size in dict.fromkeys(sizes):
-            places = [place for place, other in enumerate(sizes) if other == size]
-            together = self._streams(name, method, settings, [trials[place] for place in places])
-            outcomes.update(zip(places, together, strict=True))
+            equal = [place for place, other in enumerate(sizes) if other == size]
+            for first in range(0, len(equal), self._parallel_streams):
+                places = equal[first : first + self._parallel_streams]
+                some = self._streams(name, method, settings, [trials[place] for place in places])
+                outcomes.update(zip(places, some, strict=True))
         return [outcomes[place] for place in range(len(trials))]
 
     def _one(

@@ -42,9 +42,12 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Refuses an order that there is not.
 
     Raises:
-      ValueError: an unknown ``adapt.stream`` or ``adapt.sequence``, or two that exclude each
-        other.
+      ValueError: an unknown ``adapt.stream`` or ``adapt.sequence``, two that exclude each other,
+        or fewer than one of ``adapt.parallel_streams``.
     """
+    parallel = launch.setting(config, "adapt.parallel_streams")
+    if parallel < 1:
+        raise ValueError(f"adapt.parallel_streams must be at least 1; got {parallel}.")
     stream, sequence = config.adapt.stream, launch.setting(config, "adapt.sequence")
     if stream not in STREAMS:
         raise ValueError(f"adapt.stream must be one of {list(STREAMS)}; got {stream!r}.")

@@ -64,6 +64,8 @@ def get_config() -> ml_collections.ConfigDict:
             # shuffled, sorted_by_label or dirichlet (correlated labels)
             "stream": "shuffled",
             "dirichlet_gamma": 0.1,
+            # As many as there are validation corruptions: one program serves both.
+            "parallel_streams": 4,
         }
     )
     config.methods = ml_collections.ConfigDict(

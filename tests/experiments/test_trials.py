@@ -133,6 +133,12 @@ def test_streams_side_by_side_equal_each_alone(trained, source, name):
     each.append(each[0][:1])
     settings = method.grid[0]
     together = run.run_all(name, method, settings, each)
+    config.adapt.parallel_streams = 1
+    one_by_one = runner.Runner(config, plain, pristine, seed=0, restore="memory")
+    for outcome, other in zip(
+        together, one_by_one.run_all(name, method, settings, each), strict=True
+    ):
+        np.testing.assert_allclose(outcome.logits, other.logits, rtol=1e-4, atol=1e-5)
     for outcome, batches in zip(together, each, strict=True):
         alone = run.run(name, method, settings, batches)
         np.testing.assert_allclose(outcome.logits, alone.logits, rtol=1e-4, atol=1e-5)
