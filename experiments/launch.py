@@ -24,6 +24,8 @@ from ml_collections import config_flags
 DEFAULTS = {
     "train.aux": "rotation",
     "train.mask_ratio": 0.75,
+    "train.schedule": "cosine",
+    "train.steps_per_call": 1,
     "adapt.sequence": "none",
     "adapt.parallel_streams": 16,
 }

@@ -9,10 +9,12 @@ configuration, under ``WORKDIR/checkpoints/seed_K``. Run it again to resume: fin
 skipped, an interrupted one continues from its last saved step.
 """
 
+import functools
+import math
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,23 +29,49 @@ import ttt_jax as ttt
 from experiments import auxiliary, launch, problem as problem_lib, writers
 from ttt_jax import checkpoint, data, models
 
+SCHEDULES = ("cosine", "step")
 
-def _optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    rate = optax.cosine_decay_schedule(config.learning_rate, config.num_steps)
+
+def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """SGD with momentum, weight decay and the schedule of a config."""
+    train, steps = config.train, config.train.num_steps
+    if launch.setting(config, "train.schedule") == "cosine":
+        rate = optax.cosine_decay_schedule(train.learning_rate, steps)
+    else:
+        # A tenth at 1/2 and at 5/6 of the training: epochs 75 and 125 of 150 (Sun et al. 2020).
+        rate = optax.piecewise_constant_schedule(
+            train.learning_rate, {steps // 2: 0.1, steps * 5 // 6: 0.1}
+        )
     return optax.chain(
-        optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, momentum=config.momentum)
+        optax.add_decayed_weights(train.weight_decay), optax.sgd(rate, momentum=train.momentum)
     )
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses a config that cannot be trained.
+
+    Raises:
+      ValueError: an unknown ``train.aux`` or ``train.schedule``, or fewer than one of
+        ``train.steps_per_call``.
+    """
+    auxiliary.name_of(config)
+    schedule = launch.setting(config, "train.schedule")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"train.schedule must be one of {list(SCHEDULES)}; got {schedule!r}.")
+    steps = launch.setting(config, "train.steps_per_call")
+    if steps < 1:
+        raise ValueError(f"train.steps_per_call must be at least 1; got {steps}.")
+
+
 def make_step(problem: problem_lib.Problem, config: ml_collections.ConfigDict) -> Any:
-    """The jitted training step ``(variables, opt_state, images, labels, key) -> ...``.
+    """The training step ``(variables, opt_state, images, labels, key) -> ...`` and its optimizer.
 
     Minimises cross-entropy plus ``aux_weight`` times the loss of the auxiliary task on the same
     augmented batch (Sun et al. 2020, Eq. 2); its third output holds both, by name.
     """
     task = auxiliary.name_of(config)
+    optim = optimizer(config)
     config = config.train
-    optimizer = _optimizer(config)
     batch_norm = problem_lib.has_batch_norm(problem)
     model = problem.model("batch" if batch_norm else "running")
     aux = auxiliary.training_loss(task, problem, model)
@@ -73,17 +101,16 @@ def make_step(problem: problem_lib.Problem, config: ml_collections.ConfigDict) -
             variables = follow.merge(variables, state)
         return variables
 
-    @jax.jit
     def step(variables: Any, opt_state: Any, images: Any, labels: Any, key: Any) -> Any:
         grads, (views, parts) = jax.grad(losses, has_aux=True)(variables, images, labels, key)
-        updates, opt_state = optimizer.update(grads["params"], opt_state, variables["params"])
+        updates, opt_state = optim.update(grads["params"], opt_state, variables["params"])
         params = optax.apply_updates(variables["params"], updates)
         variables = {**variables, "params": params}
         if batch_norm:
             variables = with_statistics(variables, views, key)
         return variables, opt_state, parts
 
-    return step, optimizer
+    return step, optim
 
 
 class _SavedState:
@@ -117,8 +144,54 @@ class _SavedState:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _batches(source: data.Source, batch_size: int, seed: int, start: int) -> Iterator[Any]:
-    return data.training_batches(source, batch_size=batch_size, seed=seed, start_step=start)
+Blocks = Iterator[tuple[int, Any, dict[str, jax.Array]]]
+"""After each block of steps: how many are done, the state, and the losses of the last step."""
+
+
+def _one_by_one(
+    step: Any, state: Any, source: data.Source, config: Any, seed: int, start: int
+) -> Blocks:
+    """A call per step, on a batch that the host reads."""
+    run, root = jax.jit(step), jax.random.key(seed)
+    size = config.train.batch_size
+    batches = data.training_batches(source, batch_size=size, seed=seed, start_step=start)
+    for done in range(start, config.train.num_steps):
+        batch = next(batches)
+        key = jax.random.fold_in(root, done)
+        *state, parts = run(*state, batch.image, batch.label, key)
+        yield done + 1, tuple(state), parts
+
+
+def _many_per_call(
+    step: Any, state: Any, source: data.Source, config: Any, seed: int, start: int
+) -> Blocks:
+    """The training set lies on the device and a call makes many steps: the host hands over places.
+
+    The batches are those of :func:`_one_by_one`. A call ends where something is logged or saved.
+    """
+    train, root = config.train, jax.random.key(seed)
+    most = launch.setting(config, "train.steps_per_call")
+    block = math.gcd(train.log_every, train.save_every, train.num_steps)
+    block = max(k for k in range(1, min(most, block) + 1) if block % k == 0)
+    everything = source.take(np.arange(len(source)))
+    pictures, labels = jnp.asarray(everything.image), jnp.asarray(everything.label)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(state: Any, pictures: Any, labels: Any, places: Any, steps: Any) -> Any:
+        def body(state: Any, turn: Any) -> Any:
+            where, number = turn
+            key = jax.random.fold_in(root, number)
+            *state, parts = step(*state, pictures[where], labels[where], key)
+            return tuple(state), parts
+
+        state, parts = jax.lax.scan(body, state, (places, steps))
+        return state, jax.tree.map(lambda leaf: leaf[-1], parts)
+
+    order = data.training_places(source, batch_size=train.batch_size, seed=seed, start_step=start)
+    for first in range(start, train.num_steps, block):
+        places = np.stack([next(order) for _ in range(block)])
+        state, parts = run(state, pictures, labels, places, np.arange(first, first + block))
+        yield first + block, state, parts
 
 
 def train(
@@ -131,27 +204,26 @@ def train(
         return target
     source = problem_lib.load_data(config, "train")
     problem = problem_lib.build(config, source, shared_kernels=True)
-    step_fn, optimizer = make_step(problem, config)
+    step, optim = make_step(problem, config)
     variables = problem_lib.initial(problem, seed)
     saved = _SavedState(workdir / "training" / f"seed_{seed}")
-    start, (variables, opt_state) = saved.load((variables, optimizer.init(variables["params"])))
-    root = jax.random.key(seed)
-    steps = range(start, config.train.num_steps)
-    batches = _batches(source, config.train.batch_size, seed, start)
+    start, begun = saved.load((variables, optim.init(variables["params"])))
+    variables = begun[0]
+    total = config.train.num_steps
+    feed: Callable[..., Blocks] = _one_by_one
+    if launch.setting(config, "train.steps_per_call") > 1:
+        feed = _many_per_call
     progress = tqdm.tqdm(
-        steps, desc=f"train seed {seed}", initial=start, total=config.train.num_steps,
-        disable=not sys.stderr.isatty(),
-    )  # fmt: skip
-    for step in progress:
-        batch = next(batches)
-        key = jax.random.fold_in(root, step)
-        variables, opt_state, parts = step_fn(variables, opt_state, batch.image, batch.label, key)
-        done = step + 1
-        if done % config.train.log_every == 0 or done == config.train.num_steps:
+        desc=f"train seed {seed}", initial=start, total=total, disable=not sys.stderr.isatty()
+    )
+    for done, state, parts in feed(step, begun, source, config, seed, start):
+        progress.update(done - progress.n)
+        if done % config.train.log_every == 0 or done == total:
             writer.scalars(done, {f"train/{k}_loss": float(v) for k, v in parts.items()})
             progress.set_postfix({k: f"{float(v):.3f}" for k, v in parts.items()})
-        if done % config.train.save_every == 0 and done < config.train.num_steps:
-            saved.save(done, (variables, opt_state))
+        if done % config.train.save_every == 0 and done < total:
+            saved.save(done, state)
+        variables = state[0]
     accuracy = _accuracy(problem, variables, problem_lib.load_data(config, "validation"))
     metadata = problem_lib.checkpoint_metadata(config) | {
         "seed": seed,
@@ -177,7 +249,7 @@ def _accuracy(problem: problem_lib.Problem, variables: Any, source: data.Source)
 def run(config: ml_collections.ConfigDict, folder: str, *, tensorboard: bool = False) -> None:
     """Trains every seed of a config that has no checkpoint yet."""
     # Before the folder is claimed: a config that cannot be trained must not keep it.
-    auxiliary.name_of(config)
+    check(config)
     workdir = launch.open_workdir(folder)
     with (
         launch.locked(workdir),

@@ -47,15 +47,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict(
         {
             "aux": "rotation",
-            "num_steps": 15000,
+            # 150 epochs, as published.
+            "num_steps": 57000,
             "batch_size": 128,
             "learning_rate": 0.1,
             "momentum": 0.9,
             "weight_decay": 5e-4,
             "aux_weight": 1.0,
             "statistics_momentum": 0.95,
+            "schedule": "step",
+            "steps_per_call": 500,
             "log_every": 500,
-            "save_every": 5000,
+            "save_every": 9500,
         }
     )
     config.adapt = ml_collections.ConfigDict(
@@ -76,6 +79,7 @@ def get_config() -> ml_collections.ConfigDict:
             "augmented": {"num_views": 32},
             "rotation": {**shared, "num_steps": 10, "learning_rate": 0.001},
             "rotation_jump": {**shared, "num_steps": 1, "learning_rate": 0.01},
+            "rotation_online": {**shared, "num_steps": 1, "learning_rate": 0.001},
             "memo": {"num_views": 32, "num_steps": 1, "learning_rate": 0.005, "select": "all"},
         },
         convert_dict=True,

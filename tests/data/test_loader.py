@@ -131,6 +131,17 @@ def noisy(image, rng):
     return image + rng.normal(size=image.shape)
 
 
+def test_training_places_are_those_of_the_batches(digits):
+    options = {"batch_size": 100, "seed": 3, "start_step": 2}
+    per_epoch = len(digits) // 100
+    batches = data.training_batches(digits, **options)
+    places = data.training_places(digits, **options)
+    for batch, where in itertools.islice(zip(batches, places, strict=True), per_epoch + 2):
+        np.testing.assert_array_equal(digits.take(where).id, batch.id)
+    with pytest.raises(ValueError, match="batch_size must lie between 1 and"):
+        data.training_places(digits, batch_size=0, seed=0)
+
+
 def test_training_batches_resume_from_a_step(digits):
     def run(start, count):
         return list(

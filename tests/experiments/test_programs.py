@@ -11,11 +11,13 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import adapt, journal, launch, runner, train
 from tests.experiments import tiny_config
+from ttt_jax import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "tests" / "experiments" / "tiny_config.py"
@@ -157,27 +159,65 @@ def test_killed_in_the_middle_resumes_to_the_same_rows(adapted, trained, tmp_pat
     assert_equal_rows(rows_of(folder), rows_of(adapted))
 
 
+class Stop(Exception):
+    pass
+
+
+class StopAtEight:
+    def scalars(self, step, values):
+        if step == 8:
+            raise Stop
+
+
+def assert_same_parameters(folder, other, **tolerance):
+    both = (checkpoint.load(at / "checkpoints" / "seed_0").params for at in (folder, other))
+    for a, b in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(a, b, **{"rtol": 0, "atol": 0, **tolerance})
+
+
 def test_interrupted_training_resumes_to_the_same_parameters(trained, tmp_path):
-    config = tiny_config.get_config()
-
-    class Stop(Exception):
-        pass
-
-    class StopAtEight:
-        def scalars(self, step, values):
-            if step == 8:
-                raise Stop
-
     with pytest.raises(Stop):
-        train.train(config, tmp_path, 0, StopAtEight())
+        train.train(tiny_config.get_config(), tmp_path, 0, StopAtEight())
     assert (tmp_path / "training" / "seed_0" / "step_5").is_dir()
-    train.run(config, str(tmp_path))
-    from ttt_jax import checkpoint
+    train.run(tiny_config.get_config(), str(tmp_path))
+    assert_same_parameters(trained, tmp_path)
 
-    whole = checkpoint.load(trained / "checkpoints" / "seed_0")
-    resumed = checkpoint.load(tmp_path / "checkpoints" / "seed_0")
-    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
-        np.testing.assert_array_equal(a, b)
+
+def test_many_steps_per_call_train_the_same_model(trained, tmp_path):
+    config = tiny_config.get_config()
+    config.train.steps_per_call = 6
+    config.train.save_every = 4
+    with pytest.raises(Stop):
+        train.train(config, tmp_path / "killed", 0, StopAtEight())
+    assert (tmp_path / "killed" / "training" / "seed_0" / "step_4").is_dir()
+    for name in ("killed", "whole"):
+        train.run(config, str(tmp_path / name))
+    assert_same_parameters(tmp_path / "whole", tmp_path / "killed")
+    assert_same_parameters(trained, tmp_path / "whole", rtol=1e-4, atol=1e-5)
+
+
+def test_step_schedule_ends_at_a_hundredth():
+    config = tiny_config.get_config()
+    config.train.schedule = "step"
+    config.train.update({"weight_decay": 0.0, "momentum": 0.0, "learning_rate": 0.5})
+    optimizer = train.optimizer(config)
+    state, rates = optimizer.init(jnp.ones(())), []
+    for _ in range(config.train.num_steps):
+        update, state = optimizer.update(jnp.ones(()), state, jnp.ones(()))
+        rates.append(-float(update))
+    np.testing.assert_allclose(rates, [0.5] * 6 + [0.05] * 4 + [0.005] * 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("schedule", "stairs", "train.schedule must be one of"), ("steps_per_call", 0, "at least 1")],
+)
+def test_impossible_training(tmp_path, key, value, message):
+    config = tiny_config.get_config()
+    config.train[key] = value
+    with pytest.raises(ValueError, match=message):
+        train.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_failing_trial_is_a_row_and_runs_again(trained, tmp_path, monkeypatch):

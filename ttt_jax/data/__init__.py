@@ -5,13 +5,14 @@
 * :mod:`~ttt_jax.data.corruptions`: the 15 + 4 common corruptions as seeded functions.
 * :mod:`~ttt_jax.data.streams`: plans that say which example comes when and how corrupted.
 * :class:`Loader` turns a source and a plan into batches; :func:`training_batches` is the
-  endless shuffled iterator of a training run. Both resume from a saved position.
+  endless shuffled iterator of a training run, :func:`training_places` its order. All resume from
+  a saved position.
 
 Everything is NumPy; nothing needs TensorFlow.
 """
 
 from ttt_jax.data import corruptions, streams
-from ttt_jax.data.loader import DomainBatch, Loader, training_batches
+from ttt_jax.data.loader import DomainBatch, Loader, training_batches, training_places
 from ttt_jax.data.sources import Batch, Example, Source, load
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "load",
     "streams",
     "training_batches",
+    "training_places",
 ]

@@ -245,6 +245,48 @@ def training_batches(
     Raises:
       ValueError: a batch size or seed outside its range, or a negative ``start_step``.
     """
+    _check_training(source, batch_size, seed, start_step)
+    batches = _training(source, batch_size, seed, _stack_examples)
+    if augment is not None:
+        batches = batches.random_map(_Augmented(augment), seed=int(seed))
+    return _from(batches, start_step)
+
+
+def training_places(
+    source: Source, *, batch_size: int, seed: int, start_step: int = 0
+) -> Iterator[np.ndarray]:
+    """Where the examples of :func:`training_batches` lie in the source, int64 ``[batch_size]``.
+
+    For a training loop that holds the whole set on its accelerator: no example is read.
+
+    Args:
+      source: the set.
+      batch_size: examples per step, from 1 to ``len(source)``.
+      seed: of the order, from 0 to 2**32 - 1.
+      start_step: the first step to give.
+
+    Raises:
+      ValueError: as :func:`training_batches`.
+    """
+    _check_training(source, batch_size, seed, start_step)
+    return _from(_training(range(len(source)), batch_size, seed, np.asarray), start_step)
+
+
+def _training(rows: Any, batch_size: int, seed: int, stack: Any) -> Any:
+    import grain
+
+    rows = grain.MapDataset.source(rows).shuffle(seed=int(seed))
+    return rows.batch(int(batch_size), drop_remainder=True, batch_fn=stack).repeat()
+
+
+def _from(batches: Any, start_step: int) -> Iterator[Any]:
+    import grain
+
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(batches[int(start_step) :].to_iter_dataset(options))
+
+
+def _check_training(source: Source, batch_size: int, seed: int, start_step: int) -> None:
     if not 1 <= operator.index(batch_size) <= len(source):
         raise ValueError(
             f"batch_size must lie between 1 and the {len(source)} examples of "
@@ -254,11 +296,3 @@ def training_batches(
         raise ValueError(f"seed must lie between 0 and 2**32 - 1, but is {seed}.")
     if operator.index(start_step) < 0:
         raise ValueError(f"start_step must not be negative, but is {start_step}.")
-    import grain
-
-    data = grain.MapDataset.source(source).shuffle(seed=int(seed))
-    data = data.batch(int(batch_size), drop_remainder=True, batch_fn=_stack_examples).repeat()
-    if augment is not None:
-        data = data.random_map(_Augmented(augment), seed=int(seed))
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(data[int(start_step) :].to_iter_dataset(options))
