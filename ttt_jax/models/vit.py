@@ -5,6 +5,7 @@ the mean of the tokens instead of a class token; He et al., 2022 ("Masked Autoen
 Vision Learners", CVPR) for the decoder, the fixed sine-cosine positions and the initialization.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,6 +126,7 @@ class _Encoder(nn.Module):
     depth: int
     heads: int
     dtype: Any
+    num_prompts: int = 0
 
     @nn.compact
     def __call__(self, patches: jax.Array, positions: jax.Array) -> jax.Array:
@@ -132,8 +134,20 @@ class _Encoder(nn.Module):
             self.width, dtype=self.dtype, kernel_init=xavier_uniform, name="patch_embed"
         )
         x = embed(patches) + positions.astype(self.dtype)
+        if self.num_prompts:
+            # Drawn like the embedding that makes the other tokens (VPT's published rule).
+            limit = math.sqrt(6.0 / (patches.shape[-1] + self.width))
+            prompt = self.param(
+                "prompt",
+                lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -limit, limit),
+                (self.num_prompts, self.width),
+            ).astype(self.dtype)
+            prompts = jnp.broadcast_to(prompt, (x.shape[0], *prompt.shape))
+            x = jnp.concatenate([prompts, x], axis=1)
         for index in range(self.depth):
             x = _Block(self.heads, self.dtype, name=f"block_{index}")(x)
+        # Prompts steer the patches through attention; heads and decoder see the patches alone.
+        x = x[:, self.num_prompts :]
         return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
 
 
@@ -182,6 +196,10 @@ class ViT(nn.Module):
       decoder_width: decoder features; a multiple of 4 and of ``decoder_heads``.
       decoder_depth: decoder blocks.
       decoder_heads: attention heads of the decoder; ``None``: as many as in the encoder.
+      num_prompts: learned tokens ``encoder/prompt`` ``[num_prompts, width]`` beside the patches
+        at the encoder's input (Jia et al., 2022, "Visual Prompt Tuning", the shallow form). They
+        have no position, and no head pools them. 0 leaves parameters and outputs as they are
+        without.
       dtype: the compute dtype. Parameters and outputs are float32, and so are softmax and
         normalization statistics.
 
@@ -201,6 +219,7 @@ class ViT(nn.Module):
     decoder_width: int = 96
     decoder_depth: int = 2
     decoder_heads: int | None = None
+    num_prompts: int = 0
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -209,6 +228,11 @@ class ViT(nn.Module):
             raise ValueError(
                 f"patch divides both sides of the image, received patch={self.patch} and "
                 f"image_size={self.image_size}: choose a divisor."
+            )
+        if self.num_prompts < 0:
+            raise ValueError(
+                f"num_prompts is at least 0, received {self.num_prompts}: choose 0 for a model "
+                "without prompt tokens."
             )
         for name, features, heads in (
             ("width", self.width, self.heads),
@@ -223,7 +247,7 @@ class ViT(nn.Module):
 
     def setup(self) -> None:
         """Names the parts; a part has parameters once a method that uses it was initialized."""
-        self.encoder = _Encoder(self.width, self.depth, self.heads, self.dtype)
+        self.encoder = _Encoder(self.width, self.depth, self.heads, self.dtype, self.num_prompts)
         self.decoder = _Decoder(
             self.decoder_width,
             self.decoder_depth,
