@@ -24,7 +24,9 @@ from ml_collections import config_flags
 DEFAULTS = {
     "train.aux": "rotation",
     "train.mask_ratio": 0.75,
+    "train.optimizer": "sgd",
     "train.schedule": "cosine",
+    "train.warmup_steps": 0,
     "train.steps_per_call": 1,
     "adapt.sequence": "none",
     "adapt.parallel_streams": 16,

@@ -30,17 +30,32 @@ from experiments import auxiliary, launch, problem as problem_lib, writers
 from ttt_jax import checkpoint, data, models
 
 SCHEDULES = ("cosine", "step")
+OPTIMIZERS = ("sgd", "adamw")
 
 
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """SGD with momentum, weight decay and the schedule of a config."""
-    train, steps = config.train, config.train.num_steps
+    """The optimizer, the weight decay and the schedule of a config."""
+    train = config.train
+    warmup = launch.setting(config, "train.warmup_steps")
+    steps = train.num_steps - warmup
     if launch.setting(config, "train.schedule") == "cosine":
         rate = optax.cosine_decay_schedule(train.learning_rate, steps)
     else:
         # A tenth at 1/2 and at 5/6 of the training: epochs 75 and 125 of 150 (Sun et al. 2020).
         rate = optax.piecewise_constant_schedule(
             train.learning_rate, {steps // 2: 0.1, steps * 5 // 6: 0.1}
+        )
+    if warmup:
+        climb = optax.linear_schedule(0.0, train.learning_rate, warmup)
+        rate = optax.join_schedules([climb, rate], [warmup])
+    if launch.setting(config, "train.optimizer") == "adamw":
+        # As for the MAE of He et al. 2022: the second moment forgets faster than by default, and
+        # only matrices decay.
+        return optax.adamw(
+            rate,
+            b2=0.95,
+            weight_decay=train.weight_decay,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
         )
     return optax.chain(
         optax.add_decayed_weights(train.weight_decay), optax.sgd(rate, momentum=train.momentum)
@@ -51,13 +66,20 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Refuses a config that cannot be trained.
 
     Raises:
-      ValueError: an unknown ``train.aux`` or ``train.schedule``, or fewer than one of
+      ValueError: an unknown ``train.aux``, ``train.schedule`` or ``train.optimizer``, a
+        ``train.warmup_steps`` that is not shorter than the training, or fewer than one of
         ``train.steps_per_call``.
     """
     auxiliary.name_of(config)
-    schedule = launch.setting(config, "train.schedule")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"train.schedule must be one of {list(SCHEDULES)}; got {schedule!r}.")
+    for key, known in (("train.schedule", SCHEDULES), ("train.optimizer", OPTIMIZERS)):
+        if (name := launch.setting(config, key)) not in known:
+            raise ValueError(f"{key} must be one of {list(known)}; got {name!r}.")
+    warmup = launch.setting(config, "train.warmup_steps")
+    if not 0 <= warmup < config.train.num_steps:
+        raise ValueError(
+            f"train.warmup_steps must lie between 0 and the {config.train.num_steps} of "
+            f"train.num_steps; got {warmup}."
+        )
     steps = launch.setting(config, "train.steps_per_call")
     if steps < 1:
         raise ValueError(f"train.steps_per_call must be at least 1; got {steps}.")

@@ -1,0 +1,73 @@
+"""The optimizers of training, against their formulas in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import train
+from tests.experiments import tiny_config
+from ttt_jax import checkpoint
+
+
+def config_of(**options):
+    config = tiny_config.get_config()
+    config.train.update({"optimizer": "adamw", "weight_decay": 0.1, "learning_rate": 0.5})
+    config.train.update({"num_steps": 6, **options})
+    return config
+
+
+def test_adamw_with_warmup_by_hand():
+    optim = train.optimizer(config_of(warmup_steps=2))
+    params = {"kernel": jnp.array([[2.0]]), "bias": jnp.array([2.0])}
+    state = optim.init(params)
+    grads = [0.3, -0.1, 0.2]
+    # Two steps of climbing, then the first of the four of the cosine.
+    rates = [0.0, 0.25, 0.5]
+    expected = {"kernel": 2.0, "bias": 2.0}
+    first = second = 0.0
+    for count, (grad, rate) in enumerate(zip(grads, rates, strict=True), start=1):
+        updates, state = optim.update(
+            jax.tree.map(lambda p, g=grad: p * 0 + g, params), state, params
+        )
+        params = jax.tree.map(jnp.add, params, updates)
+        first, second = 0.9 * first + 0.1 * grad, 0.95 * second + 0.05 * grad**2
+        step = (first / (1 - 0.9**count)) / (np.sqrt(second / (1 - 0.95**count)) + 1e-8)
+        expected["kernel"] -= rate * (step + 0.1 * expected["kernel"])
+        expected["bias"] -= rate * step
+        for name, value in expected.items():
+            np.testing.assert_allclose(params[name].ravel(), [value], rtol=1e-5)
+
+
+def test_interrupted_adamw_goes_on_where_it_was(tmp_path, monkeypatch):
+    config = config_of(learning_rate=0.01, warmup_steps=1, save_every=3, aux="none")
+    train.run(config, str(tmp_path / "whole"))
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train._SavedState, "remove", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config, str(tmp_path / "cut"))
+    monkeypatch.undo()
+    target = tmp_path / "cut" / "checkpoints" / "seed_0"
+    target.rename(tmp_path / "removed")
+    assert (tmp_path / "cut" / "training" / "seed_0" / "step_3").exists()
+    train.run(config, str(tmp_path / "cut"))
+    whole, cut = (
+        checkpoint.load(tmp_path / name / "checkpoints" / "seed_0").params
+        for name in ("whole", "cut")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, cut)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optimizer": "adma"}, r"train\.optimizer must be one of \['sgd', 'adamw'\]; got 'adma'"),
+        ({"warmup_steps": 6}, r"train\.warmup_steps must lie between 0 and the 6 .*; got 6"),
+    ],
+)
+def test_an_impossible_optimizer_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        train.check(config_of(**options))
