@@ -189,7 +189,7 @@ def _many_per_call(
 ) -> Blocks:
     """The training set lies on the device and a call makes many steps: the host hands over places.
 
-    The batches are those of :func:`_one_by_one`. A call ends where something is logged or saved.
+    A call ends where something is logged or saved.
     """
     train, root = config.train, jax.random.key(seed)
     most = launch.setting(config, "train.steps_per_call")

@@ -131,13 +131,18 @@ def noisy(image, rng):
     return image + rng.normal(size=image.shape)
 
 
-def test_training_places_are_those_of_the_batches(digits):
-    options = {"batch_size": 100, "seed": 3, "start_step": 2}
+def test_training_places(digits):
     per_epoch = len(digits) // 100
-    batches = data.training_batches(digits, **options)
-    places = data.training_places(digits, **options)
-    for batch, where in itertools.islice(zip(batches, places, strict=True), per_epoch + 2):
-        np.testing.assert_array_equal(digits.take(where).id, batch.id)
+    options = {"batch_size": 100, "seed": 3}
+    steps = list(itertools.islice(data.training_places(digits, **options), 2 * per_epoch))
+    first, second = (np.concatenate(steps[k * per_epoch :][:per_epoch]) for k in (0, 1))
+    assert len(np.unique(first)) == len(np.unique(second)) == 100 * per_epoch
+    assert max(first) < len(digits) and not np.array_equal(first, second)
+    for start in (1, per_epoch, per_epoch + 1):
+        later = next(data.training_places(digits, **options, start_step=start))
+        np.testing.assert_array_equal(later, steps[start])
+    other = next(data.training_places(digits, batch_size=100, seed=4))
+    assert not np.array_equal(other, steps[0])
     with pytest.raises(ValueError, match="batch_size must lie between 1 and"):
         data.training_places(digits, batch_size=0, seed=0)
 

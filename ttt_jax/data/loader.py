@@ -3,6 +3,7 @@
 grain does the reading, batching and, where asked, the work in other processes.
 """
 
+import itertools
 import operator
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -246,18 +247,24 @@ def training_batches(
       ValueError: a batch size or seed outside its range, or a negative ``start_step``.
     """
     _check_training(source, batch_size, seed, start_step)
-    batches = _training(source, batch_size, seed, _stack_examples)
+    import grain
+
+    data = grain.MapDataset.source(source).shuffle(seed=int(seed))
+    data = data.batch(int(batch_size), drop_remainder=True, batch_fn=_stack_examples).repeat()
     if augment is not None:
-        batches = batches.random_map(_Augmented(augment), seed=int(seed))
-    return _from(batches, start_step)
+        data = data.random_map(_Augmented(augment), seed=int(seed))
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(data[int(start_step) :].to_iter_dataset(options))
 
 
 def training_places(
     source: Source, *, batch_size: int, seed: int, start_step: int = 0
 ) -> Iterator[np.ndarray]:
-    """Where the examples of :func:`training_batches` lie in the source, int64 ``[batch_size]``.
+    """Endless training order as places in the source, int64 ``[batch_size]`` per step.
 
-    For a training loop that holds the whole set on its accelerator: no example is read.
+    For a training loop that holds the whole set on its accelerator: no example is read. The rules
+    are those of :func:`training_batches` (shuffled anew each epoch, the remainder dropped, step k
+    the same wherever it started); the order itself is another one.
 
     Args:
       source: the set.
@@ -269,21 +276,16 @@ def training_places(
       ValueError: as :func:`training_batches`.
     """
     _check_training(source, batch_size, seed, start_step)
-    return _from(_training(range(len(source)), batch_size, seed, np.asarray), start_step)
+    return _places(len(source), operator.index(batch_size), operator.index(seed), start_step)
 
 
-def _training(rows: Any, batch_size: int, seed: int, stack: Any) -> Any:
-    import grain
-
-    rows = grain.MapDataset.source(rows).shuffle(seed=int(seed))
-    return rows.batch(int(batch_size), drop_remainder=True, batch_fn=stack).repeat()
-
-
-def _from(batches: Any, start_step: int) -> Iterator[Any]:
-    import grain
-
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(batches[int(start_step) :].to_iter_dataset(options))
+def _places(size: int, batch_size: int, seed: int, step: int) -> Iterator[np.ndarray]:
+    per_epoch = size // batch_size
+    for epoch in itertools.count(step // per_epoch):
+        order = np.random.default_rng((seed, epoch)).permutation(size)
+        for k in range(step % per_epoch, per_epoch):
+            yield order[k * batch_size : (k + 1) * batch_size]
+        step = 0
 
 
 def _check_training(source: Source, batch_size: int, seed: int, start_step: int) -> None:

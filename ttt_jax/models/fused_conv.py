@@ -24,6 +24,10 @@ TAPS = 9
 # 32 x 32): images per program, positions per step, taps per program and warps.
 _WEIGHT_GRADIENT = {16: (8, 64, 9, 1), 32: (16, 128, 3, 2), 64: (32, 64, 1, 4)}
 
+# More images than an instance has copies: a training batch, which alone must fill the card.
+_ONE_INSTANCE = 64
+_PROGRAMS = 512
+
 CHANNELS = tuple(_WEIGHT_GRADIENT)
 """The numbers of channels that the kernels are tuned for."""
 
@@ -330,9 +334,12 @@ def weight_gradient(
     count, positions, channels = x.shape
     out_positions, outputs = dy.shape[1:]
     most, chunk, taps, warps = _WEIGHT_GRADIENT[max(channels, outputs)]
+    shares = TAPS // taps
+    if count > _ONE_INSTANCE:
+        most = max(1, min(most, count * shares // _PROGRAMS))
     each = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
     chunk = math.gcd(chunk, positions)
-    parts, shares = count // each, TAPS // taps
+    parts = count // each
     partial = pl.pallas_call(
         functools.partial(
             _weight_gradient_kernel,
