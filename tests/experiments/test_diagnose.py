@@ -1,0 +1,295 @@
+"""The diagnostics program: its numbers recomputed by other means, resuming, what it refuses."""
+
+import json
+import shutil
+import statistics
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+import ttt_jax as ttt
+from experiments import diagnose, diagnosis, launch, problem, train
+from experiments.reporting import alignment
+from tests.experiments import tiny_config, tiny_model
+from ttt_jax import checkpoint, data, models
+
+# Of source statistics against those of the image, as in the demo.
+PRIOR = 16
+RATES = (0.01, 0.03, 0.3)
+OPTIONS = diagnose.Options(
+    severities=(1, 5), corruptions=("contrast", "fog"), num_images=3, learning_rates=RATES[::2]
+)
+LABELED_MAPS = {"entropy_map", "effective_classes_map", "oracle_error_map"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dense():
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_model.install(patch)
+        yield
+
+
+def get_config():
+    config = tiny_config.get_config()
+    config.model = ml_collections.ConfigDict({"name": "dense"})
+    config.methods.rotation.learning_rate = (0.03,)
+    config.adapt.chunk_size = 6  # three copies of two images at once: the last chunk is padded
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(dense, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train.run(get_config(), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def diagnosed(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diagnosed") / "run"
+    shutil.copytree(trained, folder)
+    record = diagnose.run(get_config(), str(folder), OPTIONS)
+    return folder, record
+
+
+@pytest.fixture(scope="module")
+def by_hand(trained):
+    """The cell (fog, 5) with its model, outside of the program."""
+    config = get_config()
+    source = problem.load_data(config, "test")
+    built = problem.build(config, source)
+    variables = checkpoint.load(trained / "checkpoints" / "seed_0").params
+    plan = data.streams.shuffled(source, seed=0, domain="fog", severity=5)
+    examples = [source[int(i)] for i in plan.index[:3]]
+    images = np.stack(
+        [data.corruptions.corrupt(e.image, "fog", 5, seed=(0, e.id)) for e in examples]
+    )
+    labels = np.asarray([e.label for e in examples])
+    keys = [jax.random.fold_in(jax.random.key(0), e.id) for e in examples]
+    return built, variables, images, labels, keys
+
+
+def row_of(record, domain, severity):
+    (row,) = [r for r in record["rows"] if (r["domain"], r["severity"]) == (domain, severity)]
+    return row
+
+
+def rotation_loss(built):
+    return ttt.losses.rotation(built.model(PRIOR).rotation, copies=2, augment=built.view)
+
+
+def test_a_row_per_cell_with_its_origin(diagnosed):
+    folder, record = diagnosed
+    lines = (folder / "diagnostics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == record["rows"]
+    assert json.loads((folder / "diagnostics.json").read_text()) == record
+    assert {"command", "device", "device_count", "versions", "commit"} <= set(record)
+    cells = [(row["domain"], row["severity"]) for row in record["rows"]]
+    assert cells == [("contrast", 1), ("fog", 1), ("contrast", 5), ("fog", 5)]
+    for row in record["rows"]:
+        assert row["learning_rates"] == list(RATES) and row["num_examples"] == 3
+        assert row["settings"]["learning_rate"] == 0.03 and row["non_finite"] == 0
+        for name in LABELED_MAPS:
+            assert np.shape(row[name]) == (3, 3)
+    # Compiled once, for the first cell.
+    assert [row["compile_seconds"] > 0.01 for row in record["rows"]] == [True, *3 * [False]]
+
+
+def flat(params):
+    """What both heads read: normalization and heads belong to one loss."""
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params["params"]["encoder"])])
+
+
+def test_alignment_is_that_of_plain_gradients(diagnosed, by_hand):
+    built, variables, images, labels, keys = by_hand
+    apply = models.from_linen(built.module, norm=PRIOR)
+
+    def main(params, image, label):
+        logits = apply(params, (image[None] - 0.5) / 0.5)[0]
+        return jax.nn.logsumexp(logits) - logits[label]
+
+    main_grad, aux_grad = jax.jit(jax.grad(main)), jax.jit(jax.grad(rotation_loss(built)))
+    inner, cosine, norms = [], [], []
+    for image, label, key in zip(images, labels, keys, strict=True):
+        g = flat(main_grad(variables, image, label)).astype(np.float64)
+        h = flat(aux_grad(variables, image, jax.random.fold_in(key, 0))).astype(np.float64)
+        inner.append(g @ h)
+        norms.append(np.sqrt([g @ g, h @ h]))
+        cosine.append(g @ h / norms[-1].prod())
+    row = row_of(diagnosed[1], "fog", 5)
+    assert row["inner_product"] == pytest.approx(np.mean(inner), rel=1e-4)
+    assert row["cosine"] == pytest.approx(np.mean(cosine), rel=1e-4)
+    measured = [row["main_norm"], row["aux_norm"]]
+    assert measured == pytest.approx(np.mean(norms, axis=0).tolist(), rel=1e-4)
+    assert row["aligned_share"] == pytest.approx(np.mean(np.array(inner) > 0))
+
+
+def test_errors_gain_and_monitors_by_hand(diagnosed, by_hand):
+    built, variables, images, labels, keys = by_hand
+    model = built.model(PRIOR)
+    classify, rotate = jax.jit(model.classify), jax.jit(model.rotation)
+    grad = jax.jit(jax.grad(rotation_loss(built)))
+    before, after, moved, right = [], [], [], []
+    for image, key in zip(images, keys, strict=True):
+        params = variables["params"]
+        for step in range(2):
+            grads = grad({**variables, "params": params}, image, jax.random.fold_in(key, step))
+            params = jax.tree.map(lambda p, g: p - 0.03 * g, params, grads["params"])
+        trees = [variables, {**variables, "params": params}]
+        before.append(classify(trees[0], image[None])[0])
+        after.append(classify(trees[1], image[None])[0])
+        start, end = map(flat, trees)
+        moved.append(np.linalg.norm(end - start) / np.linalg.norm(start))
+        turned = np.stack([np.rot90(image, k) for k in range(4)])
+        right.append([(rotate(tree, turned).argmax(-1) == np.arange(4)).mean() for tree in trees])
+    before, after = np.asarray(before), np.asarray(after)
+    wrong, still = before.argmax(-1) != labels, after.argmax(-1) != labels
+    row = row_of(diagnosed[1], "fog", 5)
+    assert row["source_error"] == pytest.approx(wrong.mean())
+    assert row["ttt_error"] == pytest.approx(still.mean())
+    assert row["gain"] == pytest.approx(wrong.mean() - still.mean(), abs=1e-7)
+    assert row["turned_right"] == pytest.approx((wrong & ~still).mean())
+    assert row["turned_wrong"] == pytest.approx((~wrong & still).mean())
+    assert row["agreement"] == pytest.approx((before.argmax(-1) == after.argmax(-1)).mean())
+    assert row["drift"] == pytest.approx(np.mean(moved), rel=1e-3)
+    measured = [row["auxiliary_accuracy_before"], row["auxiliary_accuracy_after"]]
+    assert measured == pytest.approx(np.mean(right, axis=0).tolist())
+    for place, logits in ((0, before), (-1, after)):
+        p = np.exp(logits.astype(np.float64))
+        p /= p.sum(-1, keepdims=True)
+        entropy, mean = -(p * np.log(p)).sum(-1).mean(), p.mean(0)
+        assert row["entropy_map"][1][place] == pytest.approx(entropy, rel=1e-4)
+        classes = np.exp(-(mean * np.log(mean)).sum())
+        assert row["effective_classes_map"][1][place] == pytest.approx(classes, rel=1e-4)
+    assert row["effective_classes_after"] == pytest.approx(classes, rel=1e-4)
+
+
+def test_choices_come_from_the_maps(diagnosed):
+    for row in diagnosed[1]["rows"]:
+        errors, entropy = np.array(row["oracle_error_map"]), np.array(row["entropy_map"])
+        classes = np.array(row["effective_classes_map"])
+        assert errors[1, -1] == pytest.approx(row["ttt_error"])
+        assert errors[:, 0] == pytest.approx(row["source_error"])
+        assert row["oracle_error"] == pytest.approx(errors.min())
+        place = RATES.index(row["oracle_learning_rate"]), row["oracle_num_steps"]
+        assert errors[place] == errors.min()
+        allowed = np.where(classes >= 0.9 * classes[0, 0], entropy, np.inf)
+        place = RATES.index(row["label_free_learning_rate"]), row["label_free_num_steps"]
+        assert allowed[place] == allowed.min()
+        assert row["label_free_error"] == pytest.approx(errors[place])
+
+
+def test_smoothness_of_a_quadratic():
+    """The curvature along the auxiliary gradient e_2 of 0.5 x'Ax is the norm of A e_2."""
+    hessian = jnp.array([[2.0, 1.0], [1.0, 5.0]])
+    smoothness = diagnosis.secant_smoothness(
+        lambda params, x, label, key: 0.5 * params @ hessian @ params,
+        lambda params, x, key: 3 * params[1],
+        ttt.select.everything(),
+    )
+    value = smoothness(jnp.array([1.0, 2.0]), None, None, jax.random.key(0))
+    assert float(value) == pytest.approx(np.sqrt(26), rel=1e-4)
+
+
+def test_only_what_both_heads_read_is_compared():
+    net = models.ResNet(depth=8, width=8, groups=4, num_classes=3)
+    built = problem.Problem(net, *[None] * 4, (8, 8, 1), 0.75)
+    encoder = diagnosis.shared_encoder(built, {"select": "all"})
+    paths = ttt.select.describe(encoder, problem.shapes(built)).paths
+    assert {path.split("/")[1] for path in paths} == {"conv1", "layer1", "layer2"}
+    norms = diagnosis.shared_encoder(built, {"select": "norm"})
+    assert set(ttt.select.describe(norms, problem.shapes(built)).paths) < set(paths)
+    with pytest.raises(ValueError, match=r"select='\.\*rotation_fc.*' adapts no parameter that"):
+        diagnosis.shared_encoder(built, {"select": ".*rotation_fc.*"})
+
+
+def test_finished_cells_are_skipped(diagnosed, trained, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(diagnosed[0], folder)
+    made = []
+    images_of = diagnose.images_of
+
+    def counted(source, domain, severity, *rest):
+        made.append((domain, severity))
+        return images_of(source, domain, severity, *rest)
+
+    monkeypatch.setattr(diagnose, "images_of", counted)
+    path = folder / "diagnostics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]) + lines[3][:40])
+    record = diagnose.run(get_config(), str(folder), OPTIONS)
+    assert made == [("fog", 5)]
+    timing = ("seconds", "compile_seconds")
+    for again, row in zip(record["rows"], diagnosed[1]["rows"], strict=True):
+        assert {k: v for k, v in again.items() if k not in timing} == {
+            k: v for k, v in row.items() if k not in timing
+        }
+    diagnose.run(get_config(), str(folder), OPTIONS)
+    assert made == [("fog", 5)]
+
+
+def test_rows_of_other_options_are_refused(diagnosed):
+    folder, _ = diagnosed
+    with pytest.raises(launch.UserError, match=r"num_examples was 3, now 2.*another --workdir"):
+        diagnose.run(get_config(), str(folder), OPTIONS._replace(num_images=2))
+
+
+def test_several_candidates_need_the_choice_of_adapt(tmp_path):
+    config = tiny_config.get_config()
+    with pytest.raises(launch.UserError, match=r"2 candidates.*run experiments\.adapt"):
+        diagnose.settings_of(config, tmp_path, "rotation")
+    chosen = {"copies": 2, "num_steps": 2, "learning_rate": 0.01, "prior": 16, "select": "all"}
+    (tmp_path / "selection.json").write_text(json.dumps({"chosen": {"rotation": chosen}}))
+    assert diagnose.settings_of(config, tmp_path, "rotation") == chosen
+    with pytest.raises(launch.UserError, match=r"\(rotation\); got 'rotation_jump'"):
+        diagnose.settings_of(config, tmp_path, "rotation_jump")
+
+
+def test_the_map_always_has_the_learning_rate_of_the_config():
+    settings = {"learning_rate": 0.001}
+    assert diagnose.rates_of(settings, None) == (0.0003, 0.001, 0.003, 0.01)
+    assert diagnose.rates_of(settings, (0.1,)) == (0.001, 0.1)
+    with pytest.raises(launch.UserError, match=r"must be positive; got \[0\.0, 0\.1\]"):
+        diagnose.rates_of(settings, (0.0, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_images": 0}, "--num_images must be at least 1; got 0"),
+        ({"corruptions": ("fogg",)}, "no corruption called 'fogg'; did you mean fog"),
+        ({"severities": (6,)}, "6"),
+    ],
+)
+def test_impossible_options_are_refused(tmp_path, changed, message):
+    with pytest.raises((launch.UserError, ValueError), match=message):
+        diagnose.run(get_config(), str(tmp_path / "W"), OPTIONS._replace(**changed))
+    assert not list(tmp_path.iterdir())
+
+
+def test_correlation_and_scatter(diagnosed):
+    def row(inner, gain, severity=1):
+        where = {"domain": "fog", "severity": severity, "seed": 0}
+        return where | {"inner_product": inner, "gain": gain}
+
+    rows = [row(1.0, 0.02), row(2.0, 0.03), row(4.0, 0.01, 5), row(None, 0.5)]
+    # Deviations -4/3, -1/3, 5/3 and 0, 1, -1: covariance -2, squares 42/9 and 2.
+    assert alignment.correlation(rows) == pytest.approx(-2 / np.sqrt(42 / 9 * 2))
+    assert alignment.correlation(rows[:2]) is None
+    assert alignment.correlation([row(1.0, g) for g in (0.1, 0.2, 0.3)]) is None
+    drawing = alignment.scatter(rows)
+    assert "r = -0.65, 3 sets" in drawing
+    assert drawing.count("<title>fog, severity") == 3 and "severity 5</text>" in drawing
+    folder, record = diagnosed
+    pairs = [(r["inner_product"], r["gain"]) for r in record["rows"]]
+    r = record["correlation"]["inner_product_and_gain"]
+    if len({gain for _, gain in pairs}) == 1:
+        assert r is None
+    else:
+        assert r == pytest.approx(statistics.correlation(*zip(*pairs, strict=True)))
+    page = (folder / "diagnostics.html").read_text()
+    assert "<svg" in page and "r = 0.93" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
