@@ -6,9 +6,9 @@ Usage::
 
 Chooses settings on the validation corruptions (``WORKDIR/selection.json``), then evaluates every
 method of the config on the clean test split and the 15 corruptions, each by itself or all in one
-stream (``adapt.sequence``), and appends one row per (method, domain, severity, seed) to
-``WORKDIR/results.jsonl``. Run it again to resume: finished rows are kept and skipped, failed ones
-run again.
+stream (``adapt.sequence``), or on the test split alone (``adapt.corruptions``). Appends one row per
+(method, domain, severity, seed) to ``WORKDIR/results.jsonl``. Run it again to resume: finished
+rows are kept and skipped, failed ones run again.
 """
 
 import pathlib
@@ -187,11 +187,8 @@ def _run(
             path = checkpoint_path or problem_lib.checkpoint_path(workdir, seed)
             pristine = problem_lib.load_checkpoint(path, problem, config)
             runner = runner_lib.Runner(config, plain, pristine, seed=seed, restore=restore)
-            checked = trials_lib.over(
-                config, validation, data.corruptions.VALIDATION_CORRUPTIONS, seed
-            )
-            reported = trials_lib.over(config, test, data.corruptions.CORRUPTIONS, seed)
-            reported = [trials_lib.clean(config, test, seed), *reported]
+            checked = trials_lib.checked(config, validation, seed)
+            reported = trials_lib.reported(config, test, seed)
             chosen = selection.choose(
                 workdir / "selection.json", methods, runner, validation, checked
             )

@@ -22,12 +22,14 @@ from ml_collections import config_flags
 
 # Keys that a config may leave out, and what their absence means.
 DEFAULTS = {
+    "data.domain": "clean",
     "train.aux": "rotation",
     "train.mask_ratio": 0.75,
     "train.optimizer": "sgd",
     "train.schedule": "cosine",
     "train.warmup_steps": 0,
     "train.steps_per_call": 1,
+    "adapt.corruptions": "standard",
     "adapt.sequence": "none",
     "adapt.parallel_streams": 16,
 }

@@ -121,7 +121,7 @@ class Runner:
                 )
                 for plan in trial.plans
             ]
-            self._batches[where] = [batch for loader in loaders for batch in loader]
+            self._batches[where] = [trial.named(batch) for loader in loaders for batch in loader]
         return self._batches[where]
 
     def run(

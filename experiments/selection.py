@@ -1,4 +1,4 @@
-"""Choosing settings on the four validation corruptions, and nothing else."""
+"""Choosing settings on held-out training images, corrupted or not, and nothing else."""
 
 import json
 import pathlib
@@ -16,13 +16,18 @@ from experiments import (
 )
 from ttt_jax import data
 
-NOTE = (
-    "Every setting with more than one candidate was chosen by the lowest mean error, then the "
-    "lowest mean cross-entropy, over the four validation corruptions (speckle_noise, "
-    "gaussian_blur, spatter, saturate) of held-out training images, with the model of the first "
-    "seed. In this run test images and the 15 reported corruptions chose nothing; how the "
-    "candidates were set is said in the config."
-)
+
+def _note(trials: Sequence[trials_lib.Trial]) -> str:
+    names = list(dict.fromkeys(domain for trial in trials for domain, _ in trial.cells))
+    images = "held-out training images as they are"
+    if names != ["clean"]:
+        images = f"the validation corruptions ({', '.join(names)}) of held-out training images"
+    return (
+        "Every setting with more than one candidate was chosen by the lowest mean error, then "
+        f"the lowest mean cross-entropy, over {images}, with the model of the first seed. In this "
+        "run test images and the reported domains chose nothing; how the candidates were set is "
+        "said in the config."
+    )
 
 
 def _cross_entropy(outcome: runner_lib.Outcome) -> float:
@@ -44,13 +49,13 @@ def choose(
       methods: the methods and their grids.
       runner: evaluates a candidate.
       source: the validation split.
-      trials: over the validation corruptions, in the order that the evaluation has too.
+      trials: over the validation domains, in the order that the evaluation has too.
 
     Returns:
       ``{method: settings}``.
     """
     record: dict[str, Any] = {
-        "note": NOTE,
+        "note": _note(trials),
         "seed": runner.seed,
         "checkpoint": runner.fingerprint,
         "chosen": {},

@@ -8,6 +8,8 @@ import numpy as np
 from experiments import launch
 from ttt_jax import data
 
+# Of the trials; "none" takes the images as they are, such as those of a natural domain.
+CORRUPTIONS = ("standard", "none")
 STREAMS = ("shuffled", "sorted_by_label", "dirichlet")
 SEQUENCES = ("none", "domains", "mixed", "gradual")
 
@@ -19,18 +21,29 @@ class Trial(NamedTuple):
       sequence: one of :data:`SEQUENCES`; ``"none"`` for a domain by itself.
       plans: run one after the other. Each has batches of its own, so that the statistics of a
         batch are never those of two domains unless a plan itself mixes them.
+      name: what its domain is called where that is not what the plans say: images that are not
+        corrupted are "clean" there, whatever domain they are of.
     """
 
     sequence: str
     plans: tuple[data.streams.Plan, ...]
+    name: str | None = None
 
     @property
     def cells(self) -> tuple[tuple[str, int], ...]:
         """Its pairs (domain, severity), each of which becomes a row per method."""
+        if self.name is not None:
+            return ((self.name, 0),)
         return cells_of(
             np.concatenate([plan.domain for plan in self.plans]),
             np.concatenate([plan.severity for plan in self.plans]),
         )
+
+    def named(self, batch: data.DomainBatch) -> data.DomainBatch:
+        """A batch of its plans under the name of its domain."""
+        if self.name is None:
+            return batch
+        return batch._replace(domain=np.full(len(batch.id), self.name))
 
 
 def cells_of(domain: np.ndarray, severity: np.ndarray) -> tuple[tuple[str, int], ...]:
@@ -42,9 +55,14 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Refuses an order that there is not.
 
     Raises:
-      ValueError: an unknown ``adapt.stream`` or ``adapt.sequence``, two that exclude each other,
-        or fewer than one of ``adapt.parallel_streams``.
+      ValueError: an unknown ``adapt.stream``, ``adapt.sequence`` or ``adapt.corruptions``, two
+        that exclude each other, or fewer than one of ``adapt.parallel_streams``.
     """
+    corruptions = launch.setting(config, "adapt.corruptions")
+    if corruptions not in CORRUPTIONS:
+        raise ValueError(
+            f"adapt.corruptions must be one of {list(CORRUPTIONS)}; got {corruptions!r}."
+        )
     parallel = launch.setting(config, "adapt.parallel_streams")
     if parallel < 1:
         raise ValueError(f"adapt.parallel_streams must be at least 1; got {parallel}.")
@@ -53,6 +71,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"adapt.stream must be one of {list(STREAMS)}; got {stream!r}.")
     if sequence not in SEQUENCES:
         raise ValueError(f"adapt.sequence must be one of {list(SEQUENCES)}; got {sequence!r}.")
+    if sequence != "none" and corruptions == "none":
+        raise ValueError(
+            "adapt.sequence is a sequence of corruptions and needs adapt.corruptions='standard'; "
+            f"got {sequence!r} with 'none'."
+        )
     if sequence == "gradual" and stream != "shuffled":
         raise ValueError(
             "adapt.sequence='gradual' has an order of its own and needs adapt.stream='shuffled'; "
@@ -69,6 +92,24 @@ def plan_for(
         return data.streams.dirichlet(source, gamma=adapt.dirichlet_gamma, **where)
     plan = {"shuffled": data.streams.shuffled, "sorted_by_label": data.streams.sorted_by_label}
     return plan[adapt.stream](source, **where)
+
+
+def checked(config: ml_collections.ConfigDict, source: data.Source, seed: int) -> list[Trial]:
+    """The trials that choose settings: the validation corruptions, or the images as they are."""
+    if launch.setting(config, "adapt.corruptions") == "none":
+        return [clean(config, source, seed)]
+    return over(config, source, data.corruptions.VALIDATION_CORRUPTIONS, seed)
+
+
+def reported(config: ml_collections.ConfigDict, source: data.Source, seed: int) -> list[Trial]:
+    """The trials that are reported: the images as they are, and the corruptions if any."""
+    plain = clean(config, source, seed)
+    name = launch.setting(config, "data.domain")
+    if name != "clean":
+        plain = plain._replace(name=name)
+    if launch.setting(config, "adapt.corruptions") == "none":
+        return [plain]
+    return [plain, *over(config, source, data.corruptions.CORRUPTIONS, seed)]
 
 
 def clean(config: ml_collections.ConfigDict, source: data.Source, seed: int) -> Trial:

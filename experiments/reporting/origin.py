@@ -38,9 +38,10 @@ def selection_html(selection: dict[str, Any], validated: Sequence[str]) -> str:
             text += f" Rows of the validation corruptions ({', '.join(validated)}) are shown above."
         return parts[0] + f"<p>{escape(text)}</p>"
     on = f" ({', '.join(validated)})" if validated else ""
+    what = "clean validation images" if validated == ["clean"] else f"validation corruptions{on}"
     parts.append(
-        f"<p>Hyper-parameters were chosen on the validation corruptions{escape(on)} only; no "
-        "reported corruption was used to choose anything.</p>"
+        f"<p>Hyper-parameters were chosen on the {escape(what)} only; no reported domain was used "
+        "to choose anything.</p>"
     )
     if selection.get("note"):
         parts.append(f'<p class="quiet">{escape(str(selection["note"]))}</p>')
