@@ -38,6 +38,10 @@ def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -
         "rotation": (per_sample.rotation, problem),
         # One large step instead of several small ones (Sun et al. 2020, appendix).
         "rotation_jump": (per_sample.rotation, problem),
+        # The same steps on few parameters: names for rows whose `select` differs.
+        "rotation_norm": (per_sample.rotation, problem),
+        "rotation_biases": (per_sample.rotation, problem),
+        "rotation_blocks": (per_sample.rotation, problem),
         "memo": (per_sample.memo, problem),
         "mae": (per_sample.mae, problem),
         "rotation_memo_augmented": (per_sample.rotation_memo_augmented, problem),

@@ -30,12 +30,14 @@ def _optimizer(settings: Settings) -> optax.GradientTransformation:
 
 
 def _selection(settings: Settings) -> ttt.Selection:
-    """``all``, ``norm`` or a pattern for ``select.paths``."""
-    if settings["select"] == "all":
-        return ttt.select.everything()
-    if settings["select"] == "norm":
-        return ttt.select.norm_affine()
-    return ttt.select.paths(settings["select"])
+    """``all``, ``norm``, ``biases`` or a pattern for ``select.paths``."""
+    named = {
+        "all": ttt.select.everything,
+        "norm": ttt.select.norm_affine,
+        "biases": ttt.select.biases,
+    }
+    chosen = settings["select"]
+    return named[chosen]() if chosen in named else ttt.select.paths(chosen)
 
 
 def rotation_loss(problem: Problem, settings: Settings) -> ttt.AuxLoss:
