@@ -82,6 +82,7 @@ def evaluate(
     source: data.Source,
     fields: dict[str, Any],
     trials: Sequence[trials_lib.Trial],
+    groups: dict[str, np.ndarray],
     writer: writers.Writer,
 ) -> None:
     """Adds the missing rows of one seed and split role; a failing trial becomes failed rows."""
@@ -106,7 +107,7 @@ def evaluate(
                 row
                 for one, outcome in zip(some, outcomes, strict=True)
                 for row in rows_lib.make_rows(
-                    method, settings, one.trial, outcome, one.source_wrong, one.probes
+                    method, settings, one.trial, outcome, one.source_wrong, one.probes, groups
                 )
             ]
         except runner_lib.TRIAL_ERRORS as error:
@@ -179,6 +180,10 @@ def _run(
     methods = methods_lib.build(config, problem, plain)
     baseline = methods_lib.baseline(plain)
     trials_lib.check(config)
+    groups: dict[str, np.ndarray] = {}
+    if launch.setting(config, "data.imbalance") != 1:
+        labels = problem_lib.load_data(config, "train").labels()
+        groups = rows_lib.class_groups(labels, test.num_classes)
     # Once all is checked: a config that cannot be run must not keep the folder.
     launch.claim(workdir, config)
     results = journal.Journal(workdir / "results.jsonl")
@@ -195,7 +200,18 @@ def _run(
             roles = (("validation", validation, checked), ("reported", test, reported))
             for role, source, trials in roles:
                 fields = {"seed": seed, "split_role": role, "checkpoint": pristine.fingerprint}
-                evaluate(results, methods, baseline, chosen, runner, source, fields, trials, writer)
+                evaluate(
+                    results,
+                    methods,
+                    baseline,
+                    chosen,
+                    runner,
+                    source,
+                    fields,
+                    trials,
+                    groups,
+                    writer,
+                )
     print(f"{len(results.rows())} rows in {results.path}, {len(results.failed)} failed trials")
     for row in results.failed:
         print(f"failed: {row['method']} on {row['domain']}: {row['message']}", file=sys.stderr)

@@ -23,6 +23,7 @@ from ml_collections import config_flags
 # Keys that a config may leave out, and what their absence means.
 DEFAULTS = {
     "data.domain": "clean",
+    "data.imbalance": 1,
     "train.aux": "rotation",
     "train.mask_ratio": 0.75,
     "train.optimizer": "sgd",

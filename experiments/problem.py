@@ -59,6 +59,10 @@ def load_data(config: ml_collections.ConfigDict, split: str) -> data.Source:
     # Sets of one file per split name it by its place: npz:DIR/{split}.npz
     name = config.data.name.replace("{split}", base)
     source = data.load(name, config.data[split], data_dir=config.data.dir or None)
+    imbalance = launch.setting(config, "data.imbalance")
+    if split == "train" and imbalance != 1:
+        # Which images stay belongs to the data set: it is the same for every seed.
+        source = data.long_tailed(source, imbalance=imbalance, seed=0)
     return source.in_memory() if config.data.in_memory else source
 
 

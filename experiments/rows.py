@@ -1,5 +1,6 @@
 """From the outcome of a trial to its result rows."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,29 @@ from experiments.runner import Outcome
 from experiments.trials import Trial
 
 
+def class_groups(labels: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
+    """Thirds of the classes by their number of training images: many, medium and few.
+
+    Many and few are ``round(C / 3)`` classes each, 3 of 10; medium are the others. Of classes of
+    equal size the lower label counts as the larger.
+
+    Args:
+      labels: int ``[N]``, of the training images.
+      num_classes: C, at least 2.
+
+    Returns:
+      ``{"many", "medium", "few"}``: the labels of each group.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    order = np.argsort(-counts, kind="stable")
+    third = round(num_classes / 3)
+    return {
+        "many": order[:third],
+        "medium": order[third : num_classes - third],
+        "few": order[num_classes - third :],
+    }
+
+
 def make_rows(
     method: Method,
     settings: dict[str, Any],
@@ -16,8 +40,13 @@ def make_rows(
     outcome: Outcome,
     source_wrong: np.ndarray,
     probes: dict[str, np.ndarray],
+    groups: Mapping[str, np.ndarray],
 ) -> list[dict[str, Any]]:
-    """A row per domain and severity of a trial, each from its own images of the stream."""
+    """A row per domain and severity of a trial, each from its own images of the stream.
+
+    With ``groups``, as :func:`class_groups` makes them, it has the error of each group's images
+    too.
+    """
     aux = probes[method.probe] if method.probe is not None else None
     rows = []
     for (domain, severity), here in outcome.cells().items():
@@ -29,10 +58,19 @@ def make_rows(
             source_wrong[here],
             None if aux is None else aux[here],
         )
+        row |= _by_group(outcome.take(here), groups)
         if trial.sequence != "none" and method.reset == "per_domain":
             row["reset"] = "per_sequence"
         rows.append(row)
     return rows
+
+
+def _by_group(outcome: Outcome, groups: Mapping[str, np.ndarray]) -> dict[str, float]:
+    wrong = outcome.wrong()
+    inside = {name: np.isin(outcome.label, classes) for name, classes in groups.items()}
+    return {
+        f"error_{name}": float(wrong[mine].mean()) for name, mine in inside.items() if mine.any()
+    }
 
 
 def _measured(

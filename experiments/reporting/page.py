@@ -131,6 +131,8 @@ def _dataset(grid: Grid, validation: Grid | None) -> str:
     parts.append(f"<div data-views>{views}</div>")
     if by_severity := sections.severities(grid, best):
         parts.append(f"<h3>Mean error over the corruptions, per severity (%)</h3>{by_severity}")
+    if by_group := sections.class_groups(grid, best):
+        parts.append(f"<h3>Error per group of classes, by their training images (%)</h3>{by_group}")
     parts.append(figures_of("per_domain", grid, head))
     if validation is not None:
         parts.append("<h3>Validation corruptions: chosen on these</h3>")

@@ -23,7 +23,10 @@ _NUMBERS = (
     "non_finite",
     "resets",
 )
-_FRACTIONS = ("error", "turned_right", "turned_wrong")
+GROUPS = ("many", "medium", "few")
+"""Classes by their number of training images; ``error_many`` is the error of the first, ..."""
+_BY_GROUP = tuple(f"error_{name}" for name in GROUPS)
+_FRACTIONS = ("error", "turned_right", "turned_wrong", *_BY_GROUP)
 
 
 class ReportError(Exception):
@@ -33,7 +36,7 @@ class ReportError(Exception):
 class Row(NamedTuple):
     """One line of ``results.jsonl``: one method on one domain, severity and seed.
 
-    ``error``, ``turned_right``, ``turned_wrong`` and the entries of ``error_by_step`` are
+    The errors, ``turned_right``, ``turned_wrong`` and the entries of ``error_by_step`` are
     fractions in [0, 1]; ``seconds`` is in seconds. A field the writer left out is ``None``.
     """
 
@@ -59,6 +62,9 @@ class Row(NamedTuple):
     aux_loss_after: float | None = None
     turned_right: float | None = None
     turned_wrong: float | None = None
+    error_many: float | None = None
+    error_medium: float | None = None
+    error_few: float | None = None
     forwards_per_sample: float | None = None
     backwards_per_sample: float | None = None
     non_finite: float | None = None

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from experiments.reporting import summary
-from experiments.reporting.rows import Row
+from experiments.reporting.rows import GROUPS, Row
 from experiments.reporting.tables import CLEAN, Get, Grid, Stat, short
 
 GAP = '<td class="gap">–</td>'
@@ -136,6 +136,39 @@ def severities(grid: Grid, best: str | None) -> str:
         for m in grid.methods
     ]
     return table(heads(["method", *(f"severity {s:g}" for s in grid.severities)]), body)
+
+
+def class_groups(grid: Grid, best: str | None) -> str:
+    """Error per group of classes (%), over the corruptions and on clean; empty without groups."""
+    places = (["corruptions"] if grid.corruptions else []) + (
+        [CLEAN] if CLEAN in grid.domains else []
+    )
+    columns: list[dict[str, Stat | None]] = []
+    for place in places:
+        for group in GROUPS:
+
+            def get(row: Row, name: str = f"error_{group}") -> float | None:
+                return getattr(row, name)
+
+            columns.append(
+                {
+                    m: grid.cell(m, CLEAN, get) if place == CLEAN else grid.mean(m, get)
+                    for m in grid.methods
+                }
+            )
+    if not any(stat for column in columns for stat in column.values()):
+        return ""
+    low = [grid.lowest(column) for column in columns]
+
+    def make(method: str) -> str:
+        cells = [
+            _value(column[method], method in lowest, False)
+            for column, lowest in zip(columns, low, strict=True)
+        ]
+        return _row(method, best, cells)
+
+    head = heads(["method", *(f"{place}: {group}" for place in places for group in GROUPS)])
+    return table(head, _grouped(grid, make, len(head)))
 
 
 def _number(value: float) -> str:

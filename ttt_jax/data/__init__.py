@@ -1,7 +1,8 @@
 """The data floor: where examples come from, how they are corrupted, in which order they come.
 
 * :func:`load` opens a set (``"tfds:digits"``, ``"tfds:NAME"``, ``"npz:PATH"``) as a
-  :class:`Source`: random access, checked lengths, ids that stay with their sample.
+  :class:`Source`: random access, checked lengths, ids that stay with their sample;
+  :func:`long_tailed` takes a part of one whose classes are of unequal size.
 * :mod:`~ttt_jax.data.corruptions`: the 15 + 4 common corruptions as seeded functions.
 * :mod:`~ttt_jax.data.streams`: plans that say which example comes when and how corrupted.
 * :class:`Loader` turns a source and a plan into batches; :func:`training_batches` is the
@@ -13,6 +14,7 @@ Everything is NumPy; nothing needs TensorFlow.
 
 from ttt_jax.data import corruptions, streams
 from ttt_jax.data.loader import DomainBatch, Loader, training_batches, training_places
+from ttt_jax.data.long_tail import long_tailed
 from ttt_jax.data.sources import Batch, Example, Source, load
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Source",
     "corruptions",
     "load",
+    "long_tailed",
     "streams",
     "training_batches",
     "training_places",

@@ -133,6 +133,26 @@ class Source:
         """The whole split in memory."""
         return self.take(np.arange(len(self)))
 
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "Source":
+        """Some examples as a source of its own, in the order of ``indices``, with their ids.
+
+        Raises:
+          IndexError: an index is negative or too large.
+          ValueError: no index, or one that comes twice.
+        """
+        positions = np.array([self._position(index) for index in indices], np.int64)
+        if len(positions) == 0 or len(np.unique(positions)) != len(positions):
+            raise ValueError(
+                f"A subset needs distinct indices, at least one; got {len(positions)}, of which "
+                f"{len(np.unique(positions))} are distinct."
+            )
+        chosen = copy.copy(self)
+        chosen._reader = _Chosen(self._reader, positions)
+        chosen._start, chosen._stop = 0, len(positions)
+        chosen._ids = self._ids[positions - self._start]
+        chosen._labels = chosen._fingerprint = None
+        return chosen
+
     def in_memory(self) -> "Source":
         """The same source with every stored image decoded once and held in memory."""
         held = copy.copy(self)
@@ -151,6 +171,28 @@ class Source:
                 crc = zlib.crc32(np.ascontiguousarray(image).tobytes(), crc)
             self._fingerprint = f"{crc:08x}"
         return self._fingerprint
+
+
+class _Chosen:
+    """A reader of some positions of another."""
+
+    def __init__(self, reader: Reader, positions: np.ndarray):
+        self._reader, self._positions = reader, positions
+        self.num_classes = reader.num_classes
+        self.class_names = reader.class_names
+        self.image_shape = reader.image_shape
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def image(self, position: int) -> np.ndarray:
+        return self._reader.image(int(self._positions[position]))
+
+    def labels(self) -> np.ndarray:
+        return self._reader.labels()[self._positions]
+
+    def ids(self) -> np.ndarray:
+        return self._reader.ids()[self._positions]
 
 
 class _Held:
