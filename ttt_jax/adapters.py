@@ -105,7 +105,8 @@ def _gradient_step(
 ) -> Adapter:
     """The adapter shared by all gradient methods; they differ in ``gradient`` only.
 
-    ``gradient(objective, fast) -> ((value, memory), grads)``.
+    ``gradient(objective, fast, merge) -> ((value, memory), grads)``; ``objective(fast)`` is the
+    loss, or another one given with it, and ``merge(fast)`` the whole parameters.
     """
 
     def init(params: Params) -> AdapterState:
@@ -126,11 +127,13 @@ def _gradient_step(
     ) -> tuple[AdapterState, StepInfo]:
         fast0, frozen = select.split(params)
 
-        def objective(fast: PyTree) -> tuple[jax.Array, PyTree]:
+        def objective(fast: PyTree, loss: StatefulLoss = loss) -> tuple[jax.Array, PyTree]:
             value, memory = loss.value(select.merge(fast, frozen), state.memory, x, key)
             return _scalar(value), memory
 
-        (value, memory), grads = gradient(objective, state.fast)
+        (value, memory), grads = gradient(
+            objective, state.fast, lambda fast: select.merge(fast, frozen)
+        )
         # A loss whose gradient is exactly zero asked for no step: every weight of a filter was
         # zero. Stepping all the same would let momentum, decay or the anchor move the weights.
         # Leaf by leaf: squares of small gradients would vanish in a norm.
@@ -208,7 +211,7 @@ def gradient_adapter(
     """
     value_and_grad = functools.partial(jax.value_and_grad, has_aux=True)
     return _gradient_step(
-        _as_stateful(loss), optimizer, select, anchor, lambda f, fast: value_and_grad(f)(fast)
+        _as_stateful(loss), optimizer, select, anchor, lambda f, fast, _: value_and_grad(f)(fast)
     )
 
 
@@ -218,11 +221,13 @@ def sharpness_aware_adapter(
     *,
     select: Selection,
     rho: float | jax.Array,
+    peak_loss: Callable[[Params], AuxLoss] | None = None,
 ) -> Adapter:
     """Steps along the gradient at the sharpest nearby point (SAM, as in SAR).
 
     ``g1 = grad(fast)``; ``g2 = grad(fast + rho * g1 / |g1|)``; the optimizer takes ``g2`` from
-    ``fast``. Loss and memory are those at ``fast``; ``grad_norm`` is that of ``g2``.
+    ``fast``. The loss reported is the one minimized, that at the peak, as ``grad_norm`` is that
+    of ``g2``; the memory is that of the loss at ``fast``.
 
     Args:
       loss: an ``AuxLoss`` or a :class:`~ttt_jax.StatefulLoss`.
@@ -230,6 +235,9 @@ def sharpness_aware_adapter(
       select: which parameters adapt.
       rho: radius of the neighbourhood in the norm of all selected parameters (SAR: 0.05). May
         be traced.
+      peak_loss: ``peak_loss(params) -> AuxLoss``, another loss for the peak, built from the
+        parameters before the climb. With ``losses.reliable_entropy(..., reference=params)`` only
+        instances that were reliable there count (SAR). ``None``: the same loss.
 
     Returns:
       An :class:`~ttt_jax.Adapter`.
@@ -239,14 +247,17 @@ def sharpness_aware_adapter(
       <https://arxiv.org/abs/2302.12400>`_, 2023, Eqs. 3-5.
     """
 
-    def gradient(objective: Any, fast: PyTree) -> Any:
+    def gradient(objective: Any, fast: PyTree, merge: Callable[[PyTree], Params]) -> Any:
         value_and_grad = jax.value_and_grad(objective, has_aux=True)
-        (value, memory), ascent = value_and_grad(fast)
+        (_, memory), ascent = value_and_grad(fast)
         length = _trees.norm(ascent)
         # No direction, no climb: keeps a filtered-out batch at an exactly zero gradient.
         scale = jnp.where(length > 0, rho / jnp.where(length > 0, length, 1.0), 0.0)
         peak = jax.tree.map(lambda a, g: a + (scale * g).astype(a.dtype), fast, ascent)
-        _, grads = value_and_grad(peak)
+        if peak_loss is None:
+            (value, _), grads = value_and_grad(peak)
+        else:
+            (value, _), grads = value_and_grad(peak, _as_stateful(peak_loss(merge(fast))))
         return (value, memory), grads
 
     return _gradient_step(_as_stateful(loss), optimizer, select, 0.0, gradient)

@@ -29,6 +29,10 @@ LOSSES = {
     "entropy": losses.entropy(models.classify),
     "marginal_entropy": losses.marginal_entropy(models.classify, models.jitter, num_views=2),
     "pseudo_label": losses.pseudo_label(models.classify, threshold=0.1),
+    "reliable_entropy": losses.reliable_entropy(models.classify, margin=0.9),
+    "sample_adaptive_entropy": losses.sample_adaptive_entropy(
+        models.classify, num_classes=models.CLASSES, epsilon=0.9, margin=0.9
+    ),
     "weighted": losses.weighted(
         (0.5, losses.entropy(models.classify)), (2.0, losses.rotation(models.turn))
     ),

@@ -32,13 +32,29 @@ class TestSharpnessAware:
         w, values, norms = W.astype(np.float64), [], []
         for _ in range(2):
             ascent = 4 * 0.7 * (w - A) ** 3
-            sharp = 4 * 0.7 * (w + 0.3 * ascent / np.linalg.norm(ascent) - A) ** 3
-            values.append(0.7 * np.sum((w - A) ** 4))
+            peak = w + 0.3 * ascent / np.linalg.norm(ascent)
+            sharp = 4 * 0.7 * (peak - A) ** 3
+            values.append(0.7 * np.sum((peak - A) ** 4))
             norms.append(np.linalg.norm(sharp))
             w = w - 0.1 * sharp
         np.testing.assert_allclose(state.fast["w"], w, rtol=1e-4)
         np.testing.assert_allclose(info.loss, values, rtol=1e-4)
         np.testing.assert_allclose(info.grad_norm, norms, rtol=1e-4)
+
+    def test_another_loss_at_the_peak(self):
+        """It is built from the weights before the climb: |w - start|^2 has gradient 2 rho g/|g|."""
+
+        def peak_loss(before):
+            return lambda params, x, key: jnp.sum((params["w"] - before["w"]) ** 2)
+
+        adapter = ttt.sharpness_aware_adapter(
+            quartic, optax.sgd(1.0), select=ALL_W, rho=0.3, peak_loss=peak_loss
+        )
+        state, info = run(adapter, 1)
+        ascent = (W.astype(np.float64) - A) ** 3
+        expected = W - 2 * 0.3 * ascent / np.linalg.norm(ascent)
+        np.testing.assert_allclose(state.fast["w"], expected, rtol=1e-4)
+        np.testing.assert_allclose(info.loss, [0.09], rtol=1e-4)
 
     def test_norm_is_taken_over_all_selected_leaves(self):
         params = {"a": jnp.asarray(1.0), "b": jnp.asarray(1.0)}

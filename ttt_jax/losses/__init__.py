@@ -12,6 +12,7 @@ from ttt_jax.losses.entropy import (
     marginal_entropy as marginal_entropy,
     pseudo_label as pseudo_label,
 )
+from ttt_jax.losses.fisher import fisher_diagonal as fisher_diagonal
 from ttt_jax.losses.matching import (
     activation_matching as activation_matching,
     activation_moments as activation_moments,
@@ -19,4 +20,8 @@ from ttt_jax.losses.matching import (
     moment_matching as moment_matching,
 )
 from ttt_jax.losses.reconstruction import masked_reconstruction as masked_reconstruction
+from ttt_jax.losses.reliable import (
+    reliable_entropy as reliable_entropy,
+    sample_adaptive_entropy as sample_adaptive_entropy,
+)
 from ttt_jax.losses.rotation import rotation as rotation

@@ -68,6 +68,11 @@ def check_logits(name: str, logits: Any, count: int, classes: int | None = None)
     return logits.astype(jnp.float32)
 
 
+def entropy(log_p: jax.Array) -> jax.Array:
+    """Shannon entropy over the last axis, in nats."""
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
 def per_instance(values: jax.Array) -> jax.Array:
     """Averages all axes but the first: ``[N, ...] -> [N]`` (pixels of a segmentation)."""
     return values.reshape(values.shape[0], -1).mean(axis=1)

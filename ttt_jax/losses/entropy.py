@@ -10,10 +10,6 @@ from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs
 
 
-def _entropy(log_p: jax.Array) -> jax.Array:
-    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-
-
 def entropy(
     apply: Callable[..., Any],
     *,
@@ -29,8 +25,7 @@ def entropy(
     Args:
       apply: model function ``(params, inputs[N, ...]) -> logits[N, ..., C]``; middle axes
         (pixels) are averaged.
-      weight: ``weight(logits[N, ..., C]) -> [N]``, a filter or a reliability (EATA: exp(E0 - H)
-        on the samples with H < E0).
+      weight: ``weight(logits[N, ..., C]) -> [N]``, a filter or a reliability.
       batch: whether ``x`` has a leading batch axis (Tent).
       stochastic: whether ``apply`` takes a key as third argument.
 
@@ -48,8 +43,8 @@ def entropy(
       1.3862944
 
     References:
-      Wang et al., `Tent <https://arxiv.org/abs/2006.10726>`_, 2021, Section 3.1; Niu et al.,
-      `EATA <https://arxiv.org/abs/2204.02610>`_, 2022, Eqs. 2-6.
+      Wang et al., `Tent <https://arxiv.org/abs/2006.10726>`_, 2021, Section 3.1. For the filters
+      of EATA and SAR see :func:`sample_adaptive_entropy` and :func:`reliable_entropy`.
     """
     call = _inputs.caller(apply, stochastic)
 
@@ -57,7 +52,7 @@ def entropy(
         inputs = _inputs.check_instance("entropy", x, batch)
         count = _inputs.batch_size(inputs)
         logits = _inputs.check_logits("entropy", call(params, inputs, key), count)
-        values = _inputs.per_instance(_entropy(jax.nn.log_softmax(logits, axis=-1)))
+        values = _inputs.per_instance(_inputs.entropy(jax.nn.log_softmax(logits, axis=-1)))
         if weight is None:
             return values.mean()
         weights = jnp.asarray(weight(logits))
@@ -117,7 +112,7 @@ def marginal_entropy(
         log_p = jax.nn.log_softmax(logits, axis=-1)
         log_p = log_p.reshape((count, num_views) + log_p.shape[1:])
         marginal = jax.nn.logsumexp(log_p, axis=1) - jnp.log(float(num_views))
-        return _entropy(marginal).mean()
+        return _inputs.entropy(marginal).mean()
 
     return loss
 
