@@ -29,6 +29,88 @@ def flip(image: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
+def resized_crop(least: float) -> Augment:
+    """A random part of the image, stretched to its size (bilinear).
+
+    The part has a share of the area drawn between ``least`` and 1, and sides in a ratio between
+    3/4 and 4/3, uniform in its logarithm; a side that would be too long is the image's.
+    """
+
+    def augment(image: jax.Array, key: jax.Array) -> jax.Array:
+        area_key, ratio_key, place_key = jax.random.split(key, 3)
+        area = jax.random.uniform(area_key, (), minval=least, maxval=1.0)
+        limit = jnp.log(4 / 3)
+        ratio = jnp.exp(jax.random.uniform(ratio_key, (), minval=-limit, maxval=limit))
+        share = jnp.minimum(jnp.sqrt(area * jnp.stack([ratio, 1 / ratio])), 1.0)
+        corner = jax.random.uniform(place_key, (2,)) * (1 - share)
+        return stretched(image, corner, share)
+
+    return augment
+
+
+def stretched(image: jax.Array, corner: jax.Array, share: jax.Array) -> jax.Array:
+    """The part of an image from ``corner``, both as shares of its height and width ``[2]``."""
+    size = jnp.array(image.shape[:2], jnp.float32)
+    scale = 1 / share
+    return jax.image.scale_and_translate(
+        image, image.shape, (0, 1), scale, -corner * size * scale, method="linear", antialias=True
+    )
+
+
+def color_jitter(strength: float, probability: float) -> Augment:
+    """Random brightness, contrast and saturation, with some probability.
+
+    Each factor is uniform in ``[1 - strength, 1 + strength]``. Gray images have no saturation.
+    """
+
+    def augment(image: jax.Array, key: jax.Array) -> jax.Array:
+        chance_key, factor_key = jax.random.split(key)
+        factors = jax.random.uniform(factor_key, (3,), minval=1 - strength, maxval=1 + strength)
+        applied = jax.random.bernoulli(chance_key, probability)
+        return jnp.where(applied, adjusted(image, factors), image)
+
+    return augment
+
+
+def adjusted(image: jax.Array, factors: jax.Array) -> jax.Array:
+    """Brightness, contrast and saturation by factors ``[3]``, in this order, in [0, 1].
+
+    Contrast is the distance to the mean luma, saturation that to the pixel's luma.
+    """
+    brightness, contrast, saturation = factors
+    image = jnp.clip(image * brightness, 0.0, 1.0)
+    middle = luma(image).mean()
+    image = jnp.clip(middle + contrast * (image - middle), 0.0, 1.0)
+    gray = luma(image)
+    return jnp.clip(gray + saturation * (image - gray), 0.0, 1.0)
+
+
+def luma(image: jax.Array) -> jax.Array:
+    """``[H, W, C] -> [H, W, 1]``, the weights of ITU-R BT.601; a gray image as it is."""
+    if image.shape[-1] != 3:
+        return image
+    return (image @ jnp.array([0.299, 0.587, 0.114], image.dtype))[..., None]
+
+
+def grayscale(probability: float) -> Augment:
+    """Takes the colors away with some probability."""
+
+    def augment(image: jax.Array, key: jax.Array) -> jax.Array:
+        gray = jnp.broadcast_to(luma(image), image.shape)
+        return jnp.where(jax.random.bernoulli(key, probability), gray, image)
+
+    return augment
+
+
+def simclr() -> Augment:
+    """The views of contrastive training on small images (Chen et al. 2020, appendix B.9).
+
+    Crop and resize, flip, color jitter of strength 0.5 (0.4 for each factor, in 4 of 5 images)
+    and gray in one of 5. Left out are blur, as there, and the shift of the hue.
+    """
+    return chain(resized_crop(0.2), flip, color_jitter(0.4, 0.8), grayscale(0.2))
+
+
 def every_view(padding: int, flipped: bool) -> Callable[[jax.Array], jax.Array]:
     """All the views that :func:`shift` and, if asked, :func:`flip` can draw.
 

@@ -5,10 +5,13 @@ from typing import Any
 import ml_collections
 
 import ttt_jax as ttt
-from experiments import launch
+from experiments import augment, launch
 from experiments.problem import MODELS, Model, Problem
 
-TASKS = ("rotation", "mae", "none")
+TASKS = ("rotation", "mae", "contrastive", "none")
+
+# Of NT-Xent: that of SimCLR on CIFAR-10 (Chen et al. 2020, appendix B.9) and of TTT++.
+TEMPERATURE = 0.5
 
 
 def name_of(config: ml_collections.ConfigDict) -> str:
@@ -23,6 +26,12 @@ def name_of(config: ml_collections.ConfigDict) -> str:
     # An unknown model has an error of its own, when the problem is built.
     if name == "mae" and config.model.name in MODELS:
         require_reconstruction(MODELS[config.model.name], "train.aux='mae'")
+    if name == "contrastive" and not config.model.get("projection", 0):
+        raise ValueError(
+            "train.aux='contrastive' needs a projection head: set model.name='resnet' and "
+            f"model.projection to its outputs, such as 128; got model.name={config.model.name!r} "
+            "without one."
+        )
     return name
 
 
@@ -45,13 +54,22 @@ def training_loss(name: str, problem: Problem, model: Model) -> ttt.AuxLoss | No
     """The loss of a task over a batch, or None for ``"none"``.
 
     ``rotation``: all four rotations of every image. ``mae``: one mask of ``train.mask_ratio``
-    per image.
+    per image. ``contrastive``: two views of every image against those of all others.
     """
     if name == "none":
         return None
     if name == "mae":
         return reconstruction(problem, model, mask_ratio=problem.mask_ratio, batch=True)
+    if name == "contrastive":
+        return contrastive(model)
     return ttt.losses.rotation(model.rotation, batch=True)
+
+
+def contrastive(model: Model) -> ttt.AuxLoss:
+    """NT-Xent over a batch, in the views of SimCLR."""
+    return ttt.losses.contrastive(
+        model.project, augment.simclr(), temperature=TEMPERATURE, batch=True
+    )
 
 
 def reconstruction(

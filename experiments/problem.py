@@ -22,11 +22,17 @@ class Model(NamedTuple):
       rotation: ``(params, images) -> [N, 4]``.
       reconstruct: ``(params, images, keep[N, K]) -> [N, P, patch * patch * C]``, as
         ``ttt_jax.losses.masked_reconstruction`` needs it; None for a model that cannot.
+      features: ``(params, images) -> [N, D]``, what the classifier's last layer sees; None for a
+        model that does not say.
+      project: ``(params, images) -> [N, P]``, the head of contrastive training; None for a model
+        without one.
     """
 
     classify: Callable[[Any, jax.Array], jax.Array]
     rotation: Callable[[Any, jax.Array], jax.Array]
     reconstruct: Callable[[Any, jax.Array, jax.Array], jax.Array] | None
+    features: Callable[[Any, jax.Array], jax.Array] | None = None
+    project: Callable[[Any, jax.Array], jax.Array] | None = None
 
 
 class Problem(NamedTuple):
@@ -102,8 +108,10 @@ def build(
         return (images - mean) / std
 
     def model(norm: Any = "running") -> Model:
-        classify = models.from_linen(module, norm=norm)
-        rotation = models.from_linen(module, "rotation", norm=norm)
+        def head(method: str | None) -> Any:
+            apply = models.from_linen(module, method, norm=norm)
+            return lambda params, images: apply(params, normalize(images))
+
         reconstruct = None
         if hasattr(module, "reconstruct"):
             raw = models.from_linen(module, "reconstruct", norm=norm)
@@ -112,9 +120,11 @@ def build(
                 return raw(params, normalize(images), keep)
 
         return Model(
-            lambda params, images: classify(params, normalize(images)),
-            lambda params, images: rotation(params, normalize(images)),
-            reconstruct,
+            classify=head(None),
+            rotation=head("rotation"),
+            reconstruct=reconstruct,
+            features=head("features") if hasattr(module, "features") else None,
+            project=head("project") if getattr(module, "projection", 0) else None,
         )
 
     padding, flip = config.views.padding, config.views.flip

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import launch, problem, train
+from experiments import augment, launch, problem, train
 from tests.experiments import tiny_config, tiny_model
 from ttt_jax import checkpoint
 
@@ -48,6 +48,33 @@ def test_a_task_trains_its_head_and_names_its_loss(tmp_path, aux, losses, parts)
     assert moved(initial, trained.params) == parts
 
 
+def test_contrastive_training_is_the_library_on_two_views(monkeypatch):
+    tiny_model.install(monkeypatch)
+    config = tiny_config.get_batch_norm_config()
+    config.model.projection = 5
+    config.train.update({"aux": "contrastive", "aux_weight": 0.5, "weight_decay": 0.0})
+    of = built(config)
+    before = problem.initial(of, 0)
+    assert before["params"]["projection_out"]["kernel"].shape == (6, 5)
+    step, optimizer = train.make_step(of, config)
+    images = problem.load_data(config, "test").take(np.arange(8))
+    key = jax.random.key(0)
+    state = optimizer.init(before["params"])
+    after, _, losses = jax.jit(step)(before, state, images.image, images.label, key)
+    assert moved(before, after) == {"encoder", "bn", "fc", "projection_out"}
+
+    view_key, aux_key = jax.random.split(key)
+    crops = jax.vmap(of.view)(images.image, jax.random.split(view_key, 8))
+    pair_key = jax.random.split(aux_key)[0]
+    keys = jnp.concatenate([jax.random.split(k) for k in jax.random.split(pair_key, 8)])
+    pairs = jax.jit(jax.vmap(augment.simclr()))(jnp.repeat(crops, 2, axis=0), keys)
+    z = np.asarray(of.model("batch").project(before, pairs), np.float64)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    scores = np.exp(z @ z.T / 0.5)
+    expected = [-np.log(scores[i, i ^ 1] / (scores[i].sum() - scores[i, i])) for i in range(len(z))]
+    assert float(losses["contrastive"]) == pytest.approx(np.mean(expected), rel=1e-4)
+
+
 def test_without_a_task_the_statistics_of_its_branch_stay(monkeypatch):
     tiny_model.install(monkeypatch)
     config = tiny_config.get_batch_norm_config()
@@ -67,7 +94,12 @@ def test_without_a_task_the_statistics_of_its_branch_stay(monkeypatch):
 @pytest.mark.parametrize(
     ("model", "aux", "words"),
     [
-        ("vit", "mea", r"train\.aux must be one of \['rotation', 'mae', 'none'\]; got 'mea'"),
+        (
+            "vit",
+            "mea",
+            r"train\.aux must be one of \['rotation', 'mae', 'contrastive', 'none'\]; got",
+        ),
+        ("vit", "contrastive", r"train\.aux='contrastive' needs a projection .*name='vit'"),
         ("resnet", "mae", r"train\.aux='mae' needs .* ResNet .*model\.name='vit'"),
     ],
 )

@@ -150,6 +150,7 @@ def test_wrong_images_are_refused(small, shape, message):
         ({"norm": "grop"}, "did you mean 'group'"),
         ({"groups": 3}, "groups divides width"),
         ({"branch": 4}, "1, 2 or 3, received 4"),
+        ({"projection": -1}, "received -1"),
         ({"conv": "im2col"}, "conv is one of"),
     ],
 )
@@ -161,3 +162,29 @@ def test_impossible_options_are_refused(options, message):
 def test_init_wants_one_image_shape():
     with pytest.raises(ValueError, match=r"\(H, W, C\) of one image"):
         init(ResNet(), jax.random.key(0), (1, 32, 32, 3))
+
+
+def test_projection_head_adds_its_own_parameters_and_nothing_else(filled):
+    plain, module = ResNet(**SMALL), ResNet(**SMALL, projection=5)
+    shapes = [
+        jax.eval_shape(lambda m=m: init(m, jax.random.key(0), (8, 8, 1))) for m in (plain, module)
+    ]
+    without, with_head = (_flat(tree) for tree in shapes)
+    added = {name: leaf.shape for name, leaf in with_head.items() if name not in without}
+    assert added == {
+        "projection_hidden/kernel": (16, 16),
+        "projection_hidden/bias": (16,),
+        "projection_out/kernel": (16, 5),
+        "projection_out/bias": (5,),
+    }
+    assert without.keys() == with_head.keys() - added.keys()
+    variables = filled(module, (8, 8, 1))
+    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+    features = np.asarray(module.apply(variables, images, method="features"))
+    flat = _flat(variables)
+    hidden = features @ flat["projection_hidden/kernel"] + flat["projection_hidden/bias"]
+    expected = np.maximum(hidden, 0) @ flat["projection_out/kernel"] + flat["projection_out/bias"]
+    found = module.apply(variables, images, method="project")
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="projection >= 1, received projection=0"):
+        plain.apply(variables, images, method="project")

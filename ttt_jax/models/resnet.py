@@ -128,6 +128,8 @@ class ResNet(nn.Module):
       norm: ``"group"`` or ``"batch"``.
       branch: the last shared layer, 1, 2 or 3 (the paper: 2).
       rotation_classes: outputs of the rotation head.
+      projection: outputs of the projection head of contrastive training, 0 for no such head. It
+        is ``projection_hidden``, as wide as the features, relu and ``projection_out``.
       conv: the form of the convolutions: ``"lax"`` or ``"patches"``
         (:func:`ttt_jax.models.conv.conv3x3`), ``"fused"`` (GPU kernels over whole blocks, see
         :mod:`ttt_jax.models.fused_block`; elsewhere the same kernels interpreted, slowly), or
@@ -147,6 +149,7 @@ class ResNet(nn.Module):
     norm: str = "group"
     branch: int = 2
     rotation_classes: int = 4
+    projection: int = 0
     conv: str = "auto"
     dtype: Any = jnp.float32
 
@@ -167,6 +170,8 @@ class ResNet(nn.Module):
             )
         if self.branch not in (1, 2, 3):
             raise ValueError(f"branch is the last shared layer, 1, 2 or 3, received {self.branch}.")
+        if self.projection < 0:
+            raise ValueError(f"projection is 0 or more outputs, received {self.projection}.")
         if self.conv not in FORMS:
             raise ValueError(
                 f"conv is one of {FORMS}, received {self.conv!r}; {nearest(str(self.conv), FORMS)}"
@@ -193,6 +198,9 @@ class ResNet(nn.Module):
         self.rotation_layers = [layer(i, f"rotation_layer{i}") for i in range(self.branch + 1, 4)]
         self.rotation_norm = _make_norm(self.norm, self.groups, self.dtype, f"rotation_{final}")
         self.rotation_fc = nn.Dense(self.rotation_classes, kernel_init=xavier_uniform)
+        if self.projection:
+            self.projection_hidden = nn.Dense(4 * self.width, kernel_init=xavier_uniform)
+            self.projection_out = nn.Dense(self.projection, kernel_init=xavier_uniform)
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Classifies: ``[N, H, W, C] -> logits [N, num_classes]``, float32.
@@ -217,9 +225,22 @@ class ResNet(nn.Module):
             x = layer(x, train)
         return self.rotation_fc(_pool(_normalize(self.rotation_norm, _images(x), train)))
 
-    def all_heads(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Runs both heads, so that one ``init`` creates every parameter."""
-        return self(images), self.rotation(images)
+    def project(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Projects the features for a contrastive loss: ``[N, H, W, C] -> [N, projection]``.
+
+        The head of SimCLR (Chen et al., 2020, section 4.2), float32.
+
+        Raises:
+          ValueError: a model without the head.
+        """
+        if not self.projection:
+            raise ValueError("project needs a model with projection >= 1, received projection=0.")
+        return self.projection_out(nn.relu(self.projection_hidden(self.features(images, train))))
+
+    def all_heads(self, images: jax.Array) -> tuple[jax.Array, ...]:
+        """Runs every head, so that one ``init`` creates every parameter."""
+        heads = (self(images), self.rotation(images))
+        return (*heads, self.project(images)) if self.projection else heads
 
     def _encode(self, images: jax.Array, train: bool) -> Any:
         channels: int | None = None
