@@ -37,7 +37,7 @@ from experiments import (
 from experiments.reporting import alignment
 from ttt_jax import data
 
-METHODS = ("rotation", "rotation_jump")
+METHODS = ("rotation", "rotation_jump", "rotation_norm", "rotation_biases", "rotation_blocks")
 # Of the learning rate of the config.
 FACTORS = (0.3, 1.0, 3.0, 10.0)
 CORRUPTIONS = {
@@ -54,7 +54,7 @@ class Options(NamedTuple):
       method: the entry of the config's ``methods`` whose settings are used, one of
         :data:`METHODS`.
       split: ``test`` or ``validation``.
-      severities: 1 to 5.
+      severities: 1 to 5; not used where the config has no corruptions.
       corruptions: their names; None for those of the split's role.
       num_images: of the split, the same ones in every cell; a smaller split is used whole.
       learning_rates: of the map; None for :data:`FACTORS` times the method's.
@@ -108,8 +108,9 @@ def rates_of(settings: dict[str, Any], wanted: Sequence[float] | None) -> tuple[
 def images_of(
     source: data.Source, domain: str, severity: int, count: int, config: Any, seed: int
 ) -> data.DomainBatch:
-    """One batch of the first ``count`` images of the shuffled split, corrupted."""
-    plan = data.streams.shuffled(source, seed=seed, domain=domain, severity=severity)
+    """One batch of the first ``count`` images of the shuffled split; severity 0 leaves them."""
+    corruption = domain if severity else "clean"
+    plan = data.streams.shuffled(source, seed=seed, domain=corruption, severity=severity)
     plan = data.streams.Plan(*(column[:count] for column in plan))
     loader = data.Loader(source, plan, batch_size=count, seed=config.adapt.corruption_seed)
     return next(iter(loader))
@@ -167,15 +168,22 @@ def _missing(book: journal.Journal, cells: Sequence[dict[str, Any]]) -> list[dic
     return missing
 
 
-def _check(options: Options) -> tuple[str, ...]:
-    """The corruptions to run."""
+def cells_of(config: ml_collections.ConfigDict, options: Options) -> list[tuple[str, int]]:
+    """The pairs (domain, severity) to measure.
+
+    Raises:
+      UserError: fewer than one image.
+      ValueError: an unknown corruption or severity.
+    """
     if options.num_images < 1:
         raise launch.UserError(f"--num_images must be at least 1; got {options.num_images}.")
-    names = tuple(options.corruptions or CORRUPTIONS[options.split])
-    for name in names:
-        for severity in options.severities:
-            data.corruptions.check_name(name, severity)
-    return names
+    if launch.setting(config, "adapt.corruptions") == "none":
+        return [(launch.setting(config, "data.domain"), 0)]
+    names = options.corruptions or CORRUPTIONS[options.split]
+    cells = [(name, severity) for severity in options.severities for name in names]
+    for name, severity in cells:
+        data.corruptions.check_name(name, severity)
+    return cells
 
 
 def run(
@@ -199,7 +207,7 @@ def run(
     Raises:
       UserError: impossible options, or a folder whose rows were made otherwise.
     """
-    names = _check(options)
+    where = cells_of(config, options)
     workdir = launch.open_workdir(folder)
     with launch.locked(workdir):
         source = problem_lib.load_data(config, options.split)
@@ -223,16 +231,11 @@ def run(
                 "settings": settings,
                 "learning_rates": list(rates),
             }
-            cells = [
-                {"domain": name, "severity": severity, **fields}
-                for severity in options.severities
-                for name in names
-            ]
+            cells = [{"domain": name, "severity": severity, **fields} for name, severity in where]
             todo = _missing(book, cells)
 
             def make(cell: dict[str, Any], seed: int = seed) -> data.DomainBatch:
-                where = (cell["domain"], cell["severity"], count, config, seed)
-                return images_of(source, *where)
+                return images_of(source, cell["domain"], cell["severity"], count, config, seed)
 
             batches = runner_lib.ahead(make, todo)
             bar = tqdm.tqdm(

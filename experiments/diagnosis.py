@@ -43,7 +43,7 @@ def shared_encoder(problem: Problem, settings: Settings) -> ttt.Selection:
         )
         return set(ttt.select.describe(ttt.select.everything(), tree).paths)
 
-    adapting = ttt.select.describe(steps._selection(settings), problem_lib.shapes(problem)).paths
+    adapting = ttt.select.describe(steps.selection(settings), problem_lib.shapes(problem)).paths
     both = read_by(kind.__call__) & read_by(kind.rotation)
     chosen = [re.escape(path) for path in adapting if path in both]
     if not chosen:
