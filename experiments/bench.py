@@ -1,8 +1,9 @@
 """How fast is Vision test-time training, beside PyTorch, in one run on one device?
 
-``python -m experiments.bench --out=bench.json`` times per-sample copies of a ResNet-26 that take
-rotation steps on 32 augmented copies of their image and then classify it. Compilation is apart,
-one call warms up, and a row holds the median of the timed calls.
+``python -m experiments.bench --out=bench.json`` times the works of
+:mod:`experiments.bench_works`: copies of a network that adapt to their image, or to a batch, and
+then classify it. Compilation is apart, one call warms up, and a row holds the median of the timed
+calls. The device's rate on large square matrix products, measured in the same run, stands beside.
 """
 
 import json
@@ -17,48 +18,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
 from absl import flags
 
 import ttt_jax as ttt
-from experiments import augment, launch
-from ttt_jax import losses, models
+from experiments import launch
+from experiments.bench_works import WORKS, ViTSizes
+from ttt_jax.models.vit import attention_form
 
-WAYS = ("ttt_jax", "torch_loop", "torch_func_vmap")
-LEARNING_RATE = 1e-3
-PADDING = 4
-CLASSES = 10
-TORCH_LOOP_SAMPLES = 32
-
-
-class Work(NamedTuple):
-    """What is computed per sample, and the passes through the model that one step needs."""
-
-    norm_only: bool
-    dtypes: tuple[str, ...]
-    num_steps: tuple[int, ...]
-    passes: int
-
-
-# A step is a forward pass, the gradient of the activations and that of the kernels; the last is
-# not needed where kernels stay.
-WORKS = {
-    "rotation": Work(False, ("bfloat16", "float32"), (1, 10), 3),
-    "rotation_norm_only": Work(True, ("bfloat16",), (1,), 2),
+WAYS = ("ttt_jax", "torch_loop", "torch_func_vmap", "torch_ttt")
+# What a way imports, and the package whose version the record holds.
+NEEDS = {
+    "torch_loop": ("torch",),
+    "torch_func_vmap": ("torch",),
+    "torch_ttt": ("torch", "torch_ttt", "torchvision", "einops"),
 }
-
-
-class Sizes(NamedTuple):
-    """The network, its square RGB images and the augmented copies per step."""
-
-    depth: int = 26
-    width: int = 16
-    groups: int = 8
-    image_size: int = 32
-    copies: int = 32
-
-
-SMOKE = Sizes(depth=8, image_size=16, copies=2)
+PACKAGES = {"torch": "torch", "torch_ttt": "torch-ttt"}
+MATMUL_SIZE, MATMUL_REPEATS = 8192, 10
 
 
 class Case(NamedTuple):
@@ -69,6 +44,7 @@ class Case(NamedTuple):
     dtype: str
     num_steps: int
     samples: int
+    sizes: Any
 
 
 class Timing(NamedTuple):
@@ -78,26 +54,6 @@ class Timing(NamedTuple):
     compile_seconds: float | None
     peak_bytes: int | None
     precision: str
-
-
-def forward_flop(sizes: Sizes) -> int:
-    """FLOP of one image's forward pass: 2 per multiply-add of convolutions and dense layer.
-
-    Padded pixels count, as is usual; normalization, activations and shortcuts do not.
-    """
-    side, channels = sizes.image_size, sizes.width
-    total = 9 * 3 * channels * side**2
-    for stride, features in ((1, sizes.width), (2, 2 * sizes.width), (2, 4 * sizes.width)):
-        side //= stride
-        convolutions = 2 * (sizes.depth - 2) // 6
-        total += 9 * (channels + (convolutions - 1) * features) * features * side**2
-        channels = features
-    return 2 * (total + channels * CLASSES)
-
-
-def useful_flop(sizes: Sizes, work: str, num_steps: int) -> int:
-    """FLOP per sample that no implementation can leave out: the steps and one prediction."""
-    return forward_flop(sizes) * (sizes.copies * WORKS[work].passes * num_steps + 1)
 
 
 def chosen(kind: str, names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
@@ -120,22 +76,6 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def predictor(sizes: Sizes, case: Case) -> tuple[Callable[..., Any], models.ResNet]:
-    """The batched predictor of a case and its module."""
-    module = models.ResNet(
-        depth=sizes.depth, width=sizes.width, groups=sizes.groups, dtype=jnp.dtype(case.dtype)
-    )
-    aux = losses.rotation(
-        models.from_linen(module, "rotation"), copies=sizes.copies, augment=augment.shift(PADDING)
-    )
-    norm_only = WORKS[case.work].norm_only
-    select = ttt.select.norm_affine() if norm_only else ttt.select.everything()
-    adapter = ttt.gradient_adapter(aux, optax.sgd(LEARNING_RATE), select=select)
-    classify = ttt.unbatched(models.from_linen(module))
-    episodic = ttt.episodic(adapter, classify, num_steps=case.num_steps)
-    return ttt.batched(episodic, chunk_size=None), module
-
-
 def jax_precision(dtype: str) -> str:
     """What multiplies: ``bf16``; for float32 ``tf32`` on a GPU unless jax is told otherwise."""
     if dtype == "bfloat16":
@@ -144,15 +84,28 @@ def jax_precision(dtype: str) -> str:
     return "ieee" if exact or jax.default_backend() != "gpu" else "tf32"
 
 
-def time_jax(sizes: Sizes, case: Case, repeats: int) -> Timing:
+def matmul_rate(size: int, dtype: str, repeats: int) -> float:
+    """TFLOP/s of square matrix products of random numbers, each of the result of the last."""
+    left, right = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
+
+    @jax.jit
+    def chain(left: jax.Array, right: jax.Array) -> jax.Array:
+        left = left / jnp.sqrt(size).astype(dtype)  # keeps the results' size
+        return jax.lax.fori_loop(0, MATMUL_REPEATS, lambda _, x: left @ x, right)
+
+    seconds = median_seconds(lambda: jax.block_until_ready(chain(left, right)), repeats)
+    return 2 * size**3 * MATMUL_REPEATS / seconds / 1e12
+
+
+def time_jax(case: Case, repeats: int) -> Timing:
     """Times the library."""
-    predict, module = predictor(sizes, case)
-    shape = (sizes.image_size, sizes.image_size, 3)
-    params = jax.jit(lambda key: models.init(module, key, shape))(jax.random.key(0))
-    images = jax.random.uniform(jax.random.key(1), (case.samples, *shape))
-    keys = ttt.sample_keys(jax.random.key(2), jnp.arange(case.samples))
+    program = WORKS[case.work].program(case.sizes, case.dtype, case.num_steps)
+    params = jax.jit(program.init)(jax.random.key(0))
+    count = case.samples // case.sizes.batch
+    images = jax.random.uniform(jax.random.key(1), (count, *program.shape))
+    keys = ttt.sample_keys(jax.random.key(2), jnp.arange(count))
     start = time.perf_counter()
-    compiled = jax.jit(predict).lower(params, images, keys).compile()
+    compiled = jax.jit(program.predict).lower(params, images, keys).compile()
     compile_seconds = time.perf_counter() - start
     _, info = compiled(params, images, keys)
     if not bool(info.ok.all()):
@@ -165,36 +118,33 @@ def time_jax(sizes: Sizes, case: Case, repeats: int) -> Timing:
     return Timing(seconds, compile_seconds, peak, jax_precision(case.dtype))
 
 
-def measure(sizes: Sizes, case: Case, repeats: int) -> dict[str, Any]:
-    """The row of a case."""
+def measure(case: Case, repeats: int, rates: dict[str, float]) -> dict[str, Any]:
+    """The row of a case; ``rates`` holds the matmul rate of each dtype in TFLOP/s."""
+    attention = getattr(case.sizes, "attention", None)
     if case.way == "ttt_jax":
-        timing = time_jax(sizes, case, repeats)
+        timing = time_jax(case, repeats)
+        attention = attention and attention_form(attention, case.dtype)
     else:
         from experiments import bench_torch
 
-        timing = Timing(
-            *bench_torch.measure(
-                case.way,
-                sizes,
-                dtype=case.dtype,
-                num_steps=case.num_steps,
-                samples=case.samples,
-                norm_only=WORKS[case.work].norm_only,
-                clock=lambda call: median_seconds(call, repeats),
-            )
-        )
-    flop = useful_flop(sizes, case.work, case.num_steps) * case.samples
+        timing = Timing(*bench_torch.measure(case, lambda call: median_seconds(call, repeats)))
+        attention = attention and bench_torch.ATTENTION[case.way]
+    flop = WORKS[case.work].flop(case.sizes, case.num_steps) * case.samples
+    tflops = flop / timing.seconds / 1e12
     return {
         "work": case.work,
         "way": case.way,
         "compute_dtype": case.dtype,
         "param_dtype": "float32",
         "precision": timing.precision,
+        "attention": attention,
         "num_steps": case.num_steps,
-        "copies": sizes.copies,
+        "copies": case.sizes.copies,
+        "batch": case.sizes.batch,
         "samples": case.samples,
         "sample_steps_per_second": case.samples * case.num_steps / timing.seconds,
-        "tflops": flop / timing.seconds / 1e12,
+        "tflops": tflops,
+        "matmul_share": tflops / rates[case.dtype],
         "peak_gib": None if timing.peak_bytes is None else timing.peak_bytes / 2**30,
         "compile_seconds": timing.compile_seconds,
     }
@@ -202,36 +152,63 @@ def measure(sizes: Sizes, case: Case, repeats: int) -> dict[str, Any]:
 
 def cases(settings: ml_collections.ConfigDict) -> list[Case]:
     """The rows to measure; PyTorch first, since jax keeps the device memory it once took."""
-    of_way = {
-        "ttt_jax": settings.samples,
-        "torch_loop": min(settings.samples, TORCH_LOOP_SAMPLES),
-        "torch_func_vmap": min(settings.samples, settings.max_samples),
-    }
-    return [
-        Case(work, way, dtype, num_steps, of_way[way])
-        for way in sorted(settings.ways, key=lambda way: way == "ttt_jax")
-        for work in settings.works
-        for dtype in WORKS[work].dtypes
-        for num_steps in WORKS[work].num_steps[: 1 if settings.smoke else None]
-        if way == "ttt_jax" or num_steps in settings.torch_num_steps
-    ]
+    made = []
+    for way in sorted(settings.ways, key=lambda way: way == "ttt_jax"):
+        for name in settings.works:
+            work = WORKS[name]
+            if way not in work.samples:
+                continue
+            ours, sizes = way == "ttt_jax", work.smoke if settings.smoke else work.sizes
+            counts = (ours and settings.samples) or (work.samples[way],)
+            if settings.smoke:
+                counts = (2,)
+            forms = settings.attention if ours and isinstance(sizes, ViTSizes) else (None,)
+            made += [
+                Case(name, way, dtype, steps, max(count, sizes.batch), form_of(sizes, form))
+                for dtype in work.dtypes
+                for steps in work.num_steps[: None if ours and not settings.smoke else 1]
+                for count in counts
+                for form in forms
+            ]
+    return made
+
+
+def form_of(sizes: Any, attention: str | None) -> Any:
+    """The sizes with that form of attention."""
+    return sizes if attention is None else sizes._replace(attention=attention)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per row, with its speed over that of each PyTorch way on the same work."""
+    """One line per row: speed, share of the matmul rate, speed over each PyTorch way's."""
     same = ("work", "compute_dtype", "num_steps")
+    peers = ("torch_func_vmap", "torch_loop", "torch_ttt")
     speed = {(row["way"], *(row[k] for k in same)): row["sample_steps_per_second"] for row in rows}
-    layout = "{:19} {:16} {:9} {:>5} {:>12} {:>7} {:>6} {:>6}"
-    head = ("work", "way", "dtype", "steps", "steps/s", "TFLOP/s", "/vmap", "/loop")
+    layout = "{:19} {:16} {:9} {:>5} {:>7} {:>9} {:>12} {:>7} {:>7} {:>6} {:>6} {:>6}"
+    head = ("work", "way", "dtype", "steps", "samples", "attention")
+    head += ("steps/s", "TFLOP/s", "/matmul", "/vmap", "/loop", "/ttt")
     lines = [layout.format(*head)]
     for row in rows:
         here, ratios = row["sample_steps_per_second"], []
-        for way in ("torch_func_vmap", "torch_loop"):
+        for way in peers:
             there = speed.get((way, *(row[k] for k in same)))
             ratios.append(f"{here / there:.2f}" if there else "-")
-        names = (row["work"], row["way"], row["compute_dtype"], row["num_steps"])
-        lines.append(layout.format(*names, f"{here:.1f}", f"{row['tflops']:.2f}", *ratios))
+        names = [row[k] for k in ("work", "way", "compute_dtype", "num_steps", "samples")]
+        names.append(row["attention"] or "-")
+        share = f"{100 * row['matmul_share']:.1f} %"
+        lines.append(layout.format(*names, f"{here:.1f}", f"{row['tflops']:.2f}", share, *ratios))
     return "\n".join(lines)
+
+
+def runnable(ways: Iterable[str]) -> tuple[str, ...]:
+    """The ways whose packages are here; says which are left out, and why."""
+    kept = []
+    for way in ways:
+        missing = [name for name in NEEDS.get(way, ()) if util.find_spec(name) is None]
+        if missing:
+            print(f"{way} is skipped: {', '.join(missing)} not installed.")
+        else:
+            kept.append(way)
+    return tuple(kept)
 
 
 def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -239,33 +216,40 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
 
     Args:
       out: the JSON file.
-      settings: ``works``, ``ways``, ``samples``, ``max_samples``, ``torch_num_steps``,
-        ``repeats`` and ``smoke``, as the flags of the same names.
+      settings: ``works``, ``ways``, ``samples``, ``attention``, ``repeats`` and ``smoke``, as the
+        flags of the same names.
 
     Raises:
-      launch.UserError: an unknown work or way, or a file that cannot be written.
+      launch.UserError: an unknown work, way or form of attention, or a file that cannot be
+        written.
     """
     chosen("work", settings.works, WORKS)
     chosen("way", settings.ways, WAYS)
-    path, sizes = pathlib.Path(out), SMOKE if settings.smoke else Sizes()
+    chosen("attention", settings.attention, ("cudnn", "xla"))
+    path = pathlib.Path(out)
     launch.open_workdir(str(path.parent))
     with settings.unlocked():
-        if settings.smoke:
-            settings.samples = min(settings.samples, 2)
-        if any(way != "ttt_jax" for way in settings.ways) and util.find_spec("torch") is None:
-            print("PyTorch is not installed, so its rows are skipped.")
-            settings.ways = tuple(way for way in settings.ways if way == "ttt_jax")
+        settings.ways = runnable(settings.ways)
     # Both libraries share the device: jax must not reserve most of its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    record = {**launch.provenance(settings), "rows": [], "failed": []}
-    if util.find_spec("torch") is not None:
-        record["versions"]["torch"] = launch.metadata.version("torch")
-    for case in cases(settings):
+    record = {**launch.provenance(settings), "matmul": None, "rows": [], "failed": []}
+    for name, package in PACKAGES.items():
+        if any(name in NEEDS.get(way, ()) for way in settings.ways):
+            record["versions"][package] = launch.metadata.version(package)
+    todo = cases(settings)
+    size = 64 if settings.smoke else MATMUL_SIZE
+    rates = {
+        dtype: matmul_rate(size, dtype, settings.repeats)
+        for dtype in sorted({case.dtype for case in todo})
+    }
+    record["matmul"] = {"size": size, "tflops": rates}
+    for case in todo:
         name = " ".join(map(str, case[:3])) + f" steps={case.num_steps} samples={case.samples}"
         try:
-            row = measure(sizes, case, settings.repeats)
+            row = measure(case, settings.repeats, rates)
         except RuntimeError as error:  # out of memory, in both libraries
-            record["failed"].append({**case._asdict(), "message": str(error)[:500]})
+            named = {**case._asdict(), "sizes": case.sizes._asdict()}
+            record["failed"].append({**named, "message": str(error)[:500]})
             print(f"{name}: failed: {str(error).splitlines()[0][:200]}", flush=True)
         else:
             record["rows"].append(row)
@@ -282,10 +266,10 @@ def main(argv: Sequence[str]) -> int:
     values = {name: holder.value for name, holder in _FLAGS.items()}
     out = values.pop("out")
     try:
-        values["torch_num_steps"] = tuple(map(int, values["torch_num_steps"]))
+        values["samples"] = tuple(map(int, values["samples"]))
     except ValueError as error:
-        raise launch.UserError(f"--torch_num_steps takes integers: {error}.") from error
-    for name in ("works", "ways"):
+        raise launch.UserError(f"--samples takes integers: {error}.") from error
+    for name in ("works", "ways", "attention"):
         values[name] = tuple(values[name])
     return 1 if run(out, ml_collections.ConfigDict(values))["failed"] else 0
 
@@ -295,13 +279,14 @@ if __name__ == "__main__":
         "out": flags.DEFINE_string("out", None, "The JSON file to write."),
         "works": flags.DEFINE_list("works", list(WORKS), "Which works."),
         "ways": flags.DEFINE_list("ways", list(WAYS), "Which ways."),
-        "samples": flags.DEFINE_integer("samples", 512, "Samples of ttt_jax.", 1),
-        "max_samples": flags.DEFINE_integer("max_samples", 128, "Most for torch_func_vmap.", 1),
-        "torch_num_steps": flags.DEFINE_list(
-            "torch_num_steps", ["1"], "Steps PyTorch is timed at."
+        "samples": flags.DEFINE_list(
+            "samples", [], "Images per call of ttt_jax, each tried; empty: those of the work."
+        ),
+        "attention": flags.DEFINE_list(
+            "attention", ["cudnn"], "Forms of attention of ttt_jax, each tried: cudnn, xla."
         ),
         "repeats": flags.DEFINE_integer("repeats", 3, "Timed calls per row.", 3),
-        "smoke": flags.DEFINE_bool("smoke", False, "A tiny network, for a CPU in a minute."),
+        "smoke": flags.DEFINE_bool("smoke", False, "Tiny networks, for a CPU in a minute."),
     }
     flags.mark_flag_as_required("out")
     launch.run(main)

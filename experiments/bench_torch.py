@@ -1,9 +1,10 @@
 """The PyTorch peers of :mod:`experiments.bench`; imports torch, which is no dependency of ours.
 
-Two ways to the same work: ``torch_loop``, one sample after another as in published code of
-test-time training (restore the weights, one optimizer step, predict), and ``torch_func_vmap``, all
-samples at once with ``torch.func.vmap`` over ``torch.func.grad``. Both draw all views of a call's
-samples with one indexing operation, so that neither waits for augmentation.
+Three ways to the same work: ``torch_loop``, one sample after another as in published code of
+test-time training (restore the weights, one optimizer step, predict); ``torch_func_vmap``, all
+samples at once with ``torch.func.vmap`` over ``torch.func.grad``; and for batches ``torch_ttt``,
+the engine of that package. The first two draw all views of a call's samples with one indexing
+operation, so that neither waits for augmentation.
 """
 
 import copy
@@ -14,18 +15,33 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-CLASSES, TURNS, PADDING, LEARNING_RATE = 10, 4, 4, 1e-3
+from experiments import bench_torch_mae, bench_works
+
+TURNS = 4
+LEARNING_RATE, PADDING = bench_works.ROTATION_LEARNING_RATE, bench_works.PADDING
+ATTENTION = bench_torch_mae.ATTENTION
+
+
+def norm_of(channels: int, groups: int | None) -> nn.Module:
+    """GroupNorm, or for ``None`` BatchNorm.
+
+    It keeps no running statistics: torch-ttt puts the model into evaluation mode, where BatchNorm
+    would otherwise use those of the source instead of the batch's, as Tent prescribes.
+    """
+    if groups is None:
+        return nn.BatchNorm2d(channels, track_running_stats=False)
+    return nn.GroupNorm(groups, channels)
 
 
 class Block(nn.Module):
     """Pre-activation basic block; the shortcut averages 2x2 pixels and pads channels with zeros."""
 
-    def __init__(self, channels: int, features: int, stride: int, groups: int):
+    def __init__(self, channels: int, features: int, stride: int, groups: int | None):
         super().__init__()
         self.stride, self.extra = stride, features - channels
-        self.gn1 = nn.GroupNorm(groups, channels)
+        self.norm1 = norm_of(channels, groups)
         self.conv1 = nn.Conv2d(channels, features, 3, stride, 1, bias=False)
-        self.gn2 = nn.GroupNorm(groups, features)
+        self.norm2 = norm_of(features, groups)
         self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -33,29 +49,29 @@ class Block(nn.Module):
         shortcut = F.avg_pool2d(x, 2) if self.stride == 2 else x
         if self.extra:
             shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.extra))
-        x = self.conv1(F.relu(self.gn1(x)))
-        return self.conv2(F.relu(self.gn2(x))) + shortcut
+        x = self.conv1(F.relu(self.norm1(x)))
+        return self.conv2(F.relu(self.norm2(x))) + shortcut
 
 
 class Branch(nn.Module):
     """The last layer of blocks, norm, pooling and a linear head."""
 
-    def __init__(self, layer: nn.Module, channels: int, groups: int, outputs: int):
+    def __init__(self, layer: nn.Module, channels: int, groups: int | None, outputs: int):
         super().__init__()
-        self.layer, self.gn = layer, nn.GroupNorm(groups, channels)
+        self.layer, self.norm = layer, norm_of(channels, groups)
         self.fc = nn.Linear(channels, outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[N, C, H, W] -> [N, outputs]``."""
-        return self.fc(F.relu(self.gn(self.layer(x))).mean((2, 3)))
+        return self.fc(F.relu(self.norm(self.layer(x))).mean((2, 3)))
 
 
 class Net(nn.Module):
-    """ResNet with GroupNorm whose rotation branch leaves it after the second layer."""
+    """ResNet whose rotation branch leaves it after the second layer; BatchNorm for batches."""
 
-    def __init__(self, sizes: Any):
+    def __init__(self, sizes: bench_works.ResNetSizes):
         super().__init__()
-        width, groups = sizes.width, sizes.groups
+        width, groups = sizes.width, sizes.groups if sizes.batch == 1 else None
 
         def layer(channels: int, features: int, stride: int) -> nn.Module:
             first = Block(channels, features, stride, groups)
@@ -69,11 +85,11 @@ class Net(nn.Module):
             layer(width, 2 * width, 2),
         )
         last = layer(2 * width, 4 * width, 2)
-        self.main = Branch(last, 4 * width, groups, CLASSES)
+        self.main = Branch(last, 4 * width, groups, sizes.classes)
         self.rotation = Branch(copy.deepcopy(last), 4 * width, groups, TURNS)
 
     def forward(self, x: torch.Tensor, head: str = "main") -> torch.Tensor:
-        """``[N, 3, H, W] -> [N, 10]``, or ``[N, 4]`` from the head called ``rotation``."""
+        """``[N, 3, H, W] -> [N, classes]``, or ``[N, 4]`` from the head called ``rotation``."""
         return getattr(self, head)(self.shared(x))
 
 
@@ -154,28 +170,40 @@ def func_vmap(
         return torch.func.vmap(one)(images, *drawn)
 
 
-WAYS = {"torch_loop": loop, "torch_func_vmap": func_vmap}
+def torch_ttt(net: Net, images: torch.Tensor, batch: int, num_steps: int, cast: Autocast) -> Any:
+    """One batch after another through the package's Tent engine, a copy of the model for each."""
+    from torch_ttt.engine.tent_engine import TentEngine
+
+    options = {"optimizer_name": "adam", "lr": bench_works.TENT_LEARNING_RATE}
+    engine = TentEngine(net, {**options, "num_steps": num_steps, "copy_model": True}).eval()
+    with cast():
+        return torch.cat([engine(part)[0] for part in images.split(batch)])
+
+
+def resnet_call(case: Any, device: str, cast: Autocast) -> Callable[[], torch.Tensor]:
+    """What is timed of a work on the ResNet."""
+    sizes = case.sizes
+    # vmap has no channels_last, and on a CPU GroupNorm in that format crashes in the backward pass
+    # where its input needs no gradient (torch 2.13).
+    fast = device == "cuda" and case.way != "torch_func_vmap"
+    layout = torch.channels_last if fast else torch.contiguous_format
+    net = Net(sizes).to(device, memory_format=layout)
+    images = torch.rand(case.samples, 3, sizes.image_size, sizes.image_size, device=device)
+    if case.way == "torch_ttt":
+        images = images.to(memory_format=layout)
+        return lambda: torch_ttt(net, images, sizes.batch, case.num_steps, cast)
+    names = adapted(net, norm_only=case.work == "rotation_norm_only")
+    way = {"torch_loop": loop, "torch_func_vmap": func_vmap}[case.way]
+    return lambda: way(net, names, images, sizes.copies, case.num_steps, cast)
 
 
 def measure(
-    way: str,
-    sizes: Any,
-    *,
-    dtype: str,
-    num_steps: int,
-    samples: int,
-    norm_only: bool,
-    clock: Callable[[Callable[[], Any]], float],
+    case: Any, clock: Callable[[Callable[[], Any]], float]
 ) -> tuple[float, None, int | None, str]:
-    """Times one of :data:`WAYS`.
+    """Times a case, an ``experiments.bench.Case`` of bfloat16 (autocast) or float32 (TF32 allowed).
 
     Args:
-      way: a key of :data:`WAYS`.
-      sizes: an ``experiments.bench.Sizes``.
-      dtype: ``"bfloat16"`` (autocast) or ``"float32"`` (TF32 allowed).
-      num_steps: inner steps per sample.
-      samples: the number of samples.
-      norm_only: whether only the parameters of GroupNorm change.
+      case: what to time.
       clock: seconds of a call; it warms up first.
 
     Returns:
@@ -186,23 +214,19 @@ def measure(
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(0)
-    # vmap has no channels_last, and on a CPU GroupNorm in that format crashes in the backward pass
-    # where its input needs no gradient (torch 2.13).
-    fast = on_gpu and way == "torch_loop"
-    layout = torch.channels_last if fast else torch.contiguous_format
-    net = Net(sizes).to(device, memory_format=layout)
-    names = adapted(net, norm_only)
-    images = torch.rand(samples, 3, sizes.image_size, sizes.image_size, device=device)
-    half = dtype == "bfloat16"
+    half = case.dtype == "bfloat16"
 
     def cast() -> Any:
         return torch.autocast(device, torch.bfloat16, enabled=half)
 
+    build = bench_torch_mae.mae_call if case.work == "ttt_mae" else resnet_call
+    timed = build(case, device, cast)
+
     def call() -> None:
-        logits = WAYS[way](net, names, images, sizes.copies, num_steps, cast)
+        logits = timed()
         if on_gpu:
             torch.cuda.synchronize()
-        assert logits.shape == (samples, CLASSES)
+        assert logits.shape == (case.samples, case.sizes.classes)
 
     if on_gpu:
         torch.cuda.empty_cache()

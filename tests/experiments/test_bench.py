@@ -1,26 +1,28 @@
 """The benchmark: its rows, its count of FLOP, and what it refuses."""
 
 import json
+import math
 import types
 
+import jax
+import jax.numpy as jnp
 import ml_collections
 import pytest
 
-from experiments import bench, launch
+from experiments import bench, bench_works, launch
 
 FIELDS = (
-    "work way compute_dtype param_dtype precision num_steps copies samples "
-    "sample_steps_per_second tflops peak_gib compile_seconds"
+    "work way compute_dtype param_dtype precision attention num_steps copies batch samples "
+    "sample_steps_per_second tflops matmul_share peak_gib compile_seconds"
 ).split()
 
 
 def settings(**changed):
     values = {
-        "works": ("rotation_norm_only",),
+        "works": ("ttt_mae",),
         "ways": ("ttt_jax",),
-        "samples": 2,
-        "max_samples": 2,
-        "torch_num_steps": (1,),
+        "samples": (),
+        "attention": ("cudnn",),
         "repeats": 3,
         "smoke": True,
     }
@@ -30,40 +32,93 @@ def settings(**changed):
 def test_a_smoke_run_writes_its_rows(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "util", types.SimpleNamespace(find_spec=lambda name: None))
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # put back afterwards
+    # One step has no loop to compile.
+    work = bench.WORKS["ttt_mae"]._replace(num_steps=(1,))
+    monkeypatch.setitem(bench.WORKS, "ttt_mae", work)
     path = tmp_path / "out" / "bench.json"
     record = bench.run(path, settings(ways=bench.WAYS))
     assert json.loads(path.read_text()) == json.loads(json.dumps(record))
     assert {"command", "device", "device_count", "versions", "commit", "started"} <= set(record)
     (row,) = record["rows"]
     assert list(row) == FIELDS
-    assert (row["work"], row["way"]) == ("rotation_norm_only", "ttt_jax")
+    assert (row["work"], row["way"]) == ("ttt_mae", "ttt_jax")
     assert (row["compute_dtype"], row["param_dtype"]) == ("bfloat16", "float32")
-    assert row["precision"] == "bf16"
-    assert (row["num_steps"], row["copies"], row["samples"]) == (1, 2, 2)
+    # There is no cuDNN on a CPU, and the row says so.
+    assert (row["precision"], row["attention"]) == ("bf16", "xla")
+    assert (row["num_steps"], row["copies"], row["batch"], row["samples"]) == (1, 2, 1, 2)
     seconds = row["samples"] / row["sample_steps_per_second"]
-    # 2 copies x 2 passes and 1 prediction, of 2 samples.
-    flop = 2 * 5 * bench.forward_flop(bench.SMOKE)
+    flop = 2 * bench_works.mae_flop(work.smoke, 1)
     assert row["tflops"] == pytest.approx(flop / seconds / 1e12)
+    rate = record["matmul"]["tflops"]["bfloat16"]
+    assert row["matmul_share"] == pytest.approx(row["tflops"] / rate)
     assert row["peak_gib"] > 0 and row["compile_seconds"] > 0
     printed = capsys.readouterr().out
-    assert "PyTorch is not installed, so its rows are skipped." in printed
-    assert printed.count("rotation_norm_only") == 2
+    assert "torch_loop is skipped: torch not installed." in printed
+    assert "torch_ttt is skipped: torch, torch_ttt, torchvision, einops not installed." in printed
+    assert printed.count("ttt_mae") == 2
 
 
-def test_flop_by_hand():
-    sizes = bench.Sizes(depth=8, width=2, groups=2, image_size=8, copies=3)
+def test_flop_of_the_resnet_by_hand():
+    sizes = bench_works.ResNetSizes(depth=8, width=2, groups=2, image_size=8, copies=3)
     # Multiply-adds: stem 3 -> 2 and two convolutions 2 -> 2 on 8 x 8; 2 -> 4 and 4 -> 4 on 4 x 4;
     # 4 -> 8 and 8 -> 8 on 2 x 2; 8 -> 10.
     stem, first = 9 * 6 * 64, 2 * 9 * 4 * 64
     second, third = 9 * (8 + 16) * 16, 9 * (32 + 64) * 4
-    assert bench.forward_flop(sizes) == 2 * (stem + first + second + third + 80) == 30_112
-    assert bench.useful_flop(sizes, "rotation", 10) == 30_112 * (3 * 3 * 10 + 1)
-    assert bench.forward_flop(bench.Sizes()) == 109_413_632
+    forward = bench_works.resnet_forward_flop(sizes)
+    assert forward == 2 * (stem + first + second + third + 80) == 30_112
+    assert bench.WORKS["rotation"].flop(sizes, 10) == 30_112 * (3 * 3 * 10 + 1)
+    assert bench.WORKS["rotation_norm_only"].flop(sizes, 1) == 30_112 * (3 * 2 + 1)
+    assert bench_works.resnet_forward_flop(bench_works.ResNetSizes()) == 109_413_632
+    # Of a batch every image is one copy: two passes and a prediction.
+    assert bench.WORKS["tent_batch"].flop(sizes._replace(copies=1, batch=8), 1) == 30_112 * 3
+
+
+SMALL = bench_works.ViTSizes(8, 4, 4, 1, 1, 8, 1, 1, classes=3, copies=5)
+
+
+def test_flop_of_masked_autoencoding_by_hand():
+    # Multiply-adds of one mask: 1 of 4 tokens is visible, a patch has 48 values.
+    embedding, encoder = 48 * 4, 12 * 16 + 2 * 4
+    decoder = 4 * 8 + 12 * 64 * 4 + 8 * 48 * 3
+    mixing = 2 * 8 * 4 * 4
+    step = 5 * (2 * embedding + 3 * encoder + 2 * decoder + 3 * mixing)
+    prediction = 48 * 4 * 4 + 12 * 16 * 4 + 2 * 4 * 4 * 4 + 4 * 3
+    assert bench_works.mae_flop(SMALL, 2) == 2 * (2 * step + prediction) == 208_632
+    # 128 masks of ViT-B/16: six TFLOP a step.
+    sizes = bench_works.ViTSizes()
+    assert (sizes.tokens, sizes.visible) == (196, 49)
+    step = bench_works.mae_flop(sizes, 1) - bench_works.mae_flop(sizes, 0)
+    assert step == pytest.approx(6.05e12, rel=1e-2)
+
+
+def product_flop(jaxpr):
+    """FLOP of all matrix products of a traced function."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            left = eqn.invars[0].aval.shape
+            terms = math.prod(left[axis] for axis in contracted)
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * terms
+        inner = [getattr(value, "jaxpr", value) for value in eqn.params.values()]
+        repeats = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        total += repeats * sum(product_flop(j) for j in inner if hasattr(j, "eqns"))
+    return total
+
+
+def test_flop_of_masked_autoencoding_are_those_of_the_traced_program():
+    sizes = SMALL._replace(depth=2, decoder_depth=2, width=8, heads=2, decoder_heads=2)
+    program = bench_works.mae(sizes, "bfloat16", 3)
+    params = jax.eval_shape(program.init, jax.random.key(0))
+    images = jax.ShapeDtypeStruct((1, *program.shape), jnp.float32)
+    traced = jax.make_jaxpr(program.predict)(params, images, jax.random.split(jax.random.key(0), 1))
+    # The model also predicts the visible patches, forward and backward; no one needs them.
+    wasted = 3 * sizes.copies * 2 * 2 * 8 * 48 * sizes.visible
+    assert product_flop(traced.jaxpr) == bench_works.mae_flop(sizes, 3) + wasted
 
 
 def test_pytorch_comes_first_and_with_fewer_samples():
-    sizes = {"samples": 512, "max_samples": 128, "smoke": False}
-    made = bench.cases(settings(ways=bench.WAYS, works=("rotation",), **sizes))
+    made = bench.cases(settings(ways=bench.WAYS, works=("rotation",), smoke=False))
     assert [(case.way, case.num_steps, case.samples) for case in made] == [
         *[("torch_loop", 1, 32)] * 2,
         *[("torch_func_vmap", 1, 128)] * 2,
@@ -71,15 +126,33 @@ def test_pytorch_comes_first_and_with_fewer_samples():
     ]
 
 
+def test_samples_and_forms_of_attention_are_tried_in_turn():
+    tried = {"samples": (1, 4), "attention": ("cudnn", "xla"), "smoke": False}
+    made = bench.cases(settings(ways=("ttt_jax", "torch_loop"), works=("ttt_mae",), **tried))
+    assert [(case.way, case.samples, case.sizes.attention) for case in made] == [
+        ("torch_loop", 1, "cudnn"),
+        *[("ttt_jax", count, form) for count in (1, 4) for form in ("cudnn", "xla")],
+    ]
+
+
+def test_the_package_is_timed_on_whole_batches_only():
+    made = bench.cases(settings(ways=bench.WAYS, works=tuple(bench.WORKS), smoke=False))
+    theirs = [case for case in made if case.way == "torch_ttt"]
+    assert [(case.work, case.samples, case.sizes.batch) for case in theirs] == [
+        ("tent_batch", 1024, 128)
+    ]
+
+
 def test_the_table_compares_equal_work():
     def row(way, steps, speed):
-        same = {"work": "rotation", "compute_dtype": "float32", "tflops": 1.0}
+        same = {"work": "rotation", "compute_dtype": "float32", "samples": 2, "attention": None}
+        same |= {"tflops": 1.0, "matmul_share": 0.4}
         return same | {"way": way, "num_steps": steps, "sample_steps_per_second": speed}
 
     rows = [row("torch_loop", 1, 2.0), row("ttt_jax", 1, 9.0), row("ttt_jax", 10, 8.0)]
     lines = bench.table(rows).splitlines()
-    assert lines[2].split()[-2:] == ["-", "4.50"]
-    assert lines[3].split()[-2:] == ["-", "-"]
+    assert lines[2].split()[-5:] == ["40.0", "%", "-", "4.50", "-"]
+    assert lines[3].split()[-3:] == ["-", "-", "-"]
 
 
 @pytest.mark.parametrize(
@@ -87,11 +160,12 @@ def test_the_table_compares_equal_work():
     [
         (
             {"works": ("rotaton",)},
-            "unknown work 'rotaton'; choose from rotation, rotation_norm_only.",
+            "unknown work 'rotaton'; choose from rotation, rotation_norm_only, "
+            "tent_batch, ttt_mae.",
         ),
         (
             {"ways": ("torch",)},
-            "unknown way 'torch'; choose from ttt_jax, torch_loop, torch_func_vmap.",
+            "unknown way 'torch'; choose from ttt_jax, torch_loop, torch_func_vmap, torch_ttt.",
         ),
     ],
 )

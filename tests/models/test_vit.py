@@ -146,5 +146,53 @@ def test_impossible_options_are_refused():
         ViT(width=190)
     with pytest.raises(ValueError, match="patch divides both sides"):
         patchify(jnp.zeros((1, 8, 8, 1)), 3)
+    with pytest.raises(ValueError, match="received 'flash': choose one"):
+        ViT(attention="flash")
     with pytest.raises(ValueError, match="unpatchify takes patches"):
         unpatchify(jnp.zeros((1, 16, 4)), 2, (6, 8))
+
+
+def layer_norm(x, leaves):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    return x * leaves["scale"] + leaves["bias"]
+
+
+def project(x, leaves):
+    flat = leaves["kernel"].reshape(x.shape[-1], -1)
+    return x @ flat + leaves["bias"].ravel()
+
+
+@pytest.mark.parametrize("attention", ["xla", "cudnn"])
+def test_features_by_an_independent_forward_pass(vit, attention):
+    _, variables, images = vit
+    module = ViT(**OPTIONS, attention=attention)  # cuDNN's form needs a GPU and 16 bits
+    run = jax.jit(lambda v: module.apply(v, images, method="features"))
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"]["encoder"])
+    block, norm = params["block_0"], layer_norm
+    x = project(np.asarray(patchify(images, 2), np.float64), params["patch_embed"])
+    x = x + sincos_positions(4, 4, 16)
+    y = norm(x, block["norm1"])
+    query, key, value = (
+        project(y, block["attention"][name]).reshape(3, 16, 2, 8)
+        for name in ("query", "key", "value")
+    )
+    weights = np.exp(np.einsum("nqhd,nkhd->nhqk", query, key) / np.sqrt(8))
+    weights /= weights.sum(-1, keepdims=True)
+    mixed = np.einsum("nhqk,nkhd->nqhd", weights, value).reshape(3, 16, 16)
+    x = x + project(mixed, block["attention"]["out"])
+    y = project(norm(x, block["norm2"]), block["up"])
+    y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    x = x + project(y, block["down"])
+    np.testing.assert_allclose(
+        run(variables), norm(x, params["norm"]).mean(1), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_bfloat16_products_take_bfloat16_operands(vit):
+    _, variables, images = vit
+    module = ViT(**OPTIONS, dtype=jnp.bfloat16)
+    traced = jax.jit(lambda v: module.apply(v, images, method="features")).lower(variables)
+    products = [line for line in traced.as_text().splitlines() if "dot_general" in line]
+    assert len(products) == 9  # embedding, 4 of attention, 2 inside it, 2 of the MLP
+    operands = [line.rpartition(" : ")[2].partition(" -> ")[0] for line in products]
+    assert all(text.count("bf16") == 2 for text in operands)

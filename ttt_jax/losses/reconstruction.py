@@ -92,17 +92,20 @@ def masked_reconstruction(
         views = jnp.repeat(images, num_masks, axis=0)
         extra = (model_key,) if stochastic else ()
         output = apply(params, views, keep, *extra)
-        target = patches_of(views, patch).astype(jnp.float32)
-        if jnp.shape(output) != target.shape:
+        target = patches_of(images, patch).astype(jnp.float32)
+        due = (n * num_masks, *target.shape[1:])
+        if jnp.shape(output) != due:
             raise ValueError(
                 "losses.masked_reconstruction needs patches of shape [N, P, patch * patch * C] = "
-                f"{target.shape}; the model function returned {jnp.shape(output)}."
+                f"{due}; the model function returned {jnp.shape(output)}."
             )
         if normalize:
             mean = target.mean(axis=-1, keepdims=True)
             variance = target.var(axis=-1, keepdims=True, ddof=1)
             target = (target - mean) / jnp.sqrt(variance + 1e-6)
-        errors = jnp.square(output.astype(jnp.float32) - target).mean(axis=-1)
+        # All masks of an image share its targets.
+        output = output.astype(jnp.float32).reshape(n, num_masks, *due[1:])
+        errors = jnp.square(output - target[:, None]).mean(axis=-1).reshape(due[:2])
         hidden = jnp.take_along_axis(errors, order[:, visible:], axis=1)
         return hidden.mean()
 

@@ -96,20 +96,35 @@ def sincos_positions(rows: int, columns: int, width: int) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
+def attention_form(attention: str, dtype: Any) -> str:
+    """The form that ``ViT(attention=attention, dtype=dtype)`` takes on this machine."""
+    nvidia = jax.default_backend() == "gpu" and jax.devices()[0].platform != "rocm"
+    flash = attention == "cudnn" and nvidia and jnp.dtype(dtype).itemsize == 2
+    return "cudnn" if flash else "xla"
+
+
 class _Block(nn.Module):
     """Pre-norm attention and MLP (four times as wide), each added to its input."""
 
     heads: int
     dtype: Any
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
+        form: Any = attention_form(self.attention, self.dtype)
+
+        def attend_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            # Softmax in float32, its weights rounded to the compute dtype: flax's own function
+            # leaves them in float32, and with them the product with the values.
+            return jax.nn.dot_product_attention(query, key, value, implementation=form)
+
         attend = nn.MultiHeadDotProductAttention(
             num_heads=self.heads,
             dtype=self.dtype,
             kernel_init=xavier_uniform,
-            force_fp32_for_softmax=True,
+            attention_fn=attend_heads,
             name="attention",
         )
         x = x + attend(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")(x))
@@ -127,6 +142,7 @@ class _Encoder(nn.Module):
     heads: int
     dtype: Any
     num_prompts: int = 0
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, patches: jax.Array, positions: jax.Array) -> jax.Array:
@@ -145,7 +161,7 @@ class _Encoder(nn.Module):
             prompts = jnp.broadcast_to(prompt, (x.shape[0], *prompt.shape))
             x = jnp.concatenate([prompts, x], axis=1)
         for index in range(self.depth):
-            x = _Block(self.heads, self.dtype, name=f"block_{index}")(x)
+            x = _Block(self.heads, self.dtype, self.attention, name=f"block_{index}")(x)
         # Prompts steer the patches through attention; heads and decoder see the patches alone.
         x = x[:, self.num_prompts :]
         return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
@@ -159,6 +175,7 @@ class _Decoder(nn.Module):
     heads: int
     outputs: int
     dtype: Any
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, visible: jax.Array, keep: jax.Array, positions: jax.Array) -> jax.Array:
@@ -168,9 +185,11 @@ class _Decoder(nn.Module):
         )
         token = self.param("mask_token", nn.initializers.normal(0.02), (self.width,), jnp.float32)
         hidden = jnp.broadcast_to(token.astype(self.dtype), (n, total, self.width))
-        x = hidden.at[jnp.arange(n)[:, None], keep].set(x) + positions.astype(self.dtype)
+        # Without the promise, the derivative has to look for the last writer of every place.
+        x = hidden.at[jnp.arange(n)[:, None], keep].set(x, unique_indices=True)
+        x = x + positions.astype(self.dtype)
         for index in range(self.depth):
-            x = _Block(self.heads, self.dtype, name=f"block_{index}")(x)
+            x = _Block(self.heads, self.dtype, self.attention, name=f"block_{index}")(x)
         x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
         return nn.Dense(self.outputs, kernel_init=xavier_uniform, name="pixels")(
             x.astype(jnp.float32)
@@ -200,6 +219,8 @@ class ViT(nn.Module):
         at the encoder's input (Jia et al., 2022, "Visual Prompt Tuning", the shallow form). They
         have no position, and no head pools them. 0 leaves parameters and outputs as they are
         without.
+      attention: ``"xla"``, or ``"cudnn"``: flash attention on NVIDIA GPUs with a 16-bit compute
+        dtype (equal up to rounding, differentiable once), and XLA's form elsewhere.
       dtype: the compute dtype. Parameters and outputs are float32, and so are softmax and
         normalization statistics.
 
@@ -220,6 +241,7 @@ class ViT(nn.Module):
     decoder_depth: int = 2
     decoder_heads: int | None = None
     num_prompts: int = 0
+    attention: str = "xla"
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -234,6 +256,10 @@ class ViT(nn.Module):
                 f"num_prompts is at least 0, received {self.num_prompts}: choose 0 for a model "
                 "without prompt tokens."
             )
+        if self.attention not in ("xla", "cudnn"):
+            raise ValueError(
+                f'attention is "xla" or "cudnn", received {self.attention!r}: choose one of them.'
+            )
         for name, features, heads in (
             ("width", self.width, self.heads),
             ("decoder_width", self.decoder_width, self.decoder_heads or self.heads),
@@ -247,13 +273,15 @@ class ViT(nn.Module):
 
     def setup(self) -> None:
         """Names the parts; a part has parameters once a method that uses it was initialized."""
-        self.encoder = _Encoder(self.width, self.depth, self.heads, self.dtype, self.num_prompts)
+        options = (self.dtype, self.num_prompts, self.attention)
+        self.encoder = _Encoder(self.width, self.depth, self.heads, *options)
         self.decoder = _Decoder(
             self.decoder_width,
             self.decoder_depth,
             self.decoder_heads or self.heads,
             self.patch * self.patch * self.channels,
             self.dtype,
+            self.attention,
         )
         self.head = nn.Dense(self.num_classes, kernel_init=xavier_uniform)
         self.rotation_head = nn.Dense(self.rotation_classes, kernel_init=xavier_uniform)
