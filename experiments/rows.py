@@ -103,6 +103,8 @@ def _measured(
         "resets": int(outcome.reset.sum()),
         "settings": settings,
     }
+    if method.measurement is not None:
+        row["source_seconds"] = outcome.source_seconds
     if method.traced:
         by_step = outcome.logits.argmax(-1) != outcome.label[:, None]
         row["error_by_step"] = [float(value) for value in by_step.mean(axis=0)]

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 import ttt_jax as ttt
-from experiments import launch, methods as methods_lib
+from experiments import launch, methods as methods_lib, source_data
 from experiments.problem import Problem
 from experiments.trials import Trial, cells_of
 from ttt_jax import checkpoint, data
@@ -33,6 +33,8 @@ class Outcome(NamedTuple):
       severity: int32 ``[N]``.
       seconds: time of the compiled calls.
       compile_seconds: time to trace and compile, 0 where the program was there already.
+      source_seconds: time to measure the source statistics, which is done once for every seed;
+        0 where the method needs none.
     """
 
     logits: np.ndarray
@@ -44,6 +46,7 @@ class Outcome(NamedTuple):
     severity: np.ndarray
     seconds: float
     compile_seconds: float
+    source_seconds: float = 0.0
 
     @property
     def final(self) -> np.ndarray:
@@ -64,8 +67,9 @@ class Outcome(NamedTuple):
     def take(self, here: np.ndarray) -> "Outcome":
         """Some of the images, with their share of the time."""
         share = float(here.mean())
-        return Outcome(
-            *(column if column is None else column[here] for column in self[:-2]),
+        columns = {name: getattr(self, name) for name in self._fields if "seconds" not in name}
+        return self._replace(
+            **{name: None if value is None else value[here] for name, value in columns.items()},
             seconds=self.seconds * share,
             compile_seconds=self.compile_seconds * share,
         )
@@ -105,6 +109,7 @@ class Runner:
         self.seed = seed
         self.fingerprint = pristine.fingerprint
         self._key = jax.random.key(seed)
+        self._source = source_data.SourceData(config, pristine, seed=seed)
         self._compiled: dict[Any, Any] = {}
         self._batches: dict[Any, list[Any]] = {}
 
@@ -146,8 +151,20 @@ class Runner:
         Streams go side by side, each with a state of its own: one by one they would leave most of
         an accelerator idle, since a stream takes one image at a time.
         """
-        if method.scope != "stream":
-            return [self._one(name, method, settings, batches) for batches in trials]
+        source_seconds = self._source.measure(name, method, settings).seconds
+        if method.scope == "stream":
+            outcomes = self._side_by_side(name, method, settings, trials)
+        else:
+            outcomes = [self._one(name, method, settings, batches) for batches in trials]
+        return [outcome._replace(source_seconds=source_seconds) for outcome in outcomes]
+
+    def _side_by_side(
+        self,
+        name: str,
+        method: methods_lib.Method,
+        settings: dict[str, Any],
+        trials: Sequence[Sequence[data.DomainBatch]],
+    ) -> list[Outcome]:
         # Side by side go streams whose batches have the same sizes.
         outcomes: dict[int, Outcome] = {}
         sizes = [tuple(len(batch.id) for batch in batches) for batches in trials]
@@ -186,7 +203,8 @@ class Runner:
         trials: Sequence[Sequence[data.DomainBatch]],
     ) -> list[Outcome]:
         params = self._pristine.restore(self._restore)
-        init = jax.jit(method.build(settings).init)
+        statistics = self._source.measure(name, method, settings).statistics
+        init = jax.jit(method.built(settings, statistics).init)
         carry = jax.vmap(init, in_axes=None, axis_size=len(trials))(params)
         results: list[list[Any]] = [[] for _ in trials]
         clock = _Clock()
@@ -217,32 +235,39 @@ class Runner:
         static = tuple(sorted((k, v) for k, v in settings.items() if k not in methods_lib.TRACED))
         numbers = {k: jnp.float32(v) for k, v in settings.items() if k in methods_lib.TRACED}
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
+        statistics = self._source.measure(name, method, settings).statistics
         where = (name, static, tuple(sorted(numbers)), shapes)
         if where not in self._compiled:
             start = time.perf_counter()
             program = jax.jit(self._program(method, settings))
-            self._compiled[where] = program.lower(params, numbers, *arguments).compile()
+            self._compiled[where] = program.lower(params, numbers, statistics, *arguments).compile()
             clock.compiling += time.perf_counter() - start
         start = time.perf_counter()
-        results = jax.block_until_ready(self._compiled[where](params, numbers, *arguments))
+        run = self._compiled[where]
+        results = jax.block_until_ready(run(params, numbers, statistics, *arguments))
         clock.seconds += time.perf_counter() - start
         return results
 
     def _program(self, method: methods_lib.Method, settings: dict[str, Any]) -> Any:
-        """``(params, numbers, images, keys) -> (output, info)``; streams take and return a carry.
+        """``(params, numbers, statistics, images, keys) -> (output, info)``.
+
+        Streams take a carry before the images, and return it.
 
         ``numbers`` are the settings that may be traced, so candidates that differ in these alone
         share one compiled program.
         """
 
-        def independent(params: Any, numbers: Any, images: Any, keys: Any) -> Any:
-            predict = method.build(settings | numbers)
+        def independent(params: Any, numbers: Any, statistics: Any, images: Any, keys: Any) -> Any:
+            predict = method.built(settings | numbers, statistics)
             if method.whole_batch:
                 return predict(params, images, keys[0])
             return ttt.batched(predict, chunk_size=self._config.chunk_size)(params, images, keys)
 
-        def streams(params: Any, numbers: Any, carry: Any, images: Any, keys: Any) -> Any:
-            step = jax.vmap(method.build(settings | numbers).step, in_axes=(None, 0, 0, 0))
+        def streams(
+            params: Any, numbers: Any, statistics: Any, carry: Any, images: Any, keys: Any
+        ) -> Any:
+            stream = method.built(settings | numbers, statistics)
+            step = jax.vmap(stream.step, in_axes=(None, 0, 0, 0))
             if method.whole_batch:
                 carry, (output, info) = step(params, carry, images, keys[:, 0])
                 return carry, output, info

@@ -7,10 +7,17 @@ whole batch) and, for adapting per-sample methods, ``aux`` of the same leading a
 the auxiliary loss on views that are the same for every sample and step.
 """
 
+import jax
 import ml_collections
 
-from experiments.methods import online, per_sample, whole_batch
-from experiments.methods.method import TRACED as TRACED, Method as Method, grid_of
+from experiments import problem as problem_lib
+from experiments.methods import online, per_sample, source_based, whole_batch
+from experiments.methods.method import (
+    TRACED as TRACED,
+    Measurement as Measurement,
+    Method as Method,
+    grid_of,
+)
 from experiments.methods.outputs import probes as probes
 from experiments.problem import Problem
 
@@ -50,6 +57,9 @@ def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -
         "tent": (whole_batch.tent, plain),
         "tent_online": (whole_batch.tent_online, plain),
         "pseudo_label": (whole_batch.pseudo_label, plain),
+        "sar": (whole_batch.sar, plain),
+        "eata": (source_based.eata, plain),
+        "actmad": (source_based.actmad, plain),
     }
     for name in config.methods:
         if name not in makers:
@@ -58,15 +68,28 @@ def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -
     for name, options in config.methods.items():
         make, of = makers[name]
         methods[name] = make(grid_of(options), of)
-        _try(name, methods[name])
+        _try(name, methods[name], of)
     return methods
 
 
-def _try(name: str, method: Method) -> None:
+def _try(name: str, method: Method, problem: Problem) -> None:
     """Builds every candidate once: a bad option ends the run before it has written anything."""
     for settings in method.grid:
         try:
-            method.build(settings)
+            if method.measurement is None:
+                method.build(settings)
+                continue
+            # Only the layout of the statistics is needed.
+            two = jax.ShapeDtypeStruct((2, *problem.image_shape), "float32")
+            fn, params = method.measurement(settings).fn, problem_lib.shapes(problem)
+            jax.eval_shape(
+                lambda params, two, settings=settings, fn=fn: (
+                    method.build(settings, fn(params, two)),
+                    0,
+                )[1],
+                params,
+                two,
+            )
         except KeyError as error:
             raise ValueError(f"methods.{name} needs the option {error.args[0]!r}.") from error
         except ValueError as error:

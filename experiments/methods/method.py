@@ -7,9 +7,23 @@ from typing import Any, NamedTuple
 import ml_collections
 
 # Settings that a program takes as arguments; all others are part of what is compiled.
-TRACED = ("learning_rate", "memo_weight", "prior")
+TRACED = ("learning_rate", "memo_weight", "prior", "reset_below")
 
 Settings = dict[str, Any]
+
+
+class Measurement(NamedTuple):
+    """What a method measures of the source data before it sees a test image.
+
+    Attributes:
+      fn: ``fn(params, images[N, H, W, C]) -> pytree`` of means over the images.
+      batch_size: images per call.
+      num_images: how many training images are drawn; None for all.
+    """
+
+    fn: Callable[[Any, Any], Any]
+    batch_size: int
+    num_images: int | None = None
 
 
 class Method(NamedTuple):
@@ -17,7 +31,8 @@ class Method(NamedTuple):
 
     Attributes:
       scope: ``per_sample``, ``batch`` or ``stream``.
-      build: ``build(settings) -> Predictor`` (or ``Stream``); see :data:`TRACED`.
+      build: ``build(settings) -> Predictor`` (or ``Stream``); see :data:`TRACED`. With a
+        measurement it is ``build(settings, statistics)``, with what was measured.
       grid: settings per candidate.
       cost: ``cost(settings) -> (forwards, backwards)`` per sample of the method itself, without
         probes.
@@ -28,10 +43,12 @@ class Method(NamedTuple):
         that name comes first.
       whole_batch: whether one instance is a whole batch of images, as in scope ``batch`` and in
         a stream of batches.
+      measurement: ``measurement(settings)``, the source statistics that the method needs; None
+        for none. They are measured once for every seed, outside all timings.
     """
 
     scope: str
-    build: Callable[[Settings], Any]
+    build: Callable[..., Any]
     grid: tuple[Settings, ...]
     cost: Callable[[Settings], tuple[int, int]]
     probe: str | None = None
@@ -39,6 +56,13 @@ class Method(NamedTuple):
     reset: str | None = None
     predict: str | None = None
     whole_batch: bool = False
+    measurement: Callable[[Settings], Measurement] | None = None
+
+    def built(self, settings: Settings, statistics: Any) -> Any:
+        """The predictor or stream; ``statistics`` count only where there is a measurement."""
+        if self.measurement is None:
+            return self.build(settings)
+        return self.build(settings, statistics)
 
 
 def grid_of(options: ml_collections.ConfigDict) -> tuple[Settings, ...]:

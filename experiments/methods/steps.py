@@ -11,25 +11,34 @@ from experiments.methods.outputs import model_of
 from experiments.problem import Problem
 
 
-def adapter(loss: Any, settings: Settings) -> ttt.Adapter:
+def adapter(loss: Any, settings: Settings, *, anchor: Any = 0.0) -> ttt.Adapter:
     """Gradient steps on a loss with the optimizer and the selection of some settings."""
-    return ttt.gradient_adapter(loss, _optimizer(settings), select=_selection(settings))
-
-
-def _optimizer(settings: Settings) -> optax.GradientTransformation:
-    """``sgd`` (the default), with ``momentum`` if there is one, or ``adam``."""
-    name, momentum = settings.get("optimizer", "sgd"), settings.get("momentum")
-    if name == "sgd":
-        return optax.sgd(settings["learning_rate"], momentum=momentum)
-    if name == "adam" and momentum is None:
-        return optax.adam(settings["learning_rate"])
-    raise ValueError(
-        "optimizer must be 'sgd', with or without momentum, or 'adam' without; got "
-        f"{name!r} with momentum={momentum!r}."
+    return ttt.gradient_adapter(
+        loss, optimizer(settings), select=selection(settings), anchor=anchor
     )
 
 
-def _selection(settings: Settings) -> ttt.Selection:
+def optimizer(settings: Settings) -> optax.GradientTransformation:
+    """``sgd`` (the default), with ``momentum`` (and ``nesterov``) if there is one, or ``adam``.
+
+    ``weight_decay`` adds to the gradient, as PyTorch's does.
+    """
+    name, momentum = settings.get("optimizer", "sgd"), settings.get("momentum")
+    if name == "sgd":
+        nesterov = settings.get("nesterov", False)
+        base = optax.sgd(settings["learning_rate"], momentum=momentum, nesterov=nesterov)
+    elif name == "adam" and momentum is None:
+        base = optax.adam(settings["learning_rate"])
+    else:
+        raise ValueError(
+            "optimizer must be 'sgd', with or without momentum, or 'adam' without; got "
+            f"{name!r} with momentum={momentum!r}."
+        )
+    decay = settings.get("weight_decay")
+    return base if decay is None else optax.chain(optax.add_decayed_weights(decay), base)
+
+
+def selection(settings: Settings) -> ttt.Selection:
     """``all``, ``norm``, ``biases`` or a pattern for ``select.paths``."""
     named = {
         "all": ttt.select.everything,

@@ -27,9 +27,13 @@ class Lab:
         )
         checkpoint.save(folder / "model", params)
         self.pristine = checkpoint.load(folder / "model")
-        self.runner = runner.Runner(config, self.plain, self.pristine, seed=0, restore="memory")
+        self.runner = self.fresh_runner()
         plan = trials.plan_for(config.adapt, source, "fog", 5, 0)
         self.batches = self.runner.batches(source, trials.Trial("none", (plan,)))
+
+    def fresh_runner(self, config=None):
+        config = config or self.config
+        return runner.Runner(config, self.plain, self.pristine, seed=0, restore="memory")
 
     def method(self, name):
         return methods.build(self.config, self.problem, self.plain)[name]
