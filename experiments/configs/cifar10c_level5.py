@@ -80,6 +80,16 @@ def get_config() -> ml_collections.ConfigDict:
             "rotation": {**shared, "num_steps": 10, "learning_rate": 0.001},
             "rotation_jump": {**shared, "num_steps": 1, "learning_rate": 0.01},
             "rotation_online": {**shared, "num_steps": 1, "learning_rate": 0.001},
+            # The validation corruptions choose among candidates that were set once. A stride of 5
+            # is 33 of the 162 views, the image itself among them.
+            "rotation_memo_augmented_online": {
+                **shared,
+                "num_views": 32,
+                "num_steps": 1,
+                "view_stride": 5,
+                "learning_rate": (0.001, 0.003),
+                "memo_weight": (0.1, 0.3, 1.0),
+            },
             "memo": {"num_views": 32, "num_steps": 1, "learning_rate": 0.005, "select": "all"},
         },
         convert_dict=True,

@@ -54,12 +54,13 @@ def plain(problem: Problem, settings: Settings, probe: str | None = None) -> App
 
 
 def every_view(problem: Problem, settings: Settings, probe: str | None = None) -> Apply:
-    """Predicts the mean probability over every view, all of them in one batch."""
+    """Predicts the mean probability over every view, or over one in ``view_stride``; one batch."""
     classify = model_of(problem, settings).classify
     read = probes(problem)[probe] if probe else None
+    stride = settings.get("view_stride", 1)
 
     def apply(params: Any, image: jax.Array) -> dict[str, jax.Array]:
-        log_p = jax.nn.log_softmax(classify(params, problem.every_view(image)), axis=-1)
+        log_p = jax.nn.log_softmax(classify(params, problem.every_view(image)[::stride]), axis=-1)
         # The logarithm of the mean but for a constant, which changes no prediction.
         output = {"logits": jax.nn.logsumexp(log_p, axis=0)}
         return output | ({"aux": read(params, image)} if read else {})
@@ -67,7 +68,8 @@ def every_view(problem: Problem, settings: Settings, probe: str | None = None) -
     return apply
 
 
-def num_views(problem: Problem) -> int:
+def num_views(problem: Problem, stride: int = 1) -> int:
     """How many views :func:`every_view` looks at."""
     image = jax.ShapeDtypeStruct(problem.image_shape, "float32")
-    return int(jax.eval_shape(problem.every_view, image).shape[0])
+    total: int = jax.eval_shape(problem.every_view, image).shape[0]
+    return -(-total // stride)

@@ -92,10 +92,7 @@ def rotation_memo_augmented(grid: Any, problem: Problem) -> Method:
     views = outputs.num_views(problem)
 
     def make(settings: Settings) -> ttt.Predictor:
-        loss = ttt.losses.weighted(
-            (1.0, steps.rotation_loss(problem, settings)),
-            (settings["memo_weight"], steps.memo_loss(problem, settings)),
-        )
+        loss = steps.rotation_memo_loss(problem, settings)
         apply = outputs.every_view(problem, settings, "rotation")
         return ttt.episodic(steps.adapter(loss, settings), apply, num_steps=settings["num_steps"])
 

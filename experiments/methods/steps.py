@@ -63,6 +63,14 @@ def memo_loss(problem: Problem, settings: Settings) -> ttt.AuxLoss:
     return ttt.losses.marginal_entropy(classify, problem.view, num_views=views)
 
 
+def rotation_memo_loss(problem: Problem, settings: Settings) -> ttt.AuxLoss:
+    """Rotation prediction plus ``memo_weight`` times marginal entropy."""
+    return ttt.losses.weighted(
+        (1.0, rotation_loss(problem, settings)),
+        (settings["memo_weight"], memo_loss(problem, settings)),
+    )
+
+
 def mae_loss(problem: Problem, settings: Settings) -> ttt.AuxLoss:
     """Reconstruction of the hidden patches under several masks."""
     return auxiliary.reconstruction(
