@@ -11,7 +11,7 @@ import jax
 import ml_collections
 
 from experiments import problem as problem_lib
-from experiments.methods import online, per_sample, source_based, whole_batch
+from experiments.methods import contrastive, online, per_sample, source_based, whole_batch
 from experiments.methods.method import (
     TRACED as TRACED,
     Measurement as Measurement,
@@ -53,6 +53,7 @@ def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -
         "mae": (per_sample.mae, problem),
         "rotation_memo_augmented": (per_sample.rotation_memo_augmented, problem),
         "rotation_online": (online.rotation_online, problem),
+        "rotation_memo_augmented_online": (online.rotation_memo_augmented_online, problem),
         "bn_adapt": (whole_batch.bn_adapt, plain),
         "tent": (whole_batch.tent, plain),
         "tent_online": (whole_batch.tent_online, plain),
@@ -60,6 +61,7 @@ def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -
         "sar": (whole_batch.sar, plain),
         "eata": (source_based.eata, plain),
         "actmad": (source_based.actmad, plain),
+        "ttt_plus": (contrastive.ttt_plus, plain),
     }
     for name in config.methods:
         if name not in makers:
