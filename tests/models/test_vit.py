@@ -191,8 +191,10 @@ def test_features_by_an_independent_forward_pass(vit, attention):
 def test_bfloat16_products_take_bfloat16_operands(vit):
     _, variables, images = vit
     module = ViT(**OPTIONS, dtype=jnp.bfloat16)
-    traced = jax.jit(lambda v: module.apply(v, images, method="features")).lower(variables)
-    products = [line for line in traced.as_text().splitlines() if "dot_general" in line]
-    assert len(products) == 9  # embedding, 4 of attention, 2 inside it, 2 of the MLP
-    operands = [line.rpartition(" : ")[2].partition(" -> ")[0] for line in products]
-    assert all(text.count("bf16") == 2 for text in operands)
+    gradient = jax.grad(lambda v: module.apply(v, images, method="features").sum())
+    text = jax.jit(gradient).lower(variables).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    # Forward: the embedding, 4 of attention and 2 inside it, 2 of the MLP; twice that backward,
+    # but for the gradient of the images.
+    assert len(products) == 9 + 2 * 9 - 1
+    assert all(line.rpartition(" : ")[2].count("bf16") == 3 for line in products)

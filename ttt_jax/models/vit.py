@@ -113,12 +113,18 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        form: Any = attention_form(self.attention, self.dtype)
+        form = attention_form(self.attention, self.dtype)
 
         def attend_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-            # Softmax in float32, its weights rounded to the compute dtype: flax's own function
-            # leaves them in float32, and with them the product with the values.
-            return jax.nn.dot_product_attention(query, key, value, implementation=form)
+            if form == "cudnn":
+                return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+            # Softmax in float32, products in the compute dtype, forward and backward. flax's own
+            # function leaves the weights in float32, and with them the product with the values;
+            # jax.nn's does so with the gradients of query and key.
+            query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
+            scores = jnp.einsum("nqhd,nkhd->nhqk", query, key).astype(jnp.float32)
+            weights = jax.nn.softmax(scores).astype(value.dtype)
+            return jnp.einsum("nhqk,nkhd->nqhd", weights, value)
 
         attend = nn.MultiHeadDotProductAttention(
             num_heads=self.heads,
