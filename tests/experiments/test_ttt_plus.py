@@ -1,0 +1,95 @@
+"""TTT++ as a method: its distances are in units of the source's scatter; the stream is its own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ttt_jax as ttt
+from experiments import augment, methods, problem
+from experiments.methods import contrastive
+from tests.experiments import tiny_config, tiny_model
+from tests.experiments.test_batch_methods import Lab, close
+from ttt_jax import data
+
+OPTIONS = {"learning_rate": 0.05, "queue": 30, "select": "params/(encoder|bn)/.*"}
+
+
+def test_source_images_are_two_units_away_and_others_more():
+    rng = np.random.default_rng(0)
+    root = np.array([[1.0, 0.0, 0.0], [0.5, 2.0, 0.0], [0.0, -1.0, 0.5]])
+    mean = np.array([1.0, -2.0, 0.5])
+    moments = {"mean": jnp.array(mean), "outer": jnp.array(root @ root.T + np.outer(mean, mean))}
+    loss = contrastive.matching(lambda params, x: x, moments, queue=50)
+    value = jax.jit(lambda x: loss.value(0.0, loss.init(0.0), x, jax.random.key(0))[0])
+    # Of 50 images with an empty queue; 400 draws of a mean with a deviation of about 1.
+    drawn = [value(mean + rng.normal(size=(50, 3)) @ root.T) for _ in range(400)]
+    assert np.mean(drawn) == pytest.approx(2, abs=0.2)
+    shifted = [value(mean + 1 + rng.normal(size=(50, 3)) @ root.T) for _ in range(20)]
+    # A shift by 1 in each of D = 3 places adds n * D / tr(S) = 50 * 3 / 6.5.
+    assert np.mean(shifted) - 2 == pytest.approx(50 * 3 / 6.5, rel=0.15)
+
+
+def get_config():
+    config = tiny_config.with_methods(tiny_config.get_batch_norm_config(), ttt_plus=OPTIONS)
+    # Two batches of one size: one program.
+    config.data.test = "test[:40]"
+    config.model.projection = 5
+    return config
+
+
+def test_the_stream_is_the_library(tmp_path, monkeypatch):
+    tiny_model.install(monkeypatch)
+    lab = Lab(get_config(), tmp_path)
+    outcome = lab.run("ttt_plus")
+    model, params = lab.plain.model("batch"), lab.pristine.restore("memory")
+    train = problem.load_data(lab.config, "train")
+    plan = data.streams.shuffled(train, seed=0)
+    loader = data.Loader(train, plan, batch_size=500)
+
+    def term(apply, weight):
+        moments = ttt.source_statistics(
+            ttt.losses.feature_moments(jax.jit(apply)), params, loader
+        ).value
+        return weight, contrastive.matching(apply, moments, 30)
+
+    loss = ttt.losses.weighted(
+        (1.0, ttt.losses.contrastive(model.project, augment.simclr(), temperature=0.5, batch=True)),
+        term(model.features, 0.05),
+        term(model.project, 0.2),
+    )
+    adapter = ttt.gradient_adapter(
+        loss, optax.sgd(0.05, momentum=0.9), select=ttt.select.paths("params/(encoder|bn)/.*")
+    )
+    step, state, expected = jax.jit(adapter.step), adapter.init(params), []
+    for batch in lab.batches:
+        key = ttt.sample_keys(jax.random.key(0), batch.id)[0]
+        state, _ = step(params, state, batch.image, jax.random.fold_in(key, 0))
+        expected.append(model.classify(adapter.merge(params, state), batch.image))
+    assert state.memory[1]["count"] == 30
+    close(outcome.logits, np.concatenate(expected))
+    assert np.abs(outcome.logits - model.classify(params, images_of(lab))).max() > 1e-2
+
+
+def images_of(lab):
+    return np.concatenate([batch.image for batch in lab.batches])
+
+
+def test_impossible_options_are_refused(monkeypatch):
+    tiny_model.install(monkeypatch)
+    config = get_config()
+    source = problem.load_data(config, "test")
+
+    def build():
+        plain = problem.build(config, source)
+        return methods.build(config, plain, plain)
+
+    (settings,) = build()["ttt_plus"].grid
+    assert settings["head_weight"] == 0.2 and settings["predict"] == "after"
+    config.methods.ttt_plus.queue = 1
+    with pytest.raises(ValueError, match=r"methods\.ttt_plus: queue must be at least 2 .* got 1"):
+        build()
+    config.model.projection = 0
+    with pytest.raises(ValueError, match=r"methods\.ttt_plus needs a model with a projection"):
+        build()
