@@ -97,7 +97,7 @@ def sincos_positions(rows: int, columns: int, width: int) -> np.ndarray:
 
 
 def attention_form(attention: str, dtype: Any) -> str:
-    """The form that ``ViT(attention=attention, dtype=dtype)`` takes on this machine."""
+    """The form of ``ViT(attention=attention, dtype=dtype)`` on this machine, for even tokens."""
     nvidia = jax.default_backend() == "gpu" and jax.devices()[0].platform != "rocm"
     flash = attention == "cudnn" and nvidia and jnp.dtype(dtype).itemsize == 2
     return "cudnn" if flash else "xla"
@@ -116,7 +116,8 @@ class _Block(nn.Module):
         form = attention_form(self.attention, self.dtype)
 
         def attend_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-            if form == "cudnn":
+            # jax refuses gradients of cuDNN's form for an odd number of tokens.
+            if form == "cudnn" and query.shape[1] % 2 == 0:
                 return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
             # Softmax in float32, products in the compute dtype, forward and backward. flax's own
             # function leaves the weights in float32, and with them the product with the values;
@@ -226,7 +227,8 @@ class ViT(nn.Module):
         have no position, and no head pools them. 0 leaves parameters and outputs as they are
         without.
       attention: ``"xla"``, or ``"cudnn"``: flash attention on NVIDIA GPUs with a 16-bit compute
-        dtype (equal up to rounding, differentiable once), and XLA's form elsewhere.
+        dtype and an even number of tokens (equal up to rounding, differentiable once), and XLA's
+        form elsewhere.
       dtype: the compute dtype. Parameters and outputs are float32, and so are softmax and
         normalization statistics.
 
