@@ -46,6 +46,7 @@ class SourceData:
                 lambda params, batch: fn(params, batch.image),
                 self._pristine.restore("memory"),
                 loader,
+                reduce=wanted.reduce,
             )
             jax.block_until_ready(statistics)
             self._measured[where] = Measured(statistics.value, time.perf_counter() - start)

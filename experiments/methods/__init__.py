@@ -11,7 +11,7 @@ import jax
 import ml_collections
 
 from experiments import problem as problem_lib
-from experiments.methods import contrastive, online, per_sample, source_based, whole_batch
+from experiments.methods import contrastive, nearby, online, per_sample, source_based, whole_batch
 from experiments.methods.method import (
     TRACED as TRACED,
     Measurement as Measurement,
@@ -49,6 +49,7 @@ def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -
         "rotation_norm": (per_sample.rotation, problem),
         "rotation_biases": (per_sample.rotation, problem),
         "rotation_blocks": (per_sample.rotation, problem),
+        "rotation_neighbors": (nearby.rotation_neighbors, problem),
         "memo": (per_sample.memo, problem),
         "mae": (per_sample.mae, problem),
         "rotation_memo_augmented": (per_sample.rotation_memo_augmented, problem),

@@ -16,14 +16,17 @@ class Measurement(NamedTuple):
     """What a method measures of the source data before it sees a test image.
 
     Attributes:
-      fn: ``fn(params, images[N, H, W, C]) -> pytree`` of means over the images.
+      fn: ``fn(params, images[N, H, W, C]) -> pytree`` of means over the images, or of one row
+        for each.
       batch_size: images per call.
       num_images: how many training images are drawn; None for all.
+      reduce: ``"mean"`` or ``"concatenate"``, as in ``ttt_jax.source_statistics``.
     """
 
     fn: Callable[[Any, Any], Any]
     batch_size: int
     num_images: int | None = None
+    reduce: str = "mean"
 
 
 class Method(NamedTuple):

@@ -49,11 +49,11 @@ def selection(settings: Settings) -> ttt.Selection:
     return named[chosen]() if chosen in named else ttt.select.paths(chosen)
 
 
-def rotation_loss(problem: Problem, settings: Settings) -> ttt.AuxLoss:
-    """Rotation prediction over augmented copies of the image."""
+def rotation_loss(problem: Problem, settings: Settings, *, batch: bool = False) -> ttt.AuxLoss:
+    """Rotation prediction over augmented copies of the image, or of every image of a batch."""
     copies = settings["copies"]
     rotation = model_of(problem, settings).rotation
-    return ttt.losses.rotation(rotation, copies=copies, augment=problem.view)
+    return ttt.losses.rotation(rotation, copies=copies, augment=problem.view, batch=batch)
 
 
 def memo_loss(problem: Problem, settings: Settings) -> ttt.AuxLoss:
