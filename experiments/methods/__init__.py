@@ -45,6 +45,8 @@ def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -
         "rotation": (per_sample.rotation, problem),
         # One large step instead of several small ones (Sun et al. 2020, appendix).
         "rotation_jump": (per_sample.rotation, problem),
+        # Steps whose size the validation corruptions choose, beside the published one.
+        "rotation_tuned": (per_sample.rotation, problem),
         # The same steps on few parameters: names for rows whose `select` differs.
         "rotation_norm": (per_sample.rotation, problem),
         "rotation_biases": (per_sample.rotation, problem),
@@ -54,6 +56,7 @@ def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -
         "mae": (per_sample.mae, problem),
         "rotation_memo_augmented": (per_sample.rotation_memo_augmented, problem),
         "rotation_online": (online.rotation_online, problem),
+        "rotation_augmented_online": (online.rotation_augmented_online, problem),
         "rotation_memo_augmented_online": (online.rotation_memo_augmented_online, problem),
         "bn_adapt": (whole_batch.bn_adapt, plain),
         "tent": (whole_batch.tent, plain),

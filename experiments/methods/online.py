@@ -18,24 +18,33 @@ def rotation_online(grid: Any, problem: Problem) -> Method:
     return _online(grid, problem, steps.rotation_loss, predict, lambda settings: 1)
 
 
+def rotation_augmented_online(grid: Any, problem: Problem) -> Method:
+    """Test-time training on rotation prediction, online; predicts the mean over views."""
+    return _augmented_online(grid, problem, steps.rotation_loss)
+
+
 def rotation_memo_augmented_online(grid: Any, problem: Problem) -> Method:
     """Rotation and marginal entropy together, online; predicts the mean over views."""
+    return _augmented_online(grid, problem, steps.rotation_memo_loss)
 
+
+Loss = Callable[[Problem, Settings], ttt.AuxLoss]
+
+
+def _augmented_online(grid: Any, problem: Problem, loss: Loss) -> Method:
     def predict(settings: Settings) -> outputs.Apply:
         return outputs.every_view(problem, settings, "rotation")
 
     def views(settings: Settings) -> int:
         return outputs.num_views(problem, settings["view_stride"])
 
-    return _online(
-        with_defaults(grid, view_stride=1), problem, steps.rotation_memo_loss, predict, views
-    )
+    return _online(with_defaults(grid, view_stride=1), problem, loss, predict, views)
 
 
 def _online(
     grid: Any,
     problem: Problem,
-    loss: Callable[[Problem, Settings], ttt.AuxLoss],
+    loss: Loss,
     predict: Callable[[Settings], outputs.Apply],
     views: Callable[[Settings], int],
 ) -> Method:

@@ -41,5 +41,16 @@ def test_a_step_of_the_online_composition():
     adapted = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
     mean = jax.nn.softmax(model.classify(adapted, views)).mean(axis=0)
     np.testing.assert_allclose(jax.nn.softmax(output["logits"]), mean, rtol=1e-4, atol=1e-6)
+    del settings["num_views"], settings["memo_weight"]
+    tiny_config.with_methods(config, rotation_augmented_online=settings)
+    alone = methods.build(config, plain, plain)["rotation_augmented_online"]
+    assert alone.cost(alone.grid[0]) == (2 + len(views), 2)
+    stream = alone.build(alone.grid[0])
+    _, (output, _) = jax.jit(stream.step)(params, stream.init(params), image, key)
+    grads = jax.jit(jax.grad(parts[0]))(params, image, turn)
+    adapted = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    alone_mean = jax.nn.softmax(model.classify(adapted, views)).mean(axis=0)
+    np.testing.assert_allclose(jax.nn.softmax(output["logits"]), alone_mean, rtol=1e-4, atol=1e-6)
+
     pristine = jax.nn.softmax(model.classify(params, views)).mean(axis=0)
     assert np.abs(mean - pristine).max() > 1e-4
