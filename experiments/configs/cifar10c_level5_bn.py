@@ -15,9 +15,9 @@ level 5, mean error in percent, on other networks: 43.5 source, 20.4 batch stati
 (WRN-40-2 with AugMix, and the best iterate by test labels: an oracle). No measured result is
 committed yet.
 
-The model is the one of the paper's Table A1 (Sun et al. 2020): rotation is its auxiliary task, trained
-for 75 epochs of the images (GroupNorm: 150); published there at level 5: 46.6 joint. Settings, in batches of 200, each
-stream pristine at the start of a corruption:
+The model is that of Table A1 in Sun et al. 2020, trained 75 epochs with rotation as auxiliary task
+(published at level 5: 46.6 joint). Settings, in batches of 200, each stream pristine where a
+corruption starts:
 
 - ``tent_online`` is Tent as published: Adam, 0.001, prediction before the update. ``tent`` forgets
   after every batch and predicts after the update.
@@ -45,7 +45,6 @@ def get_config() -> ml_collections.ConfigDict:
     """The configuration of the model with BatchNorm."""
     config = cifar10c_level5.get_config()
     config.model.norm = "batch"
-    del config.model.groups
     # 75 epochs, as published.
     config.train.num_steps = 28500
     config.adapt.batch_size = 200
