@@ -226,8 +226,7 @@ def sharpness_aware_adapter(
     """Steps along the gradient at the sharpest nearby point (SAM, as in SAR).
 
     ``g1 = grad(fast)``; ``g2 = grad(fast + rho * g1 / |g1|)``; the optimizer takes ``g2`` from
-    ``fast``. The loss reported is the one minimized, that at the peak, as ``grad_norm`` is that
-    of ``g2``; the memory is that of the loss at ``fast``.
+    ``fast``. Loss and memory are those at ``fast``; ``grad_norm`` is that of ``g2``.
 
     Args:
       loss: an ``AuxLoss`` or a :class:`~ttt_jax.StatefulLoss`.
@@ -237,7 +236,8 @@ def sharpness_aware_adapter(
         be traced.
       peak_loss: ``peak_loss(params) -> AuxLoss``, another loss for the peak, built from the
         parameters before the climb. With ``losses.reliable_entropy(..., reference=params)`` only
-        instances that were reliable there count (SAR). ``None``: the same loss.
+        instances that were reliable there count (SAR). Its value is then the loss reported.
+        ``None``: the same loss.
 
     Returns:
       An :class:`~ttt_jax.Adapter`.
@@ -249,13 +249,13 @@ def sharpness_aware_adapter(
 
     def gradient(objective: Any, fast: PyTree, merge: Callable[[PyTree], Params]) -> Any:
         value_and_grad = jax.value_and_grad(objective, has_aux=True)
-        (_, memory), ascent = value_and_grad(fast)
+        (value, memory), ascent = value_and_grad(fast)
         length = _trees.norm(ascent)
         # No direction, no climb: keeps a filtered-out batch at an exactly zero gradient.
         scale = jnp.where(length > 0, rho / jnp.where(length > 0, length, 1.0), 0.0)
         peak = jax.tree.map(lambda a, g: a + (scale * g).astype(a.dtype), fast, ascent)
         if peak_loss is None:
-            (value, _), grads = value_and_grad(peak)
+            _, grads = value_and_grad(peak)
         else:
             (value, _), grads = value_and_grad(peak, _as_stateful(peak_loss(merge(fast))))
         return (value, memory), grads
