@@ -143,6 +143,29 @@ def evaluate(
     progress.close()
 
 
+class Part(NamedTuple):
+    """A part of the rows of a config: those of some methods and domains, all where empty."""
+
+    methods: Sequence[str] = ()
+    domains: Sequence[str] = ()
+
+    def of(self, *trials: Sequence[trials_lib.Trial]) -> list[list[trials_lib.Trial]]:
+        """The trials of several roles that have a domain of the part.
+
+        Raises:
+          UserError: a domain that no trial has.
+        """
+        if not self.domains:
+            return [list(some) for some in trials]
+        domains = [[{domain for domain, _ in one.cells} for one in some] for some in trials]
+        known = sorted(set().union(*(names for some in domains for names in some)))
+        wanted = set(launch.chosen("domain", self.domains, known))
+        return [
+            [one for one, names in zip(some, has, strict=True) if names & wanted]
+            for some, has in zip(trials, domains, strict=True)
+        ]
+
+
 def run(
     config: ml_collections.ConfigDict,
     folder: str,
@@ -150,6 +173,7 @@ def run(
     restore: str = "memory",
     checkpoint_path: str | None = None,
     tensorboard: bool = False,
+    part: Part = Part(),  # noqa: B008 (immutable)
 ) -> int:
     """Adapts every seed of a config; returns the exit status, 1 if any trial failed.
 
@@ -160,10 +184,14 @@ def run(
         ``fingerprint`` or ``orbax``.
       checkpoint_path: a checkpoint for all seeds; None takes the folder's own.
       tensorboard: whether to write TensorBoard events too.
+      part: which rows to make.
+
+    Raises:
+      UserError: a part that there is not, or a work folder that is not fit.
     """
     workdir = launch.open_workdir(folder)
     with launch.locked(workdir):
-        return _run(config, workdir, restore, checkpoint_path, tensorboard)
+        return _run(config, workdir, restore, checkpoint_path, tensorboard, part)
 
 
 def _run(
@@ -172,12 +200,16 @@ def _run(
     restore: str,
     checkpoint_path: str | None,
     tensorboard: bool,
+    part: Part,
 ) -> int:
     test = problem_lib.load_data(config, "test")
     validation = problem_lib.load_data(config, "validation")
     problem = problem_lib.build(config, test)
     plain = problem_lib.build(config, test, shared_kernels=True)
     methods = methods_lib.build(config, problem, plain)
+    if part.methods:
+        wanted = launch.chosen("method", part.methods, methods)
+        methods = {name: methods[name] for name in methods if name in wanted}
     baseline = methods_lib.baseline(plain)
     trials_lib.check(config)
     groups: dict[str, np.ndarray] = {}
@@ -197,6 +229,7 @@ def _run(
             chosen = selection.choose(
                 workdir / "selection.json", methods, runner, validation, checked
             )
+            checked, reported = part.of(checked, reported)
             roles = (("validation", validation, checked), ("reported", test, reported))
             for role, source, trials in roles:
                 fields = {"seed": seed, "split_role": role, "checkpoint": pristine.fingerprint}
@@ -227,6 +260,7 @@ def main(argv: Sequence[str]) -> int:
         restore=_RESTORE.value,
         checkpoint_path=_CHECKPOINT.value,
         tensorboard=_TENSORBOARD.value,
+        part=Part(tuple(_METHODS.value), tuple(_DOMAINS.value)),
     )
 
 
@@ -242,4 +276,6 @@ if __name__ == "__main__":
         "checkpoint", None, "Checkpoint to adapt; default: WORKDIR/checkpoints/seed_SEED."
     )
     _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.")
+    _METHODS = flags.DEFINE_list("methods", [], "Only these methods of the config.")
+    _DOMAINS = flags.DEFINE_list("domains", [], "Only these domains, such as clean,fog.")
     launch.run(main)

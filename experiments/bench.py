@@ -56,15 +56,6 @@ class Timing(NamedTuple):
     precision: str
 
 
-def chosen(kind: str, names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
-    """The names, or a :class:`launch.UserError` that lists the choices."""
-    names, known = tuple(names), tuple(known)
-    for name in names or ("",):
-        if name not in known:
-            raise launch.UserError(f"unknown {kind} {name!r}; choose from {', '.join(known)}.")
-    return names
-
-
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
     """Median wall time of a call that returns when the device is done, after one warm-up."""
     call()
@@ -223,9 +214,9 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
       launch.UserError: an unknown work, way or form of attention, or a file that cannot be
         written.
     """
-    chosen("work", settings.works, WORKS)
-    chosen("way", settings.ways, WAYS)
-    chosen("attention", settings.attention, ("cudnn", "xla"))
+    launch.chosen("work", settings.works, WORKS)
+    launch.chosen("way", settings.ways, WAYS)
+    launch.chosen("attention", settings.attention, ("cudnn", "xla"))
     path = pathlib.Path(out)
     launch.open_workdir(str(path.parent))
     with settings.unlocked():

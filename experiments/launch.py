@@ -11,7 +11,7 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
@@ -114,6 +114,15 @@ def setting(config: ml_collections.ConfigDict, name: str) -> Any:
     """The value of one of the keys in :data:`DEFAULTS`, such as ``train.aux``."""
     section, key = name.split(".")
     return config[section].get(key, DEFAULTS[name])
+
+
+def chosen(kind: str, names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+    """The names, or a :class:`UserError` that lists the choices."""
+    names, known = tuple(names), tuple(known)
+    for name in names or ("",):
+        if name not in known:
+            raise UserError(f"unknown {kind} {name!r}; choose from {', '.join(known)}.")
+    return names
 
 
 def _flat(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:

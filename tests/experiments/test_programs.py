@@ -232,6 +232,26 @@ def test_impossible_training(tmp_path, key, value, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_parts_add_up_to_the_whole(adapted, trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    config = tiny_config.get_config()
+    some = adapt.Part(methods=["rotation"], domains=["fog", "saturate"])
+    assert adapt.run(config, str(folder), part=some) == 0
+    made = {(row["method"], row["domain"]) for row in rows_of(folder)}
+    assert made == {("rotation", "fog"), ("rotation", "saturate")}
+    assert adapt.run(config, str(folder)) == 0
+    assert_equal_rows(
+        *(sorted(rows_of(at), key=lambda r: (r["method"], r["domain"])) for at in (folder, adapted))
+    )
+    for part, message in (
+        (adapt.Part(methods=["tent"]), "unknown method 'tent'; choose from"),
+        (adapt.Part(domains=["fgo"]), "unknown domain 'fgo'; choose from"),
+    ):
+        with pytest.raises(launch.UserError, match=message):
+            adapt.run(config, str(folder), part=part)
+
+
 def test_a_failing_trial_is_a_row_and_runs_again(trained, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
