@@ -1,0 +1,304 @@
+"""Every config and program once, cut down to what two CPU cores do in a few minutes.
+
+Usage::
+
+    python -m experiments.smoke [--only=digits,pacs] [--substitute]
+
+Trains, adapts and reports every ``experiments/configs/*.py`` with tiny networks, few steps and a
+few images of its data, then runs diagnose on the default config, and bench. A method that an
+earlier config ran on the same kind of network is left out of the later ones. A config whose data
+are absent is skipped by name, or with ``--substitute`` runs on noise. It shows that all still runs;
+its numbers mean nothing. A new config is covered as soon as its file is there.
+"""
+
+import contextlib
+import importlib.util
+import io
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+
+from experiments import adapt, diagnose, launch, report, train
+from ttt_jax import data
+
+FOLDER = launch.DEFAULT_CONFIG.parent
+ROLES = {"train": 64, "validation": 4, "test": 4}
+# Wherever a config has the key.
+TINY: dict[str, Any] = {
+    "data.imbalance": 2,
+    "train.num_steps": 2,
+    "train.batch_size": 8,
+    "train.warmup_steps": 1,
+    "train.steps_per_call": 1,
+    "train.log_every": 1,
+    "train.save_every": 1,
+    "adapt.batch_size": 4,
+    "adapt.chunk_size": 2,
+    # A CPU emulates bfloat16; the benchmark's networks keep it.
+    "model.dtype": "float32",
+    "model.width": 8,
+    "model.groups": 4,
+    "model.heads": 1,
+    "model.decoder_width": 8,
+    "model.decoder_depth": 1,
+    "model.projection": 8,
+    "views.padding": 1,
+}
+DEPTHS = {"resnet": 8, "vit": 1}
+# Wherever a method has the option.
+TINY_METHOD = {"copies": 2, "num_views": 2, "num_masks": 1, "num_steps": 1}
+# Compiling is most of the work: with these it takes a third of the time.
+XLA_FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
+CACHE = pathlib.Path(__file__).resolve().parent.parent / ".jax_cache"
+_NOT_DATA = ("train", "adapt", "report", "diagnose", "bench", "smoke")
+
+
+def discover(only: Sequence[str] = ()) -> dict[str, pathlib.Path]:
+    """The config files by name, all of the folder's or some.
+
+    Raises:
+      UserError: a name without a file.
+    """
+    found = {path.stem: path for path in sorted(FOLDER.glob("[!_]*.py"))}
+    for name in only:
+        if name not in found:
+            raise launch.UserError(f"there is no config {name!r}; choose from {', '.join(found)}.")
+    return {name: found[name] for name in only} if only else found
+
+
+def _with_count(split: str, count: int, taken: dict[str, int]) -> str:
+    """The next ``count`` rows of the file that a split is of."""
+    base = split.partition("[")[0]
+    start = taken.get(base, 0)
+    taken[base] = start + count
+    return f"{base}[{start}:{start + count}]"
+
+
+def overrides(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What makes a config tiny, as ``--config.KEY=VALUE`` would: only keys that it has."""
+    taken: dict[str, int] = {}
+    small: dict[str, Any] = {"seeds": tuple(config.seeds)[:1]}
+    for role, count in ROLES.items():
+        small[f"data.{role}"] = _with_count(config.data[role], count, taken)
+    for key, value in TINY.items():
+        section, name = key.split(".")
+        if name in config[section]:
+            small[key] = value
+    if "depth" in config.model and config.model.name in DEPTHS:
+        small["model.depth"] = DEPTHS[config.model.name]
+    for method, options in config.methods.items():
+        for name, value in options.items():
+            # A tuple is a list of candidates: the first one will do.
+            if isinstance(value, tuple):
+                small[f"methods.{method}.{name}"] = value[:1]
+            elif name in TINY_METHOD and value is not None:
+                small[f"methods.{method}.{name}"] = min(value, TINY_METHOD[name])
+    return small
+
+
+def leave_out(config: ml_collections.ConfigDict, seen: set[tuple[str, ...]]) -> list[str]:
+    """Removes the methods that ran already on this kind of network, but never all of them.
+
+    Args:
+      config: is changed.
+      seen: (model, normalization, method) that ran; those of this config are added.
+
+    Returns:
+      The names that were removed.
+    """
+    kind = (config.model.name, str(config.model.get("norm", "")))
+    names = list(config.methods)
+    known = [name for name in names if (*kind, name) in seen]
+    removed = known[1:] if len(known) == len(names) else known
+    for name in removed:
+        del config.methods[name]
+    seen.update((*kind, name) for name in names)
+    return removed
+
+
+def as_flags(small: dict[str, Any]) -> str:
+    """Overrides as a person would type them."""
+    return " ".join(f"--config.{key}='{value}'" for key, value in small.items())
+
+
+def how_to_make(name: str, configs: dict[str, pathlib.Path]) -> str:
+    """The command that makes a config's data: its docstring's, or that of one with equal data."""
+    wanted = launch.config_from(configs[name]).data.name
+    for path in (configs[name], *configs.values()):
+        if launch.config_from(path).data.name != wanted:
+            continue
+        spec = importlib.util.spec_from_file_location("config", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for command in re.findall(r"``(python -m experiments\.[^`]+)``", module.__doc__ or ""):
+            if not command.removeprefix("python -m experiments.").startswith(_NOT_DATA):
+                return " ".join(command.split())
+    return f"see the docstring of {configs[name].name}"
+
+
+def _balanced(labels: np.ndarray, count: int) -> np.ndarray:
+    """``count`` rows, the first one of every class before the second one of any."""
+    order = np.argsort(labels, kind="stable")
+    _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    rank = np.empty(len(labels), np.int64)
+    rank[order] = np.arange(len(labels)) - np.repeat(starts, sizes)
+    return np.argsort(rank, kind="stable")[:count]
+
+
+def excerpt(config: ml_collections.ConfigDict, folder: pathlib.Path, *, on_noise: bool) -> None:
+    """Makes a config of ``npz`` files read a few rows of them, or noise of 32 x 32 in ten classes.
+
+    A set of compressed images is decoded as a whole whenever it is opened, which takes longer than
+    all the rest.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+    """
+    count = sum(ROLES.values())
+    for base in {config.data[role].partition("[")[0] for role in ROLES}:
+        path = folder / f"{base}.npz"
+        if path.exists():
+            continue
+        if on_noise:
+            images = np.random.default_rng(0).random((count, 32, 32, 3), np.float32)
+            labels = np.arange(count, dtype=np.int32) % 10
+        else:
+            source = data.load(config.data.name.replace("{split}", base), base)
+            _, images, labels = source.take(_balanced(source.labels(), count))
+        np.savez(path, images=images, labels=labels)
+    config.data.name = f"npz:{folder}/{{split}}.npz"
+
+
+def run_config(config: ml_collections.ConfigDict, folder: str, *, diagnosed: bool) -> None:
+    """Trains, adapts and reports one config, each program as a person would start it.
+
+    Raises:
+      RuntimeError: a trial failed, or no report could be made.
+    """
+    train.run(config, folder)
+    if adapt.run(config, folder):
+        raise RuntimeError("adapt: a trial failed")
+    if report.run(folder):
+        raise RuntimeError("report: no page was made")
+    if diagnosed:
+        few = {"severities": (1, 3, 5), "corruptions": ("contrast",), "num_images": 6}
+        diagnose.run(config, folder, diagnose.Options(**few))
+
+
+def run_bench(folder: str) -> None:
+    """The benchmark in a process of its own: it sets up the device memory for two libraries.
+
+    Raises:
+      RuntimeError: it failed; the message has the end of what it said.
+    """
+    command = [sys.executable, "-m", "experiments.bench", "--smoke", f"--out={folder}/bench.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout)
+    if done.returncode:
+        raise RuntimeError(f"exit status {done.returncode}: {done.stderr.strip()[-500:]}")
+
+
+def _try(name: str, call: Callable[[], None], again: str = "") -> bool:
+    """Runs one part quietly, prints one line, or what it said where it failed."""
+    start, said = time.monotonic(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            call()
+    except Exception as error:
+        print(f"FAILED {name}: {type(error).__name__}: {error}\n{said.getvalue()}{again}")
+        return False
+    print(f"ok     {name}: {time.monotonic() - start:.0f} s", flush=True)
+    return True
+
+
+def run(workdir: str, *, only: Sequence[str] = (), on_noise: bool = False) -> int:
+    """Runs the configs and programs; returns the exit status, 1 if one failed.
+
+    Args:
+      workdir: where every part has a folder of its own.
+      only: names of configs (or ``bench``); all if empty.
+      on_noise: whether configs without data run on noise.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    everything = discover()
+    configs = discover([name for name in only if name != "bench"])
+    if tuple(only) == ("bench",):
+        configs = {}
+    failed: list[str] = []
+    seen: set[tuple[str, ...]] = set()
+    for name, path in configs.items():
+        config = launch.config_from(path)
+        if config.data.name.startswith("npz:"):
+            # Configs of the same data share the excerpt.
+            name_of_data = re.sub(r"\W+", "_", config.data.name).strip("_")
+            rows = launch.open_workdir(str(pathlib.Path(workdir) / name_of_data))
+            try:
+                excerpt(config, rows, on_noise=False)
+            except FileNotFoundError as error:
+                make = how_to_make(name, everything)
+                if not on_noise:
+                    print(f"skip   {name}: {error} Make its data: {make}", flush=True)
+                    continue
+                print(f"noise  {name}: its data are absent; made by: {make}", flush=True)
+                excerpt(config, rows, on_noise=True)
+        removed = leave_out(config, seen)
+        small = overrides(config)
+        config.update_from_flattened_dict(small)
+        small["data.name"] = config.data.name
+        again = f"config: --config={path} {as_flags(small)}"
+        diagnosed = path == launch.DEFAULT_CONFIG
+        shown = f"{name}{' and diagnose' if diagnosed else ''}, {', '.join(config.methods)}"
+        shown += f" (before: {', '.join(removed)})" if removed else ""
+        work = str(pathlib.Path(workdir) / name)
+        if not _try(
+            shown,
+            lambda config=config, work=work, diagnosed=diagnosed: run_config(
+                config, work, diagnosed=diagnosed
+            ),
+            again,
+        ):
+            failed.append(name)
+        jax.clear_caches()
+    if (not only or "bench" in only) and not _try("bench", lambda: run_bench(workdir)):
+        failed.append("bench")
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """The program."""
+    del argv
+    # Read when the first computation starts, here and in the benchmark's process.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
+    # What several configs compile alike is compiled once; the cache is also that of the tests.
+    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    only, on_noise = tuple(_ONLY.value), _SUBSTITUTE.value
+    if _WORKDIR.value:
+        return run(_WORKDIR.value, only=only, on_noise=on_noise)
+    with tempfile.TemporaryDirectory(prefix="ttt_jax_smoke_") as folder:
+        return run(folder, only=only, on_noise=on_noise)
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Kept; default: a folder that is removed.")
+    _ONLY = flags.DEFINE_list("only", [], "Names of configs, or bench; default: all.")
+    _SUBSTITUTE = flags.DEFINE_bool("substitute", False, "Noise for configs without their data.")
+    launch.run(main)
