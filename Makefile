@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
 CONFIG ?= experiments/configs/digits.py
 
-.PHONY: demo demo-seeds test lint types unit docs clean
+.PHONY: demo demo-seeds smoke test lint types unit docs clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m experiments.train --workdir=$(WORKDIR) --config=$(CONFIG)
@@ -17,6 +17,9 @@ demo-seeds: $(VENV)/.run
 	$(BIN)/python -m experiments.train --workdir=$(WORKDIR) --config=$(CONFIG) --config.seeds="(0, 1, 2)"
 	$(BIN)/python -m experiments.adapt --workdir=$(WORKDIR) --config=$(CONFIG) --config.seeds="(0, 1, 2)"
 	$(BIN)/python -m experiments.report --workdir=$(WORKDIR)
+
+smoke: $(VENV)/.run
+	$(BIN)/python -m experiments.smoke
 
 test: lint types unit docs
 
