@@ -4,7 +4,7 @@ Command: ``python -m experiments.train --workdir=V
 --config=experiments/configs/cifar10c_level5_source.py``, then the same with ``experiments.adapt``;
 the data are those of ``cifar10c_level5.py``, the work folder is its own.
 
-Cost: about seven minutes of training on one H100.
+Cost: about two and a half minutes of training on one H100, beside other work.
 
 Expect: errors near those of the joint model; in the paper joint training is slightly better.
 """
