@@ -14,6 +14,7 @@ its numbers mean nothing. A new config is covered as soon as its file is there.
 import contextlib
 import importlib.util
 import io
+import multiprocessing
 import os
 import pathlib
 import re
@@ -21,8 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from concurrent import futures
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -47,12 +49,12 @@ TINY: dict[str, Any] = {
     "adapt.chunk_size": 2,
     # A CPU emulates bfloat16; the benchmark's networks keep it.
     "model.dtype": "float32",
-    "model.width": 8,
-    "model.groups": 4,
+    "model.width": 4,
+    "model.groups": 2,
     "model.heads": 1,
-    "model.decoder_width": 8,
+    "model.decoder_width": 4,
     "model.decoder_depth": 1,
-    "model.projection": 8,
+    "model.projection": 4,
     "views.padding": 1,
 }
 DEPTHS = {"resnet": 8, "vit": 1}
@@ -160,7 +162,9 @@ def _balanced(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def excerpt(config: ml_collections.ConfigDict, folder: pathlib.Path, *, on_noise: bool) -> None:
-    """Makes a config of ``npz`` files read a few rows of them, or noise of 32 x 32 in ten classes.
+    """Makes a config of ``npz`` files read a few of their images, or noise in ten classes.
+
+    The images keep every second pixel; the noise is 16 x 16.
 
     A set of compressed images is decoded as a whole whenever it is opened, which takes longer than
     all the rest.
@@ -174,131 +178,168 @@ def excerpt(config: ml_collections.ConfigDict, folder: pathlib.Path, *, on_noise
         if path.exists():
             continue
         if on_noise:
-            images = np.random.default_rng(0).random((count, 32, 32, 3), np.float32)
+            images = np.random.default_rng(0).random((count, 16, 16, 3), np.float32)
             labels = np.arange(count, dtype=np.int32) % 10
         else:
             source = data.load(config.data.name.replace("{split}", base), base)
             _, images, labels = source.take(_balanced(source.labels(), count))
+            images = images[:, ::2, ::2]
         np.savez(path, images=images, labels=labels)
     config.data.name = f"npz:{folder}/{{split}}.npz"
 
 
-def run_config(config: ml_collections.ConfigDict, folder: str, *, diagnosed: bool) -> None:
-    """Trains, adapts and reports one config, each program as a person would start it.
+class Part(NamedTuple):
+    """One config, made tiny; or the benchmark, which has no path.
 
-    Raises:
-      RuntimeError: a trial failed, or no report could be made.
+    Attributes:
+      name: the config's.
+      path: its file.
+      removed: methods that another part runs.
+      small: the overrides.
     """
+
+    name: str
+    path: pathlib.Path | None = None
+    removed: tuple[str, ...] = ()
+    small: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+
+    def config(self) -> ml_collections.ConfigDict:
+        """The tiny config."""
+        config = launch.config_from(self.path)
+        for name in self.removed:
+            del config.methods[name]
+        config.update_from_flattened_dict(self.small)
+        return config
+
+    def describe(self) -> str:
+        """What it runs."""
+        if self.path is None:
+            return self.name
+        text = f"{self.name}: {', '.join(self.config().methods)}"
+        return f"{text}; elsewhere {', '.join(self.removed)}" if self.removed else text
+
+
+def plan(
+    configs: dict[str, pathlib.Path], workdir: pathlib.Path, *, on_noise: bool
+) -> tuple[list[Part], list[str]]:
+    """The parts to run, their data made, and a line for each config that lacks its own."""
+    parts: list[Part] = []
+    lines: list[str] = []
+    seen: set[tuple[str, ...]] = set()
+    for name, path in configs.items():
+        config = launch.config_from(path)
+        if config.data.name.startswith("npz:"):
+            # Configs of the same data share the excerpt.
+            of = re.sub(r"\W+", "_", config.data.name).strip("_")
+            rows = launch.open_workdir(str(workdir / of))
+            try:
+                excerpt(config, rows, on_noise=False)
+            except FileNotFoundError as error:
+                make = how_to_make(name, discover())
+                if not on_noise:
+                    lines.append(f"skip   {name}: {error} Make its data: {make}")
+                    continue
+                lines.append(f"noise  {name}: its data are absent; they are made by: {make}")
+                excerpt(config, rows, on_noise=True)
+        removed = tuple(leave_out(config, seen))
+        small = {"data.name": config.data.name, **overrides(config)}
+        parts.append(Part(name, path, removed, small))
+    return parts, lines
+
+
+def _run_config(part: Part, folder: str) -> None:
+    config = part.config()
     train.run(config, folder)
     if adapt.run(config, folder):
         raise RuntimeError("adapt: a trial failed")
     if report.run(folder):
         raise RuntimeError("report: no page was made")
-    if diagnosed:
-        few = {"severities": (1, 3, 5), "corruptions": ("contrast",), "num_images": 6}
-        diagnose.run(config, folder, diagnose.Options(**few))
+    if part.path == launch.DEFAULT_CONFIG:
+        few = diagnose.Options(severities=(1, 3, 5), corruptions=("contrast",), num_images=4)
+        diagnose.run(config, folder, few)
 
 
-def run_bench(folder: str) -> None:
-    """The benchmark in a process of its own: it sets up the device memory for two libraries.
-
-    Raises:
-      RuntimeError: it failed; the message has the end of what it said.
-    """
+def _run_bench(folder: str) -> None:
+    # By its command line: it sets up the memory of the device for two libraries.
     command = [sys.executable, "-m", "experiments.bench", "--smoke", f"--out={folder}/bench.json"]
     done = subprocess.run(command, capture_output=True, text=True)
-    print(done.stdout)
     if done.returncode:
         raise RuntimeError(f"exit status {done.returncode}: {done.stderr.strip()[-500:]}")
 
 
-def _try(name: str, call: Callable[[], None], again: str = "") -> bool:
-    """Runs one part quietly, prints one line, or what it said where it failed."""
-    start, said = time.monotonic(), io.StringIO()
+def run_part(part: Part, folder: str) -> str | None:
+    """Runs a part quietly; None, or all that it said where it failed."""
+    said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            call()
+            _run_bench(folder) if part.path is None else _run_config(part, folder)
     except Exception as error:
-        print(f"FAILED {name}: {type(error).__name__}: {error}\n{said.getvalue()}{again}")
-        return False
-    print(f"ok     {name}: {time.monotonic() - start:.0f} s", flush=True)
-    return True
+        again = f"config: --config={part.path} {as_flags(part.small)}"
+        return f"{type(error).__name__}: {error}\n{said.getvalue()}{again}"
+    finally:
+        jax.clear_caches()
+    return None
 
 
-def run(workdir: str, *, only: Sequence[str] = (), on_noise: bool = False) -> int:
+def _start_worker() -> None:
+    # What several configs compile alike is compiled once; the cache is also that of the tests.
+    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def run(
+    workdir: str, *, only: Sequence[str] = (), on_noise: bool = False, processes: int = 2
+) -> int:
     """Runs the configs and programs; returns the exit status, 1 if one failed.
 
     Args:
       workdir: where every part has a folder of its own.
       only: names of configs (or ``bench``); all if empty.
       on_noise: whether configs without data run on noise.
+      processes: how many run at a time.
 
     Raises:
       UserError: an unknown name.
     """
-    everything = discover()
+    folder = pathlib.Path(workdir)
     configs = discover([name for name in only if name != "bench"])
-    if tuple(only) == ("bench",):
-        configs = {}
-    failed: list[str] = []
-    seen: set[tuple[str, ...]] = set()
-    for name, path in configs.items():
-        config = launch.config_from(path)
-        if config.data.name.startswith("npz:"):
-            # Configs of the same data share the excerpt.
-            name_of_data = re.sub(r"\W+", "_", config.data.name).strip("_")
-            rows = launch.open_workdir(str(pathlib.Path(workdir) / name_of_data))
-            try:
-                excerpt(config, rows, on_noise=False)
-            except FileNotFoundError as error:
-                make = how_to_make(name, everything)
-                if not on_noise:
-                    print(f"skip   {name}: {error} Make its data: {make}", flush=True)
-                    continue
-                print(f"noise  {name}: its data are absent; made by: {make}", flush=True)
-                excerpt(config, rows, on_noise=True)
-        removed = leave_out(config, seen)
-        small = overrides(config)
-        config.update_from_flattened_dict(small)
-        small["data.name"] = config.data.name
-        again = f"config: --config={path} {as_flags(small)}"
-        diagnosed = path == launch.DEFAULT_CONFIG
-        shown = f"{name}{' and diagnose' if diagnosed else ''}, {', '.join(config.methods)}"
-        shown += f" (before: {', '.join(removed)})" if removed else ""
-        work = str(pathlib.Path(workdir) / name)
-        if not _try(
-            shown,
-            lambda config=config, work=work, diagnosed=diagnosed: run_config(
-                config, work, diagnosed=diagnosed
-            ),
-            again,
-        ):
-            failed.append(name)
-        jax.clear_caches()
-    if (not only or "bench" in only) and not _try("bench", lambda: run_bench(workdir)):
-        failed.append("bench")
-    if failed:
-        print(f"failed: {', '.join(failed)}")
+    parts, lines = plan({} if tuple(only) == ("bench",) else configs, folder, on_noise=on_noise)
+    print("\n".join(lines), end="\n" if lines else "", flush=True)
+    if not only or "bench" in only:
+        parts.append(Part("bench"))
+    # A process that was forked would share the threads of jax.
+    spawn = multiprocessing.get_context("spawn")
+    start, failed = time.monotonic(), []
+    with futures.ProcessPoolExecutor(processes, spawn, initializer=_start_worker) as pool:
+        running = {pool.submit(run_part, part, str(folder / part.name)): part for part in parts}
+        for done in futures.as_completed(running):
+            part = running[done]
+            # A worker that was killed fails all that were left.
+            problem = str(done.exception()) if done.exception() else done.result()
+            if problem is not None:
+                failed.append(part.name)
+            print(f"{'ok    ' if problem is None else 'FAILED'} {part.describe()}", flush=True)
+            print(f"{problem}\n" if problem else "", end="", flush=True)
+    print(f"{len(parts)} parts in {time.monotonic() - start:.0f} s, {len(failed)} failed")
     return 1 if failed else 0
 
 
 def main(argv: Sequence[str]) -> int:
     """The program."""
     del argv
-    # Read when the first computation starts, here and in the benchmark's process.
+    # For the processes that this one starts.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
-    # What several configs compile alike is compiled once; the cache is also that of the tests.
-    jax.config.update("jax_compilation_cache_dir", str(CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    only, on_noise = tuple(_ONLY.value), _SUBSTITUTE.value
+    settings = {"only": tuple(_ONLY.value), "on_noise": _SUBSTITUTE.value}
+    settings["processes"] = _PROCESSES.value
     if _WORKDIR.value:
-        return run(_WORKDIR.value, only=only, on_noise=on_noise)
+        return run(_WORKDIR.value, **settings)
     with tempfile.TemporaryDirectory(prefix="ttt_jax_smoke_") as folder:
-        return run(folder, only=only, on_noise=on_noise)
+        return run(folder, **settings)
 
 
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Kept; default: a folder that is removed.")
     _ONLY = flags.DEFINE_list("only", [], "Names of configs, or bench; default: all.")
     _SUBSTITUTE = flags.DEFINE_bool("substitute", False, "Noise for configs without their data.")
+    _PROCESSES = flags.DEFINE_integer("processes", 2, "How many at a time.", 1)
     launch.run(main)
