@@ -1,6 +1,7 @@
 """Sphinx settings. Build with ``python -m sphinx -W --keep-going -b html docs docs/_build/html``
 and run every code block with ``-b doctest``; neither needs a network."""
 
+import json
 import os
 import pathlib
 import sys
@@ -50,6 +51,22 @@ doctest_global_setup = """
 import jax
 jax.config.update("jax_default_matmul_precision", "highest")
 """
+
+_ALIGNMENT = _ROOT / "experiments" / "results" / "alignment_cifar10c.json"
+
+
+def _add_alignment(app, docname, source):
+    """Puts what diagnose.py measured onto the results page, once its file is there."""
+    if docname == "results" and _ALIGNMENT.exists():
+        from experiments.reporting import alignment
+
+        app.env.note_dependency(str(_ALIGNMENT))
+        source[0] += "\n" + alignment.markdown(json.loads(_ALIGNMENT.read_text()))
+
+
+def setup(app):
+    app.connect("source-read", _add_alignment)
+
 
 html_theme = "furo"
 html_title = f"ttt_jax {release}"

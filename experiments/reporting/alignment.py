@@ -114,6 +114,40 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     return sections.table(sections.heads(["set", *columns]), body, "full")
 
 
+def markdown(record: dict[str, Any]) -> str:
+    """The section of the results page: correlation, and means per severity, in MyST."""
+    rows, r = record["rows"], correlation(record["rows"])
+    found = "undefined" if r is None else f"{r:.2f}"
+    lines = [
+        "## Gradient alignment against gain",
+        "",
+        f"Over {len(rows)} sets of {rows[0]['dataset']}, {rows[0]['num_examples']} images each, "
+        "the mean inner product of the main and the rotation gradient (shared encoder parameters "
+        f"that adapt) and the gain of `{rows[0]['method']}` correlate with r = {found}. "
+        f"{PUBLISHED} Computed from `{record['command']}` on "
+        f"{record['device_count']} x {record['device']}, commit {record['commit']}; see [Diagnostics](diagnostics.md). Means over the "
+        "corruptions:",
+        "",
+        "| severity | inner product | cosine | aligned (%) | source error (%) | gain (points) |",
+        "|---|---|---|---|---|---|",
+    ]
+    columns = (
+        ("inner_product", 1, 4),
+        ("cosine", 1, 3),
+        ("aligned_share", 100, 1),
+        ("source_error", 100, 2),
+        ("gain", 100, 2),
+    )
+    for severity in sorted({row["severity"] for row in rows}):
+        here = [row for row in rows if row["severity"] == severity]
+        cells = [
+            f"{scale * statistics.mean(row[name] for row in here):.{digits}f}"
+            for name, scale, digits in columns
+        ]
+        lines.append(f"| {severity} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def render(record: dict[str, Any]) -> str:
     """The page of a record of :mod:`experiments.diagnose`; it loads nothing from outside."""
     rows, r = record["rows"], correlation(record["rows"])

@@ -284,6 +284,11 @@ def test_correlation_and_scatter(diagnosed):
     assert "r = -0.65, 3 sets" in drawing
     assert drawing.count("<title>fog, severity") == 3 and "severity 5</text>" in drawing
     folder, record = diagnosed
+    section = alignment.markdown(record)
+    ones = [r for r in record["rows"] if r["severity"] == 1]
+    gain = 100 * statistics.mean(r["gain"] for r in ones)
+    assert len(ones) == 2 and section.splitlines()[-2].startswith("| 1 | ")
+    assert section.splitlines()[-2].endswith(f" {gain:.2f} |") and "[Diagnostics]" in section
     pairs = [(r["inner_product"], r["gain"]) for r in record["rows"]]
     r = record["correlation"]["inner_product_and_gain"]
     if len({gain for _, gain in pairs}) == 1:
