@@ -125,7 +125,8 @@ def markdown(record: dict[str, Any]) -> str:
         "the mean inner product of the main and the rotation gradient (shared encoder parameters "
         f"that adapt) and the gain of `{rows[0]['method']}` correlate with r = {found}. "
         f"{PUBLISHED} Computed from `{record['command']}` on "
-        f"{record['device_count']} x {record['device']}, commit {record['commit']}; see [Diagnostics](diagnostics.md). Means over the "
+        f"{record['device_count']} x {record['device']}, commit {record['commit']}; see "
+        "[Diagnostics](diagnostics.md). Means over the "
         "corruptions:",
         "",
         "| severity | inner product | cosine | aligned (%) | source error (%) | gain (points) |",
