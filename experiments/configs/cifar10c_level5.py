@@ -18,9 +18,9 @@ training is shorter: compare gains, not levels.
 The network, the auxiliary task and the test-time settings are the paper's: ResNet-26, GroupNorm
 with 8 groups, 32 copies per step, step size 0.001 for 10 steps, or 0.01 for one ("jump"); MEMO's
 step size is 0.005 (Zhang et al. 2022), its views here are crops and flips. The validation
-corruptions choose the step size of ``rotation_tuned`` and the settings of
-``rotation_memo_augmented_online``, whose marginal entropy collapses on streams longer than those
-that chose it; for all other methods they are only reported.
+corruptions choose the step sizes of ``rotation_tuned`` and ``rotation_online_tuned`` and the
+settings of ``rotation_memo_augmented_online``, whose marginal entropy collapses on streams longer
+than those that chose it; for all other methods they are only reported.
 """
 
 import ml_collections
@@ -87,6 +87,11 @@ def get_config() -> ml_collections.ConfigDict:
                 **shared,
                 "num_steps": 10,
                 "learning_rate": (0.001, 0.002, 0.004, 0.008),
+            },
+            "rotation_online_tuned": {
+                **shared,
+                "num_steps": 1,
+                "learning_rate": (0.001, 0.002, 0.004),
             },
             "rotation_augmented_online": {
                 **shared,

@@ -56,6 +56,7 @@ def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -
         "mae": (per_sample.mae, problem),
         "rotation_memo_augmented": (per_sample.rotation_memo_augmented, problem),
         "rotation_online": (online.rotation_online, problem),
+        "rotation_online_tuned": (online.rotation_online, problem),
         "rotation_augmented_online": (online.rotation_augmented_online, problem),
         "rotation_memo_augmented_online": (online.rotation_memo_augmented_online, problem),
         "bn_adapt": (whole_batch.bn_adapt, plain),
