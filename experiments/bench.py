@@ -21,9 +21,9 @@ import ml_collections
 from absl import flags
 
 import ttt_jax as ttt
-from experiments import launch
+from experiments import kernels, launch
 from experiments.bench_works import WORKS, ViTSizes
-from ttt_jax.models.vit import attention_form
+from ttt_jax.models import attention as attention_lib
 
 WAYS = ("ttt_jax", "torch_loop", "torch_func_vmap", "torch_ttt")
 # What a way imports, and the package whose version the record holds.
@@ -88,20 +88,37 @@ def matmul_rate(size: int, dtype: str, repeats: int) -> float:
     return 2 * size**3 * MATMUL_REPEATS / seconds / 1e12
 
 
-def time_jax(case: Case, repeats: int) -> Timing:
-    """Times the library."""
+def compiler_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """``name=value`` pairs as XLA takes them.
+
+    Raises:
+      launch.UserError: a pair without a name or a value.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not name or not value:
+            raise launch.UserError(f"--compiler_options takes name=value; got {pair!r}.")
+        options[name] = {"true": True, "false": False}.get(value, value)
+    return options
+
+
+def time_jax(case: Case, repeats: int, options: dict[str, Any], trace: str) -> Timing:
+    """Times the library, compiled with options of XLA; then one more call may be traced."""
     program = WORKS[case.work].program(case.sizes, case.dtype, case.num_steps)
     params = jax.jit(program.init)(jax.random.key(0))
     count = case.samples // case.sizes.batch
     images = jax.random.uniform(jax.random.key(1), (count, *program.shape))
     keys = ttt.sample_keys(jax.random.key(2), jnp.arange(count))
     start = time.perf_counter()
-    compiled = jax.jit(program.predict).lower(params, images, keys).compile()
+    compiled = jax.jit(program.predict).lower(params, images, keys).compile(options)
     compile_seconds = time.perf_counter() - start
     _, info = compiled(params, images, keys)
     if not bool(info.ok.all()):
         raise RuntimeError("an inner step was not finite.")
     seconds = median_seconds(lambda: jax.block_until_ready(compiled(params, images, keys)), repeats)
+    if trace:
+        print(kernels.table(kernels.trace(lambda: compiled(params, images, keys), trace)))
     memory = compiled.memory_analysis()
     peak = memory and (
         memory.temp_size_in_bytes + memory.output_size_in_bytes + memory.argument_size_in_bytes
@@ -109,16 +126,21 @@ def time_jax(case: Case, repeats: int) -> Timing:
     return Timing(seconds, compile_seconds, peak, jax_precision(case.dtype))
 
 
-def measure(case: Case, repeats: int, rates: dict[str, float]) -> dict[str, Any]:
+def measure(
+    case: Case, settings: ml_collections.ConfigDict, rates: dict[str, float]
+) -> dict[str, Any]:
     """The row of a case; ``rates`` holds the matmul rate of each dtype in TFLOP/s."""
     attention = getattr(case.sizes, "attention", None)
     if case.way == "ttt_jax":
-        timing = time_jax(case, repeats)
-        attention = attention and attention_form(attention, case.dtype)
+        options = compiler_options(settings.compiler_options)
+        timing = time_jax(case, settings.repeats, options, settings.trace)
+        attention = attention and attention_lib.form_of(attention, case.dtype)
     else:
         from experiments import bench_torch
 
-        timing = Timing(*bench_torch.measure(case, lambda call: median_seconds(call, repeats)))
+        timing = Timing(
+            *bench_torch.measure(case, lambda call: median_seconds(call, settings.repeats))
+        )
         attention = attention and bench_torch.ATTENTION[case.way]
     flop = WORKS[case.work].flop(case.sizes, case.num_steps) * case.samples
     tflops = flop / timing.seconds / 1e12
@@ -207,8 +229,8 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
 
     Args:
       out: the JSON file.
-      settings: ``works``, ``ways``, ``samples``, ``attention``, ``repeats`` and ``smoke``, as the
-        flags of the same names.
+      settings: ``works``, ``ways``, ``samples``, ``attention``, ``compiler_options``, ``repeats``,
+        ``trace`` and ``smoke``, as the flags of the same names.
 
     Raises:
       launch.UserError: an unknown work, way or form of attention, or a file that cannot be
@@ -216,7 +238,8 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
     """
     launch.chosen("work", settings.works, WORKS)
     launch.chosen("way", settings.ways, WAYS)
-    launch.chosen("attention", settings.attention, ("cudnn", "xla"))
+    compiler_options(settings.compiler_options)
+    launch.chosen("attention", settings.attention, attention_lib.FORMS)
     path = pathlib.Path(out)
     launch.open_workdir(str(path.parent))
     with settings.unlocked():
@@ -237,7 +260,7 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
     for case in todo:
         name = " ".join(map(str, case[:3])) + f" steps={case.num_steps} samples={case.samples}"
         try:
-            row = measure(case, settings.repeats, rates)
+            row = measure(case, settings, rates)
         except RuntimeError as error:  # out of memory, in both libraries
             named = {**case._asdict(), "sizes": case.sizes._asdict()}
             record["failed"].append({**named, "message": str(error)[:500]})
@@ -260,7 +283,7 @@ def main(argv: Sequence[str]) -> int:
         values["samples"] = tuple(map(int, values["samples"]))
     except ValueError as error:
         raise launch.UserError(f"--samples takes integers: {error}.") from error
-    for name in ("works", "ways", "attention"):
+    for name in ("works", "ways", "attention", "compiler_options"):
         values[name] = tuple(values[name])
     return 1 if run(out, ml_collections.ConfigDict(values))["failed"] else 0
 
@@ -274,9 +297,15 @@ if __name__ == "__main__":
             "samples", [], "Images per call of ttt_jax, each tried; empty: those of the work."
         ),
         "attention": flags.DEFINE_list(
-            "attention", ["cudnn"], "Forms of attention of ttt_jax, each tried: cudnn, xla."
+            "attention", ["fused"], "Forms of attention of ttt_jax, each tried: fused, xla."
+        ),
+        "compiler_options": flags.DEFINE_list(
+            "compiler_options", [], "Options of XLA for ttt_jax, as name=value."
         ),
         "repeats": flags.DEFINE_integer("repeats", 3, "Timed calls per row.", 3),
+        "trace": flags.DEFINE_string(
+            "trace", "", "Folder for a trace of one call per row of ttt_jax; prints its kernels."
+        ),
         "smoke": flags.DEFINE_bool("smoke", False, "Tiny networks, for a CPU in a minute."),
     }
     flags.mark_flag_as_required("out")

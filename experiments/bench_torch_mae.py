@@ -1,8 +1,8 @@
 """TTT-MAE in PyTorch: the peers of ``ttt_mae`` in :mod:`experiments.bench`.
 
 The network computes what :class:`ttt_jax.models.ViT` does, written the usual PyTorch way: one
-product for query, key and value, ``scaled_dot_product_attention``, mask tokens appended and
-brought to their places by a gather.
+product for query, key and value, ``scaled_dot_product_attention`` (written out for ``vmap``), mask
+tokens appended and brought to their places by a gather.
 """
 
 import copy
@@ -12,23 +12,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from experiments import bench_works
 from ttt_jax.models.vit import sincos_positions
 
-# The fused kernels have no vmap rule of their own for the backward pass.
-ATTENTION = {"torch_loop": "sdpa", "torch_func_vmap": "sdpa math"}
+# The fused kernels have no vmap rule of their own for the backward pass, and the softmax inside
+# their unfused form has no backward pass from float32 to bfloat16.
+ATTENTION = {"torch_loop": "sdpa", "torch_func_vmap": "products"}
 
 Autocast = Callable[[], Any]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention ``[..., T, D]`` by two products and a float32 softmax between them."""
+    scores = (query @ key.transpose(-2, -1)) * query.shape[-1] ** -0.5
+    return scores.float().softmax(-1).to(value.dtype) @ value
 
 
 class Block(nn.Module):
     """Pre-norm attention and MLP (four times as wide), each added to its input."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, attend: Attend):
         super().__init__()
-        self.heads = heads
+        self.heads, self.attend = heads, attend
         self.norm1, self.norm2 = nn.LayerNorm(width, 1e-6), nn.LayerNorm(width, 1e-6)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -37,7 +44,7 @@ class Block(nn.Module):
         """``[N, T, width] -> [N, T, width]``."""
         n, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(n, tokens, 3, self.heads, width // self.heads)
-        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        mixed = self.attend(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
         x = x + self.out(mixed.transpose(1, 2).reshape(n, tokens, width))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
@@ -45,10 +52,10 @@ class Block(nn.Module):
 class Part(nn.Module):
     """Encoder or decoder: embedding, positions, blocks and a norm."""
 
-    def __init__(self, inputs: int, width: int, depth: int, heads: int, side: int):
+    def __init__(self, inputs: int, width: int, depth: int, heads: int, side: int, attend: Attend):
         super().__init__()
         self.embed, self.norm = nn.Linear(inputs, width), nn.LayerNorm(width, 1e-6)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads, attend) for _ in range(depth)))
         table = torch.from_numpy(sincos_positions(side, side, width))
         self.register_buffer("positions", table)
 
@@ -56,13 +63,15 @@ class Part(nn.Module):
 class Mae(nn.Module):
     """ViT with a decoder of masked autoencoders."""
 
-    def __init__(self, sizes: bench_works.ViTSizes):
+    def __init__(
+        self, sizes: bench_works.ViTSizes, attend: Attend = F.scaled_dot_product_attention
+    ):
         super().__init__()
         pixels, side = 3 * sizes.patch**2, sizes.image_size // sizes.patch
         self.patch = sizes.patch
-        self.encoder = Part(pixels, sizes.width, sizes.depth, sizes.heads, side)
+        self.encoder = Part(pixels, sizes.width, sizes.depth, sizes.heads, side, attend)
         widths = (sizes.width, sizes.decoder_width)
-        self.decoder = Part(*widths, sizes.decoder_depth, sizes.decoder_heads, side)
+        self.decoder = Part(*widths, sizes.decoder_depth, sizes.decoder_heads, side, attend)
         self.mask_token = nn.Parameter(0.02 * torch.randn(sizes.decoder_width))
         self.pixels = nn.Linear(sizes.decoder_width, pixels)
         self.head = nn.Linear(sizes.width, sizes.classes)
@@ -162,14 +171,15 @@ def func_vmap(
             for _ in range(len(images))
         ]
     )
-    with torch.no_grad(), cast(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), cast():
         return torch.func.vmap(one)(images, orders)
 
 
 def mae_call(case: Any, device: str, cast: Autocast) -> Callable[[], torch.Tensor]:
     """What is timed of ``ttt_mae``."""
     side = case.sizes.image_size
-    net = Mae(case.sizes).to(device)
+    alone = case.way == "torch_loop"
+    net = Mae(case.sizes, F.scaled_dot_product_attention if alone else products).to(device)
     images = torch.rand(case.samples, side, side, 3, device=device)
-    way = {"torch_loop": loop, "torch_func_vmap": func_vmap}[case.way]
+    way = loop if alone else func_vmap
     return lambda: way(net, images, case.sizes, case.num_steps, cast)

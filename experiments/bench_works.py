@@ -50,7 +50,7 @@ class ViTSizes(NamedTuple):
     classes: int = 1000
     copies: int = 128
     batch: int = 1
-    attention: str = "cudnn"
+    attention: str = "fused"
 
     @property
     def tokens(self) -> int:

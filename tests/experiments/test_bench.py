@@ -22,8 +22,10 @@ def settings(**changed):
         "works": ("ttt_mae",),
         "ways": ("ttt_jax",),
         "samples": (),
-        "attention": ("cudnn",),
+        "attention": ("fused",),
+        "compiler_options": (),
         "repeats": 3,
+        "trace": "",
         "smoke": True,
     }
     return ml_collections.ConfigDict(values | changed)
@@ -43,7 +45,7 @@ def test_a_smoke_run_writes_its_rows(tmp_path, capsys, monkeypatch):
     assert list(row) == FIELDS
     assert (row["work"], row["way"]) == ("ttt_mae", "ttt_jax")
     assert (row["compute_dtype"], row["param_dtype"]) == ("bfloat16", "float32")
-    # There is no cuDNN on a CPU, and the row says so.
+    # There are no fused kernels on a CPU, and the row says so.
     assert (row["precision"], row["attention"]) == ("bf16", "xla")
     assert (row["num_steps"], row["copies"], row["batch"], row["samples"]) == (1, 2, 1, 2)
     seconds = row["samples"] / row["sample_steps_per_second"]
@@ -56,6 +58,19 @@ def test_a_smoke_run_writes_its_rows(tmp_path, capsys, monkeypatch):
     assert "torch_loop is skipped: torch not installed." in printed
     assert "torch_ttt is skipped: torch, torch_ttt, torchvision, einops not installed." in printed
     assert printed.count("ttt_mae") == 2
+
+
+def test_options_of_the_compiler():
+    pairs = ("xla_llvm_disable_expensive_passes=true", "xla_dump_to=/tmp", "a=b=c", "n=3")
+    assert bench.compiler_options(pairs) == {
+        "xla_llvm_disable_expensive_passes": True,
+        "xla_dump_to": "/tmp",
+        "a": "b=c",
+        "n": "3",
+    }
+    for wrong in ("name", "=value", "name="):
+        with pytest.raises(launch.UserError, match=f"takes name=value; got '{wrong}'"):
+            bench.compiler_options([wrong])
 
 
 def test_flop_of_the_resnet_by_hand():
@@ -127,11 +142,11 @@ def test_pytorch_comes_first_and_with_fewer_samples():
 
 
 def test_samples_and_forms_of_attention_are_tried_in_turn():
-    tried = {"samples": (1, 4), "attention": ("cudnn", "xla"), "smoke": False}
+    tried = {"samples": (1, 4), "attention": ("fused", "xla"), "smoke": False}
     made = bench.cases(settings(ways=("ttt_jax", "torch_loop"), works=("ttt_mae",), **tried))
     assert [(case.way, case.samples, case.sizes.attention) for case in made] == [
-        ("torch_loop", 1, "cudnn"),
-        *[("ttt_jax", count, form) for count in (1, 4) for form in ("cudnn", "xla")],
+        ("torch_loop", 1, "fused"),
+        *[("ttt_jax", count, form) for count in (1, 4) for form in ("fused", "xla")],
     ]
 
 

@@ -162,10 +162,10 @@ def project(x, leaves):
     return x @ flat + leaves["bias"].ravel()
 
 
-@pytest.mark.parametrize("attention", ["xla", "cudnn"])
+@pytest.mark.parametrize("attention", ["xla", "fused"])
 def test_features_by_an_independent_forward_pass(vit, attention):
     _, variables, images = vit
-    module = ViT(**OPTIONS, attention=attention)  # cuDNN's form needs a GPU and 16 bits
+    module = ViT(**OPTIONS, attention=attention)  # the fused form needs a GPU and 16 bits
     run = jax.jit(lambda v: module.apply(v, images, method="features"))
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"]["encoder"])
     block, norm = params["block_0"], layer_norm

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttt_jax.models import attention
 from ttt_jax.models._checks import check_images
 from ttt_jax.models.initializers import xavier_uniform
 
@@ -96,11 +97,27 @@ def sincos_positions(rows: int, columns: int, width: int) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def attention_form(attention: str, dtype: Any) -> str:
-    """The form of ``ViT(attention=attention, dtype=dtype)`` on this machine, for even tokens."""
-    nvidia = jax.default_backend() == "gpu" and jax.devices()[0].platform != "rocm"
-    flash = attention == "cudnn" and nvidia and jnp.dtype(dtype).itemsize == 2
-    return "cudnn" if flash else "xla"
+class _DenseGelu(nn.Module):
+    """A dense layer and GELU (tanh form), whose derivative keeps the product alone.
+
+    Adding the bias and GELU are cheap to do again, and reading one array instead of two is what
+    their derivative costs.
+    """
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", xavier_uniform, (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+
+        @jax.checkpoint
+        def activate(product: jax.Array, bias: jax.Array) -> jax.Array:
+            return nn.gelu(product + jnp.expand_dims(bias, tuple(range(product.ndim - 1))))
+
+        return activate(jnp.dot(x, kernel), bias)
 
 
 class _Block(nn.Module):
@@ -113,19 +130,10 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        form = attention_form(self.attention, self.dtype)
+        form = attention.form_of(self.attention, self.dtype)
 
         def attend_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-            # jax refuses gradients of cuDNN's form for an odd number of tokens.
-            if form == "cudnn" and query.shape[1] % 2 == 0:
-                return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-            # Softmax in float32, products in the compute dtype, forward and backward. flax's own
-            # function leaves the weights in float32, and with them the product with the values;
-            # jax.nn's does so with the gradients of query and key.
-            query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
-            scores = jnp.einsum("nqhd,nkhd->nhqk", query, key).astype(jnp.float32)
-            weights = jax.nn.softmax(scores).astype(value.dtype)
-            return jnp.einsum("nhqk,nkhd->nqhd", weights, value)
+            return attention.attend(query, key, value, form)
 
         attend = nn.MultiHeadDotProductAttention(
             num_heads=self.heads,
@@ -136,8 +144,8 @@ class _Block(nn.Module):
         )
         x = x + attend(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")(x))
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm2")(x)
-        y = nn.Dense(4 * width, dtype=self.dtype, kernel_init=xavier_uniform, name="up")(y)
-        y = nn.Dense(width, dtype=self.dtype, kernel_init=xavier_uniform, name="down")(nn.gelu(y))
+        y = _DenseGelu(4 * width, dtype=self.dtype, name="up")(y)
+        y = nn.Dense(width, dtype=self.dtype, kernel_init=xavier_uniform, name="down")(y)
         return x + y
 
 
@@ -226,9 +234,9 @@ class ViT(nn.Module):
         at the encoder's input (Jia et al., 2022, "Visual Prompt Tuning", the shallow form). They
         have no position, and no head pools them. 0 leaves parameters and outputs as they are
         without.
-      attention: ``"xla"``, or ``"cudnn"``: flash attention on NVIDIA GPUs with a 16-bit compute
-        dtype and an even number of tokens (equal up to rounding, differentiable once), and XLA's
-        form elsewhere.
+      attention: ``"xla"``, or ``"fused"``: one kernel, or flash attention, on NVIDIA GPUs with a
+        16-bit compute dtype, equal up to rounding and differentiable once, and XLA's form
+        elsewhere; see :func:`ttt_jax.models.attention.attend`.
       dtype: the compute dtype. Parameters and outputs are float32, and so are softmax and
         normalization statistics.
 
@@ -264,9 +272,9 @@ class ViT(nn.Module):
                 f"num_prompts is at least 0, received {self.num_prompts}: choose 0 for a model "
                 "without prompt tokens."
             )
-        if self.attention not in ("xla", "cudnn"):
+        if self.attention not in attention.FORMS:
             raise ValueError(
-                f'attention is "xla" or "cudnn", received {self.attention!r}: choose one of them.'
+                f'attention is "xla" or "fused", received {self.attention!r}: choose one of them.'
             )
         for name, features, heads in (
             ("width", self.width, self.heads),

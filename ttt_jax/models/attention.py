@@ -1,0 +1,87 @@
+"""Attention of every token to all: in products of XLA, or in fused kernels on a GPU."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.models import fused_attention
+
+FORMS = ("xla", "fused")
+
+# cuDNN's rule.
+_HEAD_SIZE_MULTIPLE = 8
+
+
+def form_of(attention: str, dtype: Any) -> str:
+    """The form that :func:`attend` takes on this machine.
+
+    Args:
+      attention: ``"xla"``, or ``"fused"`` where that can be.
+      dtype: the compute dtype.
+
+    Returns:
+      ``"fused"`` on NVIDIA GPUs with a 16-bit dtype, if that is asked for; ``"xla"``.
+    """
+    nvidia = jax.default_backend() == "gpu" and jax.devices()[0].platform != "rocm"
+    fused = attention == "fused" and nvidia and jnp.dtype(dtype).itemsize == 2
+    return "fused" if fused else "xla"
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, form: str) -> jax.Array:
+    """``softmax(query key^T / sqrt(D)) value``; softmax in float32, products in the dtype.
+
+    Args:
+      query: ``[N, T, H, D]``.
+      key: ``[N, T, H, D]``.
+      value: ``[N, T, H, D]``.
+      form: ``"xla"``, or ``"fused"``: one kernel for few tokens
+        (:mod:`ttt_jax.models.fused_attention`), cuDNN's flash attention for more, and as ``"xla"``
+        for a D that neither takes.
+
+    Returns:
+      ``[N, T, H, D]``.
+    """
+    tokens, _, size = query.shape[1:]
+    if form == "fused" and fused_attention.fits(tokens, size):
+        return fused_attention.attend(query, key, value)
+    if form == "fused" and size % _HEAD_SIZE_MULTIPLE == 0:
+        return flash(query, key, value, "cudnn")
+    return products(query, key, value)
+
+
+def products(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """:func:`attend` in two products of the arguments' dtype, forward and backward.
+
+    flax's own function leaves the weights in float32, and with them the product with the values;
+    jax.nn's does so with the gradients of query and key.
+    """
+    query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
+    scores = jnp.einsum("nqhd,nkhd->nhqk", query, key).astype(jnp.float32)
+    weights = jax.nn.softmax(scores).astype(value.dtype)
+    return jnp.einsum("nhqk,nkhd->nqhd", weights, value)
+
+
+def flash(
+    query: jax.Array, key: jax.Array, value: jax.Array, implementation: Literal["cudnn", "xla"]
+) -> jax.Array:
+    """:func:`attend` by :func:`jax.nn.dot_product_attention`, over an even number of tokens.
+
+    jax refuses gradients of cuDNN's form for an odd number (0.11): one more token is appended,
+    which no query sees.
+    """
+    count = query.shape[1]
+    if count % 2 == 0:
+        return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    # jax's rule for vmap expects lengths that are mapped as the query is: these depend on it.
+    lengths = jnp.where(jnp.isnan(query[:, 0, 0, 0]), jnp.int32(count), jnp.int32(count))
+    query, key, value = (jnp.pad(a, ((0, 0), (0, 1), (0, 0), (0, 0))) for a in (query, key, value))
+    mixed = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+    return mixed[:, :count]
