@@ -86,7 +86,6 @@ def evaluate(
     writer: writers.Writer,
 ) -> None:
     """Adds the missing rows of one seed and split role; a failing trial becomes failed rows."""
-    fields = {**fields, "dataset": source.name}
     probed = {method.probe for method in methods.values()} - {None}
     progress = tqdm.tqdm(
         total=len(trials) * len(methods),
@@ -226,13 +225,19 @@ def _run(
             runner = runner_lib.Runner(config, plain, pristine, seed=seed, restore=restore)
             checked = trials_lib.checked(config, validation, seed)
             reported = trials_lib.reported(config, test, seed)
+            choosing = trials_lib.choosing(config, validation, seed)
             chosen = selection.choose(
-                workdir / "selection.json", methods, runner, validation, checked
+                workdir / "selection.json", methods, runner, validation, choosing
             )
             checked, reported = part.of(checked, reported)
             roles = (("validation", validation, checked), ("reported", test, reported))
             for role, source, trials in roles:
-                fields = {"seed": seed, "split_role": role, "checkpoint": pristine.fingerprint}
+                fields = {
+                    "dataset": source.title,
+                    "seed": seed,
+                    "split_role": role,
+                    "checkpoint": pristine.fingerprint,
+                }
                 evaluate(
                     results,
                     methods,

@@ -223,7 +223,7 @@ def run(
             pristine = problem_lib.load_checkpoint(path, problem, config)
             fields = {
                 "method": options.method,
-                "dataset": source.name,
+                "dataset": source.title,
                 "seed": seed,
                 "split_role": ROLES[options.split],
                 "checkpoint": pristine.fingerprint,

@@ -33,6 +33,7 @@ DEFAULTS = {
     "adapt.corruptions": "standard",
     "adapt.sequence": "none",
     "adapt.parallel_streams": 16,
+    "adapt.selection_passes": 1,
 }
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "digits.py"

@@ -91,7 +91,8 @@ def main(argv: Sequence[str]) -> int:
         with launch.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for name, arrays in leave_one_out(sets, held_out, _SEED.value).items():
-                np.savez_compressed(folder / f"{name}.npz", **arrays)
+                title = np.asarray(f"PACS, {arrays['images'].shape[1]} px")
+                np.savez_compressed(folder / f"{name}.npz", title=title, **arrays)
                 print(f"{len(arrays['labels'])} images in {folder / name}.npz")
     return 0
 

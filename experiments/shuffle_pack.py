@@ -1,12 +1,13 @@
-"""Writes a packed image set in random order.
+r"""Writes a packed image set in random order.
 
 Usage::
 
-    python -m experiments.shuffle_pack --source=train_jpegpack.npz --target=DIR/train.npz
+    python -m experiments.shuffle_pack --source=train_jpegpack.npz --target=DIR/train.npz \
+        --title="CIFAR-10, JPEG q75"
 
 A set whose rows are sorted by class cannot be sliced into a training and a validation part. The
 order is a permutation drawn from ``--seed``; ``ids`` keeps each image's place in the source file.
-No pixel is decoded.
+Rows of results carry ``--title``. No pixel is decoded.
 """
 
 import pathlib
@@ -48,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
     target = pathlib.Path(_TARGET.value)
     with launch.writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        if _TITLE.value:
+            arrays["title"] = np.asarray(_TITLE.value)
         np.savez(target, **shuffled(arrays, _SEED.value))
     print(f"{len(arrays['labels'])} images in {target}")
     return 0
@@ -56,5 +59,6 @@ def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     _SOURCE = flags.DEFINE_string("source", None, "A packed npz set.", required=True)
     _TARGET = flags.DEFINE_string("target", None, "The file to write.", required=True)
+    _TITLE = flags.DEFINE_string("title", "", "What results call the set.")
     _SEED = flags.DEFINE_integer("seed", 0, "Of the order.")
     launch.run(main)

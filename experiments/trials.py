@@ -56,7 +56,8 @@ def check(config: ml_collections.ConfigDict) -> None:
 
     Raises:
       ValueError: an unknown ``adapt.stream``, ``adapt.sequence`` or ``adapt.corruptions``, two
-        that exclude each other, or fewer than one of ``adapt.parallel_streams``.
+        that exclude each other, or fewer than one of ``adapt.parallel_streams`` or
+        ``adapt.selection_passes``.
     """
     corruptions = launch.setting(config, "adapt.corruptions")
     if corruptions not in CORRUPTIONS:
@@ -66,6 +67,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     parallel = launch.setting(config, "adapt.parallel_streams")
     if parallel < 1:
         raise ValueError(f"adapt.parallel_streams must be at least 1; got {parallel}.")
+    passes = launch.setting(config, "adapt.selection_passes")
+    if passes < 1:
+        raise ValueError(f"adapt.selection_passes must be at least 1; got {passes}.")
     stream, sequence = config.adapt.stream, launch.setting(config, "adapt.sequence")
     if stream not in STREAMS:
         raise ValueError(f"adapt.stream must be one of {list(STREAMS)}; got {stream!r}.")
@@ -95,10 +99,25 @@ def plan_for(
 
 
 def checked(config: ml_collections.ConfigDict, source: data.Source, seed: int) -> list[Trial]:
-    """The trials that choose settings: the validation corruptions, or the images as they are."""
+    """The trials of the validation split: its corruptions, or the images as they are."""
     if launch.setting(config, "adapt.corruptions") == "none":
         return [clean(config, source, seed)]
     return over(config, source, data.corruptions.VALIDATION_CORRUPTIONS, seed)
+
+
+def choosing(config: ml_collections.ConfigDict, source: data.Source, seed: int) -> list[Trial]:
+    """The trials that choose settings: those of :func:`checked`, one after the other.
+
+    A state that is carried along does not start anew with ``adapt.selection_passes``: what a
+    stream of 10,000 images does to a method does not show on the 1,000 of a validation split.
+    """
+    passes = launch.setting(config, "adapt.selection_passes")
+    # Each pass in an order of its own.
+    rounds = [checked(config, source, seed + 1000 * number) for number in range(passes)]
+    return [
+        same[0]._replace(plans=tuple(plan for trial in same for plan in trial.plans))
+        for same in zip(*rounds, strict=True)
+    ]
 
 
 def reported(config: ml_collections.ConfigDict, source: data.Source, seed: int) -> list[Trial]:

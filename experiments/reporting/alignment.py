@@ -1,5 +1,6 @@
 """Gradient alignment against gain: their correlation, and the scatter plot as one page."""
 
+import base64
 import statistics
 from collections.abc import Sequence
 from html import escape
@@ -36,6 +37,34 @@ def _points(rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
     """Inner product and gain, the latter in points of error, where both are known."""
     pairs = [(row["inner_product"], row["gain"]) for row in rows]
     return [(x, 100 * y) for x, y in pairs if x is not None and y is not None]
+
+
+def noise_share(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Share of the variance of the gains, over sets, that few images per set account for.
+
+    An image is turned right (1), wrong (-1) or neither (0), and a set's gain is their mean.
+
+    Returns:
+      At most 1; None for fewer than three rows, or gains that are all the same.
+    """
+    if len(rows) < 3:
+        return None
+    spread = statistics.pvariance([row["gain"] for row in rows])
+    noise = statistics.mean(
+        (row["turned_right"] + row["turned_wrong"] - row["gain"] ** 2) / row["num_examples"]
+        for row in rows
+    )
+    return min(1.0, noise / spread) if spread else None
+
+
+def picture(rows: Sequence[dict[str, Any]]) -> str:
+    """:func:`scatter` as an ``<img>`` that holds its own styles, for pages with other ones."""
+    drawing = scatter(rows).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    start = drawing.index(">") + 1
+    drawing = f"{drawing[:start]}<style>{CSS}</style>{drawing[start:]}"
+    coded = base64.b64encode(drawing.encode()).decode()
+    alt = "Gain of test-time training against gradient alignment, a mark per set of images"
+    return f'<img alt="{alt}" src="data:image/svg+xml;base64,{coded}">'
 
 
 def scatter(rows: Sequence[dict[str, Any]]) -> str:
@@ -118,16 +147,28 @@ def markdown(record: dict[str, Any]) -> str:
     """The section of the results page: correlation, and means per severity, in MyST."""
     rows, r = record["rows"], correlation(record["rows"])
     found = "undefined" if r is None else f"{r:.2f}"
+    share = noise_share(rows)
+    noise = (
+        ""
+        if share is None
+        else f"Sampling noise is {100 * share:.0f} % of the variance of these gains, which by "
+        f"itself keeps r below about {max(0.0, 1 - share) ** 0.5:.2f}. "
+    )
     lines = [
         "## Gradient alignment against gain",
         "",
         f"Over {len(rows)} sets of {rows[0]['dataset']}, {rows[0]['num_examples']} images each, "
         "the mean inner product of the main and the rotation gradient (shared encoder parameters "
         f"that adapt) and the gain of `{rows[0]['method']}` correlate with r = {found}. "
-        f"{PUBLISHED} Computed from `{record['command']}` on "
+        f"{noise}{PUBLISHED} Computed from `{record['command']}` on "
         f"{record['device_count']} x {record['device']}, commit {record['commit']}; see "
-        "[Diagnostics](diagnostics.md). Means over the "
-        "corruptions:",
+        "[Diagnostics](diagnostics.md).",
+        "",
+        "```{raw} html",
+        picture(rows),
+        "```",
+        "",
+        "Means over the corruptions:",
         "",
         "| severity | inner product | cosine | aligned (%) | source error (%) | gain (points) |",
         "|---|---|---|---|---|---|",

@@ -189,6 +189,7 @@ def test_npz_arrays(save, images):
     source = data.load(name, "train[20%:50%]")
     assert len(source) == 3 and source.class_names == ("a", "b", "c") and source.num_classes == 3
     assert source[0].id == 2 and source[0].image.shape == (9, 8, 3)
+    assert source.title == source.name == name
     np.testing.assert_array_equal(source.take([1]).image[0], images[3].astype(np.float32) / 255)
 
 
@@ -197,6 +198,9 @@ def test_npz_own_ids_and_gray_floats(save):
     name = save(images=pixels, labels=np.array([0, 4, 1]), ids=np.array([70, 5, 9]))
     source = data.load(name, "test[1:]")
     assert source.image_shape == (8, 8, 1) and source.num_classes == 5
+    titled = save(images=pixels, labels=np.array([0, 4, 1]), title=np.asarray("gray"))
+    titled = data.load(titled, "test")
+    assert [s.title for s in (titled, titled.in_memory(), titled.subset([1]))] == ["gray"] * 3
     np.testing.assert_array_equal(source.arrays().id, [5, 9])
 
 

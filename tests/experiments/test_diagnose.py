@@ -1,8 +1,11 @@
 """The diagnostics program: its numbers recomputed by other means, resuming, what it refuses."""
 
+import base64
 import json
+import re
 import shutil
 import statistics
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -270,6 +273,20 @@ def test_impossible_options_are_refused(tmp_path, changed, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_share_of_noise_in_the_gains():
+    def row(right, wrong):
+        turned = {"turned_right": right, "turned_wrong": wrong, "gain": right - wrong}
+        return turned | {"num_examples": 100}
+
+    # Gains 0.1, 0.2 and 0.3: variance 2/300; of an image 0.09, 0.16 and 0.25.
+    rows = [row(0.1, 0.0), row(0.2, 0.0), row(0.32, 0.02)]
+    assert alignment.noise_share(rows) == pytest.approx(0.005 / 3 / (0.02 / 3))
+    assert alignment.noise_share(rows[:2]) is None
+    assert alignment.noise_share([row(0.1, 0.0)] * 3) is None
+    # Fewer images, more noise, but no more than there is variance.
+    assert alignment.noise_share([r | {"num_examples": 1} for r in rows]) == 1
+
+
 def test_correlation_and_scatter(diagnosed):
     def row(inner, gain, severity=1):
         where = {"domain": "fog", "severity": severity, "seed": 0}
@@ -289,6 +306,10 @@ def test_correlation_and_scatter(diagnosed):
     gain = 100 * statistics.mean(r["gain"] for r in ones)
     assert len(ones) == 2 and section.splitlines()[-2].startswith("| 1 | ")
     assert section.splitlines()[-2].endswith(f" {gain:.2f} |") and "[Diagnostics]" in section
+    (coded,) = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', section)
+    drawing = ElementTree.fromstring(base64.b64decode(coded))
+    assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
+    assert len(drawing.findall(".//{*}title")) == len(record["rows"])
     pairs = [(r["inner_product"], r["gain"]) for r in record["rows"]]
     r = record["correlation"]["inner_product_and_gain"]
     if len({gain for _, gain in pairs}) == 1:

@@ -60,7 +60,8 @@ def test_the_program_writes_what_the_config_reads(sets, tmp_path, monkeypatch):
     subprocess.run([*program, source, "--held_out=photo"], check=True, capture_output=True)
     monkeypatch.chdir(tmp_path)
     config = pacs.get_config("photo")
-    assert len(problem.load_data(config, "test")) == 20
+    test = problem.load_data(config, "test")
+    assert (len(test), test.title) == (20, "PACS, 8 px")
     assert len(problem.load_data(config, "train")) == 70 - 6
     assert not (tmp_path / "data" / "pacs" / "sketch").exists()
     for bad, words in (

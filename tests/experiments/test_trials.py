@@ -51,6 +51,43 @@ def test_an_order_that_there_is_not_leaves_the_folder_free(tmp_path, sequence, s
     assert not (tmp_path / "run.json").exists()
 
 
+@pytest.mark.parametrize("sequence", ["none", "domains"])
+def test_settings_are_chosen_on_several_passes_of_the_validation_images(source, sequence):
+    config = config_of(sequence)
+    once = trials.choosing(config, source, seed=3)
+    assert str(once) == str(trials.checked(config, source, seed=3))
+    config.adapt.selection_passes = 3
+    thrice = trials.choosing(config, source, seed=3)
+    assert [trial.cells for trial in thrice] == [trial.cells for trial in once]
+    for long, short in zip(thrice, once, strict=True):
+        assert len(long.plans) == 3 * len(short.plans)
+        passes = [plan.index for plan in long.plans[:: len(short.plans)]]
+        np.testing.assert_array_equal(passes[0], short.plans[0].index)
+        assert all(sorted(index) == sorted(passes[0]) for index in passes)
+        assert not np.array_equal(passes[0], passes[1])
+    config.adapt.selection_passes = 0
+    with pytest.raises(ValueError, match=r"adapt\.selection_passes must be at least 1; got 0"):
+        trials.check(config)
+
+
+def test_what_is_chosen_on_long_streams_is_scored_along_them(tmp_path):
+    config = tiny_config.get_config()
+    online = config.methods.rotation_online.copy_and_resolve_references()
+    online.learning_rate = (0.01, 0.1)
+    tiny_config.with_methods(config, rotation_online=online)
+    train.run(config, str(tmp_path))
+    adapt.run(config, str(tmp_path))
+    first = json.loads((tmp_path / "selection.json").read_text())["tried"]
+    config.adapt.selection_passes = 2
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "long" / "checkpoints")
+    adapt.run(config, str(tmp_path / "long"))
+    second = json.loads((tmp_path / "long" / "selection.json").read_text())["tried"]
+    # The second pass meets weights that the first has moved.
+    for short, long in zip(first, second, strict=True):
+        assert short["params"] == long["params"]
+        assert abs(short["cross_entropy"] - long["cross_entropy"]) > 1e-4
+
+
 def test_no_sequence_is_a_trial_per_domain(source):
     found = trials.over(tiny_config.get_config(), source, CORRUPTIONS, seed=0)
     assert [trial.cells for trial in found] == [((name, 5),) for name in CORRUPTIONS]

@@ -18,9 +18,10 @@ class ArrayReader:
         labels: np.ndarray,
         class_names: tuple[str, ...] | None,
         ids: np.ndarray,
+        title: str | None = None,
     ):
         self._images, self._labels, self._ids = images, labels, ids
-        self.class_names = class_names
+        self.class_names, self.title = class_names, title
         self.num_classes = len(class_names) if class_names else int(labels.max(initial=-1)) + 1
         self.image_shape = tuple(images.shape[1:])
 
@@ -65,7 +66,8 @@ def open_file(path: str) -> ArrayReader:
     class_names = None if names is None else tuple(str(name) for name in names)
     labels = _check_labels(arrays["labels"], len(images), class_names, path)
     ids = _check_ids(arrays.get("ids"), len(images), path)
-    return ArrayReader(images, labels, class_names, ids)
+    title = str(arrays["title"]) if "title" in arrays else None
+    return ArrayReader(images, labels, class_names, ids, title)
 
 
 def _check_images(images: np.ndarray, path: str) -> np.ndarray:

@@ -60,6 +60,7 @@ class Source:
 
     Attributes:
       name: the name it was loaded by, such as ``"tfds:digits"``.
+      title: what results call it: the file's own ``title``, or the name.
       split: the split string it was loaded by, such as ``"test[:50%]"``.
       num_classes: number of classes.
       class_names: their names in label order, or None where the set has none.
@@ -68,6 +69,7 @@ class Source:
 
     def __init__(self, name: str, split: str, reader: Reader):
         self.name = name
+        self.title: str = getattr(reader, "title", None) or name
         self.split = split
         self._reader = reader
         self._start, self._stop = splits.bounds(splits.parse(split), len(reader))
@@ -232,8 +234,8 @@ def load(name: str, split: str, *, data_dir: str | None = None) -> Source:
         no download); ``"tfds:NAME"``, ``"tfds:NAME/CONFIG"`` or ``"tfds:NAME/VERSION"``, any
         TFDS set that was prepared as array_record, read without TensorFlow; or
         ``"npz:PATH"``: ``images`` (uint8, or float in [0, 1]) ``[N, H, W, C]`` or
-        ``[N, H, W]`` and ``labels [N]``, optionally ``class_names`` and ``ids``, or JPEG
-        files packed as ``header``, ``data``, ``offsets [N + 1]`` and ``labels``.
+        ``[N, H, W]`` and ``labels [N]``, or JPEG files packed as ``header``, ``data``,
+        ``offsets [N + 1]`` and ``labels``; optionally ``class_names``, ``ids`` and ``title``.
       split: ``"test"``, ``"test[100:200]"``, ``"train[10%:]"``, ... For an ``npz`` file,
         which holds one split, the part before the bracket is a label of your choice; name it
         ``train`` or ``test`` truthfully, since what may be learned from test data depends on it.
