@@ -164,6 +164,9 @@ def has_batch_norm(problem: Problem) -> bool:
     return "batch_stats" in shapes(problem)
 
 
+_FORMS = ("dtype", "conv", "attention")
+
+
 def checkpoint_path(workdir: pathlib.Path, seed: int) -> pathlib.Path:
     """Where the pristine checkpoint of a seed lives."""
     return workdir / "checkpoints" / f"seed_{seed}"
@@ -174,8 +177,8 @@ def checkpoint_metadata(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return {
         "mean": config.data.mean,
         "std": config.data.std,
-        # The compute dtype and the form of the convolutions change no parameter.
-        "model": {k: v for k, v in config.model.items() if k not in ("dtype", "conv")},
+        # The compute dtype and the forms of layers change no parameter.
+        "model": {k: v for k, v in config.model.items() if k not in _FORMS},
         "dataset": config.data.name,
     }
 
