@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
 CONFIG ?= experiments/configs/digits.py
 
-.PHONY: demo demo-seeds smoke test lint types unit docs clean
+.PHONY: demo demo-seeds smoke test lint types unit docs test-faults test-slurm clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m experiments.train --workdir=$(WORKDIR) --config=$(CONFIG)
@@ -32,6 +32,14 @@ types: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# A hundred kills at random moments during the example sweep: about fifteen minutes.
+test-faults: $(VENV)/.dev
+	TTT_JAX_KILLS=100 $(BIN)/python -m pytest -m faults tests/experiments/test_sweep_faults.py
+
+# A Slurm of its own on this machine: needs root and `apt install slurm-wlm munge`.
+test-slurm: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slurm tests/experiments/test_sweep_slurm.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -q -W --keep-going -b doctest docs docs/_build/doctest

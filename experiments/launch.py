@@ -11,6 +11,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
@@ -99,9 +100,15 @@ def _with_nearest(message: str, argv: Sequence[str]) -> str:
     keys = [
         found[1] for argument in argv if (found := re.match(r"--?config\.([\w.]+)=?", argument))
     ]
-    known = list(_flat(config_from(DEFAULT_CONFIG)))
+    known = list(flat(config_from(DEFAULT_CONFIG)))
     near = [match for key in keys for match in difflib.get_close_matches(key, known, n=1)]
     return f"{message} Did you mean {', '.join(near)}?" if near else message
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """``"; did you mean KEY?"``, or nothing where no known key is near."""
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def config_from(path: str | os.PathLike[str]) -> ml_collections.ConfigDict:
@@ -126,14 +133,15 @@ def chosen(kind: str, names: Iterable[str], known: Iterable[str]) -> tuple[str, 
     return names
 
 
-def _flat(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """The values of a config by dotted key."""
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            found.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found
 
 
 @contextlib.contextmanager
@@ -171,15 +179,21 @@ def open_workdir(workdir: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[None]:
-    """Refuses a second program on the same folder; the lock dies with the process."""
+def locked(folder: pathlib.Path, patience_s: float = 0.0) -> Iterator[None]:
+    """Refuses a second program on the same folder, after some time; the lock dies with it."""
+    last = time.monotonic() + patience_s
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{folder} is in use by another program; wait for it or choose another --workdir."
-            ) from error
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= last:
+                    raise UserError(
+                        f"{folder} is in use by another program; wait for it or choose another "
+                        "--workdir."
+                    ) from error
+                time.sleep(0.1)
         yield
 
 
@@ -235,10 +249,10 @@ def claim(folder: pathlib.Path, config: ml_collections.ConfigDict, seeds_may_gro
     if path.exists():
         try:
             old = json.loads(path.read_text())
-            before = DEFAULTS | _flat(ml_collections.ConfigDict(old["config"]))
+            before = DEFAULTS | flat(ml_collections.ConfigDict(old["config"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}). Use another --workdir.") from error
-        after = DEFAULTS | _flat(ml_collections.ConfigDict(record["config"]))
+        after = DEFAULTS | flat(ml_collections.ConfigDict(record["config"]))
         free = {"seeds"} if seeds_may_grow else set()
         changed = [
             f"{key} was {before.get(key)!r}, now {after.get(key)!r}"

@@ -1,0 +1,276 @@
+"""Many trials of one config file, in parallel, safe to kill at any moment.
+
+Usage::
+
+    python -m experiments.sweep --config=experiments/configs/digits_sweep.py --workdir=DIR
+    python -m experiments.sweep --status=DIR
+
+The config file's ``sweep(add)`` says which trials there are. Each runs in a process of its own, on
+this machine (``--executor=local``, one worker per GPU or core) or as an array of Slurm jobs
+(``--executor=slurm``). A trial is known by a digest of its configuration, of the code and of the
+data: one that is finished is not run again, one that has changed is. One that fails is tried again
+``--retries`` times; one that is killed goes on where it was. At the end ``DIR/results.parquet`` has
+the rows of all trials, with a column ``trial``. Run the same command again to go on after a kill.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from experiments import launch, trial as trial_lib
+from experiments.sweeping import (
+    collect,
+    job as job_lib,
+    plan,
+    pools,
+    progress as progress_lib,
+    state as state_lib,
+)
+
+_POLL_S = 0.3
+_SHOW_EVERY_S = 1.0
+_LOG_EVERY_S = 30.0
+# Of one unit, in one run of the sweep: something kills it, such as the system for its memory.
+_MOST_INTERRUPTIONS = 20
+
+
+class Limits(NamedTuple):
+    """On one unit.
+
+    Attributes:
+      retries: how often one that failed is tried again.
+      time_s: seconds of one attempt.
+      memory_gb: resident memory; 0 for no limit.
+    """
+
+    retries: int = 1
+    time_s: float = 86400.0
+    memory_gb: float = 0.0
+
+
+class _Interrupted(Exception):
+    """The sweep was told to stop."""
+
+
+class _Sweep:
+    """Submits what is ready, notices what ended, until all is done or has failed."""
+
+    def __init__(
+        self,
+        config: str,
+        workdir: pathlib.Path,
+        units: Sequence[plan.Unit],
+        pool: pools.Pool,
+        limits: Limits,
+    ):
+        self._config, self._workdir, self._units = config, workdir, units
+        self._pool, self._limits = pool, limits
+        self._handles: dict[str, pools.Handle] = {}
+        self._interrupted: dict[str, int] = {}
+
+    def state(self, unit: plan.Unit) -> state_lib.State:
+        return state_lib.read(unit.folder(self._workdir))
+
+    def step(self) -> bool:
+        """One round; whether anything is left to do."""
+        states = {unit.id: self._checked(unit) for unit in self._units}
+        ready = [
+            unit
+            for unit in self._units
+            if unit.id not in self._handles
+            and states[unit.id].state == "waiting"
+            and (unit.needs is None or states[unit.needs].state == "done")
+        ]
+        if ready and (room := self._pool.room()):
+            some = ready[:room]
+            handles = self._pool.submit([self._job(unit) for unit in some])
+            self._handles |= {u.id: handle for u, handle in zip(some, handles, strict=True)}
+        lost = {unit.id for unit in self._units if states[unit.id].state == "failed"}
+        return bool(self._handles) or any(
+            state.state != "done" and unit.id not in lost and unit.needs not in lost
+            for unit, state in ((unit, states[unit.id]) for unit in self._units)
+        )
+
+    def _checked(self, unit: plan.Unit) -> state_lib.State:
+        """The state of a unit; one whose job is gone without a word waits again."""
+        handle = self._handles.get(unit.id)
+        if handle is not None and not handle.alive():
+            del self._handles[unit.id]
+            handle = None
+        state = self.state(unit)
+        if handle is None and state.state == "running":
+            state = state_lib.ended(state, "interrupted", "its process was killed", 0)
+            state_lib.write(unit.folder(self._workdir), state)
+        if handle is None and state.interruptions > self._interrupted.get(unit.id, 0):
+            before = self._interrupted.setdefault(unit.id, state.interruptions - 1)
+            if state.state == "waiting" and state.interruptions - before > _MOST_INTERRUPTIONS:
+                message = f"killed {state.interruptions - before} times: {state.message}"
+                state = state._replace(state="failed", message=message)
+                state_lib.write(unit.folder(self._workdir), state)
+        return state
+
+    def _job(self, unit: plan.Unit) -> job_lib.Job:
+        folder = unit.folder(self._workdir)
+        command = trial_lib.command(sys.executable, self._config, str(self._workdir), unit)
+        # Trials of one shape share their compiled programs.
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(self._workdir / "compiled")}
+        return job_lib.Job(
+            command=command,
+            folder=str(folder),
+            environment=cache | dict(os.environ.items() & cache.items()),
+            cores=(),
+            owner=None,
+            retries=self._limits.retries,
+            time_limit_s=self._limits.time_s,
+            memory_limit_gb=self._limits.memory_gb,
+        )
+
+    def cancel(self) -> None:
+        """Tells every job to stop, and waits a little for those that can be seen."""
+        for handle in self._handles.values():
+            handle.cancel()
+        last = time.monotonic() + 10.0
+        while time.monotonic() < last and any(h.alive() for h in self._handles.values()):
+            time.sleep(0.1)
+
+
+def run(
+    config: str,
+    folder: str,
+    make_pool: Any,
+    limits: Limits = Limits(),  # noqa: B008 (immutable)
+    *,
+    retry_failed: bool = False,
+) -> int:
+    """Runs a sweep to its end; returns the exit status, 1 if a trial failed.
+
+    Args:
+      config: path of the config file.
+      folder: the folder of the sweep.
+      make_pool: ``make_pool(folder)`` makes what runs the jobs, and keeps its files there.
+      limits: on every unit.
+      retry_failed: try again what failed for good in an earlier run.
+
+    Raises:
+      UserError: a config without trials, or a folder that another sweep uses or that cannot be
+        written.
+    """
+    workdir = launch.open_workdir(folder).resolve()
+    with launch.locked(workdir):
+        units = plan.units(plan.variants(config))
+        progress_lib.save(workdir, units)
+        if retry_failed:
+            for unit in units:
+                if state_lib.read(unit.folder(workdir)).state == "failed":
+                    state_lib.write(unit.folder(workdir), state_lib.State())
+        trials = sum(unit.kind == "trial" for unit in units)
+        before = progress_lib.measure(workdir, units).counts
+        if collect.up_to_date(workdir, units):
+            print(f"nothing to do: all {trials} trials are finished; {workdir / collect.TABLE}")
+            return 0
+        sweep = _Sweep(
+            str(pathlib.Path(config).resolve()), workdir, units, make_pool(workdir / "jobs"), limits
+        )
+        if before["done"] or before["failed"]:
+            print(f"{before['done']} of {trials} trials are finished, {before['failed']} failed")
+        _loop(sweep, workdir, units)
+        path = collect.write(workdir, collect.rows(workdir, units))
+        counts = progress_lib.measure(workdir, units).counts
+    print(f"{counts['done']} of {trials} trials done, {counts['failed']} failed; {path}")
+    return 0 if counts["done"] == trials else 1
+
+
+def _loop(sweep: _Sweep, workdir: pathlib.Path, units: Sequence[plan.Unit]) -> None:
+    def stop(*_: object) -> None:
+        raise _Interrupted
+
+    live = sys.stdout.isatty()
+    shown, lines = 0.0, 0
+    handlers = {kind: signal.signal(kind, stop) for kind in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while sweep.step():
+            if time.monotonic() - shown > (_SHOW_EVERY_S if live else _LOG_EVERY_S):
+                shown = time.monotonic()
+                text = progress_lib.table(units, progress_lib.measure(workdir, units))
+                if live and lines:
+                    print(f"\x1b[{lines}A\x1b[J", end="")
+                print(text, flush=True)
+                lines = text.count("\n") + 1
+            time.sleep(_POLL_S)
+    except _Interrupted:
+        sweep.cancel()
+        raise launch.UserError(
+            "the sweep was told to stop; what is finished is kept. Run the same command to go on."
+        ) from None
+    finally:
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+
+
+def status(folder: str) -> str:
+    """The table of the sweep of a folder."""
+    workdir = pathlib.Path(folder)
+    units = progress_lib.load(workdir)
+    return progress_lib.table(units, progress_lib.measure(workdir, units))
+
+
+def _pool_maker(values: Mapping[str, Any]) -> Any:
+    if values["executor"] == "slurm":
+        parameters = {
+            "time": int(values["time_min"] * 1.1) + 5,
+            "array_parallelism": values["workers"] or 256,
+        }
+        for pair in values["slurm"]:
+            name, _, value = pair.partition("=")
+            if not name or not value:
+                raise launch.UserError(f"--slurm takes name=value; got {pair!r}.")
+            parameters[name] = int(value) if value.isdigit() else value
+        return lambda folder: pools.SlurmPool(folder, parameters)
+    found = pools.workers(values["workers"], values["cores"], pools.count_gpus())
+    return lambda folder: pools.LocalPool(folder, found)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The program."""
+    del argv
+    values = {name: holder.value for name, holder in _FLAGS.items()}
+    if values["status"]:
+        print(status(values["status"]))
+        return 0
+    if not values["config"] or not values["workdir"]:
+        raise launch.UserError("--config and --workdir are needed, or --status=DIR.")
+    limits = Limits(values["retries"], 60 * values["time_min"], values["memory_gb"])
+    return run(
+        values["config"],
+        values["workdir"],
+        _pool_maker(values),
+        limits,
+        retry_failed=values["retry_failed"],
+    )
+
+
+if __name__ == "__main__":
+    _FLAGS = {
+        "config": flags.DEFINE_string("config", None, "Config file with sweep(add)."),
+        "workdir": flags.DEFINE_string("workdir", None, "Folder of the sweep."),
+        "status": flags.DEFINE_string("status", None, "Only say how far the sweep of DIR is."),
+        "executor": flags.DEFINE_enum("executor", "local", ["local", "slurm"], "Where to run."),
+        "workers": flags.DEFINE_integer(
+            "workers", 0, "Trials at a time; 0: one per GPU, else per --cores cores.", 0
+        ),
+        "cores": flags.DEFINE_integer("cores", 0, "Cores of a local worker; 0: shared out.", 0),
+        "retries": flags.DEFINE_integer("retries", 1, "Of a trial that fails.", 0),
+        "retry_failed": flags.DEFINE_bool("retry_failed", False, "Try again what had failed."),
+        "time_min": flags.DEFINE_float("time_min", 1440.0, "Minutes of one attempt, at most.", 0),
+        "memory_gb": flags.DEFINE_float("memory_gb", 0.0, "Memory of a trial; 0: any.", 0),
+        "slurm": flags.DEFINE_list(
+            "slurm", [], "Further settings of submitit's SlurmExecutor, as partition=gpu."
+        ),
+    }
+    launch.run(main)

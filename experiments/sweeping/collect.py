@@ -1,0 +1,74 @@
+"""The rows of all trials in one table."""
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from experiments import journal, launch
+from experiments.sweeping import plan, state as state_lib
+
+TABLE = "results.parquet"
+
+
+def rows(workdir: pathlib.Path, units: Sequence[plan.Unit]) -> list[dict[str, Any]]:
+    """The rows of the trials in the order of the sweep, each with its ``trial``.
+
+    A trial that failed for good, or whose model did, has one row with ``status`` and ``message``.
+    """
+    made: list[dict[str, Any]] = []
+    broken = {}
+    for unit in units:
+        folder = unit.folder(workdir)
+        state = state_lib.read(folder)
+        if state.state == "failed":
+            broken[unit.id] = state.message
+        if unit.kind != "trial":
+            continue
+        found = []
+        if (folder / "results.jsonl").exists():
+            found = journal.Journal(folder / "results.jsonl").rows()
+        message = broken.get(unit.id)
+        if message is None and unit.needs in broken:
+            message = f"its model failed: {broken[unit.needs]}"
+        if message is not None:
+            found = [*found, {"status": "failed", "message": message}]
+        made += [{"trial": unit.id, "label": unit.label, **row} for row in found]
+    return made
+
+
+def up_to_date(workdir: pathlib.Path, units: Sequence[plan.Unit]) -> bool:
+    """Whether every trial is done and the table holds them all, and no other."""
+    trials = [unit for unit in units if unit.kind == "trial"]
+    if any(state_lib.read(unit.folder(workdir)).state != "done" for unit in trials):
+        return False
+    try:
+        held = pq.read_table(workdir / TABLE, columns=["trial"])["trial"].to_pylist()
+    except (OSError, pa.ArrowException):
+        return False
+    return set(held) == {unit.id for unit in trials}
+
+
+def write(workdir: pathlib.Path, found: Sequence[dict[str, Any]]) -> pathlib.Path:
+    """Replaces ``results.parquet``; settings, which differ in their keys, are JSON text."""
+    columns: dict[str, list[Any]] = {}
+    for number, row in enumerate(found):
+        for name, value in row.items():
+            column = columns.setdefault(name, [None] * number)
+            column.append(json.dumps(value, sort_keys=True) if isinstance(value, dict) else value)
+        for column in columns.values():
+            if len(column) <= number:
+                column.append(None)
+    path = workdir / TABLE
+    draft = workdir / f".{TABLE}.{os.getpid()}"
+    with launch.writing(path):
+        try:
+            pq.write_table(pa.table(columns), draft)
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    return path

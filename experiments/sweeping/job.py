@@ -1,0 +1,171 @@
+"""One attempt of a unit: its process, the limits on it, and the state it leaves.
+
+This runs inside a job of the executor, on the machine that does the work. The process of the unit
+dies with the job, and the job with the sweep if that runs on the same machine.
+"""
+
+import ctypes
+import os
+import pathlib
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import psutil
+
+from experiments.sweeping import state as state_lib
+
+_POLL_S = 0.2
+# For a process that was told to stop: it needs no time, since what it finished is on disk.
+_GRACE_S = 5.0
+_PR_SET_PDEATHSIG = 1
+
+
+class Job(NamedTuple):
+    """What an executor is given.
+
+    Attributes:
+      command: starts the process of the unit.
+      folder: of the unit.
+      environment: further variables of the process.
+      cores: the cores it may use; empty for all.
+      owner: the sweep's process and when it began, where that is on the same machine: without it
+        the job ends. None elsewhere.
+      retries: how often a unit that failed is tried again.
+      time_limit_s: seconds of one attempt.
+      memory_limit_gb: gigabytes of resident memory of the process and its children; 0 for no limit.
+    """
+
+    command: Sequence[str]
+    folder: str
+    environment: Mapping[str, str]
+    cores: Sequence[int]
+    owner: tuple[int, float] | None
+    retries: int
+    time_limit_s: float
+    memory_limit_gb: float
+
+
+class _Stopped(Exception):
+    """The job was told to stop."""
+
+
+def owner() -> tuple[int, float]:
+    """This process, as :class:`Job` names it."""
+    return os.getpid(), psutil.Process().create_time()
+
+
+def _alive(process: tuple[int, float]) -> bool:
+    try:
+        return psutil.Process(process[0]).create_time() == process[1]
+    except psutil.NoSuchProcess:
+        return False
+
+
+def run(job: Job) -> str:
+    """Runs a unit once and returns ``"done"``, ``"failed"`` or ``"interrupted"``."""
+    folder = pathlib.Path(job.folder)
+    before = state_lib.read(folder)
+    if before.state == "done":  # started twice, such as by a scheduler that requeues
+        return "done"
+    begun = state_lib.begun(before)
+    state_lib.write(folder, begun)
+    outcome, message = _attempt(job, folder)
+    state_lib.write(folder, state_lib.ended(begun, outcome, message, job.retries))
+    return outcome
+
+
+def _attempt(job: Job, folder: pathlib.Path) -> tuple[str, str]:
+    parent = os.getpid()
+    libc = ctypes.CDLL(None)
+
+    def before_start() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+        if job.cores:
+            os.sched_setaffinity(0, job.cores)
+
+    def stop(*_: object) -> None:
+        raise _Stopped
+
+    handlers = {kind: signal.signal(kind, stop) for kind in (signal.SIGTERM, signal.SIGINT)}
+    log = folder / "log.txt"
+    process = None
+    try:
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                job.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **job.environment},
+                preexec_fn=before_start,
+            )
+        return _watch(job, process, log)
+    except _Stopped:
+        return "interrupted", "told to stop"
+    finally:
+        if process is not None:
+            _end(process)
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+
+
+def _watch(job: Job, process: subprocess.Popen[bytes], log: pathlib.Path) -> tuple[str, str]:
+    started, above = time.monotonic(), os.getppid()
+    while process.poll() is None:
+        time.sleep(_POLL_S)
+        if os.getppid() != above or (job.owner is not None and not _alive(job.owner)):
+            return "interrupted", "the sweep ended"
+        if time.monotonic() - started > job.time_limit_s:
+            return "failed", f"took longer than its limit of {job.time_limit_s / 60:g} minutes"
+        if job.memory_limit_gb and (used := _resident(process.pid)) > job.memory_limit_gb * 1e9:
+            return "failed", (
+                f"used {used / 1e9:.2f} GB, more than its limit of {job.memory_limit_gb:g} GB"
+            )
+    if process.returncode == 0:
+        return "done", ""
+    if process.returncode in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
+        return "interrupted", f"killed by {signal.Signals(-process.returncode).name}"
+    return "failed", _last_line(log) or f"exit status {process.returncode}"
+
+
+def _resident(pid: int) -> int:
+    """Bytes of resident memory of a process and its children."""
+    try:
+        main = psutil.Process(pid)
+        return sum(p.memory_info().rss for p in (main, *main.children(recursive=True)))
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and its children, gently first."""
+    try:
+        children = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        children = []
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for child in children:
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _last_line(log: pathlib.Path) -> str:
+    """The last line of a log that says something, at most 500 characters."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4000))
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    said = [line.strip() for line in lines if line.strip()]
+    return said[-1][:500] if said else ""

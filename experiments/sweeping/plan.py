@@ -1,0 +1,174 @@
+"""What a sweep runs: its trials, the models they share, and what identifies each.
+
+A trial is one variant of a config, as ``sweep(add)`` of the config file yields it, and makes the
+rows of some of its methods and domains. Trials whose training is the same share one model, which is
+trained once.
+"""
+
+import functools
+import hashlib
+import json
+import pathlib
+import runpy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from experiments import adapt, launch, problem as problem_lib
+
+# What a trained model depends on; all else of a config only adapts it.
+TRAINING = ("data", "model", "views", "train")
+SPLITS = ("train", "validation", "test")
+_ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+class Variant(NamedTuple):
+    """A config with its overrides applied, and the part of its rows that is made."""
+
+    config: ml_collections.ConfigDict
+    part: adapt.Part
+    overrides: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        """The one seed of the variant."""
+        return self.config.seeds[0]
+
+
+class Unit(NamedTuple):
+    """What one process does: the training of a model, or a trial.
+
+    Attributes:
+      kind: ``"model"`` or ``"trial"``.
+      id: what identifies it: its settings, the code and the data.
+      index: of its variant; of the first one, for a model that several trials share.
+      digest: that of the variant, which the process checks again.
+      needs: the id of the model that a trial adapts; None for a model.
+      label: its overrides, for people.
+    """
+
+    kind: str
+    id: str
+    index: int
+    digest: str
+    needs: str | None
+    label: str
+
+    def folder(self, workdir: pathlib.Path) -> pathlib.Path:
+        """Where everything of it is."""
+        return workdir / f"{self.kind}s" / self.id
+
+
+def variants(path: str) -> list[Variant]:
+    """The variants of a config file, in the order of its ``sweep(add)``.
+
+    ``add(methods=(), domains=(), **overrides)`` adds one; an override is named by its dotted key,
+    and replaces a value of the same type. Without ``sweep`` there is one variant per seed.
+
+    Raises:
+      UserError: no such file, no variant, an unknown key, method or domain, two variants that are
+        the same, or one with several seeds.
+    """
+    if not pathlib.Path(path).exists():
+        raise launch.UserError(f"there is no file {path}; --config names a config file.")
+    namespace = runpy.run_path(path)
+    found: list[Variant] = []
+
+    def add(methods: Sequence[str] = (), domains: Sequence[str] = (), **overrides: Any) -> None:
+        config = namespace["get_config"]()
+        known = launch.flat(config)
+        for key in overrides:
+            if key not in known:
+                near = launch.nearest(key, known)
+                raise launch.UserError(f"sweep(add) of {path}: no key {key!r} in the config{near}.")
+        try:
+            config.update_from_flattened_dict(overrides)
+        except (TypeError, ValueError) as error:
+            raise launch.UserError(f"sweep(add) of {path}: {error}") from error
+        if methods:
+            launch.chosen("method", methods, config.methods)
+        if len(config.seeds) != 1:
+            raise launch.UserError(
+                f"sweep(add) of {path}: a trial has one seed; got seeds={tuple(config.seeds)}. Add "
+                "a trial per seed."
+            )
+        part = adapt.Part(tuple(methods), tuple(domains))
+        found.append(Variant(config, part, {**overrides, **_named(part)}))
+
+    sweep = namespace.get("sweep")
+    if sweep is None:
+        for seed in namespace["get_config"]().seeds:
+            add(seeds=(seed,))
+    else:
+        sweep(add)
+    if not found:
+        raise launch.UserError(f"sweep(add) of {path} adds no trial.")
+    seen: dict[str, int] = {}
+    for index, variant in enumerate(found):
+        first = seen.setdefault(digest(variant), index)
+        if first != index:
+            raise launch.UserError(
+                f"sweep(add) of {path}: trials {first} and {index} are the same ({label(variant)})."
+            )
+    return found
+
+
+def _named(part: adapt.Part) -> dict[str, Any]:
+    return {name: value for name, value in part._asdict().items() if value}
+
+
+def label(variant: Variant) -> str:
+    """The overrides of a variant on one line."""
+
+    def short(value: Any) -> str:
+        values = value if isinstance(value, tuple | list) else (value,)
+        return ",".join(map(str, values))
+
+    return " ".join(f"{key}={short(value)}" for key, value in variant.overrides.items())
+
+
+@functools.cache
+def code_version() -> str:
+    """A digest of the source files that make results; configs count by their values."""
+    files = [*(_ROOT / "ttt_jax").rglob("*.py"), *(_ROOT / "experiments").rglob("*.py")]
+    configs = _ROOT / "experiments" / "configs"
+    crc = hashlib.sha256()
+    for file in sorted(files):
+        if configs not in file.parents:
+            crc.update(f"{file.relative_to(_ROOT)}\0".encode())
+            crc.update(file.read_bytes())
+    return crc.hexdigest()[:12]
+
+
+def digest(variant: Variant) -> str:
+    """A digest of a variant's whole configuration, its part and the code."""
+    return _hash(json.loads(variant.config.to_json()), variant.part, code_version())
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def data_version(config: ml_collections.ConfigDict) -> str:
+    """A digest of the images and labels of every split."""
+    return _hash([problem_lib.load_data(config, split).fingerprint for split in SPLITS])
+
+
+def units(found: Sequence[Variant]) -> list[Unit]:
+    """The models and trials of some variants, every model before the trials that need it."""
+    versions: dict[str, str] = {}
+    models: dict[str, Unit] = {}
+    trials = []
+    for index, variant in enumerate(found):
+        config, own = variant.config, digest(variant)
+        sets = launch.fingerprint(config, ("data",))
+        if sets not in versions:
+            versions[sets] = data_version(config)
+        training = launch.fingerprint(config, TRAINING)
+        model = _hash(training, variant.seed, versions[sets], code_version())
+        if model not in models:
+            models[model] = Unit("model", model, index, own, None, f"model, seed {variant.seed}")
+        trial = _hash(own, versions[sets])
+        trials.append(Unit("trial", trial, index, own, model, label(variant)))
+    return [*models.values(), *trials]

@@ -1,0 +1,97 @@
+"""How far a sweep is: read from its folder, by any process."""
+
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from experiments import launch
+from experiments.sweeping import plan, state as state_lib
+
+PLAN = "plan.json"
+_LISTED = 8
+
+
+class Progress(NamedTuple):
+    """Of a sweep.
+
+    Attributes:
+      states: that of every unit, in order.
+      counts: trials per state.
+      seconds_left: an estimate, from the trials that are done; None where there is no ground.
+    """
+
+    states: list[state_lib.State]
+    counts: dict[str, int]
+    seconds_left: float | None
+
+
+def save(workdir: pathlib.Path, units: Sequence[plan.Unit]) -> None:
+    """Writes what the sweep is going to do, for :func:`load`."""
+    text = json.dumps([unit._asdict() for unit in units], indent=1)
+    launch.write_atomically(workdir / PLAN, text + "\n")
+
+
+def load(workdir: pathlib.Path) -> list[plan.Unit]:
+    """The units of the sweep of a folder.
+
+    Raises:
+      UserError: there is no sweep, or its plan is damaged.
+    """
+    path = workdir / PLAN
+    try:
+        return [plan.Unit(**unit) for unit in json.loads(path.read_text())]
+    except FileNotFoundError as error:
+        raise launch.UserError(f"there is no sweep in {workdir}: it has no {PLAN}.") from error
+    except (ValueError, TypeError) as error:
+        raise launch.UserError(f"{path} is damaged ({error}); run the sweep again.") from error
+
+
+def measure(workdir: pathlib.Path, units: Sequence[plan.Unit]) -> Progress:
+    """Reads the states of all units."""
+    states = [state_lib.read(unit.folder(workdir)) for unit in units]
+    trials = [s for unit, s in zip(units, states, strict=True) if unit.kind == "trial"]
+    counts = {name: sum(s.state == name for s in trials) for name in state_lib.STATES}
+    return Progress(states, counts, _left(trials, counts))
+
+
+def _left(trials: Sequence[state_lib.State], counts: dict[str, int]) -> float | None:
+    spent = [s.finished - s.started for s in trials if s.state == "done"]
+    if not spent or not counts["running"]:
+        return None
+    each, now = statistics.mean(spent), time.time()
+    running = [max(0.0, each - (now - s.started)) for s in trials if s.state == "running"]
+    return (sum(running) + each * counts["waiting"]) / counts["running"]
+
+
+def table(units: Sequence[plan.Unit], progress: Progress) -> str:
+    """Counts, time left, what runs and what failed, a line each."""
+    counts = progress.counts
+    line = ", ".join(f"{counts[name]} {name}" for name in ("done", "running", "waiting", "failed"))
+    if progress.seconds_left is not None:
+        line += f"; about {_duration(progress.seconds_left)} left"
+    lines = [f"trials: {line}"]
+    for unit, state in zip(units, progress.states, strict=True):
+        if state.state == "running":
+            spent = _duration(time.time() - state.started)
+            lines.append(f"  running {spent:>6}  {unit.id}  {unit.label}")
+    failed = [
+        f"  failed   {unit.id}  {unit.label}: {state.message}"
+        for unit, state in zip(units, progress.states, strict=True)
+        if state.state == "failed"
+    ]
+    lines += failed[:_LISTED]
+    if len(failed) > _LISTED:
+        lines.append(f"  and {len(failed) - _LISTED} more that failed")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02} h"

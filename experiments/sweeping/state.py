@@ -1,0 +1,76 @@
+"""How far a unit of a sweep is: one small file beside its results, replaced as a whole."""
+
+import json
+import pathlib
+import time
+from typing import NamedTuple
+
+from experiments import launch
+
+STATES = ("waiting", "running", "done", "failed")
+
+
+class State(NamedTuple):
+    """Of one unit.
+
+    Attributes:
+      state: one of :data:`STATES`.
+      failures: attempts that ended in an error.
+      interruptions: attempts that were killed, or told to stop.
+      message: of the last error.
+      started: when the last attempt began, seconds since 1970.
+      finished: when it ended.
+    """
+
+    state: str = "waiting"
+    failures: int = 0
+    interruptions: int = 0
+    message: str = ""
+    started: float = 0.0
+    finished: float = 0.0
+
+
+def read(folder: pathlib.Path) -> State:
+    """The state of the unit of a folder; waiting if it never ran.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = folder / "state.json"
+    try:
+        return State(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return State()
+    except (ValueError, TypeError) as error:
+        raise launch.UserError(f"{path} is damaged ({error}); remove it.") from error
+
+
+def write(folder: pathlib.Path, state: State) -> None:
+    """Replaces the state of a folder, which is made if missing."""
+    with launch.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    launch.write_atomically(folder / "state.json", json.dumps(state._asdict()) + "\n")
+
+
+def begun(state: State) -> State:
+    """The state of a unit whose next attempt begins."""
+    return state._replace(state="running", started=time.time(), finished=0.0)
+
+
+def ended(state: State, outcome: str, message: str, retries: int) -> State:
+    """The state after an attempt.
+
+    Args:
+      state: before.
+      outcome: ``"done"``, ``"failed"`` or ``"interrupted"``.
+      message: of the error.
+      retries: how often a unit that failed is tried again; an interrupted one always is.
+    """
+    state = state._replace(finished=time.time(), message=message)
+    if outcome == "done":
+        return state._replace(state="done")
+    if outcome == "interrupted":
+        return state._replace(state="waiting", interruptions=state.interruptions + 1)
+    failures = state.failures + 1
+    again = failures <= retries
+    return state._replace(state="waiting" if again else "failed", failures=failures)
