@@ -218,11 +218,15 @@ def _run(
     # Once all is checked: a config that cannot be run must not keep the folder.
     launch.claim(workdir, config)
     results = journal.Journal(workdir / "results.jsonl")
+    # Seeds differ in numbers alone: what one has compiled serves the others.
+    compiled: dict[Any, Any] = {}
     with writers.open_writer(workdir, tensorboard=tensorboard) as writer:
         for seed in config.seeds:
             path = checkpoint_path or problem_lib.checkpoint_path(workdir, seed)
             pristine = problem_lib.load_checkpoint(path, problem, config)
-            runner = runner_lib.Runner(config, plain, pristine, seed=seed, restore=restore)
+            runner = runner_lib.Runner(
+                config, plain, pristine, seed=seed, restore=restore, compiled=compiled
+            )
             checked = trials_lib.checked(config, validation, seed)
             reported = trials_lib.reported(config, test, seed)
             choosing = trials_lib.choosing(config, validation, seed)

@@ -90,7 +90,10 @@ def ahead(make: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
 
 
 class Runner:
-    """Evaluates methods of one seed, from one pristine checkpoint."""
+    """Evaluates methods of one seed, from one pristine checkpoint.
+
+    ``compiled`` holds the programs; runners that differ in seed and checkpoint alone may share it.
+    """
 
     def __init__(
         self,
@@ -100,6 +103,7 @@ class Runner:
         *,
         seed: int,
         restore: str,
+        compiled: dict[Any, Any] | None = None,
     ):
         self._config = config.adapt
         self._parallel_streams = launch.setting(config, "adapt.parallel_streams")
@@ -110,7 +114,7 @@ class Runner:
         self.fingerprint = pristine.fingerprint
         self._key = jax.random.key(seed)
         self._source = source_data.SourceData(config, pristine, seed=seed)
-        self._compiled: dict[Any, Any] = {}
+        self._compiled = {} if compiled is None else compiled
         self._batches: dict[Any, list[Any]] = {}
 
     def batches(self, source: data.Source, trial: Trial) -> list[data.DomainBatch]:

@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     """The demo's model, trained less, and one method."""
     config = digits.get_config()
     config.data.test = "test[:180]"
-    config.train.num_steps = 600
+    config.train.update({"num_steps": 600, "save_every": 100})
     config.adapt.severity = 3
     rotation = config.methods.rotation
     rotation.learning_rate = (0.01,)

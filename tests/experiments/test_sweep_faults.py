@@ -99,7 +99,7 @@ def test_kills_leave_no_trace(tmp_path, example):
         assert start(config, calm, log).wait() == 0, (tmp_path / "log.txt").read_text()
         # Compiled programs are no results; without them every restart would compile anew.
         shutil.copytree(calm / "compiled", rough / "compiled")
-        done = disturbed(config, rough, KILLS if example else 4, 6.0 if example else 4.0, log)
+        done = disturbed(config, rough, KILLS if example else 4, 10.0 if example else 4.0, log)
     wanted, found = table(calm), table(rough)
     assert wanted.equals(found)
     trials = found["trial"].to_pylist()

@@ -70,6 +70,30 @@ def test_settings_are_chosen_on_several_passes_of_the_validation_images(source, 
         trials.check(config)
 
 
+def test_seeds_share_their_compiled_programs_and_nothing_else(tmp_path):
+    config = tiny_config.get_config()
+    config.train.num_steps, config.seeds = 4, (0, 1)
+    config.methods.rotation.learning_rate = (0.03,)
+    train.run(config, str(tmp_path / "both"))
+    assert adapt.run(config, str(tmp_path / "both")) == 0
+    config.seeds = (1,)
+    shutil.copytree(tmp_path / "both" / "checkpoints", tmp_path / "alone" / "checkpoints")
+    # The settings that the first seed chose hold for all.
+    shutil.copy(tmp_path / "both" / "selection.json", tmp_path / "alone")
+    assert adapt.run(config, str(tmp_path / "alone")) == 0
+    both, alone = (
+        [row for row in journal.Journal(tmp_path / name / "results.jsonl").rows() if row["seed"]]
+        for name in ("both", "alone")
+    )
+    assert sum(row["compile_seconds"] for row in alone) > 0
+    assert sum(row["compile_seconds"] for row in both) == 0
+    timing = {"seconds", "compile_seconds", "samples_per_second"}
+    for ours, theirs in zip(both, alone, strict=True):
+        assert {k: v for k, v in ours.items() if k not in timing} == {
+            k: v for k, v in theirs.items() if k not in timing
+        }
+
+
 def test_what_is_chosen_on_long_streams_is_scored_along_them(tmp_path):
     config = tiny_config.get_config()
     online = config.methods.rotation_online.copy_and_resolve_references()
