@@ -33,7 +33,7 @@ types: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# A hundred kills at random moments during the example sweep: about fifteen minutes.
+# A hundred kills at random moments during the example sweep: about twenty minutes.
 test-faults: $(VENV)/.dev
 	TTT_JAX_KILLS=100 $(BIN)/python -m pytest -m faults tests/experiments/test_sweep_faults.py
 

@@ -142,6 +142,24 @@ def evaluate(
     progress.close()
 
 
+class Shared:
+    """What runs in one process share that differ in seeds and settings of methods alone.
+
+    Attributes:
+      compiled: compiled programs, see :class:`experiments.runner.Runner`.
+    """
+
+    def __init__(self) -> None:
+        self.compiled: dict[Any, Any] = {}
+        self._sources: dict[str, data.Source] = {}
+
+    def source(self, config: ml_collections.ConfigDict, split: str) -> data.Source:
+        """A split of the data set, read once."""
+        if split not in self._sources:
+            self._sources[split] = problem_lib.load_data(config, split)
+        return self._sources[split]
+
+
 class Part(NamedTuple):
     """A part of the rows of a config: those of some methods and domains, all where empty."""
 
@@ -173,6 +191,7 @@ def run(
     checkpoint_path: str | None = None,
     tensorboard: bool = False,
     part: Part = Part(),  # noqa: B008 (immutable)
+    shared: Shared | None = None,
 ) -> int:
     """Adapts every seed of a config; returns the exit status, 1 if any trial failed.
 
@@ -184,13 +203,15 @@ def run(
       checkpoint_path: a checkpoint for all seeds; None takes the folder's own.
       tensorboard: whether to write TensorBoard events too.
       part: which rows to make.
+      shared: of runs in this process whose configs differ in seeds and methods' settings alone.
 
     Raises:
       UserError: a part that there is not, or a work folder that is not fit.
     """
     workdir = launch.open_workdir(folder)
     with launch.locked(workdir):
-        return _run(config, workdir, restore, checkpoint_path, tensorboard, part)
+        shared = Shared() if shared is None else shared
+        return _run(config, workdir, restore, checkpoint_path, tensorboard, part, shared)
 
 
 def _run(
@@ -200,9 +221,9 @@ def _run(
     checkpoint_path: str | None,
     tensorboard: bool,
     part: Part,
+    shared: Shared,
 ) -> int:
-    test = problem_lib.load_data(config, "test")
-    validation = problem_lib.load_data(config, "validation")
+    test, validation = shared.source(config, "test"), shared.source(config, "validation")
     problem = problem_lib.build(config, test)
     plain = problem_lib.build(config, test, shared_kernels=True)
     methods = methods_lib.build(config, problem, plain)
@@ -218,14 +239,12 @@ def _run(
     # Once all is checked: a config that cannot be run must not keep the folder.
     launch.claim(workdir, config)
     results = journal.Journal(workdir / "results.jsonl")
-    # Seeds differ in numbers alone: what one has compiled serves the others.
-    compiled: dict[Any, Any] = {}
     with writers.open_writer(workdir, tensorboard=tensorboard) as writer:
         for seed in config.seeds:
             path = checkpoint_path or problem_lib.checkpoint_path(workdir, seed)
             pristine = problem_lib.load_checkpoint(path, problem, config)
             runner = runner_lib.Runner(
-                config, plain, pristine, seed=seed, restore=restore, compiled=compiled
+                config, plain, pristine, seed=seed, restore=restore, compiled=shared.compiled
             )
             checked = trials_lib.checked(config, validation, seed)
             reported = trials_lib.reported(config, test, seed)

@@ -5,12 +5,14 @@ Usage::
     python -m experiments.sweep --config=experiments/configs/digits_sweep.py --workdir=DIR
     python -m experiments.sweep --status=DIR
 
-The config file's ``sweep(add)`` says which trials there are. Each runs in a process of its own, on
+The config file's ``sweep(add)`` says which trials there are. They run in processes of their own, on
 this machine (``--executor=local``, one worker per GPU or core) or as an array of Slurm jobs
-(``--executor=slurm``). A trial is known by a digest of its configuration, of the code and of the
-data: one that is finished is not run again, one that has changed is. One that fails is tried again
-``--retries`` times; one that is killed goes on where it was. At the end ``DIR/results.parquet`` has
-the rows of all trials, with a column ``trial``. Run the same command again to go on after a kill.
+(``--executor=slurm``); up to ``--pack`` trials that differ in seeds and settings of methods alone
+share a process and its compiled programs. A trial is known by a digest of its configuration, of the
+code and of the data: one that is finished is not run again, one that has changed is. One that fails
+is tried again ``--retries`` times; one that is killed goes on where it was. At the end
+``DIR/results.parquet`` has the rows of all trials, with a column ``trial``. Run the same command
+again to go on after a kill.
 """
 
 import os
@@ -38,6 +40,7 @@ _SHOW_EVERY_S = 1.0
 _LOG_EVERY_S = 30.0
 # Of one unit, in one run of the sweep: something kills it, such as the system for its memory.
 _MOST_INTERRUPTIONS = 20
+_SLURM_WORKERS = 256
 
 
 class Limits(NamedTuple):
@@ -46,12 +49,30 @@ class Limits(NamedTuple):
     Attributes:
       retries: how often one that failed is tried again.
       time_s: seconds of one attempt.
-      memory_gb: resident memory; 0 for no limit.
+      memory_gb: resident memory of a process; 0 for no limit.
+      pack: how many trials one process runs in turn, at most.
     """
 
     retries: int = 1
     time_s: float = 86400.0
     memory_gb: float = 0.0
+    pack: int = 16
+
+
+def packed(ready: Sequence[plan.Unit], room: int, most: int) -> list[list[plan.Unit]]:
+    """Shares units out over at most ``room`` processes.
+
+    Only trials of the same pack share one, and as few as keep all workers busy. Models have one
+    each: they take long.
+    """
+    groups: dict[str, list[plan.Unit]] = {}
+    for unit in ready:
+        groups.setdefault(unit.pack or unit.id, []).append(unit)
+    packs = []
+    for group in groups.values():
+        each = min(most, max(1, -(-len(group) // room)))
+        packs += [group[first : first + each] for first in range(0, len(group), each)]
+    return packs[:room]
 
 
 class _Interrupted(Exception):
@@ -88,9 +109,10 @@ class _Sweep:
             and (unit.needs is None or states[unit.needs].state == "done")
         ]
         if ready and (room := self._pool.room()):
-            some = ready[:room]
-            handles = self._pool.submit([self._job(unit) for unit in some])
-            self._handles |= {u.id: handle for u, handle in zip(some, handles, strict=True)}
+            packs = packed(ready, room, self._limits.pack)
+            handles = self._pool.submit([self._job(pack) for pack in packs])
+            for pack, handle in zip(packs, handles, strict=True):
+                self._handles |= {unit.id: handle for unit in pack}
         lost = {unit.id for unit in self._units if states[unit.id].state == "failed"}
         return bool(self._handles) or any(
             state.state != "done" and unit.id not in lost and unit.needs not in lost
@@ -115,18 +137,19 @@ class _Sweep:
                 state_lib.write(unit.folder(self._workdir), state)
         return state
 
-    def _job(self, unit: plan.Unit) -> job_lib.Job:
-        folder = unit.folder(self._workdir)
-        command = trial_lib.command(sys.executable, self._config, str(self._workdir), unit)
+    def _job(self, pack: Sequence[plan.Unit]) -> job_lib.Job:
+        retries, ids = self._limits.retries, [unit.id for unit in pack]
+        workdir = str(self._workdir)
+        command = trial_lib.command(sys.executable, self._config, workdir, ids, retries)
         # Trials of one shape share their compiled programs.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(self._workdir / "compiled")}
         return job_lib.Job(
             command=command,
-            folder=str(folder),
+            folders=[str(unit.folder(self._workdir)) for unit in pack],
             environment=cache | dict(os.environ.items() & cache.items()),
             cores=(),
             owner=None,
-            retries=self._limits.retries,
+            retries=retries,
             time_limit_s=self._limits.time_s,
             memory_limit_gb=self._limits.memory_gb,
         )
@@ -224,7 +247,7 @@ def _pool_maker(values: Mapping[str, Any]) -> Any:
     if values["executor"] == "slurm":
         parameters = {
             "time": int(values["time_min"] * 1.1) + 5,
-            "array_parallelism": values["workers"] or 256,
+            "array_parallelism": values["workers"] or _SLURM_WORKERS,
         }
         for pair in values["slurm"]:
             name, _, value = pair.partition("=")
@@ -245,7 +268,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if not values["config"] or not values["workdir"]:
         raise launch.UserError("--config and --workdir are needed, or --status=DIR.")
-    limits = Limits(values["retries"], 60 * values["time_min"], values["memory_gb"])
+    limits = Limits(values["retries"], 60 * values["time_min"], values["memory_gb"], values["pack"])
     return run(
         values["config"],
         values["workdir"],
@@ -268,6 +291,9 @@ if __name__ == "__main__":
         "retries": flags.DEFINE_integer("retries", 1, "Of a trial that fails.", 0),
         "retry_failed": flags.DEFINE_bool("retry_failed", False, "Try again what had failed."),
         "time_min": flags.DEFINE_float("time_min", 1440.0, "Minutes of one attempt, at most.", 0),
+        "pack": flags.DEFINE_integer(
+            "pack", 16, "Trials that share a process if they share data and shapes, at most.", 1
+        ),
         "memory_gb": flags.DEFINE_float("memory_gb", 0.0, "Memory of a trial; 0: any.", 0),
         "slurm": flags.DEFINE_list(
             "slurm", [], "Further settings of submitit's SlurmExecutor, as partition=gpu."

@@ -1,79 +1,117 @@
-"""One unit of a sweep in a process of its own: trains a model, or adapts it for one trial.
+"""Units of a sweep in a process of their own: trains a model, or adapts it, trial by trial.
 
-``experiments.sweep`` starts it; it can be run by hand with the command in ``command.txt`` of the
-unit's folder. What an earlier process of the same unit finished is kept.
+``experiments.sweep`` starts it, with the ids of one model or of some trials that share data and
+compiled programs. What an earlier process of a unit finished is kept.
 """
 
+import json
 import pathlib
+import sys
+import traceback
 from collections.abc import Sequence
 
 from absl import flags
 
 from experiments import adapt, launch, problem as problem_lib, train
-from experiments.sweeping import plan
+from experiments.sweeping import plan, progress, state as state_lib
 
 # An earlier process of the unit may live on, such as on a node that a scheduler lost sight of. It
 # is waited for, and what it finished is not done again.
 _PATIENCE_S = 3600
 
 
-def run(config: str, workdir: str, unit: plan.Unit) -> int:
-    """Does the work of a unit; returns the exit status, 1 if a row failed.
+def run(config: str, folder: str, ids: Sequence[str], retries: int) -> int:
+    """Runs units one after the other and writes their states; returns 1 if one failed.
 
     Args:
       config: path of the config file.
-      workdir: the folder of the sweep.
-      unit: what to do.
+      folder: that of the sweep, which holds its plan.
+      ids: of the units.
+      retries: how often a unit that failed may be tried again.
 
     Raises:
-      UserError: the config file or the code is no longer what the sweep planned.
+      UserError: an id that the plan has not.
     """
+    workdir = pathlib.Path(folder)
+    units = {unit.id: unit for unit in progress.load(workdir)}
+    launch.chosen("unit", ids, units)
     found = plan.variants(config)
+    shared: dict[str, adapt.Shared] = {}
+    worst = 0
+    for unit in (units[name] for name in ids):
+        place = unit.folder(workdir)
+        attempt = launch.open_workdir(str(place / "attempt"))
+        with launch.locked(attempt, patience_s=_PATIENCE_S):
+            before = state_lib.read(place)
+            if before.state == "done":
+                continue
+            begun = state_lib.begun(before)
+            state_lib.write(place, begun)
+            message = _attempt(unit, workdir, found, shared.setdefault(unit.pack, adapt.Shared()))
+            outcome = "failed" if message else "done"
+            state_lib.write(place, state_lib.ended(begun, outcome, message, retries))
+            worst = max(worst, int(bool(message)))
+    return worst
+
+
+def _attempt(
+    unit: plan.Unit, workdir: pathlib.Path, found: Sequence[plan.Variant], shared: adapt.Shared
+) -> str:
+    """Does the work of a unit; returns what went wrong, or nothing."""
     if unit.index >= len(found) or plan.digest(found[unit.index]) != unit.digest:
-        raise launch.UserError(
-            f"{config} or the code has changed since the sweep began; run the sweep again: what "
-            "is still valid is kept."
+        return (
+            "the config file or the code has changed since the sweep began; run the sweep again: "
+            "what is still valid is kept."
         )
-    variant = found[unit.index]
-    folder = unit.folder(pathlib.Path(workdir))
-    attempt = launch.open_workdir(str(folder / "attempt"))
-    with launch.locked(attempt, patience_s=_PATIENCE_S):
+    variant, place = found[unit.index], unit.folder(workdir)
+    try:
         if unit.needs is None:
-            train.run(variant.config, str(folder))
-            return 0
-        model = pathlib.Path(workdir) / "models" / unit.needs
-        return adapt.run(
+            train.run(variant.config, str(place))
+            return ""
+        model = workdir / "models" / unit.needs
+        status = adapt.run(
             variant.config,
-            str(folder),
+            str(place),
             checkpoint_path=str(problem_lib.checkpoint_path(model, variant.seed)),
             part=variant.part,
+            shared=shared,
         )
+        return _failed_rows(place / "results.jsonl") if status else ""
+    except (launch.UserError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return f"{error}"[:500]
+    except Exception as error:  # the other trials of this process go on
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"[:500]
 
 
-def command(python: str, config: str, workdir: str, unit: plan.Unit) -> list[str]:
-    """The command line that runs a unit."""
-    values = {"config": config, "workdir": workdir, **unit._asdict()}
-    given = {name: value for name, value in values.items() if value is not None}
-    return [python, "-m", "experiments.trial", *(f"--{name}={v}" for name, v in given.items())]
+def _failed_rows(path: pathlib.Path) -> str:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    failed = [row for row in rows if row["status"] != "ok"]
+    first = failed[0]
+    return f"{len(failed)} rows failed; {first['method']} on {first['domain']}: {first['message']}"
+
+
+def command(
+    python: str, config: str, workdir: str, ids: Sequence[str], retries: int
+) -> tuple[str, ...]:
+    """The command line that runs units."""
+    values = {"config": config, "workdir": workdir, "ids": ",".join(ids), "retries": retries}
+    given = (f"--{name}={value}" for name, value in values.items())
+    return (python, "-m", "experiments.trial", *given)
 
 
 def main(argv: Sequence[str]) -> int:
     """The program."""
     del argv
-    values = {name: holder.value for name, holder in _FLAGS.items()}
-    config, workdir = values.pop("config"), values.pop("workdir")
-    return run(config, workdir, plan.Unit(**values))
+    return run(*(holder.value for holder in _FLAGS))
 
 
 if __name__ == "__main__":
-    _FLAGS = {
-        "config": flags.DEFINE_string("config", None, "The config file.", required=True),
-        "workdir": flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True),
-        "kind": flags.DEFINE_enum("kind", None, ["model", "trial"], "What to do.", required=True),
-        "id": flags.DEFINE_string("id", None, "Id of the unit.", required=True),
-        "index": flags.DEFINE_integer("index", None, "Of the variant.", required=True),
-        "digest": flags.DEFINE_string("digest", None, "Of the variant.", required=True),
-        "needs": flags.DEFINE_string("needs", None, "Id of the model of a trial."),
-        "label": flags.DEFINE_string("label", "", "For people."),
-    }
+    _FLAGS = (
+        flags.DEFINE_string("config", None, "The config file.", required=True),
+        flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True),
+        flags.DEFINE_list("ids", None, "Units to run, in turn.", required=True),
+        flags.DEFINE_integer("retries", 0, "Of a unit that fails.", 0),
+    )
     launch.run(main)

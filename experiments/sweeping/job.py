@@ -1,7 +1,7 @@
-"""One attempt of a unit: its process, the limits on it, and the state it leaves.
+"""A process that runs units of a sweep: the limits on it, and the states it could not write.
 
-This runs inside a job of the executor, on the machine that does the work. The process of the unit
-dies with the job, and the job with the sweep if that runs on the same machine.
+This runs inside a job of the executor, on the machine that does the work. The process dies with
+the job, and the job with the sweep if that runs on the same machine.
 """
 
 import ctypes
@@ -27,19 +27,19 @@ class Job(NamedTuple):
     """What an executor is given.
 
     Attributes:
-      command: starts the process of the unit.
-      folder: of the unit.
+      command: starts the process, which writes the states of its units.
+      folders: of the units, in the order in which the process runs them.
       environment: further variables of the process.
       cores: the cores it may use; empty for all.
       owner: the sweep's process and when it began, where that is on the same machine: without it
         the job ends. None elsewhere.
       retries: how often a unit that failed is tried again.
-      time_limit_s: seconds of one attempt.
+      time_limit_s: seconds of one attempt of one unit.
       memory_limit_gb: gigabytes of resident memory of the process and its children; 0 for no limit.
     """
 
     command: Sequence[str]
-    folder: str
+    folders: Sequence[str]
     environment: Mapping[str, str]
     cores: Sequence[int]
     owner: tuple[int, float] | None
@@ -65,19 +65,27 @@ def _alive(process: tuple[int, float]) -> bool:
 
 
 def run(job: Job) -> str:
-    """Runs a unit once and returns ``"done"``, ``"failed"`` or ``"interrupted"``."""
-    folder = pathlib.Path(job.folder)
-    before = state_lib.read(folder)
-    if before.state == "done":  # started twice, such as by a scheduler that requeues
+    """Runs units; returns how their process ended: ``"done"``, ``"failed"``, ``"interrupted"``."""
+    folders = [pathlib.Path(folder) for folder in job.folders]
+    before = [state_lib.read(folder) for folder in folders]
+    if all(state.state == "done" for state in before):  # such as by a scheduler that requeues
         return "done"
-    begun = state_lib.begun(before)
-    state_lib.write(folder, begun)
-    outcome, message = _attempt(job, folder)
-    state_lib.write(folder, state_lib.ended(begun, outcome, message, job.retries))
+    started = time.time()
+    outcome, message = _attempt(job, folders)
+    after = [state_lib.read(folder) for folder in folders]
+    charged = [n for n, state in enumerate(after) if state.state == "running"]
+    if after == before:
+        # It did not come as far as a unit: the first one stands for what is wrong with it.
+        outcome = "failed" if outcome == "done" else outcome
+        message = message or "its process ended without a word"
+        charged = [next(n for n, state in enumerate(after) if state.state != "done")]
+        after[charged[0]] = state_lib.begun(after[charged[0]])._replace(started=started)
+    for n in charged:
+        state_lib.write(folders[n], state_lib.ended(after[n], outcome, message, job.retries))
     return outcome
 
 
-def _attempt(job: Job, folder: pathlib.Path) -> tuple[str, str]:
+def _attempt(job: Job, folders: Sequence[pathlib.Path]) -> tuple[str, str]:
     parent = os.getpid()
     libc = ctypes.CDLL(None)
 
@@ -92,7 +100,8 @@ def _attempt(job: Job, folder: pathlib.Path) -> tuple[str, str]:
         raise _Stopped
 
     handlers = {kind: signal.signal(kind, stop) for kind in (signal.SIGTERM, signal.SIGINT)}
-    log = folder / "log.txt"
+    folders[0].mkdir(parents=True, exist_ok=True)
+    log = folders[0] / "log.txt"
     process = None
     try:
         with log.open("ab") as output:
@@ -104,7 +113,7 @@ def _attempt(job: Job, folder: pathlib.Path) -> tuple[str, str]:
                 env={**os.environ, **job.environment},
                 preexec_fn=before_start,
             )
-        return _watch(job, process, log)
+        return _watch(job, folders, process, log)
     except _Stopped:
         return "interrupted", "told to stop"
     finally:
@@ -114,13 +123,22 @@ def _attempt(job: Job, folder: pathlib.Path) -> tuple[str, str]:
             signal.signal(kind, handler)
 
 
-def _watch(job: Job, process: subprocess.Popen[bytes], log: pathlib.Path) -> tuple[str, str]:
-    started, above = time.monotonic(), os.getppid()
+def _watch(
+    job: Job,
+    folders: Sequence[pathlib.Path],
+    process: subprocess.Popen[bytes],
+    log: pathlib.Path,
+) -> tuple[str, str]:
+    started, above = time.time(), os.getppid()
     while process.poll() is None:
         time.sleep(_POLL_S)
         if os.getppid() != above or (job.owner is not None and not _alive(job.owner)):
             return "interrupted", "the sweep ended"
-        if time.monotonic() - started > job.time_limit_s:
+        states = [state_lib.read(folder) for folder in folders]
+        begun = [state.started for state in states if state.state == "running"]
+        # Until it comes to a unit, what counts is its own start, and then that of its last unit.
+        ended = [state.finished for state in states]
+        if time.time() - max([started, *begun, *ended]) > job.time_limit_s:
             return "failed", f"took longer than its limit of {job.time_limit_s / 60:g} minutes"
         if job.memory_limit_gb and (used := _resident(process.pid)) > job.memory_limit_gb * 1e9:
             return "failed", (

@@ -46,6 +46,7 @@ class Unit(NamedTuple):
       digest: that of the variant, which the process checks again.
       needs: the id of the model that a trial adapts; None for a model.
       label: its overrides, for people.
+      pack: trials of the same pack may share a process, see :func:`pack_key`.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Unit(NamedTuple):
     digest: str
     needs: str | None
     label: str
+    pack: str = ""
 
     def folder(self, workdir: pathlib.Path) -> pathlib.Path:
         """Where everything of it is."""
@@ -146,6 +148,15 @@ def digest(variant: Variant) -> str:
     return _hash(json.loads(variant.config.to_json()), variant.part, code_version())
 
 
+def pack_key(variant: Variant) -> str:
+    """Equal for variants that one process may run in turn, sharing data and compiled programs.
+
+    They differ in the settings of their methods, in seed and in part alone.
+    """
+    config = json.loads(variant.config.to_json())
+    return _hash({key: value for key, value in config.items() if key not in ("seeds", "methods")})
+
+
 def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -170,5 +181,6 @@ def units(found: Sequence[Variant]) -> list[Unit]:
         if model not in models:
             models[model] = Unit("model", model, index, own, None, f"model, seed {variant.seed}")
         trial = _hash(own, versions[sets])
-        trials.append(Unit("trial", trial, index, own, model, label(variant)))
+        pack = pack_key(variant)
+        trials.append(Unit("trial", trial, index, own, model, label(variant), pack))
     return [*models.values(), *trials]

@@ -139,16 +139,21 @@ class SlurmPool:
             )
         self._executor = submitit.SlurmExecutor(folder=folder)
         self._executor.update_parameters(**parameters)
+        self._most = int(parameters["array_parallelism"])
         self._queue = _Queue()
+        self._handles: list[_SlurmHandle] = []
 
     def room(self) -> int:
-        """Slurm takes them all."""
-        return 1 << 30
+        """Jobs that may still run side by side."""
+        self._handles = [handle for handle in self._handles if handle.alive()]
+        return self._most - len(self._handles)
 
     def submit(self, jobs: Sequence[job_lib.Job]) -> Sequence[Handle]:
         """Submits the jobs as one array."""
         made = self._executor.map_array(job_lib.run, list(jobs))
-        return [_SlurmHandle(self._queue, job) for job in made]
+        handles = [_SlurmHandle(self._queue, job) for job in made]
+        self._handles += handles
+        return handles
 
 
 class _Queue:

@@ -110,10 +110,25 @@ def test_no_such_file():
         plan.variants("nowhere.py")
 
 
-def job(folder, program, **changed):
+BEGIN = """
+import pathlib, sys
+from experiments.sweeping import state
+folders = [pathlib.Path(name) for name in sys.argv[1:]]
+def begin(n):
+    state.write(folders[n], state.begun(state.read(folders[n])))
+def end(n, outcome="done", message=""):
+    state.write(folders[n], state.ended(state.read(folders[n]), outcome, message, 1))
+"""
+
+
+def job(folders, program, **changed):
+    """A process that runs a program with ``begin(n)`` and ``end(n)`` of its n-th unit."""
+    folders = folders if isinstance(folders, list) else [folders]
+    names = [str(folder) for folder in folders]
+    head = BEGIN if "begin(" in program else ""
     values = {
-        "command": [sys.executable, "-c", textwrap.dedent(program)],
-        "folder": str(folder),
+        "command": [sys.executable, "-c", head + textwrap.dedent(program), *names],
+        "folders": names,
         "environment": {"GREETING": "hello"},
         "cores": (),
         "owner": None,
@@ -126,7 +141,7 @@ def job(folder, program, **changed):
 
 def test_an_attempt_that_succeeds(tmp_path):
     core = min(os.sched_getaffinity(0))
-    program = "import os; print(os.environ['GREETING'], os.sched_getaffinity(0))"
+    program = "import os; begin(0); print(os.environ['GREETING'], os.sched_getaffinity(0)); end(0)"
     assert job_lib.run(job(tmp_path / "a", program, cores=(core,))) == "done"
     state = state_lib.read(tmp_path / "a")
     assert (state.state, state.failures, state.message) == ("done", 0, "")
@@ -138,16 +153,45 @@ def test_an_attempt_that_succeeds(tmp_path):
 
 
 def test_an_attempt_that_fails_is_tried_again_so_often(tmp_path):
-    program = "import sys; print('before'); sys.exit('error: no such thing')"
+    program = "begin(0); print('before'); sys.exit('error: no such thing')"
     assert job_lib.run(job(tmp_path, program)) == "failed"
     state = state_lib.read(tmp_path)
     assert (state.state, state.failures) == ("waiting", 1)
     assert state.message == "error: no such thing"
     assert job_lib.run(job(tmp_path, "raise SystemExit(3)")) == "failed"
     assert (state_lib.read(tmp_path).state, state_lib.read(tmp_path).failures) == ("failed", 2)
-    silent = tmp_path / "silent"
-    job_lib.run(job(silent, "raise SystemExit(3)"))
-    assert state_lib.read(silent).message == "exit status 3"
+    for status, message in ((3, "exit status 3"), (0, "its process ended without a word")):
+        silent = tmp_path / f"silent{status}"
+        assert job_lib.run(job(silent, f"raise SystemExit({status})")) == "failed"
+        assert state_lib.read(silent).message == message
+
+
+def test_only_the_unit_that_was_at_work_is_charged(tmp_path):
+    folders = [tmp_path / name for name in "abcd"]
+    program = "begin(0); end(0); begin(1); end(1, 'failed', 'bad'); begin(2); sys.exit('worse')"
+    assert job_lib.run(job(folders, program)) == "failed"
+    states = [state_lib.read(folder) for folder in folders]
+    assert [(s.state, s.failures, s.message) for s in states] == [
+        ("done", 0, ""),
+        ("waiting", 1, "bad"),
+        ("waiting", 1, "worse"),
+        ("waiting", 0, ""),
+    ]
+    # What one says itself is not said again.
+    job_lib.run(job(folders[1:], "begin(0); end(0, 'failed', 'bad'); sys.exit(1)"))
+    states = [state_lib.read(folder) for folder in folders[1:]]
+    assert [s.failures for s in states] == [2, 1, 0] and states[0].state == "failed"
+
+
+def test_the_limit_of_time_is_that_of_one_unit(tmp_path):
+    folders = [tmp_path / name for name in "abc"]
+    program = """
+    import time
+    for n in range(3):
+        begin(n); time.sleep((6, 6, 300)[n]); end(n)
+    """
+    assert job_lib.run(job(folders, program, time_limit_s=10)) == "failed"
+    assert [state_lib.read(folder).state for folder in folders] == ["done", "done", "waiting"]
 
 
 SLEEPER = """
@@ -172,15 +216,14 @@ def gone(pid, patience_s=10.0):
 
 
 def first_pid(folder):
-    while not (log := folder / "log.txt").exists() or not log.read_text().endswith("\n"):
-        time.sleep(0.05)
-    return int(log.read_text().split()[0])
+    """What the sleeper printed; it has, unless it was ended before it began."""
+    return int((folder / "log.txt").read_text().split()[0])
 
 
 def test_limits_of_time_and_memory(tmp_path):
     slow = tmp_path / "slow"
-    assert job_lib.run(job(slow, SLEEPER, time_limit_s=1.5)) == "failed"
-    assert state_lib.read(slow).message == "took longer than its limit of 0.025 minutes"
+    assert job_lib.run(job(slow, SLEEPER, time_limit_s=6)) == "failed"
+    assert state_lib.read(slow).message == "took longer than its limit of 0.1 minutes"
     assert gone(first_pid(slow))
     large = tmp_path / "large"
     program = "import time; held = bytearray(300_000_000); time.sleep(300)"
@@ -197,7 +240,7 @@ def test_a_killed_attempt_waits_to_go_on(tmp_path):
 
 
 def test_a_job_that_is_told_to_stop_ends_its_processes(tmp_path):
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     assert job_lib.run(job(tmp_path, SLEEPER)) == "interrupted"
     assert state_lib.read(tmp_path).message == "told to stop"
     assert gone(first_pid(tmp_path))
@@ -211,10 +254,42 @@ def test_a_job_ends_with_the_sweep_that_owns_it(tmp_path):
         owner.kill()
         owner.wait()
 
-    threading.Timer(1.0, end).start()
+    threading.Timer(5.0, end).start()
     assert job_lib.run(job(tmp_path, SLEEPER, owner=named)) == "interrupted"
     assert state_lib.read(tmp_path).message == "the sweep ended"
     assert gone(first_pid(tmp_path))
+
+
+def test_trials_of_a_pack_share_a_process():
+    def unit(n, pack):
+        return plan.Unit("trial" if pack else "model", str(n), n, "d", None, "", pack)
+
+    units = [unit(n, "p") for n in range(5)] + [unit(5, "q"), unit(6, ""), unit(7, "")]
+
+    def shared(room, most):
+        return [[int(u.id) for u in pack] for pack in sweep.packed(units, room, most)]
+
+    assert shared(2, 16) == [[0, 1, 2], [3, 4]]
+    assert shared(8, 16) == [[0], [1], [2], [3], [4], [5], [6], [7]]
+    assert shared(4, 16) == [[0, 1], [2, 3], [4], [5]]
+    assert shared(2, 2) == [[0, 1], [2, 3]]
+    assert shared(1, 16) == [[0, 1, 2, 3, 4]]
+
+
+def test_a_pack_differs_in_seeds_and_settings_alone(config):
+    keys = [
+        plan.pack_key(variant)
+        for variant in plan.variants(
+            config(
+                """
+                add(seeds=(0,))
+                add(seeds=(1,), domains=("fog",), **{"methods.rotation.num_steps": 1})
+                add(seeds=(0,), **{"adapt.chunk_size": 5})
+                """
+            )
+        )
+    ]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_workers_share_the_machine(monkeypatch):

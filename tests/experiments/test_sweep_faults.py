@@ -1,7 +1,7 @@
 """Kills at random moments: the table of a sweep is that of an undisturbed one.
 
 ``TTT_JAX_KILLS=100 pytest tests/experiments/test_sweep_faults.py`` (``make test-faults``) kills a
-hundred times during the example sweep, on two cores about fifteen minutes.
+hundred times during the example sweep, on two cores about twenty minutes.
 """
 
 import os
@@ -99,7 +99,7 @@ def test_kills_leave_no_trace(tmp_path, example):
         assert start(config, calm, log).wait() == 0, (tmp_path / "log.txt").read_text()
         # Compiled programs are no results; without them every restart would compile anew.
         shutil.copytree(calm / "compiled", rough / "compiled")
-        done = disturbed(config, rough, KILLS if example else 4, 10.0 if example else 4.0, log)
+        done = disturbed(config, rough, KILLS if example else 4, 20.0 if example else 4.0, log)
     wanted, found = table(calm), table(rough)
     assert wanted.equals(found)
     trials = found["trial"].to_pylist()
