@@ -4,10 +4,11 @@ Command: ``python -m experiments.sweep --workdir=DIR
 --config=experiments/configs/digits_sweep.py``. Each of the 24 trials is one row of
 ``DIR/results.parquet``; the two models are trained first and shared.
 
-Cost: about four minutes on two CPU cores.
+Cost: a minute and a half on two CPU cores.
 
-Expect: an error that falls with the step size on contrast and fog, and a step of 0.1 that is too
-large for one of the three.
+Expect: two models that differ more than any step size does. Under fog and contrast the first one errs
+on 80 to 90 %, and the largest step takes off 20 points; the second errs on a third, and the same
+step adds 25. Under noise both err on a few percent, and 0.1 is too large.
 """
 
 import ml_collections

@@ -64,6 +64,7 @@ def test_a_lost_node_loses_no_trial_and_doubles_none(slurm, tmp_path):
     rows = table(folder)
     assert rows.num_rows == 24 == len(set(rows["trial"].to_pylist()))
     assert set(rows["status"].to_pylist()) == {"ok"}
+    # The same on this machine; how many cores a training has changes its last bits.
     local = tmp_path / "local"
-    subprocess.run(command(local), check=True, cwd=ROOT, capture_output=True)
+    subprocess.run(command(local, "--workers=1"), check=True, cwd=ROOT, capture_output=True)
     assert table(local).equals(rows)
