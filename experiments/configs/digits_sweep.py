@@ -6,7 +6,7 @@ Command: ``python -m experiments.sweep --workdir=DIR
 
 Cost: a minute and a half on two CPU cores.
 
-Expect: two models that differ more than any step size does. Under fog and contrast the first one errs
+Expect: two models that differ more than any step size does. Under fog and contrast the first errs
 on 80 to 90 %, and the largest step takes off 20 points; the second errs on a third, and the same
 step adds 25. Under noise both err on a few percent, and 0.1 is too large.
 """
