@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
-import jax
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -144,13 +143,21 @@ def flat(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+class WriteError(UserError):
+    """A file cannot be written, such as on a full disk."""
+
+
+class BusyError(UserError):
+    """Another program uses a folder."""
+
+
 @contextlib.contextmanager
 def writing(path: os.PathLike[str] | str) -> Iterator[None]:
     """Turns a failed write into one sentence that says what is safe and what to do."""
     try:
         yield
     except OSError as error:
-        raise UserError(
+        raise WriteError(
             f"cannot write {path}: {error.strerror or error}. What was written before is intact; "
             "free space or choose another --workdir, then run the same command again."
         ) from error
@@ -189,7 +196,7 @@ def locked(folder: pathlib.Path, patience_s: float = 0.0) -> Iterator[None]:
                 break
             except OSError as error:
                 if time.monotonic() >= last:
-                    raise UserError(
+                    raise BusyError(
                         f"{folder} is in use by another program; wait for it or choose another "
                         "--workdir."
                     ) from error
@@ -219,6 +226,8 @@ def _commit() -> str | None:
 
 def provenance(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Command, device, versions, commit and configuration of this run."""
+    import jax  # what only starts programs needs none
+
     program = pathlib.Path(sys.argv[0]).stem
     packages = ("ttt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {

@@ -41,6 +41,7 @@ _LOG_EVERY_S = 30.0
 # Of one unit, in one run of the sweep: something kills it, such as the system for its memory.
 _MOST_INTERRUPTIONS = 20
 _SLURM_WORKERS = 256
+_CANCEL_S = 10.0
 
 
 class Limits(NamedTuple):
@@ -59,24 +60,32 @@ class Limits(NamedTuple):
     pack: int = 16
 
 
-def packed(ready: Sequence[plan.Unit], room: int, most: int) -> list[list[plan.Unit]]:
+def packed(ready: Sequence[plan.Unit], room: int, workers: int, most: int) -> list[list[plan.Unit]]:
     """Shares units out over at most ``room`` processes.
 
-    Only trials of the same pack share one, and as few as keep all workers busy. Models have one
-    each: they take long.
+    Only trials of the same pack share one, at most ``most``, and no more than an even share of all
+    workers. Models have one each: they take long.
     """
     groups: dict[str, list[plan.Unit]] = {}
     for unit in ready:
         groups.setdefault(unit.pack or unit.id, []).append(unit)
     packs = []
     for group in groups.values():
-        each = min(most, max(1, -(-len(group) // room)))
+        each = min(most, max(1, -(-len(group) // workers)))
         packs += [group[first : first + each] for first in range(0, len(group), each)]
     return packs[:room]
 
 
 class _Interrupted(Exception):
     """The sweep was told to stop."""
+
+
+class _Pack(NamedTuple):
+    """Units that one job runs, and how they stood when it was submitted."""
+
+    units: Sequence[plan.Unit]
+    before: Sequence[state_lib.State]
+    handle: pools.Handle
 
 
 class _Sweep:
@@ -92,61 +101,83 @@ class _Sweep:
     ):
         self._config, self._workdir, self._units = config, workdir, units
         self._pool, self._limits = pool, limits
-        self._handles: dict[str, pools.Handle] = {}
-        self._interrupted: dict[str, int] = {}
+        self._packs: list[_Pack] = []
+        # What no job of this run can be at work on waits: it was interrupted.
+        for unit in units:
+            state = self._state(unit)
+            if state.state == "running":
+                self._write(unit, state, "interrupted", "the sweep ended")
+            elif state.state == "blocked":
+                state_lib.write(unit.folder(workdir), state._replace(state="waiting"))
+        self._interrupted = {unit.id: self._state(unit).interruptions for unit in units}
 
-    def state(self, unit: plan.Unit) -> state_lib.State:
+    def _state(self, unit: plan.Unit) -> state_lib.State:
         return state_lib.read(unit.folder(self._workdir))
 
+    def _write(self, unit: plan.Unit, state: state_lib.State, outcome: str, message: str) -> None:
+        state = state_lib.ended(state, outcome, message, self._limits.retries)
+        state_lib.write(unit.folder(self._workdir), state)
+
     def step(self) -> bool:
-        """One round; whether anything is left to do."""
-        states = {unit.id: self._checked(unit) for unit in self._units}
+        """One round; whether anything is left to do.
+
+        Raises:
+          UserError: a unit met something that no other attempt would mend.
+        """
+        for pack in [pack for pack in self._packs if not pack.handle.alive()]:
+            self._packs.remove(pack)
+            self._settle(pack)
+        states = {unit.id: self._state(unit) for unit in self._units}
+        for state in states.values():
+            if state.state == "blocked":
+                raise launch.UserError(state.message)
+        at_work = {unit.id for pack in self._packs for unit in pack.units}
         ready = [
             unit
             for unit in self._units
-            if unit.id not in self._handles
+            if unit.id not in at_work
             and states[unit.id].state == "waiting"
             and (unit.needs is None or states[unit.needs].state == "done")
         ]
         if ready and (room := self._pool.room()):
-            packs = packed(ready, room, self._limits.pack)
-            handles = self._pool.submit([self._job(pack) for pack in packs])
-            for pack, handle in zip(packs, handles, strict=True):
-                self._handles |= {unit.id: handle for unit in pack}
+            some = packed(ready, room, self._pool.size, self._limits.pack)
+            handles = self._pool.submit([self._job(units) for units in some])
+            for units, handle in zip(some, handles, strict=True):
+                before = [states[unit.id] for unit in units]
+                self._packs.append(_Pack(units, before, handle))
         lost = {unit.id for unit in self._units if states[unit.id].state == "failed"}
-        return bool(self._handles) or any(
-            state.state != "done" and unit.id not in lost and unit.needs not in lost
-            for unit, state in ((unit, states[unit.id]) for unit in self._units)
+        return bool(self._packs) or any(
+            states[unit.id].state != "done" and unit.id not in lost and unit.needs not in lost
+            for unit in self._units
         )
 
-    def _checked(self, unit: plan.Unit) -> state_lib.State:
-        """The state of a unit; one whose job is gone without a word waits again."""
-        handle = self._handles.get(unit.id)
-        if handle is not None and not handle.alive():
-            del self._handles[unit.id]
-            handle = None
-        state = self.state(unit)
-        if handle is None and state.state == "running":
-            state = state_lib.ended(state, "interrupted", "its process was killed", 0)
-            state_lib.write(unit.folder(self._workdir), state)
-        if handle is None and state.interruptions > self._interrupted.get(unit.id, 0):
-            before = self._interrupted.setdefault(unit.id, state.interruptions - 1)
-            if state.state == "waiting" and state.interruptions - before > _MOST_INTERRUPTIONS:
-                message = f"killed {state.interruptions - before} times: {state.message}"
+    def _settle(self, pack: _Pack) -> None:
+        """Writes the states that a job which is gone could not."""
+        after = [self._state(unit) for unit in pack.units]
+        open_ = [n for n, state in enumerate(after) if state.state == "running"]
+        if after == pack.before:
+            # It never came to a unit: the first one stands for what is wrong.
+            open_ = [n for n, state in enumerate(after) if state.state == "waiting"][:1]
+        for n in open_:
+            state = after[n] if after[n].state == "running" else state_lib.begun(after[n])
+            self._write(pack.units[n], state, "interrupted", "its job was killed")
+        for unit in pack.units:
+            state = self._state(unit)
+            killed = state.interruptions - self._interrupted[unit.id]
+            if state.state == "waiting" and killed > _MOST_INTERRUPTIONS:
+                message = f"killed {killed} times: {state.message}"
                 state = state._replace(state="failed", message=message)
                 state_lib.write(unit.folder(self._workdir), state)
-        return state
 
-    def _job(self, pack: Sequence[plan.Unit]) -> job_lib.Job:
-        retries, ids = self._limits.retries, [unit.id for unit in pack]
+    def _job(self, units: Sequence[plan.Unit]) -> job_lib.Job:
+        retries, ids = self._limits.retries, [unit.id for unit in units]
         workdir = str(self._workdir)
-        command = trial_lib.command(sys.executable, self._config, workdir, ids, retries)
         # Trials of one shape share their compiled programs.
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(self._workdir / "compiled")}
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(self._workdir / "compiled"))
         return job_lib.Job(
-            command=command,
-            folders=[str(unit.folder(self._workdir)) for unit in pack],
-            environment=cache | dict(os.environ.items() & cache.items()),
+            command=trial_lib.command(sys.executable, self._config, workdir, ids, retries),
+            folders=[str(unit.folder(self._workdir)) for unit in units],
+            environment={"JAX_COMPILATION_CACHE_DIR": cache},
             cores=(),
             owner=None,
             retries=retries,
@@ -155,11 +186,11 @@ class _Sweep:
         )
 
     def cancel(self) -> None:
-        """Tells every job to stop, and waits a little for those that can be seen."""
-        for handle in self._handles.values():
-            handle.cancel()
-        last = time.monotonic() + 10.0
-        while time.monotonic() < last and any(h.alive() for h in self._handles.values()):
+        """Tells every job to stop, and waits a little for them."""
+        for pack in self._packs:
+            pack.handle.cancel()
+        last = time.monotonic() + _CANCEL_S
+        while time.monotonic() < last and any(pack.handle.alive() for pack in self._packs):
             time.sleep(0.1)
 
 
@@ -227,11 +258,14 @@ def _loop(sweep: _Sweep, workdir: pathlib.Path, units: Sequence[plan.Unit]) -> N
                 lines = text.count("\n") + 1
             time.sleep(_POLL_S)
     except _Interrupted:
-        sweep.cancel()
         raise launch.UserError(
             "the sweep was told to stop; what is finished is kept. Run the same command to go on."
         ) from None
     finally:
+        # Whatever ended the loop, no job may go on without it.
+        for kind in handlers:
+            signal.signal(kind, signal.SIG_IGN)
+        sweep.cancel()
         for kind, handler in handlers.items():
             signal.signal(kind, handler)
 
@@ -255,7 +289,7 @@ def _pool_maker(values: Mapping[str, Any]) -> Any:
                 raise launch.UserError(f"--slurm takes name=value; got {pair!r}.")
             parameters[name] = int(value) if value.isdigit() else value
         return lambda folder: pools.SlurmPool(folder, parameters)
-    found = pools.workers(values["workers"], values["cores"], pools.count_gpus())
+    found = pools.workers(values["workers"], values["cores"], pools.visible_gpus())
     return lambda folder: pools.LocalPool(folder, found)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import adapt, launch, problem as problem_lib, train
-from experiments.sweeping import plan, progress, state as state_lib
+from experiments.sweeping import job, plan, progress, state as state_lib
 
 # An earlier process of the unit may live on, such as on a node that a scheduler lost sight of. It
 # is waited for, and what it finished is not done again.
@@ -35,7 +35,7 @@ def run(config: str, folder: str, ids: Sequence[str], retries: int) -> int:
     workdir = pathlib.Path(folder)
     units = {unit.id: unit for unit in progress.load(workdir)}
     launch.chosen("unit", ids, units)
-    found = plan.variants(config)
+    found = {plan.digest(variant): variant for variant in plan.variants(config)}
     shared: dict[str, adapt.Shared] = {}
     worst = 0
     for unit in (units[name] for name in ids):
@@ -47,27 +47,32 @@ def run(config: str, folder: str, ids: Sequence[str], retries: int) -> int:
                 continue
             begun = state_lib.begun(before)
             state_lib.write(place, begun)
-            message = _attempt(unit, workdir, found, shared.setdefault(unit.pack, adapt.Shared()))
-            outcome = "failed" if message else "done"
+            work = shared.setdefault(unit.pack, adapt.Shared())
+            outcome, message = _attempt(unit, workdir, found.get(unit.digest), work)
             state_lib.write(place, state_lib.ended(begun, outcome, message, retries))
-            worst = max(worst, int(bool(message)))
+            if outcome == "blocked":
+                return 1
+            worst = max(worst, int(outcome != "done"))
     return worst
 
 
 def _attempt(
-    unit: plan.Unit, workdir: pathlib.Path, found: Sequence[plan.Variant], shared: adapt.Shared
-) -> str:
-    """Does the work of a unit; returns what went wrong, or nothing."""
-    if unit.index >= len(found) or plan.digest(found[unit.index]) != unit.digest:
-        return (
+    unit: plan.Unit, workdir: pathlib.Path, variant: plan.Variant | None, shared: adapt.Shared
+) -> tuple[str, str]:
+    """Does the work of a unit; returns the outcome and what went wrong."""
+    if variant is None:
+        return "blocked", (
             "the config file or the code has changed since the sweep began; run the sweep again: "
             "what is still valid is kept."
         )
-    variant, place = found[unit.index], unit.folder(workdir)
+    place = unit.folder(workdir)
     try:
         if unit.needs is None:
+            # A model may be that of other trials than when its training began; its id says that
+            # all it depends on is the same.
+            (place / "run.json").unlink(missing_ok=True)
             train.run(variant.config, str(place))
-            return ""
+            return "done", ""
         model = workdir / "models" / unit.needs
         status = adapt.run(
             variant.config,
@@ -76,13 +81,15 @@ def _attempt(
             part=variant.part,
             shared=shared,
         )
-        return _failed_rows(place / "results.jsonl") if status else ""
+        return ("failed", _failed_rows(place / "results.jsonl")) if status else ("done", "")
+    except launch.WriteError as error:
+        return "blocked", f"{error}"[:500]
     except (launch.UserError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return f"{error}"[:500]
+        return "failed", f"{error}"[:500]
     except Exception as error:  # the other trials of this process go on
         traceback.print_exc()
-        return f"{type(error).__name__}: {error}"[:500]
+        return "failed", f"{type(error).__name__}: {error}"[:500]
 
 
 def _failed_rows(path: pathlib.Path) -> str:
@@ -104,7 +111,11 @@ def command(
 def main(argv: Sequence[str]) -> int:
     """The program."""
     del argv
-    return run(*(holder.value for holder in _FLAGS))
+    try:
+        return run(*(holder.value for holder in _FLAGS))
+    except launch.BusyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return job.BUSY
 
 
 if __name__ == "__main__":

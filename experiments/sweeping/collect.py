@@ -42,15 +42,17 @@ def rows(workdir: pathlib.Path, units: Sequence[plan.Unit]) -> list[dict[str, An
 
 
 def up_to_date(workdir: pathlib.Path, units: Sequence[plan.Unit]) -> bool:
-    """Whether every trial is done and the table holds them all, and no other."""
+    """Whether every trial is done and the table holds their rows, in order, and no other."""
     trials = [unit for unit in units if unit.kind == "trial"]
     if any(state_lib.read(unit.folder(workdir)).state != "done" for unit in trials):
         return False
     try:
-        held = pq.read_table(workdir / TABLE, columns=["trial"])["trial"].to_pylist()
-    except (OSError, pa.ArrowException):
+        held = pq.read_table(workdir / TABLE, columns=["trial", "label", "status"]).to_pylist()
+    except (OSError, KeyError, pa.ArrowException):
         return False
-    return set(held) == {unit.id for unit in trials}
+    order = dict.fromkeys((row["trial"], row["label"]) for row in held)
+    whole = list(order) == [(unit.id, unit.label) for unit in trials]
+    return whole and all(row["status"] == "ok" for row in held)
 
 
 def write(workdir: pathlib.Path, found: Sequence[dict[str, Any]]) -> pathlib.Path:

@@ -4,11 +4,11 @@ This runs inside a job of the executor, on the machine that does the work. The p
 the job, and the job with the sweep if that runs on the same machine.
 """
 
-import ctypes
 import os
 import pathlib
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -20,7 +20,9 @@ from experiments.sweeping import state as state_lib
 _POLL_S = 0.2
 # For a process that was told to stop: it needs no time, since what it finished is on disk.
 _GRACE_S = 5.0
-_PR_SET_PDEATHSIG = 1
+_TETHER = str(pathlib.Path(__file__).with_name("tether.py"))
+# How the process says that another one of the same unit would not end.
+BUSY = 75
 
 
 class Job(NamedTuple):
@@ -59,7 +61,9 @@ def owner() -> tuple[int, float]:
 
 def _alive(process: tuple[int, float]) -> bool:
     try:
-        return psutil.Process(process[0]).create_time() == process[1]
+        found = psutil.Process(process[0])
+        # One that was killed stays, as a zombie, until its parent looks.
+        return found.create_time() == process[1] and found.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
@@ -76,25 +80,20 @@ def run(job: Job) -> str:
     charged = [n for n, state in enumerate(after) if state.state == "running"]
     if after == before:
         # It did not come as far as a unit: the first one stands for what is wrong with it.
-        outcome = "failed" if outcome == "done" else outcome
-        message = message or "its process ended without a word"
         charged = [next(n for n, state in enumerate(after) if state.state != "done")]
         after[charged[0]] = state_lib.begun(after[charged[0]])._replace(started=started)
+    if charged and outcome == "done":
+        outcome, message = "failed", "its process ended without a word"
     for n in charged:
         state_lib.write(folders[n], state_lib.ended(after[n], outcome, message, job.retries))
     return outcome
 
 
 def _attempt(job: Job, folders: Sequence[pathlib.Path]) -> tuple[str, str]:
-    parent = os.getpid()
-    libc = ctypes.CDLL(None)
-
-    def before_start() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-        if job.cores:
-            os.sched_setaffinity(0, job.cores)
+    if job.owner is not None and not _alive(job.owner):
+        return "interrupted", "the sweep ended"
+    cores = ",".join(map(str, job.cores))
+    tethered = [sys.executable, _TETHER, str(os.getpid()), cores, *job.command]
 
     def stop(*_: object) -> None:
         raise _Stopped
@@ -106,12 +105,11 @@ def _attempt(job: Job, folders: Sequence[pathlib.Path]) -> tuple[str, str]:
     try:
         with log.open("ab") as output:
             process = subprocess.Popen(
-                job.command,
+                tethered,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **job.environment},
-                preexec_fn=before_start,
             )
         return _watch(job, folders, process, log)
     except _Stopped:
@@ -146,6 +144,8 @@ def _watch(
             )
     if process.returncode == 0:
         return "done", ""
+    if process.returncode == BUSY:
+        return "interrupted", "another process of it goes on"
     if process.returncode in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
         return "interrupted", f"killed by {signal.Signals(-process.returncode).name}"
     return "failed", _last_line(log) or f"exit status {process.returncode}"

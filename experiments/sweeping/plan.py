@@ -11,6 +11,7 @@ import json
 import pathlib
 import runpy
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -42,8 +43,7 @@ class Unit(NamedTuple):
     Attributes:
       kind: ``"model"`` or ``"trial"``.
       id: what identifies it: its settings, the code and the data.
-      index: of its variant; of the first one, for a model that several trials share.
-      digest: that of the variant, which the process checks again.
+      digest: that of its variant; of the first one, for a model that several trials share.
       needs: the id of the model that a trial adapts; None for a model.
       label: its overrides, for people.
       pack: trials of the same pack may share a process, see :func:`pack_key`.
@@ -51,7 +51,6 @@ class Unit(NamedTuple):
 
     kind: str
     id: str
-    index: int
     digest: str
     needs: str | None
     label: str
@@ -69,8 +68,8 @@ def variants(path: str) -> list[Variant]:
     and replaces a value of the same type. Without ``sweep`` there is one variant per seed.
 
     Raises:
-      UserError: no such file, no variant, an unknown key, method or domain, two variants that are
-        the same, or one with several seeds.
+      UserError: no such file, no variant, an unknown key or method, two variants that are the
+        same, or one with several seeds.
     """
     if not pathlib.Path(path).exists():
         raise launch.UserError(f"there is no file {path}; --config names a config file.")
@@ -132,7 +131,7 @@ def label(variant: Variant) -> str:
 
 @functools.cache
 def code_version() -> str:
-    """A digest of the source files that make results; configs count by their values."""
+    """A digest of what makes results: source files (configs count by their values), libraries."""
     files = [*(_ROOT / "ttt_jax").rglob("*.py"), *(_ROOT / "experiments").rglob("*.py")]
     configs = _ROOT / "experiments" / "configs"
     crc = hashlib.sha256()
@@ -140,6 +139,8 @@ def code_version() -> str:
         if configs not in file.parents:
             crc.update(f"{file.relative_to(_ROOT)}\0".encode())
             crc.update(file.read_bytes())
+    for package in ("jax", "jaxlib", "flax", "optax"):
+        crc.update(f"{package} {metadata.version(package)}\0".encode())
     return crc.hexdigest()[:12]
 
 
@@ -162,8 +163,9 @@ def _hash(*parts: Any) -> str:
 
 
 def data_version(config: ml_collections.ConfigDict) -> str:
-    """A digest of the images and labels of every split."""
-    return _hash([problem_lib.load_data(config, split).fingerprint for split in SPLITS])
+    """A digest of the images and labels of every split, and of what results call them."""
+    sources = [problem_lib.load_data(config, split) for split in SPLITS]
+    return _hash([(source.fingerprint, source.num_classes, source.title) for source in sources])
 
 
 def units(found: Sequence[Variant]) -> list[Unit]:
@@ -171,7 +173,7 @@ def units(found: Sequence[Variant]) -> list[Unit]:
     versions: dict[str, str] = {}
     models: dict[str, Unit] = {}
     trials = []
-    for index, variant in enumerate(found):
+    for variant in found:
         config, own = variant.config, digest(variant)
         sets = launch.fingerprint(config, ("data",))
         if sets not in versions:
@@ -179,8 +181,8 @@ def units(found: Sequence[Variant]) -> list[Unit]:
         training = launch.fingerprint(config, TRAINING)
         model = _hash(training, variant.seed, versions[sets], code_version())
         if model not in models:
-            models[model] = Unit("model", model, index, own, None, f"model, seed {variant.seed}")
+            models[model] = Unit("model", model, own, None, f"model, seed {variant.seed}")
         trial = _hash(own, versions[sets])
         pack = pack_key(variant)
-        trials.append(Unit("trial", trial, index, own, model, label(variant), pack))
+        trials.append(Unit("trial", trial, own, model, label(variant), pack))
     return [*models.values(), *trials]

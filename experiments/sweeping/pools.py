@@ -1,5 +1,6 @@
 """Where jobs run: processes of this machine, or Slurm; both through submitit."""
 
+import hashlib
 import os
 import pathlib
 import shutil
@@ -17,6 +18,9 @@ _UNLIMITED_MIN = 60 * 24 * 365
 _ASK_SLURM_EVERY_S = 2.0
 # A job that was just submitted may not be listed yet.
 _SLURM_PATIENCE_S = 20.0
+_SLURM_TIMEOUT_S = 30.0
+_SUBMISSIONS, _SUBMIT_AGAIN_S = 5, 10.0
+_END_JOBS_S = 120.0
 
 
 class Handle(Protocol):
@@ -30,7 +34,9 @@ class Handle(Protocol):
 
 
 class Pool(Protocol):
-    """Runs jobs."""
+    """Runs jobs, at most ``size`` side by side."""
+
+    size: int
 
     def room(self) -> int:
         """How many more jobs it takes now."""
@@ -46,19 +52,19 @@ class Worker(NamedTuple):
     environment: Mapping[str, str]
 
 
-def workers(count: int, cores_each: int, gpus: int) -> list[Worker]:
+def workers(count: int, cores_each: int, gpus: Sequence[str]) -> list[Worker]:
     """One worker per GPU, or per so many cores.
 
     Args:
       count: how many; 0 for as many as there are GPUs, or groups of cores.
       cores_each: of a worker; 0 shares the cores out evenly (one each without a GPU).
-      gpus: of this machine; workers take turns on them.
+      gpus: names of those that may be used; workers take turns on them.
 
     Raises:
       UserError: more workers or cores than there are.
     """
     cores = sorted(os.sched_getaffinity(0))
-    wanted = count or gpus or len(cores) // max(cores_each, 1)
+    wanted = count or len(gpus) or len(cores) // max(cores_each, 1)
     each = cores_each or max(1, len(cores) // max(wanted, 1))
     if wanted < 1 or wanted * each > len(cores):
         raise launch.UserError(
@@ -68,23 +74,26 @@ def workers(count: int, cores_each: int, gpus: int) -> list[Worker]:
     made = []
     for number in range(wanted):
         share = tuple(cores[number * each : (number + 1) * each])
-        device = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
-        if gpus and wanted > gpus:
+        device = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
+        if gpus and wanted > len(gpus):
             # Several processes share a card: none may reserve most of its memory.
             device["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         made.append(Worker(share, device))
     return made
 
 
-def count_gpus() -> int:
-    """NVIDIA GPUs that processes of this machine may use."""
+def visible_gpus() -> list[str]:
+    """Names, for ``CUDA_VISIBLE_DEVICES``, of the NVIDIA GPUs that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([name for name in visible.split(",") if name.strip()])
+        names = [name.strip() for name in visible.split(",") if name.strip()]
+        # CUDA's rule: what follows -1 is not seen.
+        return names[: names.index("-1")] if "-1" in names else names
     if shutil.which("nvidia-smi") is None:
-        return 0
+        return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return listed.stdout.count("GPU ") if listed.returncode == 0 else 0
+    count = listed.stdout.count("GPU ") if listed.returncode == 0 else 0
+    return [str(number) for number in range(count)]
 
 
 class LocalPool:
@@ -94,7 +103,7 @@ class LocalPool:
         self._executor = submitit.LocalExecutor(folder=folder)
         # The limits are the job's own: those of submitit begin a job anew.
         self._executor.update_parameters(timeout_min=_UNLIMITED_MIN)
-        self._workers = list(workers)
+        self._workers, self.size = list(workers), len(workers)
         self._busy: list[_LocalHandle | None] = [None] * len(workers)
 
     def _free(self) -> list[int]:
@@ -138,22 +147,60 @@ class SlurmPool:
                 "login node of the cluster, or use --executor=local."
             )
         self._executor = submitit.SlurmExecutor(folder=folder)
-        self._executor.update_parameters(**parameters)
-        self._most = int(parameters["array_parallelism"])
+        # By its name a later run finds the jobs of one that was killed.
+        name = f"sweep-{hashlib.sha256(str(folder).encode()).hexdigest()[:10]}"
+        self._executor.update_parameters(**{"job_name": name, **parameters})
+        self.size = int(parameters["array_parallelism"])
+        _end_jobs(str(self._executor.parameters["job_name"]))
         self._queue = _Queue()
         self._handles: list[_SlurmHandle] = []
 
     def room(self) -> int:
         """Jobs that may still run side by side."""
         self._handles = [handle for handle in self._handles if handle.alive()]
-        return self._most - len(self._handles)
+        return self.size - len(self._handles)
 
     def submit(self, jobs: Sequence[job_lib.Job]) -> Sequence[Handle]:
         """Submits the jobs as one array."""
-        made = self._executor.map_array(job_lib.run, list(jobs))
+        made = self._array(jobs)
         handles = [_SlurmHandle(self._queue, job) for job in made]
         self._handles += handles
         return handles
+
+    def _array(self, jobs: Sequence[job_lib.Job]) -> Sequence[Any]:
+        for left in reversed(range(_SUBMISSIONS)):
+            try:
+                return self._executor.map_array(job_lib.run, list(jobs))
+            except submitit.core.utils.FailedJobError as error:
+                if not left:
+                    raise launch.UserError(
+                        f"Slurm refuses the jobs: {' '.join(str(error).split())[:400]}. What is "
+                        "finished is kept; run the same command to go on."
+                    ) from error
+                time.sleep(_SUBMIT_AGAIN_S)
+        raise AssertionError
+
+
+def _ask(*command: str) -> str | None:
+    """The output of one of Slurm's commands; None where Slurm does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SLURM_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _end_jobs(name: str) -> None:
+    """Cancels jobs of that name, which a sweep left behind that was killed, and waits for them."""
+    last = time.monotonic() + _END_JOBS_S
+    while (left := _ask("squeue", "-h", "-n", name, "-u", str(os.getuid()), "-o", "%A")) != "":
+        if left is None or time.monotonic() > last:
+            raise launch.UserError(
+                f"Slurm does not end the jobs of an earlier run ({name}), or does not answer; try "
+                f"again, or cancel them with scancel -n {name}."
+            )
+        _ask("scancel", "-n", name, "-u", str(os.getuid()))
+        time.sleep(1.0)
 
 
 class _Queue:
@@ -161,18 +208,18 @@ class _Queue:
 
     def __init__(self) -> None:
         self._ids: set[str] = set()
-        self._asked = 0.0
+        self._asked = self._answered = 0.0
 
-    def ids(self) -> set[str]:
+    def lists(self, job_id: str, since: float) -> bool:
+        """Whether a job is listed, or could not be yet: no answer is late enough to know."""
         now = time.monotonic()
         if now - self._asked > _ASK_SLURM_EVERY_S:
+            self._asked = now
             # -r: an array is listed job by job.
-            command = ["squeue", "-h", "-r", "-o", "%F_%K %A %T", "-u", str(os.getuid())]
-            listed = subprocess.run(command, capture_output=True, text=True)
-            if listed.returncode == 0:  # else Slurm does not answer for now: what it said stands
-                self._asked = now
-                self._ids = {name for line in listed.stdout.splitlines() for name in line.split()}
-        return self._ids
+            listed = _ask("squeue", "-h", "-r", "-o", "%F_%K %A", "-u", str(os.getuid()))
+            if listed is not None:
+                self._answered, self._ids = now, set(listed.split())
+        return job_id in self._ids or self._answered < since + _SLURM_PATIENCE_S
 
 
 class _SlurmHandle:
@@ -180,9 +227,7 @@ class _SlurmHandle:
         self._queue, self._job, self._submitted = queue, job, time.monotonic()
 
     def alive(self) -> bool:
-        if time.monotonic() - self._submitted < _SLURM_PATIENCE_S:
-            return True
-        return self._job.job_id in self._queue.ids()
+        return self._queue.lists(self._job.job_id, self._submitted)
 
     def cancel(self) -> None:
         self._job.cancel(check=False)

@@ -7,14 +7,15 @@ from typing import NamedTuple
 
 from experiments import launch
 
-STATES = ("waiting", "running", "done", "failed")
+STATES = ("waiting", "running", "done", "failed", "blocked")
 
 
 class State(NamedTuple):
     """Of one unit.
 
     Attributes:
-      state: one of :data:`STATES`.
+      state: one of :data:`STATES`; a unit is blocked by what no other attempt would mend, such as a
+        full disk, and the sweep ends.
       failures: attempts that ended in an error.
       interruptions: attempts that were killed, or told to stop.
       message: of the last error.
@@ -62,13 +63,13 @@ def ended(state: State, outcome: str, message: str, retries: int) -> State:
 
     Args:
       state: before.
-      outcome: ``"done"``, ``"failed"`` or ``"interrupted"``.
+      outcome: ``"done"``, ``"failed"``, ``"interrupted"`` or ``"blocked"``.
       message: of the error.
       retries: how often a unit that failed is tried again; an interrupted one always is.
     """
     state = state._replace(finished=time.time(), message=message)
-    if outcome == "done":
-        return state._replace(state="done")
+    if outcome in ("done", "blocked"):
+        return state._replace(state=outcome)
     if outcome == "interrupted":
         return state._replace(state="waiting", interruptions=state.interruptions + 1)
     failures = state.failures + 1

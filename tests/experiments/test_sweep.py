@@ -262,18 +262,21 @@ def test_a_job_ends_with_the_sweep_that_owns_it(tmp_path):
 
 def test_trials_of_a_pack_share_a_process():
     def unit(n, pack):
-        return plan.Unit("trial" if pack else "model", str(n), n, "d", None, "", pack)
+        return plan.Unit("trial" if pack else "model", str(n), "d", None, "", pack)
 
     units = [unit(n, "p") for n in range(5)] + [unit(5, "q"), unit(6, ""), unit(7, "")]
 
-    def shared(room, most):
-        return [[int(u.id) for u in pack] for pack in sweep.packed(units, room, most)]
+    def shared(room, workers, most):
+        packs = sweep.packed(units, room, workers, most)
+        return [[int(unit.id) for unit in pack] for pack in packs]
 
-    assert shared(2, 16) == [[0, 1, 2], [3, 4]]
-    assert shared(8, 16) == [[0], [1], [2], [3], [4], [5], [6], [7]]
-    assert shared(4, 16) == [[0, 1], [2, 3], [4], [5]]
-    assert shared(2, 2) == [[0, 1], [2, 3]]
-    assert shared(1, 16) == [[0, 1, 2, 3, 4]]
+    assert shared(2, 2, 16) == [[0, 1, 2], [3, 4]]
+    assert shared(8, 8, 16) == [[0], [1], [2], [3], [4], [5], [6], [7]]
+    assert shared(4, 4, 16) == [[0, 1], [2, 3], [4], [5]]
+    assert shared(2, 2, 2) == [[0, 1], [2, 3]]
+    assert shared(1, 1, 16) == [[0, 1, 2, 3, 4]]
+    # One worker is free and three are not: the others find something later.
+    assert shared(1, 4, 16) == [[0, 1]]
 
 
 def test_a_pack_differs_in_seeds_and_settings_alone(config):
@@ -294,21 +297,96 @@ def test_a_pack_differs_in_seeds_and_settings_alone(config):
 
 def test_workers_share_the_machine(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert [w.cores for w in pools.workers(0, 0, 0)] == [(n,) for n in range(8)]
-    assert [w.cores for w in pools.workers(2, 0, 0)] == [(0, 1, 2, 3), (4, 5, 6, 7)]
-    assert [w.cores for w in pools.workers(0, 3, 0)] == [(0, 1, 2), (3, 4, 5)]
-    cards = pools.workers(0, 0, 2)
+    assert [w.cores for w in pools.workers(0, 0, [])] == [(n,) for n in range(8)]
+    assert [w.cores for w in pools.workers(2, 0, [])] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert [w.cores for w in pools.workers(0, 3, [])] == [(0, 1, 2), (3, 4, 5)]
+    cards = pools.workers(0, 0, ["2", "5"])
     assert [w.cores for w in cards] == [(0, 1, 2, 3), (4, 5, 6, 7)]
-    assert [w.environment for w in cards] == [{"CUDA_VISIBLE_DEVICES": str(n)} for n in "01"]
-    shared = pools.workers(4, 0, 2)
-    assert [w.environment["CUDA_VISIBLE_DEVICES"] for w in shared] == ["0", "1", "0", "1"]
+    assert [w.environment for w in cards] == [{"CUDA_VISIBLE_DEVICES": n} for n in "25"]
+    shared = pools.workers(4, 0, ["2", "5"])
+    assert [w.environment["CUDA_VISIBLE_DEVICES"] for w in shared] == ["2", "5", "2", "5"]
     assert all(w.environment["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false" for w in shared)
     with pytest.raises(launch.UserError, match=r"3 workers of 4 cores need 12 cores.* may use 8"):
-        pools.workers(3, 4, 0)
+        pools.workers(3, 4, [])
+
+
+def test_gpus_are_those_that_are_visible(monkeypatch):
+    for value, names in (("2,3", ["2", "3"]), ("-1", []), ("", []), ("1,-1,2", ["1"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        assert pools.visible_gpus() == names
+
+
+class Silent:
+    """Jobs that are gone without having done anything."""
+
+    size = 2
+    submitted = 0
+
+    def room(self):
+        return 2
+
+    def submit(self, jobs):
+        self.submitted += len(jobs)
+        return [Ended() for _ in jobs]
+
+
+def test_jobs_that_die_without_a_word_are_not_submitted_for_ever(config, tmp_path):
+    pool = Silent()
+    assert sweep.run(config("add(seeds=(0,))"), str(tmp_path / "sweep"), lambda jobs: pool) == 1
+    assert pool.submitted == 21
+    (row,) = pq.read_table(tmp_path / "sweep" / "results.parquet").to_pylist()
+    assert row["message"] == "its model failed: killed 21 times: its job was killed"
+
+
+def test_a_full_disk_ends_the_sweep_and_is_nobodys_failure(config, tmp_path, monkeypatch):
+    path, folder = config('add(domains=("fog",))'), tmp_path / "sweep"
+    sentence = "cannot write X: No space left on device. What was written before is intact"
+
+    class Full(Inline):
+        def submit(self, jobs):
+            for one in jobs:
+                place = pathlib.Path(one.folders[0])
+                begun = state_lib.begun(state_lib.read(place))
+                state_lib.write(place, state_lib.ended(begun, "blocked", sentence, 1))
+            return [Ended() for _ in jobs]
+
+    with pytest.raises(launch.UserError, match="No space left"):
+        sweep.run(path, str(folder), lambda jobs: Full())
+    # With space it goes on by itself.
+    assert sweep.run(path, str(folder), lambda jobs: Inline()) == 0
+    assert [s.failures for s in progress.measure(folder, progress.load(folder)).states] == [0, 0]
+
+
+def test_a_model_keeps_its_steps_when_its_trials_change(config, tmp_path):
+    # Its training is interrupted, and meanwhile the first trial becomes another one.
+    folder = tmp_path / "sweep"
+    path = config('add(domains=("fog",))')
+    units = plan.units(plan.variants(path))
+    place = units[0].folder(folder)
+    place.mkdir(parents=True)
+    launch.claim(place, plan.variants(path)[0].config)
+    state_lib.write(place, state_lib.State("running", interruptions=3))
+    other = config('add(domains=("fog",), **{"methods.rotation.learning_rate": (0.02,)})')
+    assert plan.units(plan.variants(other))[0].id == units[0].id
+    assert sweep.run(other, str(folder), lambda jobs: Inline()) == 0
+
+
+def test_a_table_with_a_row_that_has_failed_since_is_written_again(config, tmp_path):
+    path, folder = config('add(domains=("fog",))'), tmp_path / "sweep"
+    assert sweep.run(path, str(folder), lambda jobs: Inline()) == 0
+    units = progress.load(folder)
+    whole = pq.read_table(folder / "results.parquet").to_pylist()
+    assert collect.up_to_date(folder, units)
+    collect.write(folder, [{**whole[0], "status": "failed"}])
+    assert not collect.up_to_date(folder, units)
+    assert sweep.run(path, str(folder), lambda jobs: Inline()) == 0
+    assert pq.read_table(folder / "results.parquet").to_pylist() == whole
 
 
 class Inline:
     """Runs every job at once, here."""
+
+    size = 1
 
     def room(self):
         return 1
@@ -372,8 +450,8 @@ def test_a_second_sweep_of_a_folder_is_refused(config, tmp_path):
 
 def test_trials_of_a_model_that_failed_are_rows(tmp_path):
     units = [
-        plan.Unit("model", "m", 0, "d", None, "model, seed 0"),
-        plan.Unit("trial", "t", 0, "d", "m", "seeds=0"),
+        plan.Unit("model", "m", "d", None, "model, seed 0"),
+        plan.Unit("trial", "t", "d", "m", "seeds=0"),
     ]
     state_lib.write(tmp_path / "models" / "m", state_lib.State("failed", 2, 0, "no data"))
     assert collect.rows(tmp_path, units) == [
@@ -387,7 +465,7 @@ def test_trials_of_a_model_that_failed_are_rows(tmp_path):
 
 
 def test_progress_counts_and_estimates(tmp_path, monkeypatch):
-    units = [plan.Unit("trial", str(n), n, "d", "m", f"trial {n}") for n in range(4)]
+    units = [plan.Unit("trial", str(n), "d", "m", f"trial {n}") for n in range(4)]
     monkeypatch.setattr(time, "time", lambda: 1000.0)
     states = {
         "0": state_lib.State("done", started=100.0, finished=200.0),
