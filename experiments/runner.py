@@ -119,7 +119,8 @@ class Runner:
 
     def batches(self, source: data.Source, trial: Trial) -> list[data.DomainBatch]:
         """The corrupted batches of a trial, made once."""
-        where = (source.split, trial.sequence, trial.cells)
+        # Several passes over the same cells are longer streams, of more plans.
+        where = (source.split, trial.sequence, trial.cells, len(trial.plans))
         if where not in self._batches:
             loaders = [
                 data.Loader(

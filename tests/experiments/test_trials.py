@@ -106,6 +106,12 @@ def test_what_is_chosen_on_long_streams_is_scored_along_them(tmp_path):
     shutil.copytree(tmp_path / "checkpoints", tmp_path / "long" / "checkpoints")
     adapt.run(config, str(tmp_path / "long"))
     second = json.loads((tmp_path / "long" / "selection.json").read_text())["tried"]
+    # The rows of the validation split are of one pass.
+    rows = [journal.Journal(tmp_path / name / "results.jsonl").rows() for name in (".", "long")]
+    ours, theirs = (
+        [r["num_examples"] for r in some if r["split_role"] == "validation"] for some in rows
+    )
+    assert ours == theirs and set(ours) == {20}
     # The second pass meets weights that the first has moved.
     for short, long in zip(first, second, strict=True):
         assert short["params"] == long["params"]
