@@ -1,15 +1,9 @@
-"""Sweeps: which trials there are, how an attempt ends, what is counted and collected."""
+"""Sweeps: which trials there are, who runs them, what is counted and collected."""
 
 import os
 import pathlib
-import signal
-import subprocess
-import sys
-import textwrap
-import threading
 import time
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -22,30 +16,12 @@ from experiments.sweeping import (
     progress,
     state as state_lib,
 )
-
-HEAD = """
-from tests.experiments import tiny_config
-
-
-def get_config():
-    config = tiny_config.get_config()
-    config.methods = {"rotation": config.methods.rotation}
-    config.methods.rotation.learning_rate = (0.01,)
-    return config
-
-
-def sweep(add):
-"""
+from tests.experiments import tiny_sweep
 
 
 @pytest.fixture
 def config(tmp_path):
-    def write(body):
-        path = tmp_path / "config.py"
-        path.write_text(HEAD + textwrap.indent(textwrap.dedent(body), "    "))
-        return str(path)
-
-    return write
+    return lambda body: tiny_sweep.write(tmp_path / "config.py", body)
 
 
 GRID = """
@@ -108,156 +84,6 @@ def test_a_sweep_that_makes_no_sense_is_refused(config, body, words):
 def test_no_such_file():
     with pytest.raises(launch.UserError, match=r"there is no file nowhere\.py"):
         plan.variants("nowhere.py")
-
-
-BEGIN = """
-import pathlib, sys
-from experiments.sweeping import state
-folders = [pathlib.Path(name) for name in sys.argv[1:]]
-def begin(n):
-    state.write(folders[n], state.begun(state.read(folders[n])))
-def end(n, outcome="done", message=""):
-    state.write(folders[n], state.ended(state.read(folders[n]), outcome, message, 1))
-"""
-
-
-def job(folders, program, **changed):
-    """A process that runs a program with ``begin(n)`` and ``end(n)`` of its n-th unit."""
-    folders = folders if isinstance(folders, list) else [folders]
-    names = [str(folder) for folder in folders]
-    head = BEGIN if "begin(" in program else ""
-    values = {
-        "command": [sys.executable, "-c", head + textwrap.dedent(program), *names],
-        "folders": names,
-        "environment": {"GREETING": "hello"},
-        "cores": (),
-        "owner": None,
-        "retries": 1,
-        "time_limit_s": 60.0,
-        "memory_limit_gb": 0.0,
-    }
-    return job_lib.Job(**{**values, **changed})
-
-
-def test_an_attempt_that_succeeds(tmp_path):
-    core = min(os.sched_getaffinity(0))
-    program = "import os; begin(0); print(os.environ['GREETING'], os.sched_getaffinity(0)); end(0)"
-    assert job_lib.run(job(tmp_path / "a", program, cores=(core,))) == "done"
-    state = state_lib.read(tmp_path / "a")
-    assert (state.state, state.failures, state.message) == ("done", 0, "")
-    assert state.finished >= state.started > 0
-    assert (tmp_path / "a" / "log.txt").read_text() == f"hello {{{core}}}\n"
-    # Started again, such as by a scheduler, it does nothing.
-    assert job_lib.run(job(tmp_path / "a", "raise SystemExit(1)")) == "done"
-    assert state_lib.read(tmp_path / "a") == state
-
-
-def test_an_attempt_that_fails_is_tried_again_so_often(tmp_path):
-    program = "begin(0); print('before'); sys.exit('error: no such thing')"
-    assert job_lib.run(job(tmp_path, program)) == "failed"
-    state = state_lib.read(tmp_path)
-    assert (state.state, state.failures) == ("waiting", 1)
-    assert state.message == "error: no such thing"
-    assert job_lib.run(job(tmp_path, "raise SystemExit(3)")) == "failed"
-    assert (state_lib.read(tmp_path).state, state_lib.read(tmp_path).failures) == ("failed", 2)
-    for status, message in ((3, "exit status 3"), (0, "its process ended without a word")):
-        silent = tmp_path / f"silent{status}"
-        assert job_lib.run(job(silent, f"raise SystemExit({status})")) == "failed"
-        assert state_lib.read(silent).message == message
-
-
-def test_only_the_unit_that_was_at_work_is_charged(tmp_path):
-    folders = [tmp_path / name for name in "abcd"]
-    program = "begin(0); end(0); begin(1); end(1, 'failed', 'bad'); begin(2); sys.exit('worse')"
-    assert job_lib.run(job(folders, program)) == "failed"
-    states = [state_lib.read(folder) for folder in folders]
-    assert [(s.state, s.failures, s.message) for s in states] == [
-        ("done", 0, ""),
-        ("waiting", 1, "bad"),
-        ("waiting", 1, "worse"),
-        ("waiting", 0, ""),
-    ]
-    # What one says itself is not said again.
-    job_lib.run(job(folders[1:], "begin(0); end(0, 'failed', 'bad'); sys.exit(1)"))
-    states = [state_lib.read(folder) for folder in folders[1:]]
-    assert [s.failures for s in states] == [2, 1, 0] and states[0].state == "failed"
-
-
-def test_the_limit_of_time_is_that_of_one_unit(tmp_path):
-    folders = [tmp_path / name for name in "abc"]
-    program = """
-    import time
-    for n in range(3):
-        begin(n); time.sleep((6, 6, 300)[n]); end(n)
-    """
-    assert job_lib.run(job(folders, program, time_limit_s=10)) == "failed"
-    assert [state_lib.read(folder).state for folder in folders] == ["done", "done", "waiting"]
-
-
-SLEEPER = """
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
-print(child.pid, flush=True)
-time.sleep(300)
-"""
-
-
-def gone(pid, patience_s=10.0):
-    """Whether a process ends soon."""
-    last = time.monotonic() + patience_s
-    while time.monotonic() < last:
-        try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def first_pid(folder):
-    """What the sleeper printed; it has, unless it was ended before it began."""
-    return int((folder / "log.txt").read_text().split()[0])
-
-
-def test_limits_of_time_and_memory(tmp_path):
-    slow = tmp_path / "slow"
-    assert job_lib.run(job(slow, SLEEPER, time_limit_s=6)) == "failed"
-    assert state_lib.read(slow).message == "took longer than its limit of 0.1 minutes"
-    assert gone(first_pid(slow))
-    large = tmp_path / "large"
-    program = "import time; held = bytearray(300_000_000); time.sleep(300)"
-    assert job_lib.run(job(large, program, memory_limit_gb=0.2)) == "failed"
-    assert "more than its limit of 0.2 GB" in state_lib.read(large).message
-
-
-def test_a_killed_attempt_waits_to_go_on(tmp_path):
-    program = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert job_lib.run(job(tmp_path, program)) == "interrupted"
-    state = state_lib.read(tmp_path)
-    assert (state.state, state.failures, state.interruptions) == ("waiting", 0, 1)
-    assert state.message == "killed by SIGKILL"
-
-
-def test_a_job_that_is_told_to_stop_ends_its_processes(tmp_path):
-    threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    assert job_lib.run(job(tmp_path, SLEEPER)) == "interrupted"
-    assert state_lib.read(tmp_path).message == "told to stop"
-    assert gone(first_pid(tmp_path))
-
-
-def test_a_job_ends_with_the_sweep_that_owns_it(tmp_path):
-    owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
-    named = (owner.pid, psutil.Process(owner.pid).create_time())
-
-    def end():
-        owner.kill()
-        owner.wait()
-
-    threading.Timer(5.0, end).start()
-    assert job_lib.run(job(tmp_path, SLEEPER, owner=named)) == "interrupted"
-    assert state_lib.read(tmp_path).message == "the sweep ended"
-    assert gone(first_pid(tmp_path))
 
 
 def test_trials_of_a_pack_share_a_process():

@@ -17,25 +17,16 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from tests.experiments import tiny_sweep
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 EXAMPLE = ROOT / "experiments" / "configs" / "digits_sweep.py"
 KILLS = int(os.environ.get("TTT_JAX_KILLS", "0"))
 TIMING = {"seconds", "compile_seconds", "samples_per_second"}
 
 SMALL = """
-from tests.experiments import tiny_config
-
-
-def get_config():
-    config = tiny_config.get_config()
-    config.methods = {"rotation": config.methods.rotation}
-    config.methods.rotation.learning_rate = (0.01,)
-    return config
-
-
-def sweep(add):
-    for domain in ("fog", "contrast", "clean"):
-        add(domains=(domain,), seeds=(0,))
+for domain in ("fog", "contrast", "clean"):
+    add(domains=(domain,), seeds=(0,))
 """
 
 
@@ -92,8 +83,7 @@ def test_kills_leave_no_trace(tmp_path, example):
         pytest.skip("set TTT_JAX_KILLS, as make test-faults does")
     config = EXAMPLE
     if not example:
-        config = tmp_path / "small.py"
-        config.write_text(SMALL)
+        config = tiny_sweep.write(tmp_path / "small.py", SMALL)
     calm, rough = tmp_path / "calm", tmp_path / "rough"
     with (tmp_path / "log.txt").open("w") as log:
         assert start(config, calm, log).wait() == 0, (tmp_path / "log.txt").read_text()
