@@ -109,7 +109,8 @@ def _attempt(job: Job, folders: Sequence[pathlib.Path]) -> tuple[str, str]:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **job.environment},
+                # Unbuffered: the last line of the log must be what was said last.
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **job.environment},
             )
         return _watch(job, folders, process, log)
     except _Stopped:
