@@ -17,6 +17,7 @@ import numpy as np
 from ttt_jax.models import attention
 from ttt_jax.models._checks import check_images
 from ttt_jax.models.initializers import xavier_uniform
+from ttt_jax.models.transformer import Block, Dense
 
 
 def patchify(images: jax.Array, patch: int) -> jax.Array:
@@ -97,58 +98,6 @@ def sincos_positions(rows: int, columns: int, width: int) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-class _DenseGelu(nn.Module):
-    """A dense layer and GELU (tanh form), whose derivative keeps the product alone.
-
-    Adding the bias and GELU are cheap to do again, and reading one array instead of two is what
-    their derivative costs.
-    """
-
-    features: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", xavier_uniform, (x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-
-        @jax.checkpoint
-        def activate(product: jax.Array, bias: jax.Array) -> jax.Array:
-            return nn.gelu(product + jnp.expand_dims(bias, tuple(range(product.ndim - 1))))
-
-        return activate(jnp.dot(x, kernel), bias)
-
-
-class _Block(nn.Module):
-    """Pre-norm attention and MLP (four times as wide), each added to its input."""
-
-    heads: int
-    dtype: Any
-    attention: str = "xla"
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        form = attention.form_of(self.attention, self.dtype)
-
-        def attend_heads(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-            return attention.attend(query, key, value, form)
-
-        attend = nn.MultiHeadDotProductAttention(
-            num_heads=self.heads,
-            dtype=self.dtype,
-            kernel_init=xavier_uniform,
-            attention_fn=attend_heads,
-            name="attention",
-        )
-        x = x + attend(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm1")(x))
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm2")(x)
-        y = _DenseGelu(4 * width, dtype=self.dtype, name="up")(y)
-        y = nn.Dense(width, dtype=self.dtype, kernel_init=xavier_uniform, name="down")(y)
-        return x + y
-
-
 class _Encoder(nn.Module):
     """Embeds the patches it is given, at their places, and mixes them."""
 
@@ -161,10 +110,8 @@ class _Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, patches: jax.Array, positions: jax.Array) -> jax.Array:
-        embed = nn.Dense(
-            self.width, dtype=self.dtype, kernel_init=xavier_uniform, name="patch_embed"
-        )
-        x = embed(patches) + positions.astype(self.dtype)
+        x = Dense((self.width,), dtype=self.dtype, name="patch_embed")(patches)
+        x = x + positions.astype(self.dtype)
         if self.num_prompts:
             # Drawn like the embedding that makes the other tokens (VPT's published rule).
             limit = math.sqrt(6.0 / (patches.shape[-1] + self.width))
@@ -176,7 +123,7 @@ class _Encoder(nn.Module):
             prompts = jnp.broadcast_to(prompt, (x.shape[0], *prompt.shape))
             x = jnp.concatenate([prompts, x], axis=1)
         for index in range(self.depth):
-            x = _Block(self.heads, self.dtype, self.attention, name=f"block_{index}")(x)
+            x = Block(self.heads, self.dtype, self.attention, name=f"block_{index}")(x)
         # Prompts steer the patches through attention; heads and decoder see the patches alone.
         x = x[:, self.num_prompts :]
         return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
@@ -195,20 +142,17 @@ class _Decoder(nn.Module):
     @nn.compact
     def __call__(self, visible: jax.Array, keep: jax.Array, positions: jax.Array) -> jax.Array:
         n, total = visible.shape[0], positions.shape[1]
-        x = nn.Dense(self.width, dtype=self.dtype, kernel_init=xavier_uniform, name="embed")(
-            visible
-        )
+        x = Dense((self.width,), dtype=self.dtype, name="embed")(visible)
         token = self.param("mask_token", nn.initializers.normal(0.02), (self.width,), jnp.float32)
         hidden = jnp.broadcast_to(token.astype(self.dtype), (n, total, self.width))
         # Without the promise, the derivative has to look for the last writer of every place.
         x = hidden.at[jnp.arange(n)[:, None], keep].set(x, unique_indices=True)
         x = x + positions.astype(self.dtype)
         for index in range(self.depth):
-            x = _Block(self.heads, self.dtype, self.attention, name=f"block_{index}")(x)
+            x = Block(self.heads, self.dtype, self.attention, name=f"block_{index}")(x)
         x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
-        return nn.Dense(self.outputs, kernel_init=xavier_uniform, name="pixels")(
-            x.astype(jnp.float32)
-        )
+        x = Dense((self.outputs,), dtype=self.dtype, name="pixels")(x)
+        return x.astype(jnp.float32)
 
 
 class ViT(nn.Module):
