@@ -154,14 +154,14 @@ def _gradient_step(
         )
         stepped = stepped._replace(memory=loss.after(merge(params, stepped), memory))
         # The norm rather than the leaves: a weight whose square overflows float32 is lost too.
-        finite = (
-            jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(_trees.norm(stepped.fast))
-        )
+        # Checked is what the optimizer gave, not what is stored: sums in the pass that stores would
+        # keep XLA from updating the carry of a loop in place, and copy every weight once a step.
+        sound = jnp.isfinite(_trees.norm(fast)) & ~_trees.spoiled(state.opt_state, opt_state)
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        finite &= jnp.where(active, sound, jnp.isfinite(_trees.norm(state.fast)))
         # A memory may take in the instance before its loss depends on it; a value that was not
         # finite to begin with (a bound of infinity) is no harm.
-        finite &= ~_trees.spoiled(
-            (state.memory, state.opt_state), (stepped.memory, stepped.opt_state)
-        )
+        finite &= ~_trees.spoiled(state.memory, stepped.memory)
         return stepped, StepInfo(loss=value, grad_norm=grad_norm, finite=finite)
 
     return Adapter(init, step, merge)
