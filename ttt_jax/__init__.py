@@ -11,6 +11,7 @@ from ttt_jax import (
     audit as audit,
     diagnostics as diagnostics,
     losses as losses,
+    memory as memory,
     neighbors as neighbors,
     resets as resets,
     select as select,

@@ -51,6 +51,7 @@ def _public(module):
     [
         "ttt_jax",
         "ttt_jax.losses",
+        "ttt_jax.memory",
         "ttt_jax.neighbors",
         "ttt_jax.select",
         "ttt_jax.resets",
