@@ -1,0 +1,144 @@
+"""A decoder split over devices while each instance has its own low-rank factors."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import ttt_jax as ttt
+from ttt_jax import checkpoint, memory, select
+
+pytestmark = pytest.mark.skipif(
+    len(jax.devices()) < 4,
+    reason="needs four devices (CPU: --xla_force_host_platform_device_count)",
+)
+# No two parameters, nor a share of one, have the same shape.
+LAYERS, WIDTH, HEADS, VOCABULARY, RANK, TOKENS = 4, 64, 4, 144, 2, 6
+INSTANCES = 5
+# Columns of what feeds heads and hidden units, rows of what reads them: one sum over the devices
+# per half of a block (Shoeybi et al., 2019, "Megatron-LM").
+SHARDING = {
+    "embed": P("model", None),
+    "query": P(None, None, "model"),
+    "key": P(None, None, "model"),
+    "value": P(None, None, "model"),
+    "out": P(None, "model", None),
+    "up": P(None, None, "model"),
+    "down": P(None, "model", None),
+}
+
+
+def decoder_params():
+    """Layers are stacked on a first axis; low-rank factors sit beside the query's kernel."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        **{name: (LAYERS, WIDTH, WIDTH) for name in ("query", "key", "value", "out")},
+        "up": (LAYERS, WIDTH, 5 * WIDTH),
+        "down": (LAYERS, 5 * WIDTH, WIDTH),
+        "query_lora_a": (LAYERS, WIDTH, RANK),
+        "query_lora_b": (LAYERS, RANK, WIDTH),
+    }
+
+    def draw(shape):
+        return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2]), jnp.float32)
+
+    return {
+        "embed": draw((VOCABULARY, WIDTH)),
+        "blocks": {name: draw(shape) for name, shape in shapes.items()},
+    }
+
+
+def decode(params, tokens):
+    """Causal: ``tokens[N, T] -> logits[N, T, V]``."""
+
+    def normed(x):
+        return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+
+    def heads(x):
+        return x.reshape(*x.shape[:2], HEADS, WIDTH // HEADS)
+
+    def block(x, layer):
+        y = normed(x)
+        query = heads(y @ layer["query"] + (y @ layer["query_lora_a"]) @ layer["query_lora_b"])
+        key, value = heads(y @ layer["key"]), heads(y @ layer["value"])
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        x = x + mixed.reshape(x.shape) @ layer["out"]
+        return x + jax.nn.gelu(normed(x) @ layer["up"]) @ layer["down"], None
+
+    x, _ = jax.lax.scan(block, params["embed"][tokens], params["blocks"])
+    return normed(x) @ params["embed"].T
+
+
+def next_token(params, tokens, key):
+    del key
+    logits = jax.nn.log_softmax(decode(params, tokens[None])[0, :-1])
+    return -jnp.take_along_axis(logits, tokens[1:, None], axis=1).mean()
+
+
+ADAPTER = ttt.gradient_adapter(next_token, optax.adam(1e-2), select=select.lora())
+PREDICT = ttt.episodic(ADAPTER, ttt.unbatched(decode), num_steps=3)
+
+
+def mesh_of(data, model):
+    axis_types = (AxisType.Auto,) * 2
+    devices = jax.devices()[: data * model]
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=axis_types, devices=devices)
+
+
+def shardings(mesh, params):
+    """Factors are replicated: each instance has its own, where the instance is."""
+
+    def one(path, leaf):
+        del leaf
+        return NamedSharding(mesh, SHARDING.get(path[-1].key, P()))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def inputs():
+    rng = np.random.default_rng(1)
+    tokens = jnp.asarray(rng.integers(0, VOCABULARY, (INSTANCES, TOKENS)), jnp.int32)
+    return tokens, ttt.sample_keys(jax.random.key(0), np.arange(INSTANCES))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return jax.jit(ttt.batched(PREDICT))(decoder_params(), *inputs())
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 2)])
+def test_a_split_decoder_equals_one_device(alone, shape, tmp_path):
+    """From a checkpoint, which goes straight to where its parts belong."""
+    mesh, params = mesh_of(*shape), decoder_params()
+    checkpoint.save(tmp_path / "decoder", params)
+    placed = checkpoint.load(tmp_path / "decoder", sharding=shardings(mesh, params)).params
+    shard = placed["blocks"]["up"].addressable_shards[0].data
+    assert shard.shape == (LAYERS, WIDTH, 5 * WIDTH // shape[1])
+    run = jax.jit(ttt.batched(PREDICT, mesh=mesh, chunk_size=1))
+    logits, info = run(placed, *inputs())
+    assert bool(info.updated.all())
+    np.testing.assert_allclose(info.loss, alone[1].loss, atol=1e-4)
+    np.testing.assert_allclose(logits, alone[0], atol=2e-4)
+    assert np.abs(logits - decode(params, inputs()[0])).max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 2)])
+def test_no_device_holds_the_decoder(shape):
+    """A device needs its share and little more: parameters are not gathered, only activations."""
+    mesh, params = mesh_of(*shape), decoder_params()
+    placed = jax.device_put(params, shardings(mesh, params))
+    run = ttt.batched(PREDICT, mesh=mesh, chunk_size=1)
+    compiled = jax.jit(run).lower(placed, *inputs()).compile()
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    owned = 4 * memory.copy_bytes(ADAPTER, params)  # parameters, moments, gradient
+    assert memory.used(compiled) < whole / shape[1] + owned + whole / 4
+    for name in ("query", "up", "down", "embed"):
+        leaf = params.get(name, params["blocks"].get(name))
+        for part in (leaf.shape, leaf.shape[1:]):
+            if len(part) > 1:
+                dimensions = ",".join(map(str, part))
+                assert not re.search(rf"f32\[(\d+,)?{dimensions}\]", compiled.as_text()), name
