@@ -189,7 +189,7 @@ def run(
     *,
     restore: str = "memory",
     checkpoint_path: str | None = None,
-    tensorboard: bool = False,
+    trackers: Sequence[str] = (),
     part: Part = Part(),  # noqa: B008 (immutable)
     shared: Shared | None = None,
 ) -> int:
@@ -201,7 +201,7 @@ def run(
       restore: how the pristine parameters come back between batches: ``memory``,
         ``fingerprint`` or ``orbax``.
       checkpoint_path: a checkpoint for all seeds; None takes the folder's own.
-      tensorboard: whether to write TensorBoard events too.
+      trackers: where scalars go beside the folder, see :mod:`experiments.writers`.
       part: which rows to make.
       shared: of runs in this process whose configs differ in seeds and methods' settings alone.
 
@@ -211,7 +211,7 @@ def run(
     workdir = launch.open_workdir(folder)
     with launch.locked(workdir):
         shared = Shared() if shared is None else shared
-        return _run(config, workdir, restore, checkpoint_path, tensorboard, part, shared)
+        return _run(config, workdir, restore, checkpoint_path, trackers, part, shared)
 
 
 def _run(
@@ -219,7 +219,7 @@ def _run(
     workdir: pathlib.Path,
     restore: str,
     checkpoint_path: str | None,
-    tensorboard: bool,
+    trackers: Sequence[str],
     part: Part,
     shared: Shared,
 ) -> int:
@@ -239,7 +239,7 @@ def _run(
     # Once all is checked: a config that cannot be run must not keep the folder.
     launch.claim(workdir, config)
     results = journal.Journal(workdir / "results.jsonl")
-    with writers.open_writer(workdir, tensorboard=tensorboard) as writer:
+    with writers.open_writer(workdir, trackers) as writer:
         for seed in config.seeds:
             path = checkpoint_path or problem_lib.checkpoint_path(workdir, seed)
             pristine = problem_lib.load_checkpoint(path, problem, config)
@@ -287,7 +287,7 @@ def main(argv: Sequence[str]) -> int:
         _WORKDIR.value,
         restore=_RESTORE.value,
         checkpoint_path=_CHECKPOINT.value,
-        tensorboard=_TENSORBOARD.value,
+        trackers=_TRACKERS.value,
         part=Part(tuple(_METHODS.value), tuple(_DOMAINS.value)),
     )
 
@@ -303,7 +303,7 @@ if __name__ == "__main__":
     _CHECKPOINT = flags.DEFINE_string(
         "checkpoint", None, "Checkpoint to adapt; default: WORKDIR/checkpoints/seed_SEED."
     )
-    _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.")
+    _TRACKERS = writers.define_flag()
     _METHODS = flags.DEFINE_list("methods", [], "Only these methods of the config.")
     _DOMAINS = flags.DEFINE_list("domains", [], "Only these domains, such as clean,fog.")
     launch.run(main)

@@ -23,7 +23,6 @@ import ml_collections
 import numpy as np
 import optax
 import tqdm
-from absl import flags
 
 import ttt_jax as ttt
 from experiments import auxiliary, launch, problem as problem_lib, writers
@@ -268,14 +267,14 @@ def _accuracy(problem: problem_lib.Problem, variables: Any, source: data.Source)
     return right / len(source)
 
 
-def run(config: ml_collections.ConfigDict, folder: str, *, tensorboard: bool = False) -> None:
+def run(config: ml_collections.ConfigDict, folder: str, *, trackers: Sequence[str] = ()) -> None:
     """Trains every seed of a config that has no checkpoint yet."""
     # Before the folder is claimed: a config that cannot be trained must not keep it.
     check(config)
     workdir = launch.open_workdir(folder)
     with (
         launch.locked(workdir),
-        writers.open_writer(workdir, tensorboard=tensorboard) as writer,
+        writers.open_writer(workdir, trackers) as writer,
     ):
         launch.claim(workdir, config)
         for seed in config.seeds:
@@ -285,10 +284,10 @@ def run(config: ml_collections.ConfigDict, folder: str, *, tensorboard: bool = F
 def main(argv: Sequence[str]) -> None:
     """The program."""
     del argv
-    run(_CONFIG.value, _WORKDIR.value, tensorboard=_TENSORBOARD.value)
+    run(_CONFIG.value, _WORKDIR.value, trackers=_TRACKERS.value)
 
 
 if __name__ == "__main__":
     _CONFIG, _WORKDIR = launch.define_flags()
-    _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.")
+    _TRACKERS = writers.define_flag()
     launch.run(main)
