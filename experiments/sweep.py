@@ -17,6 +17,7 @@ again to go on after a kill.
 
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import time
@@ -110,9 +111,21 @@ class _Sweep:
             elif state.state == "blocked":
                 state_lib.write(unit.folder(workdir), state._replace(state="waiting"))
         self._interrupted = {unit.id: self._state(unit).interruptions for unit in units}
+        # What is finished stays so while the sweep runs, and is read once.
+        self._finished: dict[str, state_lib.State] = {}
 
     def _state(self, unit: plan.Unit) -> state_lib.State:
         return state_lib.read(unit.folder(self._workdir))
+
+    def states(self) -> dict[str, state_lib.State]:
+        """The states of all units by id, in their order."""
+        states = {}
+        for unit in self._units:
+            state = self._finished.get(unit.id) or self._state(unit)
+            if state.state in ("done", "failed"):
+                self._finished[unit.id] = state
+            states[unit.id] = state
+        return states
 
     def _write(self, unit: plan.Unit, state: state_lib.State, outcome: str, message: str) -> None:
         state = state_lib.ended(state, outcome, message, self._limits.retries)
@@ -127,7 +140,7 @@ class _Sweep:
         for pack in [pack for pack in self._packs if not pack.handle.alive()]:
             self._packs.remove(pack)
             self._settle(pack)
-        states = {unit.id: self._state(unit) for unit in self._units}
+        states = self.states()
         for state in states.values():
             if state.state == "blocked":
                 raise launch.UserError(state.message)
@@ -233,14 +246,14 @@ def run(
         )
         if before["done"] or before["failed"]:
             print(f"{before['done']} of {trials} trials are finished, {before['failed']} failed")
-        _loop(sweep, workdir, units)
+        _loop(sweep, units)
         path = collect.write(workdir, collect.rows(workdir, units))
         counts = progress_lib.measure(workdir, units).counts
     print(f"{counts['done']} of {trials} trials done, {counts['failed']} failed; {path}")
     return 0 if counts["done"] == trials else 1
 
 
-def _loop(sweep: _Sweep, workdir: pathlib.Path, units: Sequence[plan.Unit]) -> None:
+def _loop(sweep: _Sweep, units: Sequence[plan.Unit]) -> None:
     def stop(*_: object) -> None:
         raise _Interrupted
 
@@ -251,7 +264,9 @@ def _loop(sweep: _Sweep, workdir: pathlib.Path, units: Sequence[plan.Unit]) -> N
         while sweep.step():
             if time.monotonic() - shown > (_SHOW_EVERY_S if live else _LOG_EVERY_S):
                 shown = time.monotonic()
-                text = progress_lib.table(units, progress_lib.measure(workdir, units))
+                measured = progress_lib.summarized(units, list(sweep.states().values()))
+                columns = shutil.get_terminal_size().columns if live else None
+                text = progress_lib.table(units, measured, columns)
                 if live and lines:
                     print(f"\x1b[{lines}A\x1b[J", end="")
                 print(text, flush=True)

@@ -11,7 +11,7 @@ from experiments import launch
 from experiments.sweeping import plan, state as state_lib
 
 PLAN = "plan.json"
-_LISTED = 8
+_LISTED, _BAR = 8, 30
 
 
 class Progress(NamedTuple):
@@ -51,10 +51,14 @@ def load(workdir: pathlib.Path) -> list[plan.Unit]:
 
 def measure(workdir: pathlib.Path, units: Sequence[plan.Unit]) -> Progress:
     """Reads the states of all units."""
-    states = [state_lib.read(unit.folder(workdir)) for unit in units]
+    return summarized(units, [state_lib.read(unit.folder(workdir)) for unit in units])
+
+
+def summarized(units: Sequence[plan.Unit], states: Sequence[state_lib.State]) -> Progress:
+    """The progress that the states of all units, in their order, amount to."""
     trials = [s for unit, s in zip(units, states, strict=True) if unit.kind == "trial"]
     counts = {name: sum(s.state == name for s in trials) for name in state_lib.STATES}
-    return Progress(states, counts, _left(trials, counts))
+    return Progress(list(states), counts, _left(trials, counts))
 
 
 def _left(trials: Sequence[state_lib.State], counts: dict[str, int]) -> float | None:
@@ -66,26 +70,42 @@ def _left(trials: Sequence[state_lib.State], counts: dict[str, int]) -> float | 
     return (sum(running) + each * counts["waiting"]) / counts["running"]
 
 
-def table(units: Sequence[plan.Unit], progress: Progress) -> str:
-    """Counts, time left, what runs and what failed, a line each."""
+def table(units: Sequence[plan.Unit], progress: Progress, columns: int | None = None) -> str:
+    """A bar, counts, time left; then what has run longest and what failed, a line each.
+
+    Args:
+      units: of the sweep.
+      progress: of the same units.
+      columns: cut lines to that width, so that a terminal does not wrap them.
+    """
     counts = progress.counts
+    total = sum(counts.values())
     line = ", ".join(f"{counts[name]} {name}" for name in ("done", "running", "waiting", "failed"))
     if progress.seconds_left is not None:
         line += f"; about {_duration(progress.seconds_left)} left"
-    lines = [f"trials: {line}"]
-    for unit, state in zip(units, progress.states, strict=True):
-        if state.state == "running":
-            spent = _duration(time.time() - state.started)
-            lines.append(f"  running {spent:>6}  {unit.id}  {unit.label}")
-    failed = [
-        f"  failed   {unit.id}  {unit.label}: {state.message}"
-        for unit, state in zip(units, progress.states, strict=True)
-        if state.state == "failed"
-    ]
-    lines += failed[:_LISTED]
-    if len(failed) > _LISTED:
-        lines.append(f"  and {len(failed) - _LISTED} more that failed")
-    return "\n".join(lines)
+    filled = _BAR * (counts["done"] + counts["failed"]) // max(1, total)
+    lines = [f"[{'#' * filled}{'.' * (_BAR - filled)}] {total} trials: {line}"]
+    now, pairs = time.time(), list(zip(units, progress.states, strict=True))
+    running = [(state.started, unit) for unit, state in pairs if state.state == "running"]
+    running.sort(key=lambda pair: pair[0])
+    lines += _listed(
+        [f"  running {_duration(now - t):>6}  {unit.id}  {unit.label}" for t, unit in running],
+        "run",
+    )
+    lines += _listed(
+        [
+            f"  failed   {unit.id}  {unit.label}: {state.message}"
+            for unit, state in pairs
+            if state.state == "failed"
+        ],
+        "failed",
+    )
+    return "\n".join(line[:columns] for line in lines)
+
+
+def _listed(lines: list[str], what: str) -> list[str]:
+    more = len(lines) - _LISTED
+    return lines[:_LISTED] + ([f"  and {more} more that {what}"] if more > 0 else [])
 
 
 def _duration(seconds: float) -> str:

@@ -242,7 +242,7 @@ def test_a_sweep_with_a_trial_that_fails(config, tmp_path, capsys):
     assert rows[0]["settings"].startswith('{"copies"')
     assert "1 of 2 trials done, 1 failed" in capsys.readouterr().out
     said = sweep.status(str(folder))
-    assert said.splitlines()[0] == "trials: 1 done, 0 running, 0 waiting, 1 failed"
+    assert said.splitlines()[0].endswith("] 2 trials: 1 done, 0 running, 0 waiting, 1 failed")
     assert "unknown domain 'mist'" in said.splitlines()[1]
     # Again: what failed for good stays so, and what is done is not done again.
     failed = state_lib.read(folder / "trials" / rows[1]["trial"])
@@ -290,6 +290,17 @@ def test_trials_of_a_model_that_failed_are_rows(tmp_path):
     ]
 
 
+def test_a_table_of_thousands_fits_a_terminal():
+    """What has run longest comes first; the rest is counted."""
+    units = [plan.Unit("trial", str(n), "d", "m", f"trial {n}") for n in range(4000)]
+    states = [state_lib.State("running", started=time.time() - n) for n in range(1000)]
+    states += 3000 * [state_lib.State("failed", message="broken")]
+    lines = progress.table(units, progress.summarized(units, states)).splitlines()
+    assert len(lines) == 1 + 2 * 9
+    assert lines[1].endswith("trial 999") and lines[9] == "  and 992 more that run"
+    assert lines[18] == "  and 2992 more that failed"
+
+
 def test_progress_counts_and_estimates(tmp_path, monkeypatch):
     units = [plan.Unit("trial", str(n), "d", "m", f"trial {n}") for n in range(4)]
     monkeypatch.setattr(time, "time", lambda: 1000.0)
@@ -304,10 +315,12 @@ def test_progress_counts_and_estimates(tmp_path, monkeypatch):
     # One of 100 s waits, and 60 of the running one are left, on one worker.
     assert measured.seconds_left == pytest.approx(160)
     assert progress.table(units, measured).splitlines() == [
-        "trials: 1 done, 1 running, 1 waiting, 1 failed; about 2:40 min left",
+        f"[{15 * '#'}{15 * '.'}] 4 trials: 1 done, 1 running, 1 waiting, 1 failed; "
+        "about 2:40 min left",
         "  running   40 s  1  trial 1",
         "  failed   2  trial 2: broken",
     ]
+    assert all(len(line) <= 20 for line in progress.table(units, measured, 20).splitlines())
     progress.save(tmp_path, units)
     assert progress.load(tmp_path) == units
     with pytest.raises(launch.UserError, match="there is no sweep in"):
