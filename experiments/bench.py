@@ -131,8 +131,11 @@ def measure(
 ) -> dict[str, Any]:
     """The row of a case; ``rates`` holds the matmul rate of each dtype in TFLOP/s."""
     attention = getattr(case.sizes, "attention", None)
+    options: dict[str, Any] = {}
     if case.way == "ttt_jax":
-        options = compiler_options(settings.compiler_options)
+        if jax.default_backend() == "gpu":
+            options |= dict(WORKS[case.work].options)
+        options |= compiler_options(settings.compiler_options)
         timing = time_jax(case, settings.repeats, options, settings.trace)
         attention = attention and attention_lib.form_of(attention, case.dtype)
     else:
@@ -151,6 +154,7 @@ def measure(
         "param_dtype": "float32",
         "precision": timing.precision,
         "attention": attention,
+        "compiler_options": options,
         "num_steps": case.num_steps,
         "copies": case.sizes.copies,
         "batch": case.sizes.batch,

@@ -12,8 +12,8 @@ import pytest
 from experiments import bench, bench_works, launch
 
 FIELDS = (
-    "work way compute_dtype param_dtype precision attention num_steps copies batch samples "
-    "sample_steps_per_second tflops matmul_share peak_gib compile_seconds"
+    "work way compute_dtype param_dtype precision attention compiler_options num_steps copies "
+    "batch samples sample_steps_per_second tflops matmul_share peak_gib compile_seconds"
 ).split()
 
 
@@ -47,6 +47,7 @@ def test_a_smoke_run_writes_its_rows(tmp_path, capsys, monkeypatch):
     assert (row["compute_dtype"], row["param_dtype"]) == ("bfloat16", "float32")
     # There are no fused kernels on a CPU, and the row says so.
     assert (row["precision"], row["attention"]) == ("bf16", "xla")
+    assert row["compiler_options"] == {}
     assert (row["num_steps"], row["copies"], row["batch"], row["samples"]) == (1, 2, 1, 2)
     seconds = row["samples"] / row["sample_steps_per_second"]
     flop = 2 * bench_works.mae_flop(work.smoke, 1)
