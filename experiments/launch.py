@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import difflib
+import errno
 import fcntl
 import hashlib
 import json
@@ -149,6 +150,23 @@ class WriteError(UserError):
 
 class BusyError(UserError):
     """Another program uses a folder."""
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def no_room(error: BaseException | None) -> bool:
+    """Whether a full or read-only disk is behind an error, whoever raised it.
+
+    Libraries that write by themselves give the system's words and not its number.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return True
+        if any(os.strerror(number) in str(error) for number in _NO_ROOM):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextlib.contextmanager

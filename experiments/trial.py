@@ -84,12 +84,22 @@ def _attempt(
         return ("failed", _failed_rows(place / "results.jsonl")) if status else ("done", "")
     except launch.WriteError as error:
         return "blocked", f"{error}"[:500]
-    except (launch.UserError, ValueError, OSError) as error:
+    except Exception as error:  # the other trials of this process go on
+        if launch.no_room(error):
+            return "blocked", (
+                f"the disk of {workdir} is full or read-only. What was written before is intact; "
+                "free space or choose another --workdir, then run the same command again. "
+                f"({f'{error}'[:300]})"
+            )
+        return _failure(error)
+
+
+def _failure(error: Exception) -> tuple[str, str]:
+    if isinstance(error, launch.UserError | ValueError | OSError):
         print(f"error: {error}", file=sys.stderr)
         return "failed", f"{error}"[:500]
-    except Exception as error:  # the other trials of this process go on
-        traceback.print_exc()
-        return "failed", f"{type(error).__name__}: {error}"[:500]
+    traceback.print_exception(error)
+    return "failed", f"{type(error).__name__}: {error}"[:500]
 
 
 def _failed_rows(path: pathlib.Path) -> str:

@@ -1,9 +1,11 @@
 """Where jobs run: processes of this machine, or Slurm; both through submitit."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -100,7 +102,9 @@ class LocalPool:
     """Processes of this machine, one per worker at a time."""
 
     def __init__(self, folder: pathlib.Path, workers: Sequence[Worker]):
-        self._executor = submitit.LocalExecutor(folder=folder)
+        self._folder = folder
+        with launch.writing(folder):
+            self._executor = submitit.LocalExecutor(folder=folder)
         # The limits are the job's own: those of submitit begin a job anew.
         self._executor.update_parameters(timeout_min=_UNLIMITED_MIN)
         self._workers, self.size = list(workers), len(workers)
@@ -120,7 +124,8 @@ class LocalPool:
             worker = self._workers[number]
             environment = {**job.environment, **worker.environment}
             job = job._replace(environment=environment, cores=worker.cores, owner=job_lib.owner())
-            handle = _LocalHandle(self._executor.submit(job_lib.run, job))
+            with launch.writing(self._folder):
+                handle = _LocalHandle(self._executor.submit(job_lib.run, job))
             self._busy[number] = handle
             handles.append(handle)
         return handles
@@ -134,7 +139,9 @@ class _LocalHandle:
         return not self._job.done()
 
     def cancel(self) -> None:
-        self._job.cancel()
+        # submitit's own way is an interrupt, whose traceback ends up on this terminal.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(self._job.job_id), signal.SIGTERM)
 
 
 class SlurmPool:
@@ -146,7 +153,9 @@ class SlurmPool:
                 "--executor=slurm needs Slurm's sbatch on the PATH, and it is not there; run on a "
                 "login node of the cluster, or use --executor=local."
             )
-        self._executor = submitit.SlurmExecutor(folder=folder)
+        self._folder = folder
+        with launch.writing(folder):
+            self._executor = submitit.SlurmExecutor(folder=folder)
         # By its name a later run finds the jobs of one that was killed.
         name = f"sweep-{hashlib.sha256(str(folder).encode()).hexdigest()[:10]}"
         self._executor.update_parameters(**{"job_name": name, **parameters})
@@ -170,7 +179,8 @@ class SlurmPool:
     def _array(self, jobs: Sequence[job_lib.Job]) -> Sequence[Any]:
         for left in reversed(range(_SUBMISSIONS)):
             try:
-                return self._executor.map_array(job_lib.run, list(jobs))
+                with launch.writing(self._folder):
+                    return self._executor.map_array(job_lib.run, list(jobs))
             except submitit.core.utils.FailedJobError as error:
                 if not left:
                     raise launch.UserError(
