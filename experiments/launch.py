@@ -48,6 +48,10 @@ class UserError(Exception):
     """Something the person at the terminal can mend; printed as one line, exit status 2."""
 
 
+# What a person can mend.
+MENDABLE = (UserError, ValueError, OSError)
+
+
 def define_flags() -> tuple[Any, Any]:
     """Defines ``--config`` and ``--workdir``; returns their holders."""
     try:
@@ -69,7 +73,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
             raise app.UsageError(f"Unexpected argument {argv[1]!r}; flags begin with --.")
         try:
             return main(argv)
-        except (UserError, ValueError, OSError) as error:
+        except MENDABLE as error:
             if os.environ.get("TTT_JAX_TRACEBACK"):
                 raise
             print(f"error: {error}", file=sys.stderr)
@@ -247,14 +251,21 @@ def fingerprint(config: ml_collections.ConfigDict, sections: Sequence[str]) -> s
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def claim(folder: pathlib.Path, config: ml_collections.ConfigDict, seeds_may_grow: bool = True):
+def claim(
+    folder: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    seeds_may_grow: bool = True,
+    **more: Any,
+):
     """Writes ``run.json``, or refuses a folder whose results were made with another config.
+
+    ``more`` is written too, and need not stay the same.
 
     Raises:
       UserError: naming each differing key, its stored and its present value.
     """
     path = folder / "run.json"
-    record = provenance(config)
+    record = provenance(config) | more
     if path.exists():
         try:
             old = json.loads(path.read_text())
