@@ -2,8 +2,8 @@
 
 JAX aborts a process whose peer has died, and nothing can catch that. So what talks to the peers is
 this small program, on the CPU, and not the one that adapts: :mod:`experiments.team` starts it,
-tells it what to exchange through a pipe, and notices when it ends. ``jax.distributed`` finds the peers,
-under Slurm by itself, and watches over them.
+tells it what to exchange through a pipe, and notices when it ends. ``jax.distributed`` finds the
+peers, under Slurm by itself, and watches over them.
 """
 
 import contextlib
@@ -120,7 +120,7 @@ def main() -> None:
     jax.distributed.initialize(**json.loads(sys.argv[1]), heartbeat_timeout_seconds=HEARTBEAT_S)
     where = {"index": jax.process_index(), "count": jax.process_count()}
     # JAX's rule under Slurm: which of the devices of a machine are this process's.
-    where["visible"] = jax.config.jax_cuda_visible_devices
+    where["visible"] = jax.config.values.get("jax_cuda_visible_devices")
     write(pipe, Frame(BROADCAST, json.dumps(where).encode()))
     frames: queue.Queue[Frame] = queue.Queue()
     failures: list[Frame] = []
