@@ -44,6 +44,11 @@ DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "digits.py"
 _OVERRIDE_ERRORS = (KeyError, AttributeError, TypeError, ValueError, OSError)
 
 
+# Exit status of a process that may be started again as it was: another one of the same trial would
+# not end, or one that shares its work has died. (EX_TEMPFAIL of sysexits.h.)
+TRY_AGAIN = 75
+
+
 class UserError(Exception):
     """Something the person at the terminal can mend; printed as one line, exit status 2."""
 

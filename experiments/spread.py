@@ -68,7 +68,8 @@ def local(count: int = 0) -> Devices:
     found = jax.local_devices()
     if not 0 <= count <= len(found):
         raise launch.UserError(
-            f"--devices must lie between 0 (all) and the {len(found)} of this process; got {count}."
+            f"--devices must lie between 0 (all) and {len(found)}, all that this process has; "
+            f"got {count}."
         )
     chosen = found[: count or len(found)]
     return Devices(Mesh(np.asarray(chosen), (AXIS,)) if len(chosen) > 1 else None)

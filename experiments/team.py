@@ -21,8 +21,6 @@ import jax
 
 from experiments import launch, link
 
-# "Try again": a supervisor that sees this exit code starts the run anew.
-PEER_LOST = 75
 _TETHER = pathlib.Path(__file__).parent / "sweeping" / "tether.py"
 _END_S = 10.0
 
@@ -137,7 +135,7 @@ class _Linked:
                 self._end(int(code), text)
             self._answers.put(frame.data)
         self._end(
-            PEER_LOST,
+            launch.TRY_AGAIN,
             "another process of this run has died, and so it ends. What is finished is kept: start "
             "all processes again with the same command to go on.",
         )
@@ -205,7 +203,7 @@ def _refuse(where: Rendezvous, status: int, said: str) -> None:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(PEER_LOST)
+        os._exit(launch.TRY_AGAIN)
     lines = [line for line in said.splitlines() if line.strip()]
     reason = lines[-1].partition(": ")[2] or lines[-1] if lines else f"exit status {status}"
     raise launch.UserError(
