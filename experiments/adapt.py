@@ -273,7 +273,7 @@ def _run(
     rows = team_lib.agreed(team, results.rows() if team.index == 0 else None)
     if team.index:
         results = journal.Journal(workdir / "results.jsonl", rows)
-    with writers.open_writer(workdir, tensorboard=tensorboard) as writer:
+    with writers.open_writer(workdir, tensorboard=tensorboard and team.index == 0) as writer:
         for seed in config.seeds:
             path = checkpoint_path or problem_lib.checkpoint_path(workdir, seed)
             pristine = problem_lib.load_checkpoint(path, problem, config, sharding=devices.copied)

@@ -118,6 +118,7 @@ def main() -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(**json.loads(sys.argv[1]), heartbeat_timeout_seconds=HEARTBEAT_S)
+    multihost_utils.sync_global_devices("joined")
     where = {"index": jax.process_index(), "count": jax.process_count()}
     # JAX's rule under Slurm: which of the devices of a machine are this process's.
     where["visible"] = jax.config.values.get("jax_cuda_visible_devices")

@@ -202,38 +202,32 @@ class Runner:
         settings: dict[str, Any],
         batches: Sequence[data.DomainBatch],
     ) -> Outcome:
-        results, clock, count = [], outcome_lib.Clock(), self._devices.count
-        for group in spread.groups(method, batches, count):
-            if method.whole_batch:
-                # A batch must not be padded: the repeated image would enter its statistics. A
-                # last, smaller one has a program of its own. Idle devices repeat a batch.
-                filled = [*group, *group[-1:] * (count - len(group))]
-                images = np.stack([batch.image for batch in filled])
-                keys = jnp.stack([ttt.sample_keys(self._key, batch.id) for batch in filled])
-            else:
-                images, ids = self._padded(group)
-                keys = ttt.sample_keys(self._key, ids)
-            arguments = self._devices.put((images, keys))
-            output, info = outcome_lib.on_host(self._call(name, method, settings, arguments, clock))
-            sizes = [len(batch.id) for batch in group]
-            total = sum(sizes)
-            if not method.whole_batch:
-                kept = jax.tree.map(lambda leaf, n=total: leaf[:n], output)
-                results.append((kept, outcome_lib.flags(info, total)))
-                continue
-            for place, size in enumerate(sizes):
-                mine = jax.tree.map(lambda leaf, i=place: leaf[i], (output, info))
-                results.append((mine[0], outcome_lib.flags(mine[1], size)))
+        results, clock = [], outcome_lib.Clock()
+        for call in self._calls(method.whole_batch, batches):
+            told = outcome_lib.on_host(
+                self._call(name, method, settings, self._inputs(call), clock)
+            )
+            for place, count in enumerate(call.counts):
+                # A whole batch is one of several results, images are the first of all.
+                here = place if method.whole_batch else slice(count)
+                output, info = jax.tree.map(lambda leaf, at=here: leaf[at], told)
+                results.append((output, outcome_lib.flags(info, count)))
         return outcome_lib.of_batches(results, batches, clock, 1)
 
-    def _padded(self, group: Sequence[data.DomainBatch]) -> tuple[np.ndarray, np.ndarray]:
-        """The images of some batches, the last one repeated to have few compiled programs."""
-        ids = np.concatenate([batch.id for batch in group])
-        # A single process on a single device has one program for all batches.
-        alone = self._devices.count == self.team.count == 1
-        size = self._config.batch_size if alone else self._devices.padded(len(ids))
-        places = np.minimum(np.arange(size), len(ids) - 1)
-        return np.concatenate([batch.image for batch in group])[places], ids[places]
+    def _calls(
+        self, whole_batch: bool, batches: Sequence[data.DomainBatch]
+    ) -> Iterator[spread.Call]:
+        if whole_batch:
+            return spread.calls_of_batches(batches, self._devices)
+        # On one device all trials, short or long, have one program.
+        fixed = self._devices.count == self.team.count == 1
+        size = self._config.batch_size
+        return spread.calls_of_images(batches, size, self._devices, fixed=fixed)
+
+    def _inputs(self, call: spread.Call) -> tuple[Any, Any]:
+        """Images and keys on the devices."""
+        keys = ttt.sample_keys(self._key, call.id.reshape(-1)).reshape(call.id.shape)
+        return self._devices.put((call.image, keys))
 
     def _streams(
         self,
@@ -254,13 +248,13 @@ class Runner:
         clock = outcome_lib.Clock()
         for batches in zip(*filled, strict=True):
             images = np.stack([batch.image for batch in batches])
-            keys = jnp.stack([ttt.sample_keys(self._key, batch.id) for batch in batches])
-            arguments = (carry, *self._devices.put((images, keys)))
+            ids = np.stack([batch.id for batch in batches])
+            arguments = (carry, *self._inputs(spread.Call(images, ids, ())))
             carry, *told = self._call(name, method, settings, arguments, clock)
             told = outcome_lib.on_host(told)
             for place, result in enumerate(results):
                 output, info = jax.tree.map(lambda leaf, i=place: leaf[i], told)
-                result.append((output, outcome_lib.flags(info, images.shape[1])))
+                result.append((output, outcome_lib.flags(info, len(batches[0].id))))
         return [
             outcome_lib.of_batches(result, batches, clock, len(trials))
             for result, batches in zip(results, trials, strict=True)
@@ -295,7 +289,7 @@ class Runner:
         return results
 
     def probe(
-        self, batches: Iterable[data.DomainBatch], names: Iterable[str]
+        self, batches: Sequence[data.DomainBatch], names: Iterable[str]
     ) -> dict[str, np.ndarray]:
         """Auxiliary losses ``[N]`` of the pristine model on a trial; not part of any timing.
 
@@ -310,11 +304,9 @@ class Runner:
             self._compiled[where] = jax.jit(ttt.batched(read, mesh=self._devices.mesh))
         params = self._pristine.restore("memory")
         parts = []
-        for batch in batches:
-            images, ids = self._padded([batch])
-            keys = ttt.sample_keys(self._key, ids)
-            values, _ = self._compiled[where](params, *self._devices.put((images, keys)))
-            parts.append({k: np.asarray(v)[: len(batch.id)] for k, v in values.items()})
+        for call in self._calls(False, batches) if batches else ():
+            values, _ = self._compiled[where](params, *self._inputs(call))
+            parts.append({k: np.asarray(v)[: call.counts[0]] for k, v in values.items()})
         reports = self.team.collect(outcome_lib.pack(parts))
         if reports is None:
             return {}

@@ -3,7 +3,7 @@
 Every device has its own images, batches or streams; nothing is exchanged between them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,18 +75,62 @@ def local(count: int = 0) -> Devices:
     return Devices(Mesh(np.asarray(chosen), (AXIS,)) if len(chosen) > 1 else None)
 
 
-def groups(
-    method: methods_lib.Method, batches: Sequence[data.DomainBatch], count: int
-) -> list[list[data.DomainBatch]]:
-    """The batches of each call: one per device, those of a batch method of equal size."""
-    made: list[list[data.DomainBatch]] = []
+class Call(NamedTuple):
+    """What one call of a program is given, and how many images are real in each of its results.
+
+    Attributes:
+      image: float32 ``[N, H, W, C]``, or ``[D, N, H, W, C]`` with a whole batch for each device.
+      id: int64 ``[N]``, or ``[D, N]``.
+      counts: the images of a per-sample method, or those of each batch that is not a repetition.
+    """
+
+    image: np.ndarray
+    id: np.ndarray
+    counts: tuple[int, ...]
+
+
+def calls_of_images(
+    batches: Sequence[data.DomainBatch], most: int, devices: Devices, *, fixed: bool
+) -> Iterator[Call]:
+    """All images of a trial, at most ``most`` per device and call.
+
+    The last image is repeated so that all calls have one size, and so one compiled program:
+    ``most`` for each device if ``fixed``, else what leaves the least to repeat.
+    """
+    ids = np.concatenate([batch.id for batch in batches])
+    starts = np.cumsum([0, *(len(batch.id) for batch in batches)])
+    calls = -(-len(ids) // (most * devices.count))
+    size = devices.padded(most if fixed else -(-len(ids) // calls))
+    for first in range(0, len(ids), size):
+        last = min(first + size, len(ids))
+        parts = [
+            batch.image[max(first - start, 0) : last - start]
+            for start, batch in zip(starts, batches, strict=False)
+            if first < start + len(batch.id) and start < last
+        ]
+        parts.append(np.repeat(parts[-1][-1:], size - (last - first), axis=0))
+        places = np.minimum(np.arange(first, first + size), last - 1)
+        yield Call(np.concatenate(parts), ids[places], (last - first,))
+
+
+def calls_of_batches(batches: Sequence[data.DomainBatch], devices: Devices) -> Iterator[Call]:
+    """The batches of a trial as they are, one per device: a repeated image would change a batch.
+
+    A smaller one has a call, and a program, of its own. Devices without a batch repeat one.
+    """
+    groups: list[list[data.DomainBatch]] = []
     for batch in batches:
-        fits = made and len(made[-1]) < count
-        if fits and not (method.whole_batch and len(made[-1][0].id) != len(batch.id)):
-            made[-1].append(batch)
+        if groups and len(groups[-1]) < devices.count and len(groups[-1][0].id) == len(batch.id):
+            groups[-1].append(batch)
         else:
-            made.append([batch])
-    return made
+            groups.append([batch])
+    for group in groups:
+        filled = [*group, *group[-1:] * (devices.count - len(group))]
+        yield Call(
+            np.stack([batch.image for batch in filled]),
+            np.stack([batch.id for batch in filled]),
+            tuple(len(batch.id) for batch in group),
+        )
 
 
 def program(

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import jax
 
@@ -99,8 +99,8 @@ class Rendezvous(NamedTuple):
 class _Linked:
     """A team behind a link, with a thread that ends this process when the link ends."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", index: int, count: int):
-        self._process, self.index, self.count = process, index, count
+    def __init__(self, process: "subprocess.Popen[bytes]", said: IO[bytes], index: int, count: int):
+        self._process, self._said, self.index, self.count = process, said, index, count
         self._answers: queue.Queue[bytes] = queue.Queue()
         self._leaving = threading.Event()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -143,6 +143,8 @@ class _Linked:
     def _end(self, code: int, text: str) -> None:
         if self._leaving.is_set():
             sys.exit()  # this thread alone
+        if code == launch.TRY_AGAIN:
+            _said_by(self._said)
         print(f"error: {text}", file=sys.stderr, flush=True)
         # Nothing else would end a thread that waits for an answer or for a device.
         os._exit(code)
@@ -175,14 +177,13 @@ def joined(where: Rendezvous) -> Iterator[Team]:
         answer = link.read(process.stdout)
         if answer is None:
             process.wait()
-            said.seek(0)
-            _refuse(where, process.returncode, said.read().decode("utf-8", "replace"))
+            _refuse(where, process.returncode, _said_by(said))
         assert answer is not None
         told = json.loads(answer.data)
         if told["visible"] not in (None, "all"):
             jax.config.update("jax_cuda_visible_devices", told["visible"])
             jax.config.update("jax_rocm_visible_devices", told["visible"])
-        team = _Linked(process, told["index"], told["count"])
+        team = _Linked(process, said, told["index"], told["count"])
         try:
             yield team
         except Exception as error:
@@ -192,10 +193,17 @@ def joined(where: Rendezvous) -> Iterator[Team]:
         team.leave(link.Frame(link.DONE))
 
 
+def _said_by(file: IO[bytes]) -> str:
+    """What the link wrote, with the stack of an abort; shown to those who ask for tracebacks."""
+    file.seek(0)
+    text = file.read().decode("utf-8", "replace")
+    if os.environ.get("TTT_JAX_TRACEBACK"):
+        print(text, file=sys.stderr)
+    return text
+
+
 def _refuse(where: Rendezvous, status: int, said: str) -> None:
     """Says why there is no team."""
-    if os.environ.get("TTT_JAX_TRACEBACK"):
-        print(said, file=sys.stderr)
     if status < 0 or "DEADLINE_EXCEEDED" in said:  # JAX aborts where it waited in vain
         print(
             f"error: not all processes came within {where.patience_s} s, or one died at the "

@@ -212,6 +212,59 @@ def test_a_share_of_batches_cuts_none():
     assert rows(shares.of_batches(plans, 2, 0, 3)) == [[0, 1]]
 
 
+def batch_of(first, last):
+    ids = np.arange(first, last)
+    one = np.ones(len(ids), np.int32)
+    return data.DomainBatch(ids, ids[:, None, None, None] * 1.0, one, one.astype(str), one)
+
+
+@pytest.mark.parametrize(
+    ("count", "fixed", "sizes", "counts"),
+    [
+        (1, True, [20, 20, 20], [20, 20, 9]),
+        (1, False, [17, 17, 17], [17, 17, 15]),
+        (2, False, [26, 26], [26, 23]),
+        (4, False, [52], [49]),
+    ],
+)
+def test_calls_of_images_have_one_size_and_little_padding(count, fixed, sizes, counts):
+    batches = [batch_of(0, 20), batch_of(20, 25), batch_of(25, 45), batch_of(45, 49)]
+    calls = list(spread.calls_of_images(batches, 20, spread.local(count), fixed=fixed))
+    assert [len(call.id) for call in calls] == sizes
+    assert [call.counts[0] for call in calls] == counts
+    kept = np.concatenate([call.id[: call.counts[0]] for call in calls])
+    assert kept.tolist() == list(range(49))
+    for call in calls:
+        assert call.image[:, 0, 0, 0].tolist() == call.id.tolist()
+        assert set(call.id[call.counts[0] :].tolist()) <= {call.id[call.counts[0] - 1]}
+
+
+def test_calls_of_batches_pad_none():
+    batches = [batch_of(0, 4), batch_of(4, 8), batch_of(8, 12), batch_of(12, 14)]
+    calls = list(spread.calls_of_batches(batches, spread.local(2)))
+    assert [call.id.tolist() for call in calls] == [
+        [[0, 1, 2, 3], [4, 5, 6, 7]],
+        [[8, 9, 10, 11], [8, 9, 10, 11]],
+        [[12, 13], [12, 13]],
+    ]
+    assert [call.counts for call in calls] == [(4, 4), (4,), (2,)]
+
+
+def test_each_device_differentiates_its_own_part():
+    """Inside shard_map a gradient of what all devices share may be summed over them."""
+    devices = spread.local(4)
+
+    def gradients(weight, xs):
+        return jax.vmap(jax.grad(lambda w, x: (w * x) ** 2), in_axes=(None, 0))(weight, xs)
+
+    weight = jax.device_put(np.float32(3), devices.copied)
+    xs = devices.put(np.arange(8, dtype=np.float32))
+    run = jax.jit(devices.each(gradients, 1))
+    np.testing.assert_allclose(run(weight, xs), 6 * np.arange(8.0) ** 2)
+    text = run.lower(weight, xs).compile().as_text()
+    assert [word for word in ("all-reduce", "all-gather", "collective") if word in text] == []
+
+
 def test_outcomes_survive_the_way_to_another_process():
     made = outcome.Outcome(
         logits=np.asarray([[0.1, np.nan], [np.inf, -2.0]], np.float32),
