@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, NoReturn, Protocol
 
 import jax
 
@@ -178,7 +178,6 @@ def joined(where: Rendezvous) -> Iterator[Team]:
         if answer is None:
             process.wait()
             _refuse(where, process.returncode, _said_by(said))
-        assert answer is not None
         told = json.loads(answer.data)
         if told["visible"] not in (None, "all"):
             jax.config.update("jax_cuda_visible_devices", told["visible"])
@@ -202,18 +201,20 @@ def _said_by(file: IO[bytes]) -> str:
     return text
 
 
-def _refuse(where: Rendezvous, status: int, said: str) -> None:
+def _refuse(where: Rendezvous, status: int, said: str) -> NoReturn:
     """Says why there is no team."""
-    if status < 0 or "DEADLINE_EXCEEDED" in said:  # JAX aborts where it waited in vain
+    lines = [line for line in said.splitlines() if line.strip()] or [f"exit status {status}"]
+    reason = lines[-1].partition(": ")[2] or lines[-1]
+    # JAX aborts where it waited in vain, and has an error of its own where a peer is there no more.
+    if status < 0 or "RuntimeError: " in lines[-1]:
+        why = "" if status < 0 else f" ({reason[:300]})"
         print(
             f"error: not all processes came within {where.patience_s} s, or one died at the "
-            "start. Start all processes again with the same command.",
+            f"start{why}. Start all processes again with the same command.",
             file=sys.stderr,
             flush=True,
         )
         os._exit(launch.TRY_AGAIN)
-    lines = [line for line in said.splitlines() if line.strip()]
-    reason = lines[-1].partition(": ")[2] or lines[-1] if lines else f"exit status {status}"
     raise launch.UserError(
         f"JAX cannot join the processes of this run: {reason[:300]} Outside Slurm, give "
         "--coordinator=HOST:PORT, --num_processes and --process_id."
