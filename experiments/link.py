@@ -66,7 +66,7 @@ def _gathered(data: bytes, sizes: np.ndarray, keep: bool) -> list[bytes]:
         # Powers of two, so that few programs are compiled.
         row = np.zeros(1 << (most - 1).bit_length(), np.uint8)
         row[: len(mine)] = mine
-        rows = np.asarray(multihost_utils.process_allgather(row))
+        rows = np.asarray(multihost_utils.process_allgather(row)).reshape(len(sizes), -1)
         if keep:
             for part, row, size in zip(parts, rows, sizes, strict=True):
                 part.append(row[: max(int(size) - first, 0)].tobytes())
@@ -136,6 +136,8 @@ def main() -> None:
     threading.Thread(target=listen, daemon=True).start()
     _exchange(frames, failures, pipe)
     jax.distributed.shutdown()
+    pipe.flush()
+    os._exit(0)  # the listening thread would make an orderly end of the interpreter abort
 
 
 if __name__ == "__main__":
