@@ -9,8 +9,12 @@ method of the config on the clean test split and the 15 corruptions, each by its
 stream (``adapt.sequence``), or on the test split alone (``adapt.corruptions``). Appends one row per
 (method, domain, severity, seed) to ``WORKDIR/results.jsonl``. Run it again to resume: finished
 rows are kept and skipped, failed ones run again.
+
+It uses all devices of its process. With ``--distributed``, several processes share the work: each
+reads and adapts its own part of the images, batches and streams; the first one alone writes.
 """
 
+import contextlib
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -29,6 +33,8 @@ from experiments import (
     rows as rows_lib,
     runner as runner_lib,
     selection,
+    spread,
+    team as team_lib,
     trials as trials_lib,
     writers,
 )
@@ -64,12 +70,14 @@ def missing_methods(
 
 
 class _Seen(NamedTuple):
-    """A trial, the methods it lacks, and what they are given and compared with."""
+    """A trial, the methods it lacks, and what their outcomes are compared with.
+
+    The last two are there on the first of several processes alone.
+    """
 
     trial: trials_lib.Trial
     missing: list[str]
-    batches: list[data.DomainBatch]
-    source_wrong: np.ndarray
+    source_wrong: np.ndarray | None
     probes: dict[str, np.ndarray]
 
 
@@ -90,7 +98,7 @@ def evaluate(
     progress = tqdm.tqdm(
         total=len(trials) * len(methods),
         desc=f"{fields['split_role']} seed {fields['seed']}",
-        disable=not sys.stderr.isatty(),
+        disable=runner.team.index > 0 or not sys.stderr.isatty(),
     )
     todo = [(trial, missing_methods(results, methods, trial, fields)) for trial in trials]
     progress.update(sum(len(methods) - len(missing) for _, missing in todo))
@@ -100,8 +108,13 @@ def evaluate(
     def add(name: str, some: Sequence[_Seen]) -> None:
         """Runs a method over trials and writes their rows."""
         method, settings = methods[name], chosen[name]
+        batches = [
+            runner.batches(source, one.trial, method.scope, place) for place, one in enumerate(some)
+        ]
         try:
-            outcomes = runner.run_all(name, method, settings, [one.batches for one in some])
+            outcomes = runner.run_all(name, method, settings, batches)
+            if runner.team.index:
+                return  # it has handed on what it did
             rows = [
                 row
                 for one, outcome in zip(some, outcomes, strict=True)
@@ -128,10 +141,16 @@ def evaluate(
         progress.update(len(some))
         progress.set_postfix_str(f"{some[0].trial.cells[0][0]} {name}")
 
-    corrupted = runner_lib.ahead(lambda trial: runner.batches(source, trial), [t for t, _ in todo])
-    for (trial, missing), batches in zip(todo, corrupted, strict=True):
-        wrong = runner.run("source", baseline, {}, batches).wrong()
-        seen.append(_Seen(trial, missing, batches, wrong, runner.probe(batches, probed)))
+    def load(one: tuple[trials_lib.Trial, list[str]]) -> list[data.DomainBatch]:
+        trial, missing = one
+        if "batch" in {methods[name].scope for name in missing}:
+            runner.batches(source, trial, "batch")
+        return runner.batches(source, trial)
+
+    for (trial, missing), batches in zip(todo, runner_lib.ahead(load, todo), strict=True):
+        plain = runner.run("source", baseline, {}, batches)
+        wrong = None if plain is None else plain.wrong()
+        seen.append(_Seen(trial, missing, wrong, runner.probe(batches, probed)))
         for name in missing:
             if methods[name].scope != "stream":
                 add(name, seen[-1:])
@@ -147,16 +166,19 @@ class Shared:
 
     Attributes:
       compiled: compiled programs, see :class:`experiments.runner.Runner`.
+
+    With ``whole=False`` no split is read as a whole.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, whole: bool = True) -> None:
         self.compiled: dict[Any, Any] = {}
+        self._whole = whole
         self._sources: dict[str, data.Source] = {}
 
     def source(self, config: ml_collections.ConfigDict, split: str) -> data.Source:
         """A split of the data set, read once."""
         if split not in self._sources:
-            self._sources[split] = problem_lib.load_data(config, split)
+            self._sources[split] = problem_lib.load_data(config, split, whole=self._whole)
         return self._sources[split]
 
 
@@ -192,6 +214,8 @@ def run(
     trackers: Sequence[str] = (),
     part: Part = Part(),  # noqa: B008 (immutable)
     shared: Shared | None = None,
+    devices: int = 0,
+    team: team_lib.Team = team_lib.ALONE,
 ) -> int:
     """Adapts every seed of a config; returns the exit status, 1 if any trial failed.
 
@@ -204,14 +228,18 @@ def run(
       trackers: where scalars go beside the folder, see :mod:`experiments.writers`.
       part: which rows to make.
       shared: of runs in this process whose configs differ in seeds and methods' settings alone.
+      devices: how many of this process's devices to use; 0 for all.
+      team: the processes that share the run.
 
     Raises:
       UserError: a part that there is not, or a work folder that is not fit.
     """
-    workdir = launch.open_workdir(folder)
-    with launch.locked(workdir):
-        shared = Shared() if shared is None else shared
-        return _run(config, workdir, restore, checkpoint_path, trackers, part, shared)
+    first = team.index == 0
+    workdir = launch.open_workdir(folder) if first else pathlib.Path(folder)
+    with launch.locked(workdir) if first else contextlib.nullcontext():
+        shared = Shared(whole=team.count == 1) if shared is None else shared
+        place = (spread.local(devices), team)
+        return _run(config, workdir, restore, checkpoint_path, trackers, part, shared, *place)
 
 
 def _run(
@@ -222,6 +250,8 @@ def _run(
     trackers: Sequence[str],
     part: Part,
     shared: Shared,
+    devices: spread.Devices,
+    team: team_lib.Team,
 ) -> int:
     test, validation = shared.source(config, "test"), shared.source(config, "validation")
     problem = problem_lib.build(config, test)
@@ -234,17 +264,28 @@ def _run(
     trials_lib.check(config)
     groups: dict[str, np.ndarray] = {}
     if launch.setting(config, "data.imbalance") != 1:
-        labels = problem_lib.load_data(config, "train").labels()
+        labels = problem_lib.load_data(config, "train", whole=False).labels()
         groups = rows_lib.class_groups(labels, test.num_classes)
     # Once all is checked: a config that cannot be run must not keep the folder.
-    launch.claim(workdir, config)
-    results = journal.Journal(workdir / "results.jsonl")
-    with writers.open_writer(workdir, trackers) as writer:
+    if team.index == 0:
+        launch.claim(workdir, config, devices=devices.count, processes=team.count)
+        results = journal.Journal(workdir / "results.jsonl")
+    rows = team_lib.agreed(team, results.rows() if team.index == 0 else None)
+    if team.index:
+        results = journal.Journal(workdir / "results.jsonl", rows)
+    with writers.open_writer(workdir, () if team.index else trackers) as writer:
         for seed in config.seeds:
             path = checkpoint_path or problem_lib.checkpoint_path(workdir, seed)
-            pristine = problem_lib.load_checkpoint(path, problem, config)
+            pristine = problem_lib.load_checkpoint(path, problem, config, sharding=devices.copied)
             runner = runner_lib.Runner(
-                config, plain, pristine, seed=seed, restore=restore, compiled=shared.compiled
+                config,
+                plain,
+                pristine,
+                seed=seed,
+                restore=restore,
+                compiled=shared.compiled,
+                devices=devices,
+                team=team,
             )
             checked = trials_lib.checked(config, validation, seed)
             reported = trials_lib.reported(config, test, seed)
@@ -273,7 +314,10 @@ def _run(
                     groups,
                     writer,
                 )
-    print(f"{len(results.rows())} rows in {results.path}, {len(results.failed)} failed trials")
+    failed = team_lib.agreed(team, len(results.failed))
+    if team.index:
+        return int(failed > 0)
+    print(f"{len(results.rows())} rows in {results.path}, {failed} failed trials")
     for row in results.failed:
         print(f"failed: {row['method']} on {row['domain']}: {row['message']}", file=sys.stderr)
     return 1 if results.failed else 0
@@ -282,14 +326,23 @@ def _run(
 def main(argv: Sequence[str]) -> int:
     """The program."""
     del argv
-    return run(
-        _CONFIG.value,
-        _WORKDIR.value,
-        restore=_RESTORE.value,
-        checkpoint_path=_CHECKPOINT.value,
-        trackers=_TRACKERS.value,
-        part=Part(tuple(_METHODS.value), tuple(_DOMAINS.value)),
-    )
+    where = team_lib.Rendezvous(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if not _DISTRIBUTED.value and where != team_lib.Rendezvous():
+        raise launch.UserError(
+            "--coordinator, --num_processes and --process_id need --distributed."
+        )
+    joined = team_lib.joined(where._replace(patience_s=_PATIENCE.value))
+    with joined if _DISTRIBUTED.value else contextlib.nullcontext(team_lib.ALONE) as team:
+        return run(
+            _CONFIG.value,
+            _WORKDIR.value,
+            restore=_RESTORE.value,
+            checkpoint_path=_CHECKPOINT.value,
+            trackers=_TRACKERS.value,
+            part=Part(tuple(_METHODS.value), tuple(_DOMAINS.value)),
+            devices=_DEVICES.value,
+            team=team,
+        )
 
 
 if __name__ == "__main__":
@@ -306,4 +359,14 @@ if __name__ == "__main__":
     _TRACKERS = writers.define_flag()
     _METHODS = flags.DEFINE_list("methods", [], "Only these methods of the config.")
     _DOMAINS = flags.DEFINE_list("domains", [], "Only these domains, such as clean,fog.")
+    _DEVICES = flags.DEFINE_integer("devices", 0, "Devices of each process to use; 0: all.")
+    _DISTRIBUTED = flags.DEFINE_bool(
+        "distributed", False, "Share the work with other processes; under Slurm JAX finds them."
+    )
+    _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process.")
+    _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+    _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+    _PATIENCE = flags.DEFINE_integer(
+        "initialization_timeout", 300, "Seconds to wait for all processes at the start.", 1
+    )
     launch.run(main)

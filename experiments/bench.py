@@ -1,9 +1,10 @@
-"""How fast is Vision test-time training, beside PyTorch, in one run on one device?
+"""How fast is Vision test-time training, beside PyTorch, in one run on one device or on several?
 
 ``python -m experiments.bench --out=bench.json`` times the works of
 :mod:`experiments.bench_works`: copies of a network that adapt to their image, or to a batch, and
 then classify it. Compilation is apart, one call warms up, and a row holds the median of the timed
 calls. The device's rate on large square matrix products, measured in the same run, stands beside.
+``--devices=1,2`` times ``ttt_jax`` on so many devices of this machine, with as many images on each.
 """
 
 import json
@@ -21,7 +22,7 @@ import ml_collections
 from absl import flags
 
 import ttt_jax as ttt
-from experiments import kernels, launch
+from experiments import kernels, launch, spread
 from experiments.bench_works import WORKS, ViTSizes
 from ttt_jax.models import attention as attention_lib
 
@@ -45,6 +46,7 @@ class Case(NamedTuple):
     num_steps: int
     samples: int
     sizes: Any
+    devices: int = 1
 
 
 class Timing(NamedTuple):
@@ -106,12 +108,15 @@ def compiler_options(pairs: Iterable[str]) -> dict[str, Any]:
 def time_jax(case: Case, repeats: int, options: dict[str, Any], trace: str) -> Timing:
     """Times the library, compiled with options of XLA; then one more call may be traced."""
     program = WORKS[case.work].program(case.sizes, case.dtype, case.num_steps)
-    params = jax.jit(program.init)(jax.random.key(0))
+    devices = spread.local(case.devices)
+    params = jax.device_put(jax.jit(program.init)(jax.random.key(0)), devices.copied)
     count = case.samples // case.sizes.batch
     images = jax.random.uniform(jax.random.key(1), (count, *program.shape))
     keys = ttt.sample_keys(jax.random.key(2), jnp.arange(count))
+    images, keys = devices.put((images, keys))
     start = time.perf_counter()
-    compiled = jax.jit(program.predict).lower(params, images, keys).compile(options)
+    predict = program.over(devices.mesh)
+    compiled = jax.jit(predict).lower(params, images, keys).compile(options)
     compile_seconds = time.perf_counter() - start
     _, info = compiled(params, images, keys)
     if not bool(info.ok.all()):
@@ -159,9 +164,10 @@ def measure(
         "copies": case.sizes.copies,
         "batch": case.sizes.batch,
         "samples": case.samples,
+        "devices": case.devices,
         "sample_steps_per_second": case.samples * case.num_steps / timing.seconds,
         "tflops": tflops,
-        "matmul_share": tflops / rates[case.dtype],
+        "matmul_share": tflops / (rates[case.dtype] * case.devices),
         "peak_gib": None if timing.peak_bytes is None else timing.peak_bytes / 2**30,
         "compile_seconds": timing.compile_seconds,
     }
@@ -179,13 +185,25 @@ def cases(settings: ml_collections.ConfigDict) -> list[Case]:
             counts = (ours and settings.samples) or (work.samples[way],)
             if settings.smoke:
                 counts = (2,)
+            devices = settings.devices if ours else (1,)
             forms = settings.attention if ours and isinstance(sizes, ViTSizes) else (None,)
             made += [
-                Case(name, way, dtype, steps, max(count, sizes.batch), form_of(sizes, form))
+                Case(
+                    name,
+                    way,
+                    dtype,
+                    steps,
+                    many * max(count, sizes.batch),
+                    form_of(sizes, form),
+                    many,
+                )
                 for dtype in work.dtypes
+                if not settings.dtypes or dtype in settings.dtypes
                 for steps in work.num_steps[: None if ours and not settings.smoke else 1]
+                if not settings.num_steps or steps in settings.num_steps
                 for count in counts
                 for form in forms
+                for many in devices
             ]
     return made
 
@@ -196,24 +214,41 @@ def form_of(sizes: Any, attention: str | None) -> Any:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per row: speed, share of the matmul rate, speed over each PyTorch way's."""
+    """One line per row: speed, share of the matmul rate, speed over each PyTorch way's.
+
+    ``/fewest`` is the speed over that on the fewest devices with as many images on each.
+    """
     same = ("work", "compute_dtype", "num_steps")
     peers = ("torch_func_vmap", "torch_loop", "torch_ttt")
     speed = {(row["way"], *(row[k] for k in same)): row["sample_steps_per_second"] for row in rows}
-    layout = "{:19} {:16} {:9} {:>5} {:>7} {:>9} {:>12} {:>7} {:>7} {:>6} {:>6} {:>6}"
-    head = ("work", "way", "dtype", "steps", "samples", "attention")
-    head += ("steps/s", "TFLOP/s", "/matmul", "/vmap", "/loop", "/ttt")
+    layout = "{:19} {:16} {:9} {:>5} {:>7} {:>7} {:>9} {:>12} {:>7} {:>7} {:>7} {:>6} {:>6} {:>6}"
+    head = ("work", "way", "dtype", "steps", "samples", "devices", "attention")
+    head += ("steps/s", "/fewest", "TFLOP/s", "/matmul", "/vmap", "/loop", "/ttt")
     lines = [layout.format(*head)]
     for row in rows:
         here, ratios = row["sample_steps_per_second"], []
         for way in peers:
             there = speed.get((way, *(row[k] for k in same)))
-            ratios.append(f"{here / there:.2f}" if there else "-")
-        names = [row[k] for k in ("work", "way", "compute_dtype", "num_steps", "samples")]
+            ratios.append(f"{here / there:.2f}" if there and row["devices"] == 1 else "-")
+        names = [
+            row[k] for k in ("work", "way", "compute_dtype", "num_steps", "samples", "devices")
+        ]
         names.append(row["attention"] or "-")
+        fewest = min((one for one in rows if _alike(one, row)), key=lambda one: one["devices"])
+        gain = "-"
+        if fewest["devices"] < row["devices"]:
+            gain = f"{here / fewest['sample_steps_per_second']:.2f}"
         share = f"{100 * row['matmul_share']:.1f} %"
-        lines.append(layout.format(*names, f"{here:.1f}", f"{row['tflops']:.2f}", share, *ratios))
+        rates = (f"{here:.1f}", gain, f"{row['tflops']:.2f}", share)
+        lines.append(layout.format(*names, *rates, *ratios))
     return "\n".join(lines)
+
+
+def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two rows differ in the number of devices alone."""
+    same = ("work", "way", "compute_dtype", "num_steps", "attention")
+    each = (row["samples"] // row["devices"] for row in (one, other))
+    return all(one[k] == other[k] for k in same) and len(set(each)) == 1
 
 
 def runnable(ways: Iterable[str]) -> tuple[str, ...]:
@@ -233,12 +268,13 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
 
     Args:
       out: the JSON file.
-      settings: ``works``, ``ways``, ``samples``, ``attention``, ``compiler_options``, ``repeats``,
-        ``trace`` and ``smoke``, as the flags of the same names.
+      settings: ``works``, ``ways``, ``dtypes``, ``num_steps``, ``samples``, ``attention``,
+        ``compiler_options``, ``repeats``, ``devices``, ``trace`` and ``smoke``, as the flags of the
+        same names.
 
     Raises:
-      launch.UserError: an unknown work, way or form of attention, or a file that cannot be
-        written.
+      launch.UserError: an unknown work, way or form of attention, more devices than there are, or a
+        file that cannot be written.
     """
     launch.chosen("work", settings.works, WORKS)
     launch.chosen("way", settings.ways, WAYS)
@@ -250,11 +286,21 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
         settings.ways = runnable(settings.ways)
     # Both libraries share the device: jax must not reserve most of its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if min(settings.devices, default=0) < 1:
+        raise launch.UserError(
+            f"--devices takes numbers of at least 1; got {list(settings.devices)}."
+        )
+    spread.local(max(settings.devices))
     record = {**launch.provenance(settings), "matmul": None, "rows": [], "failed": []}
     for name, package in PACKAGES.items():
         if any(name in NEEDS.get(way, ()) for way in settings.ways):
             record["versions"][package] = launch.metadata.version(package)
     todo = cases(settings)
+    if not todo:
+        raise launch.UserError(
+            f"nothing to measure: no work has dtypes {list(settings.dtypes)} and num_steps "
+            f"{list(settings.num_steps)}."
+        )
     size = 64 if settings.smoke else MATMUL_SIZE
     rates = {
         dtype: matmul_rate(size, dtype, settings.repeats)
@@ -263,6 +309,7 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
     record["matmul"] = {"size": size, "tflops": rates}
     for case in todo:
         name = " ".join(map(str, case[:3])) + f" steps={case.num_steps} samples={case.samples}"
+        name += f" devices={case.devices}" if case.devices > 1 else ""
         try:
             row = measure(case, settings, rates)
         except RuntimeError as error:  # out of memory, in both libraries
@@ -283,11 +330,12 @@ def main(argv: Sequence[str]) -> int:
     del argv
     values = {name: holder.value for name, holder in _FLAGS.items()}
     out = values.pop("out")
-    try:
-        values["samples"] = tuple(map(int, values["samples"]))
-    except ValueError as error:
-        raise launch.UserError(f"--samples takes integers: {error}.") from error
-    for name in ("works", "ways", "attention", "compiler_options"):
+    for name in ("num_steps", "samples", "devices"):
+        try:
+            values[name] = tuple(map(int, values[name]))
+        except ValueError as error:
+            raise launch.UserError(f"--{name} takes integers: {error}.") from error
+    for name in ("works", "ways", "dtypes", "attention", "compiler_options"):
         values[name] = tuple(values[name])
     return 1 if run(out, ml_collections.ConfigDict(values))["failed"] else 0
 
@@ -297,8 +345,15 @@ if __name__ == "__main__":
         "out": flags.DEFINE_string("out", None, "The JSON file to write."),
         "works": flags.DEFINE_list("works", list(WORKS), "Which works."),
         "ways": flags.DEFINE_list("ways", list(WAYS), "Which ways."),
+        "dtypes": flags.DEFINE_list("dtypes", [], "Only these compute dtypes; empty: all."),
+        "num_steps": flags.DEFINE_list("num_steps", [], "Only these numbers of steps; empty: all."),
         "samples": flags.DEFINE_list(
-            "samples", [], "Images per call of ttt_jax, each tried; empty: those of the work."
+            "samples",
+            [],
+            "Images per call and device of ttt_jax, each tried; empty: those of the work.",
+        ),
+        "devices": flags.DEFINE_list(
+            "devices", ["1"], "On how many devices ttt_jax is timed, each tried."
         ),
         "attention": flags.DEFINE_list(
             "attention", ["fused"], "Forms of attention of ttt_jax, each tried: fused, xla."

@@ -64,20 +64,22 @@ class ViTSizes(NamedTuple):
 
 
 class Program(NamedTuple):
-    """``predict(params, inputs[B, *shape], keys[B])`` and what makes its parameters.
+    """One adaptation and its prediction, and what makes its parameters.
 
     ``init(key)`` gives them; ``shape`` is that of an adaptation's input, an image or a batch.
     """
 
-    predict: Callable[..., Any]
+    predictor: ttt.Predictor
     init: Callable[[jax.Array], Any]
     shape: tuple[int, ...]
 
+    def predict(self, params: Any, inputs: jax.Array, keys: jax.Array) -> Any:
+        """Adaptations ``inputs[B, *shape]``, ``keys[B]`` side by side on one device."""
+        return self.over(None)(params, inputs, keys)
 
-def _predictor(
-    adapter: ttt.Adapter, classify: Callable[..., Any], num_steps: int
-) -> Callable[..., Any]:
-    return ttt.batched(ttt.episodic(adapter, classify, num_steps=num_steps), chunk_size=None)
+    def over(self, mesh: jax.sharding.Mesh | None) -> Callable[..., Any]:
+        """:meth:`predict`, over the devices of a mesh."""
+        return ttt.batched(self.predictor, mesh=mesh)
 
 
 def rotation(sizes: ResNetSizes, dtype: str, num_steps: int, *, norm_only: bool) -> Program:
@@ -95,7 +97,7 @@ def rotation(sizes: ResNetSizes, dtype: str, num_steps: int, *, norm_only: bool)
     select = ttt.select.norm_affine() if norm_only else ttt.select.everything()
     adapter = ttt.gradient_adapter(loss, optax.sgd(ROTATION_LEARNING_RATE), select=select)
     shape = (sizes.image_size, sizes.image_size, 3)
-    predict = _predictor(adapter, ttt.unbatched(models.from_linen(module)), num_steps)
+    predict = ttt.episodic(adapter, ttt.unbatched(models.from_linen(module)), num_steps=num_steps)
     return Program(predict, lambda key: models.init(module, key, shape), shape)
 
 
@@ -115,7 +117,7 @@ def tent(sizes: ResNetSizes, dtype: str, num_steps: int) -> Program:
         select=ttt.select.norm_affine(),
     )
     image = (sizes.image_size, sizes.image_size, 3)
-    predict = _predictor(adapter, apply, num_steps)
+    predict = ttt.episodic(adapter, apply, num_steps=num_steps)
     return Program(predict, lambda key: models.init(module, key, image), (sizes.batch, *image))
 
 
@@ -145,7 +147,7 @@ def mae(sizes: ViTSizes, dtype: str, num_steps: int) -> Program:
         select=ttt.select.paths("params/encoder/.*"),
     )
     shape = (sizes.image_size, sizes.image_size, 3)
-    predict = _predictor(adapter, ttt.unbatched(models.from_linen(module)), num_steps)
+    predict = ttt.episodic(adapter, ttt.unbatched(models.from_linen(module)), num_steps=num_steps)
     return Program(predict, lambda key: models.init(module, key, shape), shape)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 from experiments import launch
@@ -15,13 +16,17 @@ class Journal:
 
     Opening one drops a last line that a killed writer left unfinished, and the failed rows, so
     that these trials run again. The rows of a trial are one ``write``, flushed to the disk.
+
+    Of several processes one alone opens the file; the others are given the rows that it had.
     """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, rows: Iterable[dict[str, Any]] | None = None):
         self.path = path
         self.failed: list[dict[str, Any]] = []
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-        if path.exists():
+        if rows is not None:
+            self._rows = {self.key(row): row for row in rows}
+        elif path.exists():
             self._load()
 
     def _load(self) -> None:

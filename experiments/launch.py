@@ -45,8 +45,17 @@ DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "digits.py"
 _OVERRIDE_ERRORS = (KeyError, AttributeError, TypeError, ValueError, OSError)
 
 
+# Exit status of a process that may be started again as it was: another one of the same trial would
+# not end, or one that shares its work has died. (EX_TEMPFAIL of sysexits.h.)
+TRY_AGAIN = 75
+
+
 class UserError(Exception):
     """Something the person at the terminal can mend; printed as one line, exit status 2."""
+
+
+# What a person can mend.
+MENDABLE = (UserError, ValueError, OSError)
 
 
 def define_flags() -> tuple[Any, Any]:
@@ -70,7 +79,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
             raise app.UsageError(f"Unexpected argument {argv[1]!r}; flags begin with --.")
         try:
             return main(argv)
-        except (UserError, ValueError, OSError) as error:
+        except MENDABLE as error:
             if os.environ.get("TTT_JAX_TRACEBACK"):
                 raise
             print(f"error: {error}", file=sys.stderr)
@@ -265,14 +274,21 @@ def fingerprint(config: ml_collections.ConfigDict, sections: Sequence[str]) -> s
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def claim(folder: pathlib.Path, config: ml_collections.ConfigDict, seeds_may_grow: bool = True):
+def claim(
+    folder: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    seeds_may_grow: bool = True,
+    **more: Any,
+):
     """Writes ``run.json``, or refuses a folder whose results were made with another config.
+
+    ``more`` is written too, and need not stay the same.
 
     Raises:
       UserError: naming each differing key, its stored and its present value.
     """
     path = folder / "run.json"
-    record = provenance(config)
+    record = provenance(config) | more
     if path.exists():
         try:
             old = json.loads(path.read_text())

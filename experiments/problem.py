@@ -59,8 +59,15 @@ class Problem(NamedTuple):
     mask_ratio: float
 
 
-def load_data(config: ml_collections.ConfigDict, split: str) -> data.Source:
-    """A split of the config's data set, by role: ``train``, ``validation`` or ``test``."""
+def load_data(config: ml_collections.ConfigDict, split: str, *, whole: bool = True) -> data.Source:
+    """A split of the config's data set, by role: ``train``, ``validation`` or ``test``.
+
+    Args:
+      config: see ``experiments/configs``.
+      split: the role.
+      whole: whether all images may be read now, where the config keeps them in memory. Otherwise
+        each is read when it is needed.
+    """
     base = config.data[split].partition("[")[0]
     # Sets of one file per split name it by its place: npz:DIR/{split}.npz
     name = config.data.name.replace("{split}", base)
@@ -69,7 +76,7 @@ def load_data(config: ml_collections.ConfigDict, split: str) -> data.Source:
     if split == "train" and imbalance != 1:
         # Which images stay belongs to the data set: it is the same for every seed.
         source = data.long_tailed(source, imbalance=imbalance, seed=0)
-    return source.in_memory() if config.data.in_memory else source
+    return source.in_memory() if config.data.in_memory and whole else source
 
 
 def build(
@@ -184,9 +191,19 @@ def checkpoint_metadata(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    path: str | pathlib.Path, problem: Problem, config: ml_collections.ConfigDict
+    path: str | pathlib.Path,
+    problem: Problem,
+    config: ml_collections.ConfigDict,
+    *,
+    sharding: Any = None,
 ) -> checkpoint.Pristine:
     """The pristine checkpoint, checked against the model and the config's normalisation.
+
+    Args:
+      path: of the checkpoint.
+      problem: the model.
+      config: see ``experiments/configs``.
+      sharding: as in :func:`ttt_jax.checkpoint.load`: where the parameters are put.
 
     Raises:
       CheckpointError: damaged, of another layout, or made with other constants.
@@ -196,6 +213,6 @@ def load_checkpoint(
             f"there is no checkpoint at {path}; train one first: python -m experiments.train with "
             "the same --workdir and --config, or name another with --checkpoint."
         )
-    pristine = checkpoint.load(path, like=shapes(problem))
+    pristine = checkpoint.load(path, like=shapes(problem), sharding=sharding)
     pristine.require(**checkpoint_metadata(config))
     return pristine

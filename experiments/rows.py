@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from experiments.methods import Method
-from experiments.runner import Outcome
+from experiments.outcome import Outcome
 from experiments.trials import Trial
 
 

@@ -3,7 +3,7 @@
 import concurrent.futures
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,68 +11,33 @@ import ml_collections
 import numpy as np
 
 import ttt_jax as ttt
-from experiments import launch, methods as methods_lib, source_data
+from experiments import (
+    launch,
+    methods as methods_lib,
+    outcome as outcome_lib,
+    shares,
+    source_data,
+    spread,
+    team as team_lib,
+)
+from experiments.outcome import Outcome
 from experiments.problem import Problem
-from experiments.trials import Trial, cells_of
+from experiments.trials import Trial
 from ttt_jax import checkpoint, data
 
+
+class ShareError(RuntimeError):
+    """What went wrong in the share of one of several processes."""
+
+
 # What makes a trial a failed row instead of ending the run.
-TRIAL_ERRORS = (ValueError, TypeError, FloatingPointError, jax.errors.JaxRuntimeError)
-
-
-class Outcome(NamedTuple):
-    """What a method did on one trial, or on one domain of it.
-
-    Attributes:
-      logits: float32 ``[N, classes]``, or ``[N, S + 1, classes]`` for a traced method.
-      aux: float32 ``[N]`` or ``[N, S + 1]``, the probe of the auxiliary loss, or None.
-      ok: bool ``[N]``.
-      reset: bool ``[N]``, whether a reset fired after the image.
-      label: int32 ``[N]``.
-      domain: str ``[N]``.
-      severity: int32 ``[N]``.
-      seconds: time of the compiled calls.
-      compile_seconds: time to trace and compile, 0 where the program was there already.
-      source_seconds: time to measure the source statistics, which is done once for every seed;
-        0 where the method needs none.
-    """
-
-    logits: np.ndarray
-    aux: np.ndarray | None
-    ok: np.ndarray
-    reset: np.ndarray
-    label: np.ndarray
-    domain: np.ndarray
-    severity: np.ndarray
-    seconds: float
-    compile_seconds: float
-    source_seconds: float = 0.0
-
-    @property
-    def final(self) -> np.ndarray:
-        """Logits of the prediction that counts, ``[N, classes]``."""
-        return self.logits if self.logits.ndim == 2 else self.logits[:, -1]
-
-    def wrong(self) -> np.ndarray:
-        """Bool ``[N]``."""
-        return self.final.argmax(-1) != self.label
-
-    def cells(self) -> dict[tuple[str, int], np.ndarray]:
-        """Where the images of each (domain, severity) are: bool ``[N]``."""
-        return {
-            (domain, severity): (self.domain == domain) & (self.severity == severity)
-            for domain, severity in cells_of(self.domain, self.severity)
-        }
-
-    def take(self, here: np.ndarray) -> "Outcome":
-        """Some of the images, with their share of the time."""
-        share = float(here.mean())
-        columns = {name: getattr(self, name) for name in self._fields if "seconds" not in name}
-        return self._replace(
-            **{name: None if value is None else value[here] for name, value in columns.items()},
-            seconds=self.seconds * share,
-            compile_seconds=self.compile_seconds * share,
-        )
+TRIAL_ERRORS = (
+    ValueError,
+    TypeError,
+    FloatingPointError,
+    jax.errors.JaxRuntimeError,
+    ShareError,
+)
 
 
 def ahead(make: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
@@ -93,6 +58,8 @@ class Runner:
     """Evaluates methods of one seed, from one pristine checkpoint.
 
     ``compiled`` holds the programs; runners that differ in seed and checkpoint alone may share it.
+    The pristine parameters lie on ``devices``. Each process of a ``team`` is given its share of the
+    batches, see :meth:`batches`; the first one gets all outcomes.
     """
 
     def __init__(
@@ -104,6 +71,8 @@ class Runner:
         seed: int,
         restore: str,
         compiled: dict[Any, Any] | None = None,
+        devices: spread.Devices = spread.Devices(),  # noqa: B008 (immutable)
+        team: team_lib.Team = team_lib.ALONE,
     ):
         self._config = config.adapt
         self._parallel_streams = launch.setting(config, "adapt.parallel_streams")
@@ -115,22 +84,35 @@ class Runner:
         self._key = jax.random.key(seed)
         self._source = source_data.SourceData(config, pristine, seed=seed)
         self._compiled = {} if compiled is None else compiled
+        self._devices = devices
+        self.team = team
         self._batches: dict[Any, list[Any]] = {}
 
-    def batches(self, source: data.Source, trial: Trial) -> list[data.DomainBatch]:
-        """The corrupted batches of a trial, made once."""
+    def batches(
+        self, source: data.Source, trial: Trial, scope: str = "per_sample", place: int = 0
+    ) -> list[data.DomainBatch]:
+        """This process's share of the corrupted batches of a trial, made once.
+
+        Args:
+          source: the images.
+          trial: which of them, and when.
+          scope: of the method: a share is a range of images, of whole batches, or all of a stream.
+          place: of a stream among those that go side by side.
+        """
+        team, size = self.team, self._config.batch_size
+        plans = trial.plans
+        kind = "all" if team.count == 1 else scope
+        if kind == "per_sample":
+            plans = shares.of_images(plans, team.index, team.count)
+        elif kind == "batch":
+            plans = shares.of_batches(plans, size, team.index, team.count)
+        elif kind == "stream" and place % team.count != team.index:
+            return []
         # Several passes over the same cells are longer streams, of more plans.
-        where = (source.split, trial.sequence, trial.cells, len(trial.plans))
+        where = (source.split, trial.sequence, trial.cells, len(trial.plans), kind)
         if where not in self._batches:
-            loaders = [
-                data.Loader(
-                    source,
-                    plan,
-                    batch_size=self._config.batch_size,
-                    seed=self._config.corruption_seed,
-                )
-                for plan in trial.plans
-            ]
+            seed = self._config.corruption_seed
+            loaders = [data.Loader(source, plan, batch_size=size, seed=seed) for plan in plans]
             self._batches[where] = [trial.named(batch) for loader in loaders for batch in loader]
         return self._batches[where]
 
@@ -140,9 +122,10 @@ class Runner:
         method: methods_lib.Method,
         settings: dict[str, Any],
         batches: Sequence[data.DomainBatch],
-    ) -> Outcome:
-        """Runs a method with some settings over the batches of one trial."""
-        return self.run_all(name, method, settings, [batches])[0]
+    ) -> Outcome | None:
+        """Runs a method with some settings over the batches of one trial; as :meth:`run_all`."""
+        found = self.run_all(name, method, settings, [batches])
+        return found[0] if found else None
 
     def run_all(
         self,
@@ -155,31 +138,62 @@ class Runner:
 
         Streams go side by side, each with a state of its own: one by one they would leave most of
         an accelerator idle, since a stream takes one image at a time.
-        """
-        source_seconds = self._source.measure(name, method, settings).seconds
-        if method.scope == "stream":
-            outcomes = self._side_by_side(name, method, settings, trials)
-        else:
-            outcomes = [self._one(name, method, settings, batches) for batches in trials]
-        return [outcome._replace(source_seconds=source_seconds) for outcome in outcomes]
 
-    def _side_by_side(
+        Args:
+          name: of the method.
+          method: what to run.
+          settings: with which settings.
+          trials: this process's share of the batches of each trial.
+
+        Returns:
+          The outcomes of whole trials on the first process of a team, nothing on the others.
+
+        Raises:
+          ShareError: a trial failed on another process, or on one of several.
+        """
+        if self.team.count == 1:
+            return self._own(name, method, settings, trials)
+        try:
+            own = self._own(name, method, settings, trials)
+            report = b"+" + outcome_lib.pack([one and one._asdict() for one in own])
+        except TRIAL_ERRORS as error:
+            report = b"-" + f"{type(error).__name__}: {error}".encode()
+        reports = self.team.collect(report)
+        if reports is None:
+            return []
+        for index, report in enumerate(reports):
+            if report[:1] == b"-":
+                raise ShareError(f"process {index}: {report[1:].decode()}")
+        return _whole(method, [outcome_lib.unpack(report[1:]) for report in reports])
+
+    def _own(
         self,
         name: str,
         method: methods_lib.Method,
         settings: dict[str, Any],
         trials: Sequence[Sequence[data.DomainBatch]],
-    ) -> list[Outcome]:
-        # Side by side go streams whose batches have the same sizes.
+    ) -> list[Any]:
+        """The outcomes of this process's share; None for a trial without any."""
+        source_seconds = self._source.measure(name, method, settings).seconds
         outcomes: dict[int, Outcome] = {}
-        sizes = [tuple(len(batch.id) for batch in batches) for batches in trials]
-        for size in dict.fromkeys(sizes):
-            equal = [place for place, other in enumerate(sizes) if other == size]
-            for first in range(0, len(equal), self._parallel_streams):
-                places = equal[first : first + self._parallel_streams]
-                some = self._streams(name, method, settings, [trials[place] for place in places])
-                outcomes.update(zip(places, some, strict=True))
-        return [outcomes[place] for place in range(len(trials))]
+        places = [place for place, batches in enumerate(trials) if batches]
+        if method.scope == "stream":
+            # Side by side go streams whose batches have the same sizes.
+            sizes = {n: tuple(len(batch.id) for batch in trials[n]) for n in places}
+            most = self._parallel_streams * self._devices.count
+            for size in dict.fromkeys(sizes.values()):
+                equal = [place for place in places if sizes[place] == size]
+                for first in range(0, len(equal), most):
+                    some = equal[first : first + most]
+                    made = self._streams(name, method, settings, [trials[n] for n in some])
+                    outcomes.update(zip(some, made, strict=True))
+        else:
+            for place in places:
+                outcomes[place] = self._one(name, method, settings, trials[place])
+        return [
+            outcomes[place]._replace(source_seconds=source_seconds) if place in outcomes else None
+            for place in range(len(trials))
+        ]
 
     def _one(
         self,
@@ -188,17 +202,32 @@ class Runner:
         settings: dict[str, Any],
         batches: Sequence[data.DomainBatch],
     ) -> Outcome:
-        results, clock = [], _Clock()
-        for batch in batches:
-            images, ids = jnp.asarray(batch.image), batch.id
-            if method.scope == "per_sample":
-                # A whole batch must not be padded: the repeated image would enter its statistics.
-                # A last, smaller one has a program of its own.
-                images, ids = _padded(batch, self._config.batch_size)
-            arguments = (images, ttt.sample_keys(self._key, ids))
-            output, info = self._call(name, method, settings, arguments, clock)
-            results.append(_host((output, _flags(info, len(batch.id))), len(batch.id)))
-        return _outcome(results, batches, clock, 1)
+        results, clock = [], outcome_lib.Clock()
+        for call in self._calls(method.whole_batch, batches):
+            told = outcome_lib.on_host(
+                self._call(name, method, settings, self._inputs(call), clock)
+            )
+            for place, count in enumerate(call.counts):
+                # A whole batch is one of several results, images are the first of all.
+                here = place if method.whole_batch else slice(count)
+                output, info = jax.tree.map(lambda leaf, at=here: leaf[at], told)
+                results.append((output, outcome_lib.flags(info, count)))
+        return outcome_lib.of_batches(results, batches, clock, 1)
+
+    def _calls(
+        self, whole_batch: bool, batches: Sequence[data.DomainBatch]
+    ) -> Iterator[spread.Call]:
+        if whole_batch:
+            return spread.calls_of_batches(batches, self._devices)
+        # On one device all trials, short or long, have one program.
+        fixed = self._devices.count == self.team.count == 1
+        size = self._config.batch_size
+        return spread.calls_of_images(batches, size, self._devices, fixed=fixed)
+
+    def _inputs(self, call: spread.Call) -> tuple[Any, Any]:
+        """Images and keys on the devices."""
+        keys = ttt.sample_keys(self._key, call.id.reshape(-1)).reshape(call.id.shape)
+        return self._devices.put((call.image, keys))
 
     def _streams(
         self,
@@ -210,20 +239,24 @@ class Runner:
         params = self._pristine.restore(self._restore)
         statistics = self._source.measure(name, method, settings).statistics
         init = jax.jit(method.built(settings, statistics).init)
-        carry = jax.vmap(init, in_axes=None, axis_size=len(trials))(params)
+        # Devices without a stream repeat the last one.
+        count = self._devices.padded(len(trials))
+        filled = [*trials, *[trials[-1]] * (count - len(trials))]
+        carry = jax.vmap(init, in_axes=None, axis_size=count)(params)
+        carry = self._devices.put(carry)
         results: list[list[Any]] = [[] for _ in trials]
-        clock = _Clock()
-        for batches in zip(*trials, strict=True):
-            images = jnp.stack([batch.image for batch in batches])
-            keys = jnp.stack([ttt.sample_keys(self._key, batch.id) for batch in batches])
-            arguments = (carry, images, keys)
-            carry, output, info = self._call(name, method, settings, arguments, clock)
-            count = images.shape[1]
+        clock = outcome_lib.Clock()
+        for batches in zip(*filled, strict=True):
+            images = np.stack([batch.image for batch in batches])
+            ids = np.stack([batch.id for batch in batches])
+            arguments = (carry, *self._inputs(spread.Call(images, ids, ())))
+            carry, *told = self._call(name, method, settings, arguments, clock)
+            told = outcome_lib.on_host(told)
             for place, result in enumerate(results):
-                mine = jax.tree.map(lambda leaf, i=place: leaf[i], (output, info))
-                result.append(_host((mine[0], _flags(mine[1], count)), count))
+                output, info = jax.tree.map(lambda leaf, i=place: leaf[i], told)
+                result.append((output, outcome_lib.flags(info, len(batches[0].id))))
         return [
-            _outcome(result, batches, clock, len(trials))
+            outcome_lib.of_batches(result, batches, clock, len(trials))
             for result, batches in zip(results, trials, strict=True)
         ]
 
@@ -233,7 +266,7 @@ class Runner:
         method: methods_lib.Method,
         settings: dict[str, Any],
         arguments: tuple[Any, ...],
-        clock: "_Clock",
+        clock: outcome_lib.Clock,
     ) -> Any:
         """Compiles where needed, runs, and adds to the clock."""
         params = self._pristine.restore(self._restore)
@@ -244,7 +277,9 @@ class Runner:
         where = (name, static, tuple(sorted(numbers)), shapes)
         if where not in self._compiled:
             start = time.perf_counter()
-            program = jax.jit(self._program(method, settings))
+            program = jax.jit(
+                spread.program(method, settings, self._devices, self._config.chunk_size)
+            )
             self._compiled[where] = program.lower(params, numbers, statistics, *arguments).compile()
             clock.compiling += time.perf_counter() - start
         start = time.perf_counter()
@@ -253,104 +288,45 @@ class Runner:
         clock.seconds += time.perf_counter() - start
         return results
 
-    def _program(self, method: methods_lib.Method, settings: dict[str, Any]) -> Any:
-        """``(params, numbers, statistics, images, keys) -> (output, info)``.
-
-        Streams take a carry before the images, and return it.
-
-        ``numbers`` are the settings that may be traced, so candidates that differ in these alone
-        share one compiled program.
-        """
-
-        def independent(params: Any, numbers: Any, statistics: Any, images: Any, keys: Any) -> Any:
-            predict = method.built(settings | numbers, statistics)
-            if method.whole_batch:
-                return predict(params, images, keys[0])
-            return ttt.batched(predict, chunk_size=self._config.chunk_size)(params, images, keys)
-
-        def streams(
-            params: Any, numbers: Any, statistics: Any, carry: Any, images: Any, keys: Any
-        ) -> Any:
-            stream = method.built(settings | numbers, statistics)
-            step = jax.vmap(stream.step, in_axes=(None, 0, 0, 0))
-            if method.whole_batch:
-                carry, (output, info) = step(params, carry, images, keys[:, 0])
-                return carry, output, info
-            carry, results = jax.lax.scan(
-                lambda carry, pair: step(params, carry, *pair),
-                carry,
-                jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (images, keys)),
-            )
-            output, info = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), results)
-            return carry, output, info
-
-        return streams if method.scope == "stream" else independent
-
     def probe(
-        self, batches: Iterable[data.DomainBatch], names: Iterable[str]
+        self, batches: Sequence[data.DomainBatch], names: Iterable[str]
     ) -> dict[str, np.ndarray]:
-        """Auxiliary losses ``[N]`` of the pristine model on a trial; not part of any timing."""
+        """Auxiliary losses ``[N]`` of the pristine model on a trial; not part of any timing.
+
+        As of :meth:`run_all`, only the first process of a team gets them.
+        """
         where = ("probe", *sorted(names))
         if where not in self._compiled:
             readings = methods_lib.probes(self._plain)
-
-            def read(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-                return {
-                    name: jax.vmap(readings[name], in_axes=(None, 0))(params, images)
-                    for name in where[1:]
-                }
-
-            self._compiled[where] = jax.jit(read)
+            read = ttt.source(
+                lambda params, image: {name: readings[name](params, image) for name in where[1:]}
+            )
+            self._compiled[where] = jax.jit(ttt.batched(read, mesh=self._devices.mesh))
         params = self._pristine.restore("memory")
         parts = []
-        for batch in batches:
-            images, _ = _padded(batch, self._config.batch_size)
-            values = self._compiled[where](params, images)
-            parts.append({k: np.asarray(v)[: len(batch.id)] for k, v in values.items()})
+        for call in self._calls(False, batches) if batches else ():
+            values, _ = self._compiled[where](params, *self._inputs(call))
+            parts.append({k: np.asarray(v)[: call.counts[0]] for k, v in values.items()})
+        reports = self.team.collect(outcome_lib.pack(parts))
+        if reports is None:
+            return {}
+        parts = [part for report in reports for part in outcome_lib.unpack(report)]
         return {name: np.concatenate([part[name] for part in parts]) for name in where[1:]}
 
 
-class _Clock:
-    """Time spent in compiled calls, and in compiling them."""
-
-    def __init__(self) -> None:
-        self.seconds, self.compiling = 0.0, 0.0
-
-
-def _host(tree: Any, count: int) -> Any:
-    """The first ``count`` images, as NumPy."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], tree)
-
-
-def _outcome(
-    results: Sequence[Any], batches: Sequence[data.DomainBatch], clock: _Clock, sharers: int
-) -> Outcome:
-    """Joins the batches of a trial, which shares the clock with others."""
-    output, (ok, reset) = jax.tree.map(lambda *parts: np.concatenate(parts), *results)
-    return Outcome(
-        logits=output["logits"],
-        aux=output.get("aux"),
-        ok=ok,
-        reset=reset,
-        label=np.concatenate([batch.label for batch in batches]),
-        domain=np.concatenate([batch.domain for batch in batches]),
-        severity=np.concatenate([batch.severity for batch in batches]),
-        seconds=clock.seconds / sharers,
-        compile_seconds=clock.compiling / sharers,
-    )
-
-
-def _flags(info: ttt.Info | ttt.StreamInfo, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Per image: whether its steps were finite, and whether a reset fired after it."""
-    ok = np.asarray(info.ok)
-    reset = np.asarray(info.reset) if isinstance(info, ttt.StreamInfo) else np.zeros_like(ok)
-    if ok.ndim:
-        return ok[:count], reset[:count]
-    # One flag for a whole batch: all of its images adapt together, and a reset comes after them.
-    return np.full(count, ok), reset & (np.arange(count) == count - 1)
-
-
-def _padded(batch: data.DomainBatch, size: int) -> tuple[jax.Array, np.ndarray]:
-    """Repeats the last example up to ``size``, so that every batch has one compiled program."""
-    places = np.minimum(np.arange(size), len(batch.id) - 1)
-    return jnp.asarray(batch.image[places]), batch.id[places]
+def _whole(
+    method: methods_lib.Method, told: Sequence[Sequence[dict[str, np.ndarray]]]
+) -> list[Outcome]:
+    """The outcomes of whole trials from the shares of several processes, in their order."""
+    parts = [
+        [outcome_lib.from_arrays(part) for part in of_one if part]
+        for of_one in zip(*told, strict=True)
+    ]
+    outcomes = [outcome_lib.joined(some) for some in parts]
+    if method.scope != "stream":
+        return outcomes
+    # Processes ran different streams at the same time, which all streams share evenly.
+    for name in ("seconds", "compile_seconds"):
+        spent = max(sum(float(part[name]) for part in share if part) for share in told)
+        outcomes = [one._replace(**{name: spent / len(outcomes)}) for one in outcomes]
+    return outcomes

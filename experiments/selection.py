@@ -11,7 +11,9 @@ import numpy as np
 from experiments import (
     launch,
     methods as methods_lib,
+    outcome as outcome_lib,
     runner as runner_lib,
+    team as team_lib,
     trials as trials_lib,
 )
 from ttt_jax import data
@@ -30,7 +32,7 @@ def _note(trials: Sequence[trials_lib.Trial]) -> str:
     )
 
 
-def _cross_entropy(outcome: runner_lib.Outcome) -> float:
+def _cross_entropy(outcome: outcome_lib.Outcome) -> float:
     log_p = np.asarray(jax.nn.log_softmax(outcome.final, axis=-1))
     return float(-log_p[np.arange(len(outcome.label)), outcome.label].mean())
 
@@ -54,6 +56,7 @@ def choose(
     Returns:
       ``{method: settings}``.
     """
+    team = runner.team
     record: dict[str, Any] = {
         "note": _note(trials),
         "seed": runner.seed,
@@ -61,7 +64,7 @@ def choose(
         "chosen": {},
         "tried": [],
     }
-    if path.exists():
+    if team.index == 0 and path.exists():
         try:
             record = json.loads(path.read_text())
         except ValueError as error:
@@ -72,20 +75,26 @@ def choose(
                 f"{path} was chosen with another checkpoint ({chosen_with}, now "
                 f"{runner.fingerprint}). Use another --workdir, or remove the file and the rows."
             )
+    record = team_lib.agreed(team, record)
     for name, method in methods.items():
         if name in record["chosen"]:
             continue
         scores = []
         for settings in method.grid if len(method.grid) > 1 else ():
             tried: dict[str, Any] = {"method": name, "params": settings}
+            batches = [
+                runner.batches(source, trial, method.scope, place)
+                for place, trial in enumerate(trials)
+            ]
             try:
-                batches = [runner.batches(source, trial) for trial in trials]
                 whole = runner.run_all(name, method, settings, batches)
             except runner_lib.TRIAL_ERRORS as failure:
                 # The evaluation will meet the same failure and record it as rows.
                 scores.append((np.inf, np.inf))
                 record["tried"].append(tried | {"message": f"{failure}"[:500]})
                 continue
+            if team.index:
+                continue  # the first process alone sees the outcomes, and chooses
             outcomes = [
                 outcome.take(here) for outcome in whole for here in outcome.cells().values()
             ]
@@ -94,6 +103,7 @@ def choose(
             scores.append((error, loss if np.isfinite(loss) else np.inf))
             record["tried"].append(tried | {"error": error, "cross_entropy": loss})
         best = min(range(len(scores)), key=lambda i: scores[i]) if scores else 0
-        record["chosen"][name] = method.grid[best]
-        launch.write_atomically(path, json.dumps(record, indent=2) + "\n")
+        record["chosen"][name] = method.grid[team_lib.agreed(team, best)]
+        if team.index == 0:
+            launch.write_atomically(path, json.dumps(record, indent=2) + "\n")
     return {name: dict(record["chosen"][name]) for name in methods}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import adapt, launch, problem as problem_lib, train
-from experiments.sweeping import job, plan, progress, state as state_lib
+from experiments.sweeping import plan, progress, state as state_lib
 
 # An earlier process of the unit may live on, such as on a node that a scheduler lost sight of. It
 # is waited for, and what it finished is not done again.
@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
         return run(*(holder.value for holder in _FLAGS))
     except launch.BusyError as error:
         print(f"error: {error}", file=sys.stderr)
-        return job.BUSY
+        return launch.TRY_AGAIN
 
 
 if __name__ == "__main__":

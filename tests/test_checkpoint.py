@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ttt_jax import checkpoint
-from ttt_jax.checkpoint import CheckpointError
+from ttt_jax.checkpoint import CheckpointError, store
 
 
 class Pair(NamedTuple):
@@ -320,6 +320,25 @@ def test_load_onto_shardings(saved, mesh):
         assert kernel.sharding == rows
         assert [shard.data.shape for shard in kernel.addressable_shards] == [(1, 4)] * 4
     assert found.params["batch_stats"]["norm"]["mean"].sharding == whole
+
+
+@pytest.mark.cpu
+def test_no_device_ever_holds_more_than_its_shards(tmp_path, mesh, monkeypatch):
+    whole = 64 * 1024
+    checkpoint.save(tmp_path / "c", {"a": jnp.ones((64, 256)), "b": jnp.zeros((64, 256))})
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    before = {id(array) for array in jax.live_arrays()}
+    held, place = [], store._place
+
+    def look(path, leaf, value, sharding):
+        new = [array for array in jax.live_arrays() if id(array) not in before]
+        held.extend(shard.data.nbytes for array in new for shard in array.addressable_shards)
+        assert isinstance(value, jax.Array) and value.sharding == sharding
+        return place(path, leaf, value, sharding)
+
+    monkeypatch.setattr(store, "_place", look)
+    assert len(checkpoint.load(tmp_path / "c", sharding=rows).leaves) == 2
+    assert held and max(held) == whole // 4
 
 
 @pytest.mark.cpu

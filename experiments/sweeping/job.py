@@ -15,14 +15,13 @@ from typing import NamedTuple
 
 import psutil
 
+from experiments import launch
 from experiments.sweeping import state as state_lib
 
 _POLL_S = 0.2
 # For a process that was told to stop: it needs no time, since what it finished is on disk.
 _GRACE_S = 5.0
 _TETHER = str(pathlib.Path(__file__).with_name("tether.py"))
-# How the process says that another one of the same unit would not end.
-BUSY = 75
 
 
 class Job(NamedTuple):
@@ -145,8 +144,8 @@ def _watch(
             )
     if process.returncode == 0:
         return "done", ""
-    if process.returncode == BUSY:
-        return "interrupted", "another process of it goes on"
+    if process.returncode == launch.TRY_AGAIN:
+        return "interrupted", _last_line(log) or "asked to be started again"
     if process.returncode in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
         return "interrupted", f"killed by {signal.Signals(-process.returncode).name}"
     return "failed", _last_line(log) or f"exit status {process.returncode}"

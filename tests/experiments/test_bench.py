@@ -13,7 +13,7 @@ from experiments import bench, bench_works, launch
 
 FIELDS = (
     "work way compute_dtype param_dtype precision attention compiler_options num_steps copies "
-    "batch samples sample_steps_per_second tflops matmul_share peak_gib compile_seconds"
+    "batch samples devices sample_steps_per_second tflops matmul_share peak_gib compile_seconds"
 ).split()
 
 
@@ -21,7 +21,10 @@ def settings(**changed):
     values = {
         "works": ("ttt_mae",),
         "ways": ("ttt_jax",),
+        "dtypes": (),
+        "num_steps": (),
         "samples": (),
+        "devices": (1,),
         "attention": ("fused",),
         "compiler_options": (),
         "repeats": 3,
@@ -59,6 +62,44 @@ def test_a_smoke_run_writes_its_rows(tmp_path, capsys, monkeypatch):
     assert "torch_loop is skipped: torch not installed." in printed
     assert "torch_ttt is skipped: torch, torch_ttt, torchvision, einops not installed." in printed
     assert printed.count("ttt_mae") == 2
+
+
+@pytest.mark.cpu
+def test_several_devices_have_as_many_images_each(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # put back afterwards
+    work = bench.WORKS["ttt_mae"]._replace(num_steps=(1,))
+    monkeypatch.setitem(bench.WORKS, "ttt_mae", work)
+    spread_over = []
+    over = bench_works.Program.over
+    monkeypatch.setattr(
+        bench_works.Program, "over", lambda self, mesh: spread_over.append(mesh) or over(self, mesh)
+    )
+    record = bench.run(tmp_path / "bench.json", settings(devices=(1, 2)))
+    one, two = record["rows"]
+    assert [(row["devices"], row["samples"]) for row in (one, two)] == [(1, 2), (2, 4)]
+    assert [mesh and mesh.size for mesh in spread_over] == [None, 2]
+    assert two["matmul_share"] / two["tflops"] == pytest.approx(
+        one["matmul_share"] / one["tflops"] / 2
+    )
+    gain = two["sample_steps_per_second"] / one["sample_steps_per_second"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[8] for line in lines[-2:]] == ["-", f"{gain:.2f}"]
+    assert "devices=2" in lines[1] and "devices" not in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        ((0,), r"--devices takes numbers of at least 1; got \[0\]"),
+        ((), r"--devices takes numbers of at least 1; got \[\]"),
+        ((1, 99), r"--devices must lie between 0 \(all\) and \d+, .*; got 99"),
+    ],
+)
+def test_impossible_devices(tmp_path, monkeypatch, devices, message):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # put back afterwards
+    with pytest.raises(launch.UserError, match=message):
+        bench.run(tmp_path / "bench.json", settings(devices=devices))
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_of_the_compiler():
@@ -142,6 +183,15 @@ def test_pytorch_comes_first_and_with_fewer_samples():
     ]
 
 
+def test_dtypes_and_steps_can_be_left_out(tmp_path):
+    made = bench.cases(
+        settings(works=("rotation",), dtypes=("bfloat16",), num_steps=(10,), smoke=False)
+    )
+    assert [(case.dtype, case.num_steps) for case in made] == [("bfloat16", 10)]
+    with pytest.raises(launch.UserError, match=r"no work has dtypes \['float8'\] and num_steps"):
+        bench.run(tmp_path / "bench.json", settings(dtypes=("float8",)))
+
+
 def test_samples_and_forms_of_attention_are_tried_in_turn():
     tried = {"samples": (1, 4), "attention": ("fused", "xla"), "smoke": False}
     made = bench.cases(settings(ways=("ttt_jax", "torch_loop"), works=("ttt_mae",), **tried))
@@ -162,6 +212,7 @@ def test_the_package_is_timed_on_whole_batches_only():
 def test_the_table_compares_equal_work():
     def row(way, steps, speed):
         same = {"work": "rotation", "compute_dtype": "float32", "samples": 2, "attention": None}
+        same |= {"devices": 1}
         same |= {"tflops": 1.0, "matmul_share": 0.4}
         return same | {"way": way, "num_steps": steps, "sample_steps_per_second": speed}
 

@@ -68,6 +68,15 @@ def test_an_attempt_that_fails_is_tried_again_so_often(tmp_path):
         assert state_lib.read(silent).message == message
 
 
+def test_one_that_asks_to_be_started_again_did_not_fail(tmp_path):
+    program = "begin(0); print('error: a peer died', file=sys.stderr); sys.exit(75)"
+    for count in (1, 2):
+        assert job_lib.run(job(tmp_path, program)) == "interrupted"
+        state = state_lib.read(tmp_path)
+        assert (state.state, state.failures, state.interruptions) == ("waiting", 0, count)
+        assert state.message == "error: a peer died"
+
+
 def test_only_the_unit_that_was_at_work_is_charged(tmp_path):
     folders = [tmp_path / name for name in "abcd"]
     program = "begin(0); end(0); begin(1); end(1, 'failed', 'bad'); begin(2); sys.exit('worse')"
