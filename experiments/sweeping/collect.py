@@ -58,8 +58,8 @@ def up_to_date(workdir: pathlib.Path, units: Sequence[Unit]) -> bool:
     return whole and all(row["status"] == "ok" for row in held)
 
 
-def write(workdir: pathlib.Path, found: Sequence[dict[str, Any]]) -> pathlib.Path:
-    """Replaces ``results.parquet``; settings, which differ in their keys, are JSON text."""
+def table(found: Sequence[dict[str, Any]]) -> pa.Table:
+    """The rows as columns; settings, which differ in their keys, are JSON text."""
     columns: dict[str, list[Any]] = {}
     for number, row in enumerate(found):
         for name, value in row.items():
@@ -68,11 +68,16 @@ def write(workdir: pathlib.Path, found: Sequence[dict[str, Any]]) -> pathlib.Pat
         for column in columns.values():
             if len(column) <= number:
                 column.append(None)
+    return pa.table(columns)
+
+
+def write(workdir: pathlib.Path, found: Sequence[dict[str, Any]]) -> pathlib.Path:
+    """Replaces ``results.parquet`` with the :func:`table` of some rows."""
     path = workdir / TABLE
     draft = workdir / f".{TABLE}.{os.getpid()}"
     with launch.writing(path):
         try:
-            pq.write_table(pa.table(columns), draft)
+            pq.write_table(table(found), draft)
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)

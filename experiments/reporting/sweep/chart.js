@@ -1,0 +1,95 @@
+// Small parts of every view. Texts enter the page as text alone: labels and messages are anyone's.
+
+const GAP = "–";
+const SHAPES = 4;
+const COLORS = 8;
+
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+function body(section) {
+  return document.querySelector(`#${section} [data-body]`);
+}
+
+function quiet(text) {
+  return make("p", { class: "quiet" }, text);
+}
+
+function percent(value, digits = 1) {
+  return Number.isNaN(value) ? GAP : (100 * value).toFixed(digits);
+}
+
+function points(value, digits = 1) {
+  if (Number.isNaN(value)) return GAP;
+  const text = (100 * Math.abs(value)).toFixed(digits);
+  return Number(text) === 0 ? text : (value < 0 ? "−" : "+") + text;
+}
+
+// Four digits, as few characters as they need.
+function short(value) {
+  return Number.isNaN(value) ? GAP : String(Number(value.toPrecision(4)));
+}
+
+function count(number) {
+  return number.toLocaleString("en-US");
+}
+
+function plural(number, noun) {
+  return `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
+}
+
+// Round values that cover [low, high], in steps of 1, 2 or 5 times a power of ten.
+function ticks(low, high, about = 5) {
+  if (!(high > low)) high = low + (Math.abs(low) || 1);
+  const rough = (high - low) / about;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((m) => m * power).find((one) => one >= rough * (1 - 1e-9));
+  const values = [];
+  for (let k = Math.floor(low / step + 1e-9); k <= Math.ceil(high / step - 1e-9); k++) {
+    values.push(Number((k * step).toPrecision(10)));
+  }
+  return values;
+}
+
+function colorOf(method) {
+  const styles = getComputedStyle(document.documentElement);
+  return styles.getPropertyValue(`--m${Math.max(method, 0) % COLORS}`).trim();
+}
+
+// One mark around (x, y); the shape says the method too, for those who tell few colors apart.
+function drawMark(context, x, y, shape, r) {
+  context.beginPath();
+  if (shape === 0) context.arc(x, y, r, 0, 2 * Math.PI);
+  else if (shape === 1) context.rect(x - r * 0.9, y - r * 0.9, r * 1.8, r * 1.8);
+  else {
+    const corners = shape === 2 ? [[0, -1.3], [1.3, 0], [0, 1.3], [-1.3, 0]] : [[0, -1.25], [1.2, 0.9], [-1.2, 0.9]];
+    corners.forEach(([dx, dy], k) => context[k ? "lineTo" : "moveTo"](x + dx * r, y + dy * r));
+    context.closePath();
+  }
+  context.fill();
+}
+
+// A canvas as sharp as the screen, with a drawing context in CSS pixels.
+function canvas(width, height, label) {
+  const scale = window.devicePixelRatio || 1;
+  const element = make("canvas", { width: Math.round(width * scale), height: Math.round(height * scale), role: "img", "aria-label": label });
+  element.style.width = `${width}px`;
+  element.style.height = `${height}px`;
+  const context = element.getContext("2d");
+  context.scale(scale, scale);
+  return [element, context];
+}
+
+function swatch(method) {
+  const [element, context] = canvas(12, 12, "");
+  element.setAttribute("aria-hidden", "true");
+  context.fillStyle = colorOf(method);
+  drawMark(context, 6, 6, Math.max(method, 0) % SHAPES, 4);
+  return element;
+}

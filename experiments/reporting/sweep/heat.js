@@ -1,0 +1,87 @@
+// Mean error per learning rate and number of steps, a map per method, all on one color scale.
+
+// More different values than this are put into bins of equal width (of the logarithm, if positive).
+const MOST_VALUES = 14;
+const BINS = 10;
+
+// Places of values on an axis: {labels, at(value)}.
+function axis(values) {
+  const sorted = [...new Set(values)].sort((a, b) => a - b);
+  if (sorted.length <= MOST_VALUES) {
+    const places = new Map(sorted.map((value, k) => [value, k]));
+    return { labels: sorted.map(short), at: (value) => places.get(value) };
+  }
+  const scale = sorted[0] > 0 ? Math.log : (value) => value;
+  const back = sorted[0] > 0 ? Math.exp : (value) => value;
+  const low = scale(sorted[0]), width = (scale(sorted[sorted.length - 1]) - low) / BINS;
+  const edge = (k) => String(Number(back(low + k * width).toPrecision(2)));
+  return {
+    labels: Array.from({ length: BINS }, (_, k) => `${edge(k)} to ${edge(k + 1)}`),
+    at: (value) => Math.min(BINS - 1, Math.floor((scale(value) - low) / width)),
+  };
+}
+
+function heatMaps(rows) {
+  const methods = codesOf("method"), errors = numbersOf("error");
+  const rates = numbersOf("learning_rate"), steps = numbersOf("num_steps");
+  const byMethod = new Map();
+  for (const i of rows) {
+    if (Number.isNaN(errors[i]) || Number.isNaN(rates[i]) || Number.isNaN(steps[i])) continue;
+    if (!byMethod.has(methods[i])) byMethod.set(methods[i], []);
+    byMethod.get(methods[i]).push(i);
+  }
+  const maps = [];
+  for (const [method, own] of [...byMethod].sort((a, b) => a[0] - b[0])) {
+    const down = axis(own.map((i) => rates[i])), across = axis(own.map((i) => steps[i]));
+    const cells = new Map();
+    for (const i of own) {
+      const key = down.at(rates[i]) * 1000 + across.at(steps[i]);
+      if (!cells.has(key)) cells.set(key, { sum: 0, rows: 0, places: new Set() });
+      const one = cells.get(key);
+      one.sum += errors[i];
+      one.rows += 1;
+      one.places.add(data.place[i]);
+    }
+    const most = Math.max(...[...cells.values()].map((one) => one.places.size));
+    for (const one of cells.values()) {
+      one.mean = one.sum / one.rows;
+      one.partial = one.places.size < most;
+    }
+    maps.push({ name: columns.method.values[method], down, across, cells });
+  }
+  return maps;
+}
+
+function heatCell(one, low, high, best) {
+  if (!one) return make("td", { class: "gap" }, GAP);
+  const share = high > low ? (one.mean - low) / (high - low) : 0;
+  const td = make("td", { class: `heat${share > 0.5 ? " far" : ""}${best ? " lowest" : ""}` },
+    percent(one.mean) + (one.partial ? "†" : ""), make("small", {}, `n ${count(one.rows)}`));
+  td.style.setProperty("--share", `${Math.round(100 * share)}%`);
+  return td;
+}
+
+function heatTable(map, low, high, role) {
+  // Only validation rows may choose; a mean over fewer domains or seeds is no lower error.
+  const full = [...map.cells.values()].filter((one) => !one.partial);
+  const best = role === "validation" && full.length > 1 ? Math.min(...full.map((one) => one.mean)) : null;
+  const head = make("tr", {}, make("th", { scope: "col" }, "rate \\ steps"), ...map.across.labels.map((text) => make("th", { scope: "col" }, text)));
+  const lines = map.down.labels.map((text, d) => make("tr", {}, make("th", { scope: "row" }, text),
+    ...map.across.labels.map((_, a) => {
+      const one = map.cells.get(d * 1000 + a);
+      return heatCell(one, low, high, one && !one.partial && one.mean === best);
+    })));
+  return make("figure", { class: "map" }, make("h3", {}, map.name),
+    make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${map.name}: mean error by learning rate and steps` },
+      make("table", {}, make("thead", {}, head), make("tbody", {}, ...lines))));
+}
+
+function showHeat(rows, state) {
+  const maps = heatMaps(rows);
+  if (!maps.length) return body("heat").replaceChildren(quiet("No row that passes the filter has a learning rate."));
+  const means = maps.flatMap((map) => [...map.cells.values()].map((one) => one.mean));
+  const low = Math.min(...means), high = Math.max(...means);
+  const legend = make("div", { class: "legend" }, `${percent(low)} %`, make("span", { class: "ramp", "aria-hidden": "true" }), `${percent(high)} %`,
+    state.role === "validation" ? make("span", { class: "quiet" }, "framed: the lowest of a method") : "");
+  body("heat").replaceChildren(legend, make("div", { class: "maps" }, ...maps.map((map) => heatTable(map, low, high, state.role))));
+}

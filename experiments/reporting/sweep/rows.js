@@ -1,0 +1,164 @@
+// The rows, unpacked once, and what every view needs of them: filter, order, means.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const total = data.rows;
+const columns = {};
+for (const [name, packed] of Object.entries(data.columns)) columns[name] = unpack(packed);
+
+// Numbers become one typed array (NaN where missing), texts an array of codes (-1 where missing).
+function unpack(packed) {
+  if (packed.kind === "text") {
+    return { kind: "text", codes: Int32Array.from(packed.codes), values: packed.values };
+  }
+  const numbers = new Float64Array(total);
+  if (packed.raw) packed.raw.forEach((value, i) => { numbers[i] = value === null ? NaN : value; });
+  else packed.codes.forEach((code, i) => { numbers[i] = code < 0 ? NaN : packed.values[code]; });
+  return { kind: "number", numbers, values: packed.values || null };
+}
+
+function column(name) {
+  return columns[name] || { kind: "number", numbers: new Float64Array(total).fill(NaN), values: [] };
+}
+
+function numbersOf(name) {
+  const found = column(name);
+  return found.kind === "number" ? found.numbers : new Float64Array(total).fill(NaN);
+}
+
+function codesOf(name) {
+  const found = column(name);
+  return found.kind === "text" ? found.codes : new Int32Array(total).fill(-1);
+}
+
+// The text of a cell; "" where it is missing.
+function textAt(name, row) {
+  const found = column(name);
+  if (found.kind === "text") return found.codes[row] < 0 ? "" : found.values[found.codes[row]];
+  return Number.isNaN(found.numbers[row]) ? "" : String(found.numbers[row]);
+}
+
+const SEARCHED = ["trial", "label", "method", "dataset", "domain", "status", "message"];
+
+// Rows that hold every word of a text, whatever its case, in any of some columns. Each different
+// value is looked at once, not each row: 10,000 trials share few.
+function holding(text) {
+  const keep = new Uint8Array(total).fill(1);
+  for (const word of text.toLowerCase().split(/\s+/).filter(Boolean)) {
+    const here = new Uint8Array(total);
+    for (const name of SEARCHED) {
+      const found = column(name);
+      if (found.kind !== "text") continue;
+      const hits = found.values.map((value) => value.toLowerCase().includes(word));
+      if (!hits.includes(true)) continue;
+      for (let i = 0; i < total; i++) if (found.codes[i] >= 0 && hits[found.codes[i]]) here[i] = 1;
+    }
+    for (let i = 0; i < total; i++) keep[i] &= here[i];
+  }
+  return keep;
+}
+
+function keepChoice(keep, name, choice) {
+  const found = column(name);
+  const wanted = found.kind === "text" ? found.values.indexOf(choice) : Number(choice);
+  const held = found.kind === "text" ? found.codes : found.numbers;
+  for (let i = 0; i < total; i++) if (held[i] !== wanted) keep[i] = 0;
+}
+
+// A trial that failed has no role, as it wrote no row; it shows in either.
+function keepRole(keep, role) {
+  const roles = codesOf("split_role");
+  const wanted = (column("split_role").values || []).indexOf(role);
+  for (let i = 0; i < total; i++) if (roles[i] !== wanted && roles[i] !== -1) keep[i] = 0;
+}
+
+function listed(keep) {
+  const rows = [];
+  for (let i = 0; i < total; i++) if (keep[i]) rows.push(i);
+  return rows;
+}
+
+// The numbers of the rows that pass the filter, in the order of the sweep.
+function matching(state) {
+  const keep = state.q ? holding(state.q) : new Uint8Array(total).fill(1);
+  for (const [name, choice] of Object.entries(state.choice)) keepChoice(keep, name, choice);
+  if (state.chosen) {
+    const validation = keep.slice();
+    keepRole(validation, "validation");
+    const best = lowestSettings(listed(validation));
+    const methods = codesOf("method");
+    for (let i = 0; i < total; i++) {
+      if (best.get(methods[i]) !== data.setting[i]) keep[i] = 0;
+    }
+  }
+  keepRole(keep, state.role);
+  return listed(keep);
+}
+
+// Per method the settings with the lowest mean error on some rows, of those that were run on as
+// many domains and seeds as any: a mean over fewer is no lower error.
+function lowestSettings(rows) {
+  const methods = codesOf("method"), errors = numbersOf("error");
+  const found = new Map();
+  for (const i of rows) {
+    if (Number.isNaN(errors[i])) continue;
+    const key = `${methods[i]} ${data.setting[i]}`;
+    let one = found.get(key);
+    if (!one) {
+      one = { method: methods[i], setting: data.setting[i], sum: 0, rows: 0, places: new Set() };
+      found.set(key, one);
+    }
+    one.sum += errors[i];
+    one.rows += 1;
+    one.places.add(data.place[i]);
+  }
+  const best = new Map();
+  for (const one of found.values()) {
+    const held = best.get(one.method);
+    const fuller = held ? one.places.size - held.places.size : 1;
+    if (fuller > 0 || (fuller === 0 && one.sum / one.rows < held.sum / held.rows)) {
+      best.set(one.method, one);
+    }
+  }
+  return new Map([...best].map(([method, one]) => [method, one.setting]));
+}
+
+// The rows by one column; missing values last, whichever way, and ties as in the sweep.
+function ordered(rows, name, descending) {
+  if (!columns[name]) return rows;
+  const found = columns[name];
+  const keys = found.kind === "number" ? found.numbers : found.codes;
+  const there = [], missing = [];
+  for (const i of rows) (Number.isNaN(keys[i]) || (found.kind === "text" && keys[i] < 0) ? missing : there).push(i);
+  const sign = descending ? -1 : 1;
+  const sorted = Uint32Array.from(there).sort((a, b) => sign * (keys[a] - keys[b]) || a - b);
+  return [...sorted, ...missing];
+}
+
+// A mean over each seed's values, then over the seeds, with its standard error.
+class SeedMeans {
+  constructor() {
+    this.seeds = new Map();
+    this.rows = 0;
+  }
+
+  add(seed, value) {
+    const held = this.seeds.get(seed);
+    if (held) { held[0] += value; held[1] += 1; } else this.seeds.set(seed, [value, 1]);
+    this.rows += 1;
+  }
+
+  stat() {
+    const means = [...this.seeds.values()].map(([sum, count]) => sum / count);
+    const mean = means.reduce((a, b) => a + b, 0) / means.length;
+    const spread = means.reduce((a, b) => a + (b - mean) ** 2, 0);
+    const stderr = means.length > 1 ? Math.sqrt(spread / (means.length - 1) / means.length) : null;
+    return { mean, stderr, seeds: means.length, rows: this.rows };
+  }
+}
+
+function median(values) {
+  const sorted = values.filter((value) => !Number.isNaN(value)).sort((a, b) => a - b);
+  if (!sorted.length) return NaN;
+  const middle = sorted.length >> 1;
+  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
+}
