@@ -143,7 +143,7 @@ class Browser:
         # From an empty page: another fragment alone would not load the file again.
         for url in ("about:blank", pathlib.Path(path).resolve().as_uri() + fragment):
             self._call("Page.navigate", url=url)
-        self.wait("document.documentElement.dataset.ready")
+        self.wait("document.documentElement?.dataset.ready")
 
     def evaluate(self, script: str) -> Any:
         """The value of an expression in the page; a promise is awaited."""

@@ -44,8 +44,9 @@ function showBars(rows) {
   const top = reach || 1;
   const panels = found.map((one) => make("figure", { class: "panel" }, make("h3", {}, one.name),
     make("table", { class: "bars", "aria-label": `Mean error (%) on ${one.name}` }, make("tbody", {}, ...one.stats.map(([method, stat]) => bar(method, stat, top))))));
+  const base = found.some((one) => one.stats.some(([method]) => data.baselines.includes(columns.method.values[method])));
   const partial = found.some((one) => one.stats.some(([, stat]) => stat.partial));
   body("bars").replaceChildren(
-    quiet(`Bars begin at 0 and end at ${percent(top)} %; hollow: the model itself, not adapted.${partial ? " †: over fewer seeds than other methods there." : ""}`),
+    quiet(`Bars begin at 0 and end at ${percent(top)} %${base ? "; hollow: the model itself, not adapted" : ""}.${partial ? " †: over fewer seeds than other methods there." : ""}`),
     make("div", { class: "panels" }, ...panels));
 }

@@ -57,9 +57,12 @@ function ticks(low, high, about = 5) {
   return values;
 }
 
+// Grey is for the model itself; methods that adapt share the other colors.
 function colorOf(method) {
+  const name = columns.method.values[method];
+  const place = columns.method.values.filter((one) => !data.baselines.includes(one)).indexOf(name);
   const styles = getComputedStyle(document.documentElement);
-  return styles.getPropertyValue(`--m${Math.max(method, 0) % COLORS}`).trim();
+  return styles.getPropertyValue(`--m${place < 0 ? 0 : 1 + (place % (COLORS - 1))}`).trim();
 }
 
 // One mark around (x, y); the shape says the method too, for those who tell few colors apart.

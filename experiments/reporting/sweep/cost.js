@@ -46,7 +46,7 @@ function drawCost(found, price, width) {
   const marks = ticks(low, high);
   const cheapest = prices.reduce((a, b) => Math.min(a, b)), dearest = prices.reduce((a, b) => Math.max(a, b));
   const log = cheapest > 0 && dearest > 8 * cheapest;
-  const across = log ? logTicks(cheapest, dearest) : ticks(cheapest, dearest);
+  const across = log ? logTicks(cheapest, dearest) : dearest > cheapest ? ticks(cheapest, dearest) : ticks(0, 2 * dearest);
   const scale = log ? Math.log : (value) => value;
   const from = scale(log ? cheapest / 1.15 : across[0]), to = scale(log ? dearest * 1.15 : across[across.length - 1]);
   const atX = (value) => left + ((scale(value) - from) / (to - from)) * (width - left - right);

@@ -78,8 +78,10 @@ function makeFilter() {
   chosen.onchange = () => change({ chosen: chosen.checked, page: 0 });
   const reset = make("button", { type: "button", id: "reset" }, "Reset");
   reset.onclick = () => change({ ...PLAIN, choice: {}, size: state.size });
-  form.append(make("label", { class: "check", title: "Per method the settings with the lowest mean error on the validation rows that pass the filter" },
-    chosen, "only settings chosen on validation"), reset);
+  const validated = (column("split_role").values || []).includes("validation");
+  const check = make("label", { class: "check", title: "Per method the settings with the lowest mean error on the validation rows that pass the filter" },
+    chosen, "only settings chosen on validation");
+  form.append(...(validated ? [check] : []), reset);
   form.onsubmit = (event) => event.preventDefault();
   Object.assign(controls, { q: search, role: roles, chosen });
 }

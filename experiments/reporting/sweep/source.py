@@ -86,8 +86,11 @@ def _plan(folder: pathlib.Path, notes: list[str]) -> list[Unit]:
         return []
     try:
         return progress.load(folder)
-    except launch.UserError as error:
-        notes.append(f"{error} Trials without a row are not known of.")
+    except launch.UserError:
+        notes.append(
+            f"{progress.PLAN} could not be read, so trials without a row are not known of; running "
+            "the sweep again writes it anew."
+        )
         return []
 
 
