@@ -21,6 +21,18 @@ function quiet(text) {
   return make("p", { class: "quiet" }, text);
 }
 
+// A table in a box of its own, which scrolls sideways where the page is narrow.
+function scrollingTable(label, heads, lines, kind = null) {
+  const table = make("table", { class: kind }, make("thead", {}, make("tr", {}, ...heads)),
+    make("tbody", {}, ...lines));
+  const box = { class: "scroll", tabindex: "0", role: "region", "aria-label": label };
+  return make("div", box, table);
+}
+
+function head(text, kind = null) {
+  return make("th", { scope: "col", class: kind }, text);
+}
+
 function percent(value, digits = 1) {
   return Number.isNaN(value) ? GAP : (100 * value).toFixed(digits);
 }
@@ -42,6 +54,15 @@ function count(number) {
 
 function plural(number, noun) {
   return `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
+}
+
+// Not Math.min(...values): a call takes only so many arguments.
+function lowest(values) {
+  return values.reduce((a, b) => Math.min(a, b), Infinity);
+}
+
+function highest(values) {
+  return values.reduce((a, b) => Math.max(a, b), -Infinity);
 }
 
 // Round values that cover [low, high], in steps of 1, 2 or 5 times a power of ten.
@@ -71,7 +92,8 @@ function drawMark(context, x, y, shape, r) {
   if (shape === 0) context.arc(x, y, r, 0, 2 * Math.PI);
   else if (shape === 1) context.rect(x - r * 0.9, y - r * 0.9, r * 1.8, r * 1.8);
   else {
-    const corners = shape === 2 ? [[0, -1.3], [1.3, 0], [0, 1.3], [-1.3, 0]] : [[0, -1.25], [1.2, 0.9], [-1.2, 0.9]];
+    const diamond = [[0, -1.3], [1.3, 0], [0, 1.3], [-1.3, 0]];
+    const corners = shape === 2 ? diamond : [[0, -1.25], [1.2, 0.9], [-1.2, 0.9]];
     corners.forEach(([dx, dy], k) => context[k ? "lineTo" : "moveTo"](x + dx * r, y + dy * r));
     context.closePath();
   }
@@ -81,7 +103,9 @@ function drawMark(context, x, y, shape, r) {
 // A canvas as sharp as the screen, with a drawing context in CSS pixels.
 function canvas(width, height, label) {
   const scale = window.devicePixelRatio || 1;
-  const element = make("canvas", { width: Math.round(width * scale), height: Math.round(height * scale), role: "img", "aria-label": label });
+  const element = make("canvas", { role: "img", "aria-label": label });
+  element.width = Math.round(width * scale);
+  element.height = Math.round(height * scale);
   element.style.width = `${width}px`;
   element.style.height = `${height}px`;
   const context = element.getContext("2d");

@@ -110,7 +110,11 @@ def derived(columns: Columns) -> Columns:
         values = {text: _plain(found.get(name)) for text, found in known.items()}
         different = {value for value in values.values() if value is not None}
         if name == "learning_rate" or len(different) > 1:
-            made[name] = [values.get(text) for text in columns["settings"]]
+            # A setting may be called what a column is.
+            taken = name in columns or name in made
+            made[f"settings.{name}" if taken else name] = [
+                values.get(text) for text in columns["settings"]
+            ]
     made.setdefault("learning_rate", [None] * len(columns["trial"]))
     return made
 

@@ -17,69 +17,98 @@ function costPoints(rows, price) {
     one.price += prices[i];
     one.rows += 1;
   }
-  return [...found.values()].map((one) => ({ ...one, gain: one.gain / one.rows, price: one.price / one.rows }));
+  for (const one of found.values()) {
+    one.gain /= one.rows;
+    one.price /= one.rows;
+  }
+  return [...found.values()];
 }
 
 function describe(one) {
-  const settings = data.settings.concat("num_steps").map((name) => [titleOf(name), cellText(name, one.row)]);
-  const known = settings.filter(([, text]) => text !== GAP).map(([name, text]) => `${name} ${text}`);
-  return [columns.method.values[one.method], ...known, `gain ${points(one.gain, 2)} points`, `cost ${short(one.price)}`, plural(one.rows, "row")].join(", ");
+  const settings = [...data.settings, "num_steps"]
+    .map((name) => [titleOf(name), cellText(name, one.row)])
+    .filter(([, text]) => text !== GAP).map(([name, text]) => `${name} ${text}`);
+  const measured = [`gain ${points(one.gain, 2)} points`, `cost ${short(one.price)}`];
+  const name = columns.method.values[one.method];
+  return [name, ...settings, ...measured, plural(one.rows, "row")].join(", ");
 }
 
-// Powers of ten and their halves and fifths inside [low, high]; at most about eight.
+// Powers of ten, with their doubles and halves where the range is short.
 function logTicks(low, high) {
   const values = [];
   for (let k = Math.floor(Math.log10(low)); k <= Math.ceil(Math.log10(high)); k++) {
-    for (const m of high / low < 200 ? [1, 2, 5] : [1]) values.push(Number((m * 10 ** k).toPrecision(6)));
+    for (const m of high / low < 200 ? [1, 2, 5] : [1]) {
+      values.push(Number((m * 10 ** k).toPrecision(6)));
+    }
   }
   return values.filter((value) => value >= low * 0.999 && value <= high * 1.001);
 }
 
-function drawCost(found, price, width) {
-  const height = 360, left = 56, right = 16, top = 12, bottom = 44;
-  const label = `Gain against ${COSTS[price]}, ${plural(found.length, "point")}; the table below has the means`;
-  const [element, context] = canvas(width, height, label);
+const SPACE = { left: 56, right: 16, top: 12, bottom: 44 };
+
+// {marks, at(value)} of the upright axis, which always shows zero.
+function gainAxis(found, height) {
+  const gains = [0, ...found.map((one) => 100 * one.gain)];
+  const marks = ticks(lowest(gains), highest(gains));
+  const low = marks[0], high = marks[marks.length - 1], room = height - SPACE.top - SPACE.bottom;
+  return { marks, at: (value) => height - SPACE.bottom - ((value - low) / (high - low)) * room };
+}
+
+// {marks, at(value)} of the level axis: logarithmic where costs differ much.
+function priceAxis(found, width) {
+  const prices = found.map((one) => one.price);
+  const low = lowest(prices), high = highest(prices);
+  const room = width - SPACE.left - SPACE.right;
+  const between = (from, to, scale) => (value) =>
+    SPACE.left + ((scale(value) - scale(from)) / (scale(to) - scale(from))) * room;
+  if (low > 0 && high > 8 * low) {
+    return { marks: logTicks(low, high), at: between(low / 1.15, high * 1.15, Math.log) };
+  }
+  const marks = high > low ? ticks(low, high) : ticks(0, 2 * high);
+  return { marks, at: between(marks[0], marks[marks.length - 1], (value) => value) };
+}
+
+function drawAxes(context, down, across, width, height, price) {
   const style = getComputedStyle(document.documentElement);
   const color = (name) => style.getPropertyValue(name).trim();
-  const gains = found.map((one) => 100 * one.gain), prices = found.map((one) => one.price);
-  const low = gains.reduce((a, b) => Math.min(a, b), 0), high = gains.reduce((a, b) => Math.max(a, b), 0);
-  const marks = ticks(low, high);
-  const cheapest = prices.reduce((a, b) => Math.min(a, b)), dearest = prices.reduce((a, b) => Math.max(a, b));
-  const log = cheapest > 0 && dearest > 8 * cheapest;
-  const across = log ? logTicks(cheapest, dearest) : dearest > cheapest ? ticks(cheapest, dearest) : ticks(0, 2 * dearest);
-  const scale = log ? Math.log : (value) => value;
-  const from = scale(log ? cheapest / 1.15 : across[0]), to = scale(log ? dearest * 1.15 : across[across.length - 1]);
-  const atX = (value) => left + ((scale(value) - from) / (to - from)) * (width - left - right);
-  const atY = (value) => height - bottom - ((value - marks[0]) / (marks[marks.length - 1] - marks[0])) * (height - top - bottom);
   context.font = "12px system-ui, sans-serif";
-  context.lineWidth = 1;
-  for (const value of marks) {
+  context.textAlign = "right";
+  for (const value of down.marks) {
     context.strokeStyle = color(value === 0 ? "--grey" : "--rule");
     context.beginPath();
-    context.moveTo(left, atY(value));
-    context.lineTo(width - right, atY(value));
+    context.moveTo(SPACE.left, down.at(value));
+    context.lineTo(width - SPACE.right, down.at(value));
     context.stroke();
     context.fillStyle = color("--muted");
-    context.textAlign = "right";
-    context.fillText(short(value).replace("-", "−"), left - 8, atY(value) + 4);
+    context.fillText(short(value).replace("-", "−"), SPACE.left - 8, down.at(value) + 4);
   }
   context.textAlign = "center";
-  for (const value of across) context.fillText(short(value), atX(value), height - bottom + 18);
+  for (const value of across.marks) {
+    context.fillText(short(value), across.at(value), height - SPACE.bottom + 18);
+  }
   context.fillStyle = color("--fg");
-  context.fillText(width > 560 ? COSTS[price] : titleOf(price), (left + width - right) / 2, height - 8);
-  context.save();
-  context.translate(14, (top + height - bottom) / 2);
+  const title = width > 560 ? COSTS[price] : titleOf(price);
+  context.fillText(title, (SPACE.left + width - SPACE.right) / 2, height - 8);
+  context.translate(14, (SPACE.top + height - SPACE.bottom) / 2);
   context.rotate(-Math.PI / 2);
   context.fillText("gain (points)", 0, 0);
+}
+
+function drawCost(found, price, width) {
+  const height = 360, amount = plural(found.length, "point");
+  const label = `Gain against ${COSTS[price]}, ${amount}; the table below has the means`;
+  const [element, context] = canvas(width, height, label);
+  const down = gainAxis(found, height), across = priceAxis(found, width);
+  context.save();
+  drawAxes(context, down, across, width, height, price);
   context.restore();
   const many = found.length > 300;
   context.globalAlpha = many ? 0.55 : 0.9;
-  const colors = new Map();
+  const colors = columns.method.values.map((_, method) => colorOf(method));
   for (const one of found) {
-    if (!colors.has(one.method)) colors.set(one.method, colorOf(one.method));
-    context.fillStyle = colors.get(one.method);
-    one.x = atX(one.price);
-    one.y = atY(100 * one.gain);
+    context.fillStyle = colors[one.method];
+    one.x = across.at(one.price);
+    one.y = down.at(100 * one.gain);
     drawMark(context, one.x, one.y, one.method % SHAPES, many ? 2.5 : 4.5);
   }
   return element;
@@ -107,7 +136,9 @@ function costLines(rows) {
   const found = new Map();
   for (const i of rows) {
     if (Number.isNaN(gains[i]) || methods[i] < 0) continue;
-    if (!found.has(methods[i])) found.set(methods[i], { means: new SeedMeans(), worse: 0, costs: [], times: [] });
+    if (!found.has(methods[i])) {
+      found.set(methods[i], { means: new SeedMeans(), worse: 0, costs: [], times: [] });
+    }
     const one = found.get(methods[i]);
     one.means.add(seeds[i], gains[i]);
     one.worse += gains[i] < 0 ? 1 : 0;
@@ -118,18 +149,37 @@ function costLines(rows) {
 }
 
 function costTable(lines) {
-  const heads = ["method", "rows", "gain (points)", "rows made worse", "median cost (forwards)", "median ms per image"];
+  const heads = ["method", "rows", "gain (points)", "rows made worse", "median cost (forwards)",
+    "median ms per image"];
   const rows = lines.map(([method, one]) => {
     const stat = one.means.stat();
     const spread = stat.stderr === null ? "" : ` ± ${percent(stat.stderr)}`;
-    return make("tr", {}, make("th", { scope: "row" }, swatch(method), " ", columns.method.values[method]),
+    return make("tr", {},
+      make("th", { scope: "row" }, swatch(method), " ", columns.method.values[method]),
       make("td", {}, count(stat.rows)),
-      make("td", { class: stat.mean < 0 ? "worse" : null }, points(stat.mean), make("span", { class: "muted" }, spread)),
+      make("td", { class: stat.mean < 0 ? "worse" : null }, points(stat.mean),
+        make("span", { class: "muted" }, spread)),
       make("td", {}, `${percent(one.worse / stat.rows, 0)} %`),
       make("td", {}, short(median(one.costs))), make("td", {}, short(median(one.times))));
   });
-  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Gain and cost of every method" },
-    make("table", {}, make("thead", {}, make("tr", {}, ...heads.map((text) => make("th", { scope: "col" }, text)))), make("tbody", {}, ...rows)));
+  return scrollingTable("Gain and cost of every method", heads.map((text) => head(text)), rows);
+}
+
+function priceChoice(state, change) {
+  const options = Object.keys(COSTS).map((name) => make("option", { value: name }, titleOf(name)));
+  const select = make("select", { id: "price" }, ...options);
+  select.value = state.price;
+  select.onchange = () => change({ price: select.value }, "#price");
+  return make("label", {}, "cost as ", select);
+}
+
+function costFigure(found, state, width) {
+  if (!found.length) return quiet("No row that passes the filter has this cost.");
+  const amount = plural(found.length, "choice");
+  const says = make("figcaption", {}, `${amount} of settings. Point at a mark to read what it is.`);
+  const element = drawCost(found, state.price, Math.max(280, Math.min(900, width)));
+  follow(element, found, says);
+  return make("figure", {}, element, says);
 }
 
 function showCost(rows, state, change) {
@@ -137,18 +187,11 @@ function showCost(rows, state, change) {
   const lines = costLines(rows);
   const errors = numbersOf("error"), gains = numbersOf("gain");
   const lost = rows.filter((i) => !Number.isNaN(errors[i]) && Number.isNaN(gains[i])).length;
-  const left = lost ? quiet(`${plural(lost, "row")} left out: nothing says what the model itself does there.`) : "";
-  if (!lines.length) return box.replaceChildren(quiet("No row that passes the filter has a gain."), left);
-  const select = make("select", { id: "price" }, ...Object.keys(COSTS).map((name) => make("option", { value: name }, titleOf(name))));
-  select.value = state.price;
-  select.onchange = () => change({ price: select.value }, "#price");
-  const found = costPoints(rows, state.price);
-  const parts = [make("label", {}, "cost as ", select)];
-  if (found.length) {
-    const says = make("figcaption", {}, `${plural(found.length, "choice")} of settings. Point at a mark to read what it is.`);
-    const element = drawCost(found, state.price, Math.max(280, Math.min(900, box.clientWidth)));
-    follow(element, found, says);
-    parts.push(make("figure", {}, element, says));
-  } else parts.push(quiet("No row that passes the filter has this cost."));
-  box.replaceChildren(...parts, costTable(lines), left);
+  const why = "left out: nothing says what the model itself does there.";
+  const left = lost ? quiet(`${plural(lost, "row")} ${why}`) : "";
+  if (!lines.length) {
+    return box.replaceChildren(quiet("No row that passes the filter has a gain."), left);
+  }
+  const figure = costFigure(costPoints(rows, state.price), state, box.clientWidth);
+  box.replaceChildren(priceChoice(state, change), figure, costTable(lines), left);
 }

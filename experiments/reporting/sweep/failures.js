@@ -3,10 +3,10 @@
 const MOST_LISTED = 200;
 
 function failureGroups(rows) {
-  const statuses = column("status"), groups = new Map();
-  const ok = statuses.kind === "text" ? statuses.values.indexOf("ok") : -1;
+  const statuses = codesOf("status"), groups = new Map();
+  const ok = column("status").values.indexOf("ok");
   for (const i of rows) {
-    if (codesOf("status")[i] === ok) continue;
+    if (statuses[i] === ok) continue;
     const message = textAt("message", i) || "no message recorded";
     const form = message.replace(/\d+/g, "#");
     if (!groups.has(form)) groups.set(form, { message, rows: [] });
@@ -16,22 +16,27 @@ function failureGroups(rows) {
 }
 
 function failedTrials(group) {
+  const text = (name, i) => make("td", { class: "text" }, textAt(name, i) || GAP);
   const lines = group.rows.slice(0, MOST_LISTED).map((i) => make("tr", {},
     make("th", { scope: "row" }, make("code", {}, textAt("trial", i))),
-    make("td", { class: "text" }, textAt("label", i) || GAP), make("td", { class: "text" }, textAt("message", i) || GAP)));
+    text("label", i), text("message", i)));
   const more = group.rows.length - lines.length;
-  return [make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Failed trials" },
-    make("table", {}, make("thead", {}, make("tr", {}, ...["trial", "label", "message"].map((text) => make("th", { scope: "col", class: "left" }, text)))), make("tbody", {}, ...lines))),
+  const heads = ["trial", "label", "message"].map((name) => head(name, "left"));
+  return [scrollingTable("Failed trials", heads, lines),
     more > 0 ? quiet(`and ${count(more)} more; filter to see them.`) : ""];
 }
 
 function showFailures(rows) {
   const groups = failureGroups(rows);
-  if (!groups.length) return body("failures").replaceChildren(quiet("No row that passes the filter failed."));
-  body("failures").replaceChildren(...groups.map((group) => {
-    const trials = new Set(group.rows.map((i) => codesOf("trial")[i])).size;
-    const details = make("details", {}, make("summary", {}, make("b", {}, plural(trials, "trial")), ` ${group.message}`));
-    details.ontoggle = () => { if (details.open && details.children.length === 1) details.append(...failedTrials(group)); };
+  const box = body("failures");
+  if (!groups.length) return box.replaceChildren(quiet("No row that passes the filter failed."));
+  box.replaceChildren(...groups.map((group) => {
+    const trials = plural(new Set(group.rows.map((i) => codesOf("trial")[i])).size, "trial");
+    const summary = make("summary", {}, make("b", {}, trials), ` ${group.message}`);
+    const details = make("details", {}, summary);
+    details.ontoggle = () => {
+      if (details.open && details.children.length === 1) details.append(...failedTrials(group));
+    };
     return details;
   }));
 }

@@ -21,6 +21,10 @@ function axis(values) {
   };
 }
 
+function cellKey(down, across) {
+  return down * 1000 + across;
+}
+
 function heatMaps(rows) {
   const methods = codesOf("method"), errors = numbersOf("error");
   const rates = numbersOf("learning_rate"), steps = numbersOf("num_steps");
@@ -35,7 +39,7 @@ function heatMaps(rows) {
     const down = axis(own.map((i) => rates[i])), across = axis(own.map((i) => steps[i]));
     const cells = new Map();
     for (const i of own) {
-      const key = down.at(rates[i]) * 1000 + across.at(steps[i]);
+      const key = cellKey(down.at(rates[i]), across.at(steps[i]));
       if (!cells.has(key)) cells.set(key, { sum: 0, rows: 0, places: new Set() });
       const one = cells.get(key);
       one.sum += errors[i];
@@ -65,25 +69,31 @@ function heatCell(one, low, high, best) {
 
 function heatTable(map, low, high, role) {
   // Only validation rows may choose; a mean over fewer domains or seeds is no lower error.
-  const full = [...map.cells.values()].filter((one) => !one.partial);
-  const best = role === "validation" && full.length > 1 ? Math.min(...full.map((one) => one.mean)) : null;
-  const head = make("tr", {}, make("th", { scope: "col" }, "rate \\ steps"), ...map.across.labels.map((text) => make("th", { scope: "col" }, text)));
-  const lines = map.down.labels.map((text, d) => make("tr", {}, make("th", { scope: "row" }, text),
+  const full = [...map.cells.values()].filter((one) => !one.partial).map((one) => one.mean);
+  const best = role === "validation" && full.length > 1 ? Math.min(...full) : null;
+  const line = (text, d) => make("tr", {}, make("th", { scope: "row" }, text),
     ...map.across.labels.map((_, a) => {
-      const one = map.cells.get(d * 1000 + a);
+      const one = map.cells.get(cellKey(d, a));
       return heatCell(one, low, high, one && !one.partial && one.mean === best);
-    })));
+    }));
+  const label = `${map.name}: mean error by learning rate and steps`;
+  const heads = ["rate \\ steps", ...map.across.labels].map((text) => head(text));
   return make("figure", { class: "map" }, make("h3", {}, map.name),
-    make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${map.name}: mean error by learning rate and steps` },
-      make("table", {}, make("thead", {}, head), make("tbody", {}, ...lines))));
+    scrollingTable(label, heads, map.down.labels.map(line)));
 }
 
 function showHeat(rows, state) {
   const maps = heatMaps(rows);
-  if (!maps.length) return body("heat").replaceChildren(quiet("No row that passes the filter has a learning rate."));
+  const box = body("heat");
+  if (!maps.length) {
+    return box.replaceChildren(quiet("No row that passes the filter has a learning rate."));
+  }
   const means = maps.flatMap((map) => [...map.cells.values()].map((one) => one.mean));
   const low = Math.min(...means), high = Math.max(...means);
-  const legend = make("div", { class: "legend" }, `${percent(low)} %`, make("span", { class: "ramp", "aria-hidden": "true" }), `${percent(high)} %`,
-    state.role === "validation" ? make("span", { class: "quiet" }, "framed: the lowest of a method") : "");
-  body("heat").replaceChildren(legend, make("div", { class: "maps" }, ...maps.map((map) => heatTable(map, low, high, state.role))));
+  const framed = state.role === "validation" ? "framed: the lowest of a method" : "";
+  box.replaceChildren(
+    make("div", { class: "legend" }, `${percent(low)} %`,
+      make("span", { class: "ramp", "aria-hidden": "true" }), `${percent(high)} %`,
+      make("span", { class: "quiet" }, framed)),
+    make("div", { class: "maps" }, ...maps.map((map) => heatTable(map, low, high, state.role))));
 }

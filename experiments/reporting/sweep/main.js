@@ -1,11 +1,14 @@
 // The filter, which is kept in the address so that a view can be passed on, and the views.
 
-const CHOICES = ["method", "dataset", "domain", "severity", "seed", "status", "learning_rate", "num_steps",
-  ...data.settings.filter((name) => name !== "learning_rate")];
+const CHOICES = ["method", "dataset", "domain", "severity", "seed", "status",
+  ...new Set(["learning_rate", "num_steps", ...data.settings])];
 const MOST_CHOICES = 80;
-const PLAIN = { q: "", role: "reported", sort: "", dir: "asc", page: 0, size: 25, price: "cost", chosen: false };
+const PLAIN = {
+  q: "", role: "reported", sort: "", dir: "asc", page: 0, size: 25, price: "cost", chosen: false,
+};
+const CHOSEN = "Of each method only the settings with the lowest mean error on validation rows.";
 const NOTES = {
-  reported: "Reported rows. Nothing is to be chosen from them: settings are chosen on validation rows.",
+  reported: "Reported rows. Nothing is to be chosen from them; validation rows choose settings.",
   validation: "Validation rows. Settings may be chosen on them; their errors are no result.",
 };
 
@@ -15,8 +18,8 @@ let state = { ...PLAIN, choice: {} };
 function choicesOf(name) {
   const found = column(name);
   const present = found.kind === "text" ? found.values
-    : [...new Set(found.numbers)].filter((value) => !Number.isNaN(value)).sort((a, b) => a - b).map(String);
-  return present.length > 1 && present.length <= MOST_CHOICES ? present : null;
+    : [...new Set(found.numbers)].filter((value) => !Number.isNaN(value)).sort((a, b) => a - b);
+  return present.length > 1 && present.length <= MOST_CHOICES ? present.map(String) : null;
 }
 
 const choices = {};
@@ -44,46 +47,59 @@ function readHash() {
 
 function writeHash() {
   const kept = new URLSearchParams();
+  const shown = { ...state, page: state.page + 1, chosen: "1" };
   for (const [key, plain] of Object.entries(PLAIN)) {
-    if (state[key] !== plain) kept.set(key, key === "page" ? state.page + 1 : key === "chosen" ? "1" : state[key]);
+    if (state[key] !== plain) kept.set(key, shown[key]);
   }
   for (const [key, value] of Object.entries(state.choice)) kept.set(key, value);
   const hash = kept.toString();
-  if (hash !== location.hash.slice(1)) history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+  const here = location.pathname + location.search;
+  if (hash !== location.hash.slice(1)) history.replaceState(null, "", hash ? `#${hash}` : here);
 }
 
 // The controls are made once; setControls brings them to the state.
 const controls = {};
+
+function labelled(text, control, kind) {
+  return make("label", { class: kind }, make("span", {}, text), control);
+}
+
+function choiceControl(name, values) {
+  const shown = (value) => (columns[name].kind === "number" ? short(Number(value)) : value);
+  const options = values.map((value) => make("option", { value }, shown(value)));
+  const all = make("option", { value: "" }, "all");
+  const select = make("select", { id: `choice-${name}` }, all, ...options);
+  select.onchange = () => {
+    const choice = { ...state.choice, [name]: select.value };
+    if (!select.value) delete choice[name];
+    change({ choice, page: 0 });
+  };
+  return select;
+}
+
 function makeFilter() {
+  const roles = Object.keys(NOTES).map((role) => make("option", { value: role }, `${role} rows`));
+  controls.role = make("select", { id: "role" }, ...roles);
+  controls.role.onchange = () => change({ role: controls.role.value, page: 0 });
+  controls.q = make("input", { id: "q", type: "search", autocomplete: "off",
+    placeholder: "words in label, trial, message, …" });
+  controls.q.oninput = () => change({ q: controls.q.value, page: 0 });
   const form = document.getElementById("filter");
-  const labelled = (text, control, kind) => make("label", { class: kind }, make("span", {}, text), control);
-  const roles = make("select", { id: "role" }, ...Object.keys(NOTES).map((role) => make("option", { value: role }, `${role} rows`)));
-  roles.onchange = () => change({ role: roles.value, page: 0 });
-  const search = make("input", { id: "q", type: "search", placeholder: "words in label, trial, message, …", autocomplete: "off" });
-  search.oninput = () => change({ q: search.value, page: 0 });
-  form.append(labelled("show", roles), labelled("search", search, "wide"));
+  form.append(labelled("show", controls.role), labelled("search", controls.q, "wide"));
   for (const [name, values] of Object.entries(choices)) {
-    const shown = (value) => (columns[name].kind === "number" ? short(Number(value)) : value);
-    const select = make("select", { id: `choice-${name}` }, make("option", { value: "" }, "all"),
-      ...values.map((value) => make("option", { value }, shown(value))));
-    select.onchange = () => {
-      const choice = { ...state.choice, [name]: select.value };
-      if (!select.value) delete choice[name];
-      change({ choice, page: 0 });
-    };
-    controls[name] = select;
-    form.append(labelled(titleOf(name), select));
+    controls[name] = choiceControl(name, values);
+    form.append(labelled(titleOf(name), controls[name]));
   }
-  const chosen = make("input", { id: "chosen", type: "checkbox" });
-  chosen.onchange = () => change({ chosen: chosen.checked, page: 0 });
+  controls.chosen = make("input", { id: "chosen", type: "checkbox" });
+  controls.chosen.onchange = () => change({ chosen: controls.chosen.checked, page: 0 });
+  if (column("split_role").values.includes("validation")) {
+    form.append(make("label", { class: "check", title: CHOSEN }, controls.chosen,
+      "only settings chosen on validation"));
+  }
   const reset = make("button", { type: "button", id: "reset" }, "Reset");
   reset.onclick = () => change({ ...PLAIN, choice: {}, size: state.size });
-  const validated = (column("split_role").values || []).includes("validation");
-  const check = make("label", { class: "check", title: "Per method the settings with the lowest mean error on the validation rows that pass the filter" },
-    chosen, "only settings chosen on validation");
-  form.append(...(validated ? [check] : []), reset);
+  form.append(reset);
   form.onsubmit = (event) => event.preventDefault();
-  Object.assign(controls, { q: search, role: roles, chosen });
 }
 
 function setControls() {
@@ -97,22 +113,26 @@ function setControls() {
   }
 }
 
-function mixed(rows) {
-  const several = (name) => new Set(rows.map((i) => textAt(name, i)).filter(Boolean)).size;
-  const found = [["dataset", "data sets"], ["severity", "severities"]].map(([name, noun]) => [several(name), noun]).filter(([n]) => n > 1);
-  // Clean images have severity 0 and stand beside one other.
-  return found.filter(([n, noun]) => noun !== "severities" || n > 2).map(([n, noun]) => `${n} ${noun}`).join(" and ");
+// What a mean over these rows runs together; clean images (severity 0) stand beside any severity.
+function blended(rows) {
+  const several = (name) => [...new Set(rows.map((i) => textAt(name, i)))].filter(Boolean);
+  const sets = several("dataset").length;
+  const severities = several("severity").filter((value) => value !== "0").length;
+  return [sets > 1 ? `${sets} data sets` : "", severities > 1 ? `${severities} severities` : ""]
+    .filter(Boolean).join(" and ");
 }
 
 function showCount(rows) {
   const trials = new Set(rows.map((i) => codesOf("trial")[i])).size;
-  const all = columns.trial.values.length;
-  const blend = mixed(rows);
+  const blend = blended(rows);
+  const notes = [
+    `, ${count(trials)} of ${plural(columns.trial.values.length, "trial")}.`,
+    NOTES[state.role],
+    state.chosen ? CHOSEN : "",
+    blend ? `Means are over ${blend}.` : "",
+  ].filter(Boolean).join(" ");
   document.getElementById("shown").replaceChildren(
-    make("b", { "data-rows": rows.length }, `${count(rows.length)} of ${plural(total, "row")}`),
-    `, ${count(trials)} of ${plural(all, "trial")}. `, NOTES[state.role],
-    state.chosen ? " Of each method only the settings with the lowest mean validation error." : "",
-    blend ? ` Means are over ${blend}.` : "");
+    make("b", {}, `${count(rows.length)} of ${plural(total, "row")}`), notes);
 }
 
 let last = null;

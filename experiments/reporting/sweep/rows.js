@@ -16,18 +16,20 @@ function unpack(packed) {
   return { kind: "number", numbers, values: packed.values || null };
 }
 
+// A column that no row has.
+const NO_NUMBERS = new Float64Array(total).fill(NaN);
+const NO_CODES = new Int32Array(total).fill(-1);
+
 function column(name) {
-  return columns[name] || { kind: "number", numbers: new Float64Array(total).fill(NaN), values: [] };
+  return columns[name] || { kind: "number", numbers: NO_NUMBERS, values: [] };
 }
 
 function numbersOf(name) {
-  const found = column(name);
-  return found.kind === "number" ? found.numbers : new Float64Array(total).fill(NaN);
+  return column(name).numbers || NO_NUMBERS;
 }
 
 function codesOf(name) {
-  const found = column(name);
-  return found.kind === "text" ? found.codes : new Int32Array(total).fill(-1);
+  return column(name).codes || NO_CODES;
 }
 
 // The text of a cell; "" where it is missing.
@@ -50,7 +52,7 @@ function holding(text) {
       if (found.kind !== "text") continue;
       const hits = found.values.map((value) => value.toLowerCase().includes(word));
       if (!hits.includes(true)) continue;
-      for (let i = 0; i < total; i++) if (found.codes[i] >= 0 && hits[found.codes[i]]) here[i] = 1;
+      for (let i = 0; i < total; i++) if (hits[found.codes[i]]) here[i] = 1;
     }
     for (let i = 0; i < total; i++) keep[i] &= here[i];
   }
@@ -82,29 +84,39 @@ function matching(state) {
   const keep = state.q ? holding(state.q) : new Uint8Array(total).fill(1);
   for (const [name, choice] of Object.entries(state.choice)) keepChoice(keep, name, choice);
   if (state.chosen) {
-    const validation = keep.slice();
-    keepRole(validation, "validation");
-    const best = lowestSettings(listed(validation));
-    const methods = codesOf("method");
-    for (let i = 0; i < total; i++) {
-      if (best.get(methods[i]) !== data.setting[i]) keep[i] = 0;
-    }
+    const best = lowestSettings(validationRows(state));
+    for (let i = 0; i < total; i++) if (best.get(familyOf(i)) !== data.setting[i]) keep[i] = 0;
   }
   keepRole(keep, state.role);
   return listed(keep);
 }
 
-// Per method the settings with the lowest mean error on some rows, of those that were run on as
+// What settings are chosen for: a method on a data set.
+function familyOf(row) {
+  return `${codesOf("method")[row]} ${codesOf("dataset")[row]}`;
+}
+
+// Settings are chosen on all validation rows, whichever domains, seeds or words the filter shows:
+// fog has no validation row, and a search for it must not change what is chosen.
+function validationRows(state) {
+  const keep = new Uint8Array(total).fill(1);
+  for (const name of ["dataset", "num_steps", ...data.settings]) {
+    if (name in state.choice) keepChoice(keep, name, state.choice[name]);
+  }
+  keepRole(keep, "validation");
+  return listed(keep);
+}
+
+// Per family the settings with the lowest mean error on some rows, of those that were run on as
 // many domains and seeds as any: a mean over fewer is no lower error.
 function lowestSettings(rows) {
-  const methods = codesOf("method"), errors = numbersOf("error");
-  const found = new Map();
+  const errors = numbersOf("error"), found = new Map();
   for (const i of rows) {
     if (Number.isNaN(errors[i])) continue;
-    const key = `${methods[i]} ${data.setting[i]}`;
+    const family = familyOf(i), key = `${family} ${data.setting[i]}`;
     let one = found.get(key);
     if (!one) {
-      one = { method: methods[i], setting: data.setting[i], sum: 0, rows: 0, places: new Set() };
+      one = { family, setting: data.setting[i], sum: 0, rows: 0, places: new Set() };
       found.set(key, one);
     }
     one.sum += errors[i];
@@ -113,13 +125,13 @@ function lowestSettings(rows) {
   }
   const best = new Map();
   for (const one of found.values()) {
-    const held = best.get(one.method);
+    const held = best.get(one.family);
     const fuller = held ? one.places.size - held.places.size : 1;
     if (fuller > 0 || (fuller === 0 && one.sum / one.rows < held.sum / held.rows)) {
-      best.set(one.method, one);
+      best.set(one.family, one);
     }
   }
-  return new Map([...best].map(([method, one]) => [method, one.setting]));
+  return new Map([...best].map(([family, one]) => [family, one.setting]));
 }
 
 // The rows by one column; missing values last, whichever way, and ties as in the sweep.
@@ -127,8 +139,9 @@ function ordered(rows, name, descending) {
   if (!columns[name]) return rows;
   const found = columns[name];
   const keys = found.kind === "number" ? found.numbers : found.codes;
+  const lacks = found.kind === "number" ? (i) => Number.isNaN(keys[i]) : (i) => keys[i] < 0;
   const there = [], missing = [];
-  for (const i of rows) (Number.isNaN(keys[i]) || (found.kind === "text" && keys[i] < 0) ? missing : there).push(i);
+  for (const i of rows) (lacks(i) ? missing : there).push(i);
   const sign = descending ? -1 : 1;
   const sorted = Uint32Array.from(there).sort((a, b) => sign * (keys[a] - keys[b]) || a - b);
   return [...sorted, ...missing];

@@ -1,28 +1,31 @@
 // The rows that pass the filter, a page at a time: only what is seen is in the document.
 
 const TITLES = {
-  method: "method", domain: "domain", severity: "severity", seed: "seed", error: "error (%)",
-  gain: "gain (points)", learning_rate: "learning rate", num_steps: "steps", cost: "cost (forwards)",
-  milliseconds: "ms per image", seconds: "seconds", num_examples: "images", scope: "scope",
-  dataset: "data set", status: "status", split_role: "role", label: "label", trial: "trial",
-  message: "message",
+  error: "error (%)", gain: "gain (points)", num_steps: "steps", cost: "cost (forwards)",
+  milliseconds: "ms per image", num_examples: "images", dataset: "data set",
 };
-const LEADING = ["method", "domain", "severity", "seed", "error", "gain", "learning_rate", "num_steps"];
-const TRAILING = ["cost", "milliseconds", "seconds", "num_examples", "scope", "dataset", "status", "message", "label", "trial"];
+const LEADING = [
+  "method", "domain", "severity", "seed", "error", "gain", "learning_rate", "num_steps",
+];
+const TRAILING = [
+  "cost", "milliseconds", "seconds", "num_examples", "scope", "dataset", "status", "message",
+  "label", "trial",
+];
 const SIZES = [25, 50, 200];
 
 function titleOf(name) {
   return TITLES[name] || name.replaceAll("_", " ");
 }
 
-// A column without a value in any row says nothing.
-const shownColumns = [
-  ...LEADING, ...data.settings.filter((name) => !LEADING.includes(name)), ...TRAILING,
-].filter((name) => {
+function hasValue(name) {
   const found = columns[name];
   if (!found) return false;
-  return found.kind === "text" ? found.codes.some((code) => code >= 0) : found.numbers.some((n) => !Number.isNaN(n));
-});
+  if (found.kind === "text") return found.codes.some((code) => code >= 0);
+  return found.numbers.some((number) => !Number.isNaN(number));
+}
+
+// A column without a value in any row says nothing.
+const shownColumns = [...new Set([...LEADING, ...data.settings, ...TRAILING])].filter(hasValue);
 
 function cellText(name, row) {
   const found = columns[name];
@@ -30,7 +33,8 @@ function cellText(name, row) {
   const value = found.numbers[row];
   if (name === "error") return percent(value, 2);
   if (name === "gain") return points(value, 2);
-  return name === "seed" || name === "num_examples" ? (Number.isNaN(value) ? GAP : String(value)) : short(value);
+  const whole = name === "seed" || name === "num_examples";
+  return whole && !Number.isNaN(value) ? String(value) : short(value);
 }
 
 function cell(name, row) {
@@ -46,9 +50,11 @@ function cell(name, row) {
 }
 
 function heading(name, state, change) {
-  const now = state.sort === name ? (state.dir === "desc" ? "descending" : "ascending") : "none";
+  const sorted = state.dir === "desc" ? "descending" : "ascending";
+  const now = state.sort === name ? sorted : "none";
   const arrow = { ascending: " ▲", descending: " ▼", none: "" }[now];
-  const button = make("button", { type: "button", "data-sort": name }, titleOf(name), make("span", { "aria-hidden": "true" }, arrow));
+  const button = make("button", { type: "button", "data-sort": name }, titleOf(name),
+    make("span", { "aria-hidden": "true" }, arrow));
   button.onclick = () => {
     // Up, down, then the order of the sweep again.
     const next = { none: [name, "asc"], ascending: [name, "desc"], descending: ["", "asc"] }[now];
@@ -61,11 +67,13 @@ function heading(name, state, change) {
 function pager(rows, state, change) {
   const pages = Math.max(1, Math.ceil(rows / state.size));
   const step = (name, text, to) => {
-    const button = make("button", { type: "button", "data-page": name, disabled: to < 0 || to >= pages || to === state.page ? "" : null }, text);
+    const button = make("button", { type: "button", "data-page": name }, text);
+    button.disabled = to < 0 || to >= pages || to === state.page;
     button.onclick = () => change({ page: to }, `[data-page="${name}"]`);
     return button;
   };
-  const size = make("select", { id: "size" }, ...SIZES.map((n) => make("option", { value: n }, String(n))));
+  const sizes = SIZES.map((n) => make("option", { value: n }, String(n)));
+  const size = make("select", { id: "size" }, ...sizes);
   size.value = String(state.size);
   size.onchange = () => change({ size: Number(size.value), page: 0 }, "#size");
   return make("div", { class: "pager" },
@@ -81,15 +89,12 @@ function showTable(rows, state, change) {
   const sorted = state.sort ? ordered(rows, state.sort, state.dir === "desc") : rows;
   state.page = Math.min(state.page, Math.ceil(rows.length / state.size) - 1);
   const first = state.page * state.size;
-  const lines = [];
-  for (const row of sorted.slice(first, first + state.size)) {
-    lines.push(make("tr", {}, ...shownColumns.map((name) => cell(name, row))));
-  }
-  const head = make("tr", {}, ...shownColumns.map((name) => heading(name, state, change)));
+  const line = (row) => make("tr", {}, ...shownColumns.map((name) => cell(name, row)));
+  const heads = shownColumns.map((name) => heading(name, state, change));
+  const lines = sorted.slice(first, first + state.size).map(line);
   const old = box.querySelector(".scroll");
   const left = old ? old.scrollLeft : 0;
-  const scroll = make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Rows; scrolls sideways" },
-    make("table", { class: "rows", "aria-rowcount": rows.length + 1 }, make("thead", {}, head), make("tbody", {}, ...lines)));
+  const scroll = scrollingTable("Rows; scrolls sideways", heads, lines, "rows");
   box.replaceChildren(scroll, pager(rows.length, state, change));
   scroll.scrollLeft = left;
 }
