@@ -5,11 +5,11 @@ const TITLES = {
   milliseconds: "ms per image", num_examples: "images", dataset: "data set",
 };
 const LEADING = [
-  "method", "domain", "severity", "seed", "error", "gain", "learning_rate", "num_steps",
+  "method", "domain", "severity", "seed", "status", "error", "gain", "learning_rate", "num_steps",
 ];
 const TRAILING = [
-  "cost", "milliseconds", "seconds", "num_examples", "scope", "dataset", "status", "message",
-  "label", "trial",
+  "cost", "milliseconds", "seconds", "num_examples", "scope", "dataset", "message", "label",
+  "trial",
 ];
 const SIZES = [25, 50, 200];
 
