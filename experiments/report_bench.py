@@ -6,8 +6,8 @@ from the call until what it did is painted, the way to the browser and back incl
 """
 
 import json
+import os
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
+import pyarrow as pa
 from absl import flags
 
 from experiments import browser, launch, synthetic_sweep
@@ -103,7 +104,8 @@ def run(out: str, trials: int, seed: int) -> dict[str, Any]:
     """Times everything, and writes the record."""
     settings = ml_collections.ConfigDict({"trials": trials, "seed": seed, "repeats": REPEATS})
     record = launch.provenance(settings)
-    record["device"] = f"{_processor()}, {platform.machine()}"
+    record["device"] = f"{_processor()}, {os.cpu_count()} cores"
+    record["versions"]["pyarrow"] = pa.__version__
     program = browser.find()
     if program is None:
         raise launch.UserError("no browser: install chromium to time the page.")

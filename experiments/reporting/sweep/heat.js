@@ -59,8 +59,8 @@ function heatMaps(rows) {
 function heatCell(one, low, high, best) {
   if (!one) return make("td", { class: "gap" }, GAP);
   const share = high > low ? (one.mean - low) / (high - low) : 0;
-  // Where dark ink on light, and light ink on dark, stops being legible: see sweep.css.
-  const ink = share > 0.67 ? " far" : share > 0.45 ? " middle" : "";
+  // Where black and white ink are equally legible, on the scale of the light page and of the dark.
+  const ink = share > 0.74 ? " far" : share > 0.51 ? " middle" : "";
   const td = make("td", { class: `heat${ink}${best ? " lowest" : ""}` },
     percent(one.mean) + (one.partial ? "†" : ""), make("small", {}, `n ${count(one.rows)}`));
   td.style.setProperty("--share", `${Math.round(100 * share)}%`);
