@@ -300,9 +300,14 @@ def test_a_large_sweep_shows_a_page_of_rows_at_a_time(window, large):
 
 
 @pytest.mark.parametrize("width", [1400, 360])
-def test_the_page_never_scrolls_sideways(window, small, large, width):
+def test_the_page_never_scrolls_sideways(window, large, tmp_path, width):
+    # Words as long as a line, wherever names stand.
+    rows = [row("tuned_" * 12, "shifted_" * 12, 0, 0.5, dataset="set_" * 20, rate=0.1, steps=1)]
+    rows.append({**rows[0], "method": "source", "domain": "far_" * 20, "dataset": "other"})
+    label = "note=" + "long_" * 30
+    put(tmp_path, {label: rows, "seeds=1": []}, states={"seeds=1": failed("word_" * 40)})
     window.resize(width, 800)
-    for path in (small, large):
+    for path in (report.write_sweep(tmp_path)[0], large):
         window.open(path)
         assert window.evaluate("document.documentElement.scrollWidth") <= width
 

@@ -157,7 +157,7 @@ function costTable(lines) {
     return make("tr", {},
       make("th", { scope: "row" }, swatch(method), " ", columns.method.values[method]),
       make("td", {}, count(stat.rows)),
-      make("td", { class: stat.mean < 0 ? "worse" : null }, points(stat.mean),
+      make("td", { class: points(stat.mean).startsWith("−") ? "worse" : null }, points(stat.mean),
         make("span", { class: "muted" }, spread)),
       make("td", {}, `${percent(one.worse / stat.rows, 0)} %`),
       make("td", {}, short(median(one.costs))), make("td", {}, short(median(one.times))));
