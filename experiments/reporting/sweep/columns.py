@@ -77,7 +77,7 @@ def plain(table: pa.Table) -> Columns:
 
 
 def _name_failed(columns: Columns) -> None:
-    """A trial that failed wrote no row: what it was to make is in its label, where it is one."""
+    """The row that says that a trial failed: what it was to make is in its label, if one thing."""
     for place, status in enumerate(columns["status"]):
         if status == "ok" or columns["method"][place] is not None:
             continue

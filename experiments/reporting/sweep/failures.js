@@ -32,7 +32,7 @@ function showFailures(rows) {
   if (!groups.length) return box.replaceChildren(quiet("No row that passes the filter failed."));
   box.replaceChildren(...groups.map((group) => {
     const trials = plural(new Set(group.rows.map((i) => codesOf("trial")[i])).size, "trial");
-    const summary = make("summary", {}, make("b", {}, trials), ` ${group.message}`);
+    const summary = make("summary", {}, make("b", {}, trials), `: ${group.message}`);
     const details = make("details", {}, summary);
     details.ontoggle = () => {
       if (details.open && details.children.length === 1) details.append(...failedTrials(group));

@@ -79,8 +79,8 @@ _SECTIONS = (
     + _section(
         "failures",
         "Failures",
-        "By message; messages that differ in numbers alone stand together. A trial that failed "
-        "wrote no row, and has the method, domain and seed that its label names.",
+        "By message; messages that differ in numbers alone stand together. The row of a trial "
+        "that failed has the method, domain and seed that its label names, if it names one.",
     )
 )
 

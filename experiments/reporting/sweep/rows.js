@@ -66,7 +66,7 @@ function keepChoice(keep, name, choice) {
   for (let i = 0; i < total; i++) if (held[i] !== wanted) keep[i] = 0;
 }
 
-// A trial that failed has no role, as it wrote no row; it shows in either.
+// What says that a trial failed is of no role; it shows in either.
 function keepRole(keep, role) {
   const roles = codesOf("split_role");
   const wanted = (column("split_role").values || []).indexOf(role);

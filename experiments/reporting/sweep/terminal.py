@@ -3,6 +3,7 @@
 import collections
 import re
 import statistics
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -97,7 +98,10 @@ def render(sweep: Sweep) -> str:
             parts.append("\n".join([title, *lines]))
     parts += [f"note: {note}" for note in sweep.notes]
     failed = messages(columns)
-    lines = [f"failed, {count:,} rows: {text[:_WIDTH]}" for text, count in failed[:_LISTED]]
+    lines = [
+        f"failed, {count:,} row{'s' if count > 1 else ''}: {textwrap.shorten(text, _WIDTH)}"
+        for text, count in failed[:_LISTED]
+    ]
     if len(failed) > _LISTED:
         lines.append(f"and {len(failed) - _LISTED} more messages")
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])])
