@@ -25,10 +25,10 @@ REPEATS = 5
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """Wall seconds of one call."""
+    """Wall seconds of one call, to the millisecond."""
     start = time.perf_counter()
     call()
-    return time.perf_counter() - start
+    return round(time.perf_counter() - start, 3)
 
 
 def _processor() -> str:
@@ -40,7 +40,13 @@ def _build(folder: pathlib.Path) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "experiments.report", str(folder)]
     made = seconds_of(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
     size = (folder / "report.html").stat().st_size
-    return [{"what": "build the page, whole program", "seconds": made, "megabytes": size / 1e6}]
+    return [
+        {
+            "what": "build the page, whole program",
+            "seconds": made,
+            "megabytes": round(size / 1e6, 2),
+        }
+    ]
 
 
 def _typed(window: browser.Browser, text: str) -> None:
@@ -93,8 +99,8 @@ def _watch(window: browser.Browser, page: pathlib.Path) -> list[dict[str, Any]]:
                 opened("")()
             times.append(seconds_of(act))
         field = "openMs" if what.startswith("open") else "showMs"
-        inside = float(window.evaluate(f"document.documentElement.dataset.{field}")) / 1000
-        rows.append({"what": what, "seconds": max(times), "in_page_seconds": inside})
+        inside = float(window.evaluate(f"document.documentElement.dataset.{field}"))
+        rows.append({"what": what, "seconds": max(times), "in_page_ms": inside})
     if window.errors:
         raise browser.BrowserError(window.errors[0])
     return rows
