@@ -159,7 +159,7 @@ def test_the_address_presets_filter_and_order(window, small):
     assert cells(window, "error") == ["40.00", "20.00", "10.00", "–"]
     assert window.evaluate("document.getElementById('q').value") == "fog"
     # What is no choice is no error.
-    window.open(small, "#method=none&sort=colour&page=-3&size=7&role=test&dir=up")
+    window.open(small, "#method=none&sort=colour&page=-3&size=7&role=valueOf&dir=up&valueOf=1")
     assert shown(window) == "11 of 14 rows"
     window.evaluate("location.hash = '#domain=snow'")
     window.wait("document.querySelector('#shown b').textContent.startsWith('4 ')")

@@ -22,7 +22,7 @@ function choicesOf(name) {
   return present.length > 1 && present.length <= MOST_CHOICES ? present.map(String) : null;
 }
 
-const choices = {};
+const choices = Object.create(null);
 for (const name of CHOICES) {
   const values = choicesOf(name);
   if (values) choices[name] = values;
@@ -33,13 +33,13 @@ function readHash() {
   const next = { ...PLAIN, choice: {} };
   for (const [key, value] of given) {
     if (choices[key] && choices[key].includes(value)) next.choice[key] = value;
-    else if (key === "role" && NOTES[value]) next.role = value;
+    else if (key === "role" && Object.hasOwn(NOTES, value)) next.role = value;
     else if (key === "q") next.q = value;
     else if (key === "sort" && shownColumns.includes(value)) next.sort = value;
     else if (key === "dir" && value === "desc") next.dir = value;
     else if (key === "page") next.page = Math.max(0, Math.floor(Number(value)) - 1 || 0);
     else if (key === "size" && SIZES.includes(Number(value))) next.size = Number(value);
-    else if (key === "price" && COSTS[value]) next.price = value;
+    else if (key === "price" && Object.hasOwn(COSTS, value)) next.price = value;
     else if (key === "chosen") next.chosen = value === "1";
   }
   return next;

@@ -2,7 +2,8 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const total = data.rows;
-const columns = {};
+// Names of settings are anyone's: none may be found on a prototype.
+const columns = Object.create(null);
 for (const [name, packed] of Object.entries(data.columns)) columns[name] = unpack(packed);
 
 // Numbers become one typed array (NaN where missing), texts an array of codes (-1 where missing).

@@ -64,7 +64,8 @@ def read(folder: pathlib.Path) -> Sweep:
     except launch.UserError as error:
         raise ReportError(str(error)) from error
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-        raise ReportError(f"{folder}: the rows of its trials cannot be read: {error}.") from error
+        first = str(error).splitlines()[0].rstrip(".")
+        raise ReportError(f"{folder}: the rows of its trials cannot be read: {first}.") from error
     if not table.num_rows:
         raise ReportError(
             f"{folder}: no trial has a row yet, so there is nothing to report; "
