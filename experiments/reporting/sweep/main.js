@@ -25,7 +25,8 @@ function choicesOf(name) {
 const choices = Object.create(null);
 for (const name of CHOICES) {
   const values = choicesOf(name);
-  if (values) choices[name] = values;
+  // A setting that is called like a part of the address has no control; the search finds it.
+  if (values && !Object.hasOwn(PLAIN, name)) choices[name] = values;
 }
 
 function readHash() {
@@ -109,7 +110,7 @@ function setControls() {
   controls.chosen.checked = state.chosen;
   for (const name of Object.keys(choices)) {
     controls[name].value = state.choice[name] || "";
-    controls[name].classList.toggle("on", name in state.choice);
+    controls[name].classList.toggle("on", Object.hasOwn(state.choice, name));
   }
 }
 

@@ -102,7 +102,7 @@ function familyOf(row) {
 function validationRows(state) {
   const keep = new Uint8Array(total).fill(1);
   for (const name of ["dataset", "num_steps", ...data.settings]) {
-    if (name in state.choice) keepChoice(keep, name, state.choice[name]);
+    if (Object.hasOwn(state.choice, name)) keepChoice(keep, name, state.choice[name]);
   }
   keepRole(keep, "validation");
   return listed(keep);
