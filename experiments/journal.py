@@ -11,6 +11,28 @@ from experiments import launch
 KEY = ("method", "dataset", "domain", "severity", "seed", "split_role")
 
 
+def read(path: pathlib.Path) -> tuple[list[dict[str, Any]], bool]:
+    """The rows of a file, which is left as it is; whether its last line is whole.
+
+    Raises:
+      UserError: a line that is no row.
+    """
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    found = []
+    for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            hash(tuple(row[name] for name in KEY))
+        except (ValueError, KeyError, TypeError) as error:
+            raise launch.UserError(
+                f"{path}, line {number}: not a result row ({error!r}). Remove the line, "
+                "or use another --workdir."
+            ) from error
+        found.append(row)
+    return found, len(whole) == len(data)
+
+
 class Journal:
     """The rows of a work folder.
 
@@ -30,23 +52,9 @@ class Journal:
             self._load()
 
     def _load(self) -> None:
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        failed = False
-        for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                key = tuple(row[name] for name in KEY)
-            except (ValueError, KeyError, TypeError) as error:
-                raise launch.UserError(
-                    f"{self.path}, line {number}: not a result row ({error!r}). Remove the line, "
-                    "or use another --workdir."
-                ) from error
-            if row.get("status") == "ok":
-                self._rows[key] = row
-            else:
-                failed = True
-        if failed or len(whole) != len(data):
+        found, whole = read(self.path)
+        self._rows = {self.key(row): row for row in found if row.get("status") == "ok"}
+        if not whole or any(row.get("status") != "ok" for row in found):
             lines = [json.dumps(row) + "\n" for row in self._rows.values()]
             launch.write_atomically(self.path, "".join(lines))
 

@@ -1,11 +1,13 @@
-"""One self-contained HTML page and a terminal table from ``results.jsonl``.
+"""One self-contained HTML page and a terminal table from the rows of a run or of a sweep.
 
 Usage::
 
     python -m experiments.report --workdir=runs/demo
+    python -m experiments.report runs/sweep
 
 reads ``results.jsonl`` (and ``selection.json`` and ``run.json``, if they are there) and writes
-``report.html`` beside it. It computes nothing with a model and needs no plotting package.
+``report.html`` beside it; of a sweep, finished or not, it reads ``results.parquet`` or the rows in
+the folders of its trials. It computes nothing with a model and needs no plotting package.
 """
 
 import json
@@ -19,6 +21,12 @@ from absl import app, flags
 
 from experiments.reporting import page, terminal
 from experiments.reporting.rows import ReportError, Row, read_rows, read_side_file
+from experiments.reporting.sweep import (
+    page as sweep_page,
+    source as sweep_source,
+    terminal as sweep_terminal,
+)
+from experiments.sweeping import collect
 
 _FAILED = 2
 
@@ -56,16 +64,37 @@ def write(workdir: str | os.PathLike[str]) -> Report:
     selection, selection_notes = read_side_file(folder / "selection.json")
     notes += run_notes + selection_notes
     text = page.render(rows, notes=notes, run=run, selection=selection, name=str(folder.resolve()))
-    target = folder / "report.html"
+    return Report(_put(folder / "report.html", text), rows, notes)
+
+
+def _put(target: pathlib.Path, text: str) -> pathlib.Path:
     # A reader never sees half a page: the old one stays until the new one is complete.
-    draft = folder / f".report.html.{os.getpid()}"
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         draft.write_text(text, encoding="utf-8")
         os.replace(draft, target)
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise ReportError(f"{target}: cannot be written: {error.strerror}.") from error
-    return Report(target, rows, notes)
+    return target
+
+
+def write_sweep(workdir: str | os.PathLike[str]) -> tuple[pathlib.Path, str]:
+    """Writes ``report.html`` into a sweep's folder.
+
+    Args:
+      workdir: the folder of a sweep, which may be at work.
+
+    Returns:
+      The page's path, and the text the program prints.
+
+    Raises:
+      ReportError: a damaged file, no row yet, or the page cannot be written.
+    """
+    folder = pathlib.Path(workdir)
+    sweep = sweep_source.read(folder)
+    path = _put(folder / "report.html", sweep_page.render(sweep, name=str(folder.resolve())))
+    return path, f"{sweep_terminal.render(sweep)}\n\nwrote {path}"
 
 
 def export(workdir: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -112,13 +141,21 @@ def run(workdir: str | os.PathLike[str], export_to: str | None = None) -> int:
     """Writes the page and prints the table.
 
     Args:
-      workdir: the folder that holds ``results.jsonl``.
+      workdir: the folder that holds ``results.jsonl``, or that of a sweep.
       export_to: also write the run as one JSON file.
 
     Returns:
       The exit status: 0, or 2 when no report can be made (the reason is on stderr).
     """
     try:
+        if sweep_source.is_sweep(pathlib.Path(workdir)):
+            if export_to is not None:
+                raise ReportError(
+                    f"--export keeps a run as one file; the rows of the sweep {workdir} are one "
+                    f"already, {collect.TABLE}."
+                )
+            _print(write_sweep(workdir)[1])
+            return 0
         report = write(workdir)
         if export_to is not None:
             export(workdir, export_to)
@@ -145,7 +182,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string(
         "workdir",
         None,
-        "The folder that holds results.jsonl; report.html is written there.",
+        "The folder of a run (results.jsonl) or of a sweep; report.html is written there.",
         flag_values=values,
     )
     flags.DEFINE_string(

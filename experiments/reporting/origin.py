@@ -82,13 +82,8 @@ def selection_html(selection: dict[str, Any], validated: Sequence[str]) -> str:
     return "".join(parts)
 
 
-def provenance_html(run: dict[str, Any], rows: Sequence[Row]) -> str:
-    """Where the numbers come from: command, device, versions, commit, checkpoints.
-
-    Args:
-      run: the content of ``run.json``; empty if there is none.
-      rows: every row of the results file.
-    """
+def run_facts(run: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values, escaped, of what a ``run.json`` holds."""
     facts: list[tuple[str, str]] = []
     command = run.get("command")
     if command:
@@ -106,6 +101,23 @@ def provenance_html(run: dict[str, Any], rows: Sequence[Row]) -> str:
         facts.append(("started", escape(str(run["started"]))))
     known = {"command", "device", "device_count", "versions", "commit", "started"}
     facts += [(escape(key), escape(_plain(v))) for key, v in run.items() if key not in known]
+    return facts
+
+
+def facts_html(facts: Sequence[tuple[str, str]]) -> str:
+    """A list of names and values that are escaped already."""
+    listed = "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in facts)
+    return f'<dl class="facts">{listed}</dl>'
+
+
+def provenance_html(run: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Where the numbers come from: command, device, versions, commit, checkpoints.
+
+    Args:
+      run: the content of ``run.json``; empty if there is none.
+      rows: every row of the results file.
+    """
+    facts = run_facts(run)
     prints: dict[str, set[int]] = {}
     for row in rows:
         if row.checkpoint:
@@ -116,6 +128,5 @@ def provenance_html(run: dict[str, Any], rows: Sequence[Row]) -> str:
         facts.append(("checkpoint", value))
     lost = sum(not row.ok for row in rows)
     facts.append(("rows", f"{len(rows) - lost} ok, {lost} failed"))
-    listed = "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in facts)
     missing = "" if run else '<p class="quiet">No run.json lies beside the results.</p>'
-    return f'<h2>Provenance</h2>{missing}<dl class="facts">{listed}</dl>'
+    return f"<h2>Provenance</h2>{missing}{facts_html(facts)}"

@@ -175,7 +175,7 @@ def read_rows(path: pathlib.Path) -> tuple[list[Row], list[str]]:
     except FileNotFoundError:
         raise ReportError(
             f"{path}: no results here. Run `python -m experiments.adapt --workdir={path.parent}` "
-            "first, or give the folder that holds results.jsonl."
+            "first, or give the folder of a run or of a sweep."
         ) from None
     except OSError as error:
         raise ReportError(f"{path}: cannot be read: {error.strerror}.") from error

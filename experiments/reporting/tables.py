@@ -48,6 +48,11 @@ def short(domain: str) -> str:
     return {CLEAN: CLEAN, **CORRUPTIONS, **VALIDATION}.get(domain, domain[:6])
 
 
+def domain_rank(domain: str) -> int:
+    """The place of a domain: clean, the benchmark's corruptions in its order, then all others."""
+    return _ORDER.get(domain, len(_ORDER))
+
+
 def get_error(row: Row) -> float | None:
     """The error of a row, a fraction."""
     return row.error
@@ -101,7 +106,7 @@ class Grid:
         self.seeds = sorted({row.seed for row in self.rows})
         self.severities = sorted({row.severity for row in self.rows if row.domain != CLEAN})
         names = {row.domain: None for row in self.rows}
-        self.domains = sorted(names, key=lambda name: _ORDER.get(name, len(_ORDER)))
+        self.domains = sorted(names, key=domain_rank)
         self.corruptions = [name for name in self.domains if name != CLEAN]
         self._at = {(r.method, r.domain, r.seed, r.severity): r for r in self.rows}
         self._of: dict[str, list[Row]] = {}

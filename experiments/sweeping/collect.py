@@ -10,15 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from experiments import journal, launch
-from experiments.sweeping import plan, state as state_lib
+from experiments.sweeping import state as state_lib
+from experiments.sweeping.unit import Unit
 
 TABLE = "results.parquet"
 
 
-def rows(workdir: pathlib.Path, units: Sequence[plan.Unit]) -> list[dict[str, Any]]:
+def rows(workdir: pathlib.Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
     """The rows of the trials in the order of the sweep, each with its ``trial``.
 
     A trial that failed for good, or whose model did, has one row with ``status`` and ``message``.
+    Nothing is written, so a trial may be at work meanwhile.
     """
     made: list[dict[str, Any]] = []
     broken = {}
@@ -31,7 +33,8 @@ def rows(workdir: pathlib.Path, units: Sequence[plan.Unit]) -> list[dict[str, An
             continue
         found = []
         if (folder / "results.jsonl").exists():
-            found = journal.Journal(folder / "results.jsonl").rows()
+            written, _ = journal.read(folder / "results.jsonl")
+            found = [row for row in written if row.get("status") == "ok"]
         message = broken.get(unit.id)
         if message is None and unit.needs in broken:
             message = f"its model failed: {broken[unit.needs]}"
@@ -41,7 +44,7 @@ def rows(workdir: pathlib.Path, units: Sequence[plan.Unit]) -> list[dict[str, An
     return made
 
 
-def up_to_date(workdir: pathlib.Path, units: Sequence[plan.Unit]) -> bool:
+def up_to_date(workdir: pathlib.Path, units: Sequence[Unit]) -> bool:
     """Whether every trial is done and the table holds their rows, in order, and no other."""
     trials = [unit for unit in units if unit.kind == "trial"]
     if any(state_lib.read(unit.folder(workdir)).state != "done" for unit in trials):
@@ -55,8 +58,8 @@ def up_to_date(workdir: pathlib.Path, units: Sequence[plan.Unit]) -> bool:
     return whole and all(row["status"] == "ok" for row in held)
 
 
-def write(workdir: pathlib.Path, found: Sequence[dict[str, Any]]) -> pathlib.Path:
-    """Replaces ``results.parquet``; settings, which differ in their keys, are JSON text."""
+def table(found: Sequence[dict[str, Any]]) -> pa.Table:
+    """The rows as columns; settings, which differ in their keys, are JSON text."""
     columns: dict[str, list[Any]] = {}
     for number, row in enumerate(found):
         for name, value in row.items():
@@ -65,11 +68,16 @@ def write(workdir: pathlib.Path, found: Sequence[dict[str, Any]]) -> pathlib.Pat
         for column in columns.values():
             if len(column) <= number:
                 column.append(None)
+    return pa.table(columns)
+
+
+def write(workdir: pathlib.Path, found: Sequence[dict[str, Any]]) -> pathlib.Path:
+    """Replaces ``results.parquet`` with the :func:`table` of some rows."""
     path = workdir / TABLE
     draft = workdir / f".{TABLE}.{os.getpid()}"
     with launch.writing(path):
         try:
-            pq.write_table(pa.table(columns), draft)
+            pq.write_table(table(found), draft)
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)

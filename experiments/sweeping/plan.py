@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from experiments import adapt, launch, problem as problem_lib
+from experiments.sweeping.unit import Unit
 
 # What a trained model depends on; all else of a config only adapts it.
 TRAINING = ("data", "model", "views", "train")
@@ -35,30 +36,6 @@ class Variant(NamedTuple):
     def seed(self) -> int:
         """The one seed of the variant."""
         return self.config.seeds[0]
-
-
-class Unit(NamedTuple):
-    """What one process does: the training of a model, or a trial.
-
-    Attributes:
-      kind: ``"model"`` or ``"trial"``.
-      id: what identifies it: its settings, the code and the data.
-      digest: that of its variant; of the first one, for a model that several trials share.
-      needs: the id of the model that a trial adapts; None for a model.
-      label: its overrides, for people.
-      pack: trials of the same pack may share a process, see :func:`pack_key`.
-    """
-
-    kind: str
-    id: str
-    digest: str
-    needs: str | None
-    label: str
-    pack: str = ""
-
-    def folder(self, workdir: pathlib.Path) -> pathlib.Path:
-        """Where everything of it is."""
-        return workdir / f"{self.kind}s" / self.id
 
 
 def variants(path: str) -> list[Variant]:

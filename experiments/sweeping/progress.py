@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from experiments import launch
-from experiments.sweeping import plan, state as state_lib
+from experiments.sweeping import state as state_lib
+from experiments.sweeping.unit import Unit
 
 PLAN = "plan.json"
 _LISTED, _BAR = 8, 30
@@ -28,13 +29,13 @@ class Progress(NamedTuple):
     seconds_left: float | None
 
 
-def save(workdir: pathlib.Path, units: Sequence[plan.Unit]) -> None:
+def save(workdir: pathlib.Path, units: Sequence[Unit]) -> None:
     """Writes what the sweep is going to do, for :func:`load`."""
     text = json.dumps([unit._asdict() for unit in units], indent=1)
     launch.write_atomically(workdir / PLAN, text + "\n")
 
 
-def load(workdir: pathlib.Path) -> list[plan.Unit]:
+def load(workdir: pathlib.Path) -> list[Unit]:
     """The units of the sweep of a folder.
 
     Raises:
@@ -42,19 +43,19 @@ def load(workdir: pathlib.Path) -> list[plan.Unit]:
     """
     path = workdir / PLAN
     try:
-        return [plan.Unit(**unit) for unit in json.loads(path.read_text())]
+        return [Unit(**unit) for unit in json.loads(path.read_text())]
     except FileNotFoundError as error:
         raise launch.UserError(f"there is no sweep in {workdir}: it has no {PLAN}.") from error
     except (ValueError, TypeError) as error:
         raise launch.UserError(f"{path} is damaged ({error}); run the sweep again.") from error
 
 
-def measure(workdir: pathlib.Path, units: Sequence[plan.Unit]) -> Progress:
+def measure(workdir: pathlib.Path, units: Sequence[Unit]) -> Progress:
     """Reads the states of all units."""
     return summarized(units, [state_lib.read(unit.folder(workdir)) for unit in units])
 
 
-def summarized(units: Sequence[plan.Unit], states: Sequence[state_lib.State]) -> Progress:
+def summarized(units: Sequence[Unit], states: Sequence[state_lib.State]) -> Progress:
     """The progress that the states of all units, in their order, amount to."""
     trials = [s for unit, s in zip(units, states, strict=True) if unit.kind == "trial"]
     counts = {name: sum(s.state == name for s in trials) for name in state_lib.STATES}
@@ -70,7 +71,7 @@ def _left(trials: Sequence[state_lib.State], counts: dict[str, int]) -> float | 
     return (sum(running) + each * counts["waiting"]) / counts["running"]
 
 
-def table(units: Sequence[plan.Unit], progress: Progress, columns: int | None = None) -> str:
+def table(units: Sequence[Unit], progress: Progress, columns: int | None = None) -> str:
     """A bar, counts, time left; then what has run longest and what failed, a line each.
 
     Args:
