@@ -22,6 +22,17 @@ from experiments.sweeping.unit import Unit
 # What a trained model depends on; all else of a config only adapts it.
 TRAINING = ("data", "model", "views", "train")
 SPLITS = ("train", "validation", "test")
+# What makes no row. The values of a config count by themselves.
+_NO_RESULTS = (
+    "configs/**/*.py",
+    "reporting/**/*.py",
+    "report*.py",
+    "bench*.py",
+    "browser.py",
+    "kernels.py",
+    "smoke.py",
+    "synthetic_sweep.py",
+)
 _ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
@@ -109,13 +120,13 @@ def label(variant: Variant) -> str:
 @functools.cache
 def code_version() -> str:
     """A digest of what makes results: source files (configs count by their values), libraries."""
-    files = [*(_ROOT / "ttt_jax").rglob("*.py"), *(_ROOT / "experiments").rglob("*.py")]
-    configs = _ROOT / "experiments" / "configs"
+    programs = _ROOT / "experiments"
+    others = {file for pattern in _NO_RESULTS for file in programs.glob(pattern)}
+    files = {*(_ROOT / "ttt_jax").rglob("*.py"), *programs.rglob("*.py")} - others
     crc = hashlib.sha256()
     for file in sorted(files):
-        if configs not in file.parents:
-            crc.update(f"{file.relative_to(_ROOT)}\0".encode())
-            crc.update(file.read_bytes())
+        crc.update(f"{file.relative_to(_ROOT)}\0".encode())
+        crc.update(file.read_bytes())
     for package in ("jax", "jaxlib", "flax", "optax"):
         crc.update(f"{package} {metadata.version(package)}\0".encode())
     return crc.hexdigest()[:12]

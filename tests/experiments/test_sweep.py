@@ -65,6 +65,25 @@ def test_an_id_changes_with_settings_code_and_data(config, monkeypatch):
     assert not set(ids("add(seeds=(0,))")) & set(plain)
 
 
+def test_code_that_makes_no_row_changes_no_id(tmp_path, monkeypatch):
+    def version():
+        plan.code_version.cache_clear()
+        return plan.code_version()
+
+    for name in ("adapt.py", "report.py", "reporting/page.py", "configs/digits.py"):
+        path = tmp_path / "experiments" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    monkeypatch.setattr(plan, "_ROOT", tmp_path)
+    plain = version()
+    for name in ("report.py", "reporting/page.py", "configs/digits.py"):
+        (tmp_path / "experiments" / name).write_text("changed = True")
+    assert version() == plain
+    (tmp_path / "experiments" / "adapt.py").write_text("changed = True")
+    assert version() != plain
+    plan.code_version.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
