@@ -21,8 +21,12 @@ CONFIG = ROOT / "tests" / "experiments" / "team_config.py"
 
 def start(folder, *flags, devices=2, **environment):
     """``experiments.adapt --distributed`` in a process of its own, with so many devices."""
-    forced = f"--xla_force_host_platform_device_count={devices} "
-    forced += "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    # As in conftest.py, which says why.
+    forced = (
+        f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
