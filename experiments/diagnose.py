@@ -11,11 +11,12 @@ after, monitors of collapse and harm, a map over learning rates and steps. At th
 product and gain, ``W/diagnostics.html`` their scatter plot. Run it again to resume.
 """
 
+import functools
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from absl import flags
 
 import ttt_jax as ttt
 from experiments import (
+    chunks,
     diagnosis,
     journal,
     launch,
@@ -128,16 +130,26 @@ def _plain(value: jax.Array) -> Any:
 class _Measure:
     """Compiles the cell program once and makes rows with it."""
 
-    def __init__(self, cell: diagnosis.Cell, learning_rates: Sequence[float]):
-        self._program, self._compiled = jax.jit(cell), None
-        self._rates = learning_rates
+    def __init__(
+        self,
+        cell: Callable[[int], diagnosis.Cell],
+        chunk_size: int,
+        learning_rates: Sequence[float],
+    ):
+        self._cell, self._chunk_size, self._rates = cell, chunk_size, learning_rates
+        self._compiled: Any = None
 
     def __call__(self, params: Any, batch: data.DomainBatch, seed: int) -> dict[str, Any]:
         keys = ttt.sample_keys(jax.random.key(seed), batch.id)
         arguments = (params, jnp.asarray(batch.image), jnp.asarray(batch.label), keys)
         start = time.perf_counter()
         if self._compiled is None:
-            self._compiled = self._program.lower(*arguments).compile()
+
+            def compile_for(size: int) -> Any:
+                return jax.jit(self._cell(size)).lower(*arguments).compile()
+
+            most = len(batch.id) * len(self._rates)
+            self._compiled = chunks.compiled(compile_for, self._chunk_size, most)
         compiled = time.perf_counter()
         values = jax.block_until_ready(self._compiled(*arguments))
         done = time.perf_counter()
@@ -215,8 +227,8 @@ def run(
         settings = settings_of(config, workdir, options.method)
         rates = rates_of(settings, options.learning_rates)
         count = min(options.num_images, len(source))
-        cell_program = diagnosis.build(problem, settings, rates, config.adapt.chunk_size)
-        measure = _Measure(cell_program, rates)
+        cell = functools.partial(diagnosis.build, problem, settings, rates)
+        measure = _Measure(cell, config.adapt.chunk_size, rates)
         book = journal.Journal(workdir / "diagnostics.jsonl")
         for seed in config.seeds:
             path = checkpoint_path or problem_lib.checkpoint_path(workdir, seed)

@@ -12,6 +12,7 @@ import numpy as np
 
 import ttt_jax as ttt
 from experiments import (
+    chunks,
     launch,
     methods as methods_lib,
     outcome as outcome_lib,
@@ -277,10 +278,15 @@ class Runner:
         where = (name, static, tuple(sorted(numbers)), shapes)
         if where not in self._compiled:
             start = time.perf_counter()
-            program = jax.jit(
-                spread.program(method, settings, self._devices, self._config.chunk_size)
-            )
-            self._compiled[where] = program.lower(params, numbers, statistics, *arguments).compile()
+
+            def compile_for(size: int) -> Any:
+                program = jax.jit(spread.program(method, settings, self._devices, size))
+                return program.lower(params, numbers, statistics, *arguments).compile()
+
+            # Batches and streams have no chunks.
+            size = self._config.chunk_size if method.scope == "per_sample" else 1
+            most = shapes[0][0] // self._devices.count
+            self._compiled[where] = chunks.compiled(compile_for, size, most)
             clock.compiling += time.perf_counter() - start
         start = time.perf_counter()
         run = self._compiled[where]
