@@ -29,6 +29,7 @@ from experiments import (
     journal,
     launch,
     methods as methods_lib,
+    prefixes,
     problem as problem_lib,
     rows as rows_lib,
     runner as runner_lib,
@@ -166,12 +167,14 @@ class Shared:
 
     Attributes:
       compiled: compiled programs, see :class:`experiments.runner.Runner`.
+      prefixes: outcomes whose first steps are those of shorter runs.
 
     With ``whole=False`` no split is read as a whole.
     """
 
     def __init__(self, *, whole: bool = True) -> None:
         self.compiled: dict[Any, Any] = {}
+        self.prefixes = prefixes.Prefixes()
         self._whole = whole
         self._sources: dict[str, data.Source] = {}
 
@@ -284,6 +287,7 @@ def _run(
                 seed=seed,
                 restore=restore,
                 compiled=shared.compiled,
+                known=shared.prefixes,
                 devices=devices,
                 team=team,
             )

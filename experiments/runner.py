@@ -16,6 +16,7 @@ from experiments import (
     launch,
     methods as methods_lib,
     outcome as outcome_lib,
+    prefixes,
     shares,
     source_data,
     spread,
@@ -58,7 +59,8 @@ def ahead(make: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
 class Runner:
     """Evaluates methods of one seed, from one pristine checkpoint.
 
-    ``compiled`` holds the programs; runners that differ in seed and checkpoint alone may share it.
+    ``compiled`` holds the programs; runners that differ in seed and checkpoint alone may share it,
+    and ``known``, the outcomes that hold those of fewer steps.
     The pristine parameters lie on ``devices``. Each process of a ``team`` is given its share of the
     batches, see :meth:`batches`; the first one gets all outcomes.
     """
@@ -72,6 +74,7 @@ class Runner:
         seed: int,
         restore: str,
         compiled: dict[Any, Any] | None = None,
+        known: prefixes.Prefixes | None = None,
         devices: spread.Devices = spread.Devices(),  # noqa: B008 (immutable)
         team: team_lib.Team = team_lib.ALONE,
     ):
@@ -85,6 +88,7 @@ class Runner:
         self._key = jax.random.key(seed)
         self._source = source_data.SourceData(config, pristine, seed=seed)
         self._compiled = {} if compiled is None else compiled
+        self._prefixes = prefixes.Prefixes() if known is None else known
         self._devices = devices
         self.team = team
         self._batches: dict[Any, list[Any]] = {}
@@ -203,6 +207,10 @@ class Runner:
         settings: dict[str, Any],
         batches: Sequence[data.DomainBatch],
     ) -> Outcome:
+        model = (self.fingerprint, self.seed)
+        key = prefixes.key_of(name, method, settings, model, batches)
+        if key is not None and (known := self._prefixes.find(key, settings["num_steps"])):
+            return known
         results, clock = [], outcome_lib.Clock()
         for call in self._calls(method.whole_batch, batches):
             told = outcome_lib.on_host(
@@ -213,7 +221,10 @@ class Runner:
                 here = place if method.whole_batch else slice(count)
                 output, info = jax.tree.map(lambda leaf, at=here: leaf[at], told)
                 results.append((output, outcome_lib.flags(info, count)))
-        return outcome_lib.of_batches(results, batches, clock, 1)
+        outcome = outcome_lib.of_batches(results, batches, clock, 1)
+        if key is not None:
+            self._prefixes.keep(key, outcome)
+        return outcome
 
     def _calls(
         self, whole_batch: bool, batches: Sequence[data.DomainBatch]

@@ -73,6 +73,9 @@ def packed(ready: Sequence[plan.Unit], room: int, workers: int, most: int) -> li
     packs = []
     for group in groups.values():
         each = min(most, max(1, -(-len(group) // workers)))
+        # In the order of the config, families together.
+        first_of = {unit.family: place for place, unit in reversed(list(enumerate(group)))}
+        group.sort(key=lambda unit: first_of[unit.family])
         packs += [group[first : first + each] for first in range(0, len(group), each)]
     return packs[:room]
 

@@ -14,6 +14,7 @@ from absl import flags
 
 from experiments import adapt, launch, problem as problem_lib, train
 from experiments.sweeping import plan, progress, state as state_lib
+from experiments.sweeping.unit import Unit
 
 # An earlier process of the unit may live on, such as on a node that a scheduler lost sight of. It
 # is waited for, and what it finished is not done again.
@@ -38,7 +39,12 @@ def run(config: str, folder: str, ids: Sequence[str], retries: int) -> int:
     found = {plan.digest(variant): variant for variant in plan.variants(config)}
     shared: dict[str, adapt.Shared] = {}
     worst = 0
-    for unit in (units[name] for name in ids):
+
+    def shorter(unit: Unit) -> int:
+        return -plan.most_steps(found[unit.digest]) if unit.digest in found else 0
+
+    # Longest first: the others of a family are then there already.
+    for unit in sorted((units[name] for name in ids), key=shorter):
         place = unit.folder(workdir)
         attempt = launch.open_workdir(str(place / "attempt"))
         with launch.locked(attempt, patience_s=_PATIENCE_S):

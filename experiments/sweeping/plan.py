@@ -146,6 +146,25 @@ def pack_key(variant: Variant) -> str:
     return _hash({key: value for key, value in config.items() if key not in ("seeds", "methods")})
 
 
+def family_key(variant: Variant) -> str:
+    """Equal for variants that differ in the numbers of inner steps alone.
+
+    One process runs them longest first: a traced method then has the rows of the others already.
+    """
+    config = json.loads(variant.config.to_json())
+    for options in config["methods"].values():
+        options.pop("num_steps", None)
+    return _hash(config, variant.part)
+
+
+def most_steps(variant: Variant) -> int:
+    """The largest number of inner steps among the methods of a variant."""
+    methods = variant.config.methods
+    names = variant.part.methods or methods
+    steps = [methods[name].get("num_steps", 0) for name in names]
+    return max((max(some) if isinstance(some, tuple) else some for some in steps), default=0)
+
+
 def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -171,6 +190,6 @@ def units(found: Sequence[Variant]) -> list[Unit]:
         if model not in models:
             models[model] = Unit("model", model, own, None, f"model, seed {variant.seed}")
         trial = _hash(own, versions[sets])
-        pack = pack_key(variant)
-        trials.append(Unit("trial", trial, own, model, label(variant), pack))
+        keys = pack_key(variant), family_key(variant)
+        trials.append(Unit("trial", trial, own, model, label(variant), *keys))
     return [*models.values(), *trials]
