@@ -146,12 +146,6 @@ def _gradient_step(
         grad_norm = _trees.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.fast)
         fast = optax.apply_updates(state.fast, updates)
-        # The norm rather than the leaves: a weight whose square overflows float32 is lost too.
-        sound = jnp.isfinite(_trees.norm(fast)) & ~_trees.spoiled(state.opt_state, opt_state)
-        # Checked is what the optimizer gave, before any of it is stored: sums in the pass that
-        # stores keep XLA from updating the carry of a loop in place, and it copies every weight.
-        before = jnp.isfinite(_trees.norm(state.fast))
-        active, sound, before = jax.lax.optimization_barrier((active, sound, before))
         stepped = AdapterState(
             fast=_trees.where(active, fast, state.fast),
             opt_state=_trees.where(active, opt_state, state.opt_state),
@@ -159,11 +153,15 @@ def _gradient_step(
             count=state.count + active.astype(jnp.int32),
         )
         stepped = stepped._replace(memory=loss.after(merge(params, stepped), memory))
-        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        finite &= jnp.where(active, sound, before)
+        # The norm rather than the leaves: a weight whose square overflows float32 is lost too.
+        finite = (
+            jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(_trees.norm(stepped.fast))
+        )
         # A memory may take in the instance before its loss depends on it; a value that was not
         # finite to begin with (a bound of infinity) is no harm.
-        finite &= ~_trees.spoiled(state.memory, stepped.memory)
+        finite &= ~_trees.spoiled(
+            (state.memory, state.opt_state), (stepped.memory, stepped.opt_state)
+        )
         return stepped, StepInfo(loss=value, grad_norm=grad_norm, finite=finite)
 
     return Adapter(init, step, merge)
