@@ -1,6 +1,7 @@
 """The example sweep on a real Slurm, which loses a node midway; ``make test-slurm``, as root."""
 
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -34,8 +35,8 @@ def command(folder, *flags):
 
 def done(folder):
     said = subprocess.run(command(folder, f"--status={folder}"), capture_output=True, cwd=ROOT)
-    words = said.stdout.decode().split()
-    return int(words[1]) if words else 0
+    found = re.search(r"(\d+) done", said.stdout.decode())
+    return int(found[1]) if found else 0
 
 
 def table(folder):
