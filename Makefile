@@ -39,7 +39,7 @@ test-faults: $(VENV)/.dev
 
 # A Slurm of its own on this machine: needs root and `apt install slurm-wlm munge`.
 test-slurm: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slurm tests/experiments/test_sweep_slurm.py
+	$(BIN)/python -m pytest -m slurm tests/experiments/test_sweep_slurm.py tests/experiments/test_distributed_slurm.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -q -W --keep-going -b doctest docs docs/_build/doctest

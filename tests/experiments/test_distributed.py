@@ -19,21 +19,25 @@ DOMAINS = ("fog", "contrast", "saturate")
 CONFIG = ROOT / "tests" / "experiments" / "team_config.py"
 
 
-def start(folder, *flags, devices=2, **environment):
-    """``experiments.adapt --distributed`` in a process of its own, with so many devices."""
+def environment_of(devices):
+    """The environment of a process with so many devices."""
     # As in conftest.py, which says why.
     forced = (
         f"--xla_force_host_platform_device_count={devices} "
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     )
-    environment = os.environ | {
+    return {
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": forced,
-        **environment,
     }
+
+
+def start(folder, *flags, devices=2, **environment):
+    """``experiments.adapt --distributed`` in a process of its own, with so many devices."""
+    environment = os.environ | environment_of(devices) | environment
     command = [sys.executable, "-m", "experiments.adapt", f"--config={CONFIG}"]
     return subprocess.Popen(
         [*command, f"--workdir={folder}", f"--domains={','.join(DOMAINS)}", *flags],
