@@ -167,14 +167,12 @@ class Shared:
 
     Attributes:
       compiled: compiled programs, see :class:`experiments.runner.Runner`.
-      prefixes: outcomes whose first steps are those of shorter runs.
 
     With ``whole=False`` no split is read as a whole.
     """
 
     def __init__(self, *, whole: bool = True) -> None:
         self.compiled: dict[Any, Any] = {}
-        self.prefixes = prefixes.Prefixes()
         self._whole = whole
         self._sources: dict[str, data.Source] = {}
 
@@ -217,6 +215,7 @@ def run(
     trackers: Sequence[str] = (),
     part: Part = Part(),  # noqa: B008 (immutable)
     shared: Shared | None = None,
+    known: prefixes.Prefixes | None = None,
     devices: int = 0,
     team: team_lib.Team = team_lib.ALONE,
 ) -> int:
@@ -231,6 +230,7 @@ def run(
       trackers: where scalars go beside the folder, see :mod:`experiments.writers`.
       part: which rows to make.
       shared: of runs in this process whose configs differ in seeds and methods' settings alone.
+      known: of runs whose configs differ in numbers of inner steps alone.
       devices: how many of this process's devices to use; 0 for all.
       team: the processes that share the run.
 
@@ -241,7 +241,7 @@ def run(
     workdir = launch.open_workdir(folder) if first else pathlib.Path(folder)
     with launch.locked(workdir) if first else contextlib.nullcontext():
         shared = Shared(whole=team.count == 1) if shared is None else shared
-        place = (spread.local(devices), team)
+        place = (known, spread.local(devices), team)
         return _run(config, workdir, restore, checkpoint_path, trackers, part, shared, *place)
 
 
@@ -253,6 +253,7 @@ def _run(
     trackers: Sequence[str],
     part: Part,
     shared: Shared,
+    known: prefixes.Prefixes | None,
     devices: spread.Devices,
     team: team_lib.Team,
 ) -> int:
@@ -287,7 +288,7 @@ def _run(
                 seed=seed,
                 restore=restore,
                 compiled=shared.compiled,
-                known=shared.prefixes,
+                known=known,
                 devices=devices,
                 team=team,
             )

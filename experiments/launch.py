@@ -222,6 +222,11 @@ def locked(folder: pathlib.Path, patience_s: float = 0.0) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise UserError(
+                        f"{folder} cannot be locked: {error.strerror}. Choose a --workdir on a "
+                        "file system with locks."
+                    ) from error
                 if time.monotonic() >= last:
                     raise BusyError(
                         f"{folder} is in use by another program; wait for it or choose another "

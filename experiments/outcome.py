@@ -27,6 +27,8 @@ class Outcome(NamedTuple):
       compile_seconds: time to trace and compile, 0 where the program was there already.
       source_seconds: time to measure the source statistics, which is done once for every seed;
         0 where the method needs none.
+      program_steps: the inner steps of the longer program whose beginning this is, and whose time
+        it has a share of, by passes through the model; 0 where it has a program of its own.
     """
 
     logits: np.ndarray
@@ -39,6 +41,7 @@ class Outcome(NamedTuple):
     seconds: float
     compile_seconds: float
     source_seconds: float = 0.0
+    program_steps: int = 0
 
     @property
     def final(self) -> np.ndarray:
@@ -59,7 +62,7 @@ class Outcome(NamedTuple):
     def take(self, here: np.ndarray) -> "Outcome":
         """Some of the images, with their share of the time."""
         share = float(here.mean())
-        columns = {name: getattr(self, name) for name in self._fields if name not in _TIMES}
+        columns = {name: getattr(self, name) for name in self._fields if name not in _NUMBERS}
         return self._replace(
             **{name: None if value is None else value[here] for name, value in columns.items()},
             seconds=self.seconds * share,
@@ -67,7 +70,7 @@ class Outcome(NamedTuple):
         )
 
 
-_TIMES = ("seconds", "compile_seconds", "source_seconds")
+_NUMBERS = ("seconds", "compile_seconds", "source_seconds", "program_steps")
 
 
 class Clock:
@@ -117,7 +120,7 @@ def joined(parts: Sequence[Outcome]) -> Outcome:
     columns = {}
     for name in Outcome._fields:
         values = [getattr(part, name) for part in parts]
-        if name in _TIMES:
+        if name in _NUMBERS:
             columns[name] = max(values)
         else:
             columns[name] = None if values[0] is None else np.concatenate(values)
@@ -150,5 +153,5 @@ def unpack(text: bytes) -> list[dict[str, np.ndarray]]:
 
 def from_arrays(part: Mapping[str, np.ndarray]) -> Outcome:
     """An outcome that was packed as its ``_asdict()``."""
-    times = {name: float(part[name]) for name in _TIMES}
-    return Outcome(**{"aux": None, **part, **times})
+    numbers = {name: part[name].item() for name in _NUMBERS}
+    return Outcome(**{"aux": None, **part, **numbers})

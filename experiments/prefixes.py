@@ -1,66 +1,81 @@
 """Runs whose first steps are those of shorter runs, which then need not be made.
 
 A traced method predicts after every inner step, and step i draws the same numbers however many
-follow. So the outcome of k steps is the beginning of that of more.
+follow. So the outcome of k steps is the beginning of that of more, up to rounding: programs of
+different lengths are compiled differently. That bits never depend on what a process did before, all
+trials of a family take the program of its longest one, also where a trial is run by itself.
 """
 
-import collections
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from experiments import methods as methods_lib
 from experiments.outcome import Outcome
-from ttt_jax import data
 
-_KEPT = 64
-"""Outcomes that are kept, the latest ones: a few megabytes each."""
+_MOST_BYTES = 2**30
 
 
 class Prefixes:
-    """The longest outcomes of traced methods, by all that made them but the number of steps."""
+    """Outcomes of the longest runs of a family, for its shorter ones.
 
-    def __init__(self) -> None:
-        self._outcomes: collections.OrderedDict[Hashable, Outcome] = collections.OrderedDict()
+    Args:
+      longest: the most steps of each method among the trials of the family.
+    """
 
-    def find(self, key: Hashable, num_steps: int) -> Outcome | None:
-        """The outcome of that many steps, if one of as many or more is there.
+    def __init__(self, longest: Mapping[str, int]):
+        self._longest = longest
+        self._whole: dict[Hashable, Outcome] = {}
 
-        Its time is its share of the longer run's; nothing is compiled for it. None, too, where an
-        image of the longer run was given up: that may have been after these steps.
+    def outcome(
+        self,
+        name: str,
+        method: methods_lib.Method,
+        settings: dict[str, Any],
+        images: Hashable,
+        run: Callable[[dict[str, Any]], Outcome],
+    ) -> Outcome:
+        """The outcome of a method on some images.
+
+        Args:
+          name: of the method.
+          method: if it is traced, its longest run is made, once.
+          settings: of the run that is asked for.
+          images: what identifies the model and the images.
+          run: makes the outcome of some settings.
+
+        Returns:
+          The outcome. Where an image of the longest run was given up, which may have been after
+          the steps that are asked for, it is that of a run by itself.
         """
-        longer = self._outcomes.get(key)
-        if longer is None or not longer.ok.all():
-            return None
-        steps = longer.logits.shape[1] - 1
-        if steps < num_steps:
-            return None
-        return longer._replace(
-            logits=longer.logits[:, : num_steps + 1],
-            aux=None if longer.aux is None else longer.aux[:, : num_steps + 1],
-            seconds=longer.seconds * (num_steps + 1) / (steps + 1),
-            compile_seconds=0.0,
+        steps = settings.get("num_steps", 0)
+        longest = self._longest.get(name, 0)
+        if not method.traced or longest < steps:
+            return run(settings)
+        full = settings | {"num_steps": longest}
+        key = (name, tuple(sorted(full.items())), images)
+        whole = self._whole.pop(key, None)
+        if whole is None:
+            whole = run(full)
+            self._keep(key, whole)
+        else:
+            self._whole[key] = whole
+            whole = whole._replace(compile_seconds=0.0)
+        if steps == longest:
+            return whole
+        if not whole.ok.all():
+            return run(settings)
+        return whole._replace(
+            logits=whole.logits[:, : steps + 1],
+            aux=None if whole.aux is None else whole.aux[:, : steps + 1],
+            seconds=whole.seconds * sum(method.cost(settings)) / sum(method.cost(full)),
+            program_steps=longest,
         )
 
-    def keep(self, key: Hashable, outcome: Outcome) -> None:
-        """Keeps an outcome, in the place of a shorter one."""
-        self._outcomes[key] = outcome
-        self._outcomes.move_to_end(key)
-        if len(self._outcomes) > _KEPT:
-            self._outcomes.popitem(last=False)
+    def _keep(self, key: Hashable, outcome: Outcome) -> None:
+        self._whole[key] = outcome
+        while len(self._whole) > 1 and sum(map(_bytes, self._whole.values())) > _MOST_BYTES:
+            del self._whole[next(iter(self._whole))]
 
 
-def key_of(
-    name: str,
-    method: methods_lib.Method,
-    settings: dict[str, Any],
-    model: Hashable,
-    batches: Sequence[data.DomainBatch],
-) -> Hashable | None:
-    """What an outcome depends on beside its number of steps; None for a method without a trace."""
-    if not method.traced or "num_steps" not in settings:
-        return None
-    rest = tuple(sorted((k, v) for k, v in settings.items() if k != "num_steps"))
-    images = tuple(
-        (batch.id.tobytes(), batch.domain.tobytes(), batch.severity.tobytes()) for batch in batches
-    )
-    return (name, rest, model, images)
+def _bytes(outcome: Outcome) -> int:
+    return outcome.logits.nbytes + (0 if outcome.aux is None else outcome.aux.nbytes)

@@ -103,6 +103,8 @@ def _measured(
         "resets": int(outcome.reset.sum()),
         "settings": settings,
     }
+    if outcome.program_steps:
+        row["program_steps"] = outcome.program_steps
     if method.measurement is not None:
         row["source_seconds"] = outcome.source_seconds
     if method.traced:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import launch, trial as trial_lib
+from experiments import launch, trial as trial_lib, writers
 from experiments.sweeping import (
     collect,
     job as job_lib,
@@ -53,19 +53,21 @@ class Limits(NamedTuple):
       time_s: seconds of one attempt.
       memory_gb: resident memory of a process; 0 for no limit.
       pack: how many trials one process runs in turn, at most.
+      trackers: where scalars go beside the folders of the units.
     """
 
     retries: int = 1
     time_s: float = 86400.0
     memory_gb: float = 0.0
     pack: int = 16
+    trackers: Sequence[str] = ()
 
 
 def packed(ready: Sequence[plan.Unit], room: int, workers: int, most: int) -> list[list[plan.Unit]]:
     """Shares units out over at most ``room`` processes.
 
     Only trials of the same pack share one, at most ``most``, and no more than an even share of all
-    workers. Models have one each: they take long.
+    workers, but for a family, which stays together. Models have one each: they take long.
     """
     groups: dict[str, list[plan.Unit]] = {}
     for unit in ready:
@@ -73,10 +75,18 @@ def packed(ready: Sequence[plan.Unit], room: int, workers: int, most: int) -> li
     packs = []
     for group in groups.values():
         each = min(most, max(1, -(-len(group) // workers)))
-        # In the order of the config, families together.
-        first_of = {unit.family: place for place, unit in reversed(list(enumerate(group)))}
-        group.sort(key=lambda unit: first_of[unit.family])
-        packs += [group[first : first + each] for first in range(0, len(group), each)]
+        families: dict[str, list[plan.Unit]] = {}
+        for unit in group:
+            families.setdefault(unit.family or unit.id, []).append(unit)
+        open_: list[plan.Unit] = []
+        for family in families.values():
+            for first in range(0, len(family), most):
+                part = family[first : first + most]
+                if open_ and len(open_) + len(part) > each:
+                    packs.append(open_)
+                    open_ = []
+                open_ = open_ + part
+        packs.append(open_)
     return packs[:room]
 
 
@@ -114,21 +124,16 @@ class _Sweep:
             elif state.state == "blocked":
                 state_lib.write(unit.folder(workdir), state._replace(state="waiting"))
         self._interrupted = {unit.id: self._state(unit).interruptions for unit in units}
-        # What is finished stays so while the sweep runs, and is read once.
-        self._finished: dict[str, state_lib.State] = {}
+        self._known = {unit.id: self._state(unit) for unit in units}
 
     def _state(self, unit: plan.Unit) -> state_lib.State:
         return state_lib.read(unit.folder(self._workdir))
 
     def states(self) -> dict[str, state_lib.State]:
-        """The states of all units by id, in their order."""
-        states = {}
-        for unit in self._units:
-            state = self._finished.get(unit.id) or self._state(unit)
-            if state.state in ("done", "failed"):
-                self._finished[unit.id] = state
-            states[unit.id] = state
-        return states
+        """The states of all units by id, in their order; those at work are read anew."""
+        for pack in self._packs:
+            self._known.update((unit.id, self._state(unit)) for unit in pack.units)
+        return self._known
 
     def _write(self, unit: plan.Unit, state: state_lib.State, outcome: str, message: str) -> None:
         state = state_lib.ended(state, outcome, message, self._limits.retries)
@@ -143,6 +148,7 @@ class _Sweep:
         for pack in [pack for pack in self._packs if not pack.handle.alive()]:
             self._packs.remove(pack)
             self._settle(pack)
+            self._known.update((unit.id, self._state(unit)) for unit in pack.units)
         states = self.states()
         for state in states.values():
             if state.state == "blocked":
@@ -191,7 +197,9 @@ class _Sweep:
         # Trials of one shape share their compiled programs.
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(self._workdir / "compiled"))
         return job_lib.Job(
-            command=trial_lib.command(sys.executable, self._config, workdir, ids, retries),
+            command=trial_lib.command(
+                sys.executable, self._config, workdir, ids, retries, self._limits.trackers
+            ),
             folders=[str(unit.folder(self._workdir)) for unit in units],
             environment={"JAX_COMPILATION_CACHE_DIR": cache},
             cores=(),
@@ -320,7 +328,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if not values["config"] or not values["workdir"]:
         raise launch.UserError("--config and --workdir are needed, or --status=DIR.")
-    limits = Limits(values["retries"], 60 * values["time_min"], values["memory_gb"], values["pack"])
+    launch.chosen("tracker", values["trackers"] or ("wandb",), writers.TRACKERS)
+    limits = Limits(
+        values["retries"],
+        60 * values["time_min"],
+        values["memory_gb"],
+        values["pack"],
+        values["trackers"],
+    )
     return run(
         values["config"],
         values["workdir"],
@@ -347,6 +362,7 @@ if __name__ == "__main__":
             "pack", 16, "Trials that share a process if they share data and shapes, at most.", 1
         ),
         "memory_gb": flags.DEFINE_float("memory_gb", 0.0, "Memory of a trial; 0: any.", 0),
+        "trackers": writers.define_flag(),
         "slurm": flags.DEFINE_list(
             "slurm", [], "Further settings of submitit's SlurmExecutor, as partition=gpu."
         ),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import adapt, launch, problem as problem_lib, train
+from experiments import adapt, launch, prefixes, problem as problem_lib, train, writers
 from experiments.sweeping import plan, progress, state as state_lib
 from experiments.sweeping.unit import Unit
 
@@ -21,7 +21,9 @@ from experiments.sweeping.unit import Unit
 _PATIENCE_S = 3600
 
 
-def run(config: str, folder: str, ids: Sequence[str], retries: int) -> int:
+def run(
+    config: str, folder: str, ids: Sequence[str], retries: int, trackers: Sequence[str] = ()
+) -> int:
     """Runs units one after the other and writes their states; returns 1 if one failed.
 
     Args:
@@ -29,6 +31,7 @@ def run(config: str, folder: str, ids: Sequence[str], retries: int) -> int:
       folder: that of the sweep, which holds its plan.
       ids: of the units.
       retries: how often a unit that failed may be tried again.
+      trackers: where scalars go beside the folders of the units.
 
     Raises:
       UserError: an id that the plan has not.
@@ -38,13 +41,13 @@ def run(config: str, folder: str, ids: Sequence[str], retries: int) -> int:
     launch.chosen("unit", ids, units)
     found = {plan.digest(variant): variant for variant in plan.variants(config)}
     shared: dict[str, adapt.Shared] = {}
-    worst = 0
-
-    def shorter(unit: Unit) -> int:
-        return -plan.most_steps(found[unit.digest]) if unit.digest in found else 0
-
-    # Longest first: the others of a family are then there already.
-    for unit in sorted((units[name] for name in ids), key=shorter):
+    worst, family = 0, ""
+    known = prefixes.Prefixes({})
+    for unit in (units[name] for name in ids):
+        if unit.family != family:
+            family = unit.family
+            of_it = [unit.digest for unit in units.values() if unit.family == family]
+            known = prefixes.Prefixes(plan.longest(found[d] for d in of_it if d in found))
         place = unit.folder(workdir)
         attempt = launch.open_workdir(str(place / "attempt"))
         with launch.locked(attempt, patience_s=_PATIENCE_S):
@@ -54,16 +57,23 @@ def run(config: str, folder: str, ids: Sequence[str], retries: int) -> int:
             begun = state_lib.begun(before)
             state_lib.write(place, begun)
             work = shared.setdefault(unit.pack, adapt.Shared())
-            outcome, message = _attempt(unit, workdir, found.get(unit.digest), work)
+            variant = found.get(unit.digest)
+            outcome, message = _attempt(unit, workdir, variant, work, known, trackers)
             state_lib.write(place, state_lib.ended(begun, outcome, message, retries))
-            if outcome == "blocked":
+            # What a device went through may make every later call of this process fail.
+            if outcome == "blocked" or "JaxRuntimeError" in message:
                 return 1
             worst = max(worst, int(outcome != "done"))
     return worst
 
 
 def _attempt(
-    unit: plan.Unit, workdir: pathlib.Path, variant: plan.Variant | None, shared: adapt.Shared
+    unit: Unit,
+    workdir: pathlib.Path,
+    variant: plan.Variant | None,
+    shared: adapt.Shared,
+    known: prefixes.Prefixes,
+    trackers: Sequence[str],
 ) -> tuple[str, str]:
     """Does the work of a unit; returns the outcome and what went wrong."""
     if variant is None:
@@ -77,15 +87,17 @@ def _attempt(
             # A model may be that of other trials than when its training began; its id says that
             # all it depends on is the same.
             (place / "run.json").unlink(missing_ok=True)
-            train.run(variant.config, str(place))
+            train.run(variant.config, str(place), trackers=trackers)
             return "done", ""
         model = workdir / "models" / unit.needs
         status = adapt.run(
             variant.config,
             str(place),
             checkpoint_path=str(problem_lib.checkpoint_path(model, variant.seed)),
+            trackers=trackers,
             part=variant.part,
             shared=shared,
+            known=known,
         )
         return ("failed", _failed_rows(place / "results.jsonl")) if status else ("done", "")
     except launch.WriteError as error:
@@ -93,8 +105,8 @@ def _attempt(
     except Exception as error:  # the other trials of this process go on
         if launch.no_room(error):
             return "blocked", (
-                f"the disk of {workdir} is full or read-only. What was written before is intact; "
-                "free space or choose another --workdir, then run the same command again. "
+                "a disk is full or read-only. What was written before is intact; free space or "
+                "choose another place, then run the same command again. "
                 f"({f'{error}'[:300]})"
             )
         return _failure(error)
@@ -116,10 +128,17 @@ def _failed_rows(path: pathlib.Path) -> str:
 
 
 def command(
-    python: str, config: str, workdir: str, ids: Sequence[str], retries: int
+    python: str,
+    config: str,
+    workdir: str,
+    ids: Sequence[str],
+    retries: int,
+    trackers: Sequence[str],
 ) -> tuple[str, ...]:
     """The command line that runs units."""
     values = {"config": config, "workdir": workdir, "ids": ",".join(ids), "retries": retries}
+    if trackers:
+        values["trackers"] = ",".join(trackers)
     given = (f"--{name}={value}" for name, value in values.items())
     return (python, "-m", "experiments.trial", *given)
 
@@ -140,5 +159,6 @@ if __name__ == "__main__":
         flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True),
         flags.DEFINE_list("ids", None, "Units to run, in turn.", required=True),
         flags.DEFINE_integer("retries", 0, "Of a unit that fails.", 0),
+        writers.define_flag(),
     )
     launch.run(main)

@@ -44,6 +44,7 @@ class _TensorBoard:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        self._events.flush()  # a killed run does not write its rows again
 
     def close(self) -> None:
         self._events.close()

@@ -29,7 +29,7 @@ class Job(NamedTuple):
 
     Attributes:
       command: starts the process, which writes the states of its units.
-      folders: of the units, in the order in which the process runs them.
+      folders: of the units that the process runs.
       environment: further variables of the process.
       cores: the cores it may use; empty for all.
       owner: the sweep's process and when it began, where that is on the same machine: without it

@@ -10,7 +10,7 @@ import hashlib
 import json
 import pathlib
 import runpy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -127,7 +127,7 @@ def code_version() -> str:
     for file in sorted(files):
         crc.update(f"{file.relative_to(_ROOT)}\0".encode())
         crc.update(file.read_bytes())
-    for package in ("jax", "jaxlib", "flax", "optax"):
+    for package in ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "pillow"):
         crc.update(f"{package} {metadata.version(package)}\0".encode())
     return crc.hexdigest()[:12]
 
@@ -149,7 +149,8 @@ def pack_key(variant: Variant) -> str:
 def family_key(variant: Variant) -> str:
     """Equal for variants that differ in the numbers of inner steps alone.
 
-    One process runs them longest first: a traced method then has the rows of the others already.
+    A traced method takes the program of the longest for all of them, see
+    :mod:`experiments.prefixes`.
     """
     config = json.loads(variant.config.to_json())
     for options in config["methods"].values():
@@ -157,12 +158,15 @@ def family_key(variant: Variant) -> str:
     return _hash(config, variant.part)
 
 
-def most_steps(variant: Variant) -> int:
-    """The largest number of inner steps among the methods of a variant."""
-    methods = variant.config.methods
-    names = variant.part.methods or methods
-    steps = [methods[name].get("num_steps", 0) for name in names]
-    return max((max(some) if isinstance(some, tuple) else some for some in steps), default=0)
+def longest(variants: Iterable[Variant]) -> dict[str, int]:
+    """The most inner steps of each method among some variants."""
+    most: dict[str, int] = {}
+    for variant in variants:
+        for name in variant.part.methods or variant.config.methods:
+            steps = variant.config.methods[name].get("num_steps", 0)
+            steps = max(steps) if isinstance(steps, tuple) else steps
+            most[name] = max(most.get(name, 0), steps)
+    return most
 
 
 def _hash(*parts: Any) -> str:

@@ -140,8 +140,9 @@ class _LocalHandle:
 
     def cancel(self) -> None:
         # submitit's own way is an interrupt, whose traceback ends up on this terminal.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(self._job.job_id), signal.SIGTERM)
+        if self.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(self._job.job_id), signal.SIGTERM)
 
 
 class SlurmPool:

@@ -57,7 +57,14 @@ def measure(workdir: pathlib.Path, units: Sequence[Unit]) -> Progress:
 
 def summarized(units: Sequence[Unit], states: Sequence[state_lib.State]) -> Progress:
     """The progress that the states of all units, in their order, amount to."""
-    trials = [s for unit, s in zip(units, states, strict=True) if unit.kind == "trial"]
+    pairs = list(zip(units, states, strict=True))
+    lost = {unit.id for unit, state in pairs if state.state == "failed"}
+    # A trial whose model failed will not run.
+    trials = [
+        state._replace(state="failed") if unit.needs in lost else state
+        for unit, state in pairs
+        if unit.kind == "trial"
+    ]
     counts = {name: sum(s.state == name for s in trials) for name in state_lib.STATES}
     return Progress(list(states), counts, _left(trials, counts))
 

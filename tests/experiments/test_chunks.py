@@ -27,6 +27,8 @@ def test_zero_asks_for_what_fits(monkeypatch):
     assert chunks.compiled(Program, 7, most=500).size == 7
     assert chunks.compiled(Program, 0, most=500).size == 50
     assert chunks.compiled(Program, 0, most=20).size == 20
+    # Two chunks of 30 rather than 50 and 10 that are padded to 50.
+    assert chunks.compiled(Program, 0, most=60).size == 30
     monkeypatch.setattr(chunks, "free_bytes", lambda: 500)
     with pytest.raises(ValueError, match="One instance needs"):
         chunks.compiled(Program, 0, most=20)
@@ -54,7 +56,7 @@ def test_rows_are_those_of_any_chunk(tmp_path, monkeypatch):
 
     def three(compile_for, limit, *, most):
         seen.append(most)
-        return types.SimpleNamespace(compiled=compile_for(3))
+        return types.SimpleNamespace(size=3, compiled=compile_for(3))
 
     monkeypatch.setattr(chunks.ttt.memory, "largest_chunk", three)
     assert rows("fitting", 0) == rows("two", 2)

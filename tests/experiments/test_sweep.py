@@ -125,10 +125,18 @@ def test_trials_of_a_pack_share_a_process():
 
 
 def test_families_share_a_process():
-    """Trials that differ in steps alone stay together, in the order of the config."""
+    """Trials that differ in steps alone stay together, however many workers there are."""
     units = [plan.Unit("trial", str(n), "d", None, "", "p", f"f{n % 3}") for n in range(9)]
-    packs = sweep.packed(units, 3, 3, 16)
-    assert [[int(unit.id) for unit in pack] for pack in packs] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+
+    def shared(workers, most):
+        packs = sweep.packed(units, 99, workers, most)
+        return [[int(unit.id) for unit in pack] for pack in packs]
+
+    families = [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    assert shared(3, 16) == shared(9, 16) == families
+    assert shared(1, 16) == [[*families[0], *families[1], *families[2]]]
+    assert shared(1, 6) == [families[0] + families[1], families[2]]
+    assert shared(1, 2) == [[0, 3], [6], [1, 4], [7], [2, 5], [8]]
 
 
 def test_a_family_differs_in_steps_alone(config):
@@ -141,7 +149,8 @@ def test_a_family_differs_in_steps_alone(config):
             )
     """
     variants = plan.variants(config(body))
-    assert [plan.most_steps(variant) for variant in variants] == [2, 2, 5, 5]
+    assert plan.longest(variants) == {"rotation": 5}
+    assert plan.longest(variants[:2]) == {"rotation": 2}
     families = [unit.family for unit in plan.units(variants) if unit.kind == "trial"]
     assert families[0] == families[2] != families[1] == families[3]
     assert len({unit.id for unit in plan.units(variants)}) == 5

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from experiments import launch
 from experiments.reporting.rows import ReportError, read_side_file
-from experiments.sweeping import collect, progress, state as state_lib
+from experiments.sweeping import collect, progress
 from experiments.sweeping.unit import Unit
 
 NEEDED = ("trial", "status")
@@ -96,17 +96,9 @@ def _plan(folder: pathlib.Path, notes: list[str]) -> list[Unit]:
 
 
 def _counts(folder: pathlib.Path, units: Sequence[Unit]) -> dict[str, int]:
-    counts = dict.fromkeys(("done", "failed", "running", "waiting"), 0)
-    lost: set[str] = set()
-    for unit in units:
-        state = state_lib.read(unit.folder(folder)).state
-        if unit.kind != "trial":
-            lost |= {unit.id} if state == "failed" else set()
-        elif state == "failed" or unit.needs in lost:
-            counts["failed"] += 1
-        else:
-            counts[state if state in counts else "waiting"] += 1
-    return counts
+    counts = progress.measure(folder, units).counts
+    counts["waiting"] += counts.pop("blocked")
+    return {name: counts[name] for name in ("done", "failed", "running", "waiting")}
 
 
 def _counted(table: pa.Table) -> dict[str, int]:
