@@ -31,6 +31,7 @@ _NO_RESULTS = (
     "browser.py",
     "kernels.py",
     "smoke.py",
+    "sweep_bench.py",
     "synthetic_sweep.py",
 )
 _ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
