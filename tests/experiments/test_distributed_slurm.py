@@ -6,6 +6,7 @@ The job script is that of docs/scaling.md.
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sys
@@ -94,9 +95,8 @@ def test_a_job_that_loses_a_process_is_requeued_and_goes_on(slurm, tmp_path):
     until(lambda: results.exists() and len(results.read_text().splitlines()) >= 3, log)
     os.kill(processes_of(folder)[1], signal.SIGKILL)
     until(lambda: "ended with" in log.read_text(), log)
-    said = log.read_text()
-    assert "another process of this run has died" in said
-    assert "ended with 137" in said or "ended with 75" in said
+    # The other process noticed by itself, or srun told it to stop.
+    assert re.search(r"ended with (75|137|143)$", log.read_text(), re.M)
 
     until(lambda: "ended with 0" in log.read_text(), log)
     assert slurm.ask("squeue", "-h", "-j", job, "-t", "R").strip() == ""
