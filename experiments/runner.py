@@ -211,7 +211,7 @@ class Runner:
         def run(settings: dict[str, Any]) -> Outcome:
             return self._run_one(name, method, settings, batches)
 
-        if self._prefixes is None:
+        if self._prefixes is None or not method.traced:
             return run(settings)
         model = (self.fingerprint, self.seed)
         # Ids count from zero in every split: the images themselves say which they are.

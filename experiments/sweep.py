@@ -328,7 +328,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if not values["config"] or not values["workdir"]:
         raise launch.UserError("--config and --workdir are needed, or --status=DIR.")
-    launch.chosen("tracker", values["trackers"] or ("wandb",), writers.TRACKERS)
+    if values["trackers"]:
+        launch.chosen("tracker", values["trackers"], writers.TRACKERS)
     limits = Limits(
         values["retries"],
         60 * values["time_min"],

@@ -48,10 +48,7 @@ def named(nodes):
 
 @pytest.fixture
 def slurm(tmp_path, request):
-    if "slurm" not in (request.config.option.markexpr or ""):
-        pytest.skip("runs with make test-slurm")
-    if lacks := slurm_cluster.missing():
-        pytest.skip(f"needs {', '.join(lacks)}: apt install slurm-wlm munge, as root")
+    slurm_cluster.skip_unless_asked(request)
     with named(slurm_cluster.NODES), slurm_cluster.cluster(tmp_path / "slurm") as made:
         yield made
 

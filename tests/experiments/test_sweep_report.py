@@ -4,8 +4,6 @@ import configparser
 import json
 import pathlib
 import re
-import subprocess
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +15,7 @@ from experiments.reporting.sweep import columns, gains, page, source, terminal
 from experiments.sweeping import progress, state as state_lib
 from experiments.sweeping.unit import Unit
 from tests.experiments.sweep_folders import failed, put, row
+from tests.experiments.test_report import run_program
 
 
 def read(folder):
@@ -320,15 +319,6 @@ def test_every_script_is_in_the_page_and_in_the_package():
     patterns = setup["options.package_data"]["experiments.reporting.sweep"].split(",")
     kept = {path.name for pattern in patterns for path in folder.glob(pattern.strip())}
     assert kept == {path.name for path in folder.iterdir() if path.suffix in (".js", ".css")}
-
-
-def run_program(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.report", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=pathlib.Path(report.__file__).parent.parent,
-    )
 
 
 def test_program_tells_a_sweep_from_a_run(tmp_path):

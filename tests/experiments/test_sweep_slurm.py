@@ -20,10 +20,7 @@ pytestmark = pytest.mark.slurm
 
 @pytest.fixture
 def slurm(tmp_path, request):
-    if "slurm" not in (request.config.option.markexpr or ""):
-        pytest.skip("runs with make test-slurm")
-    if lacks := slurm_cluster.missing():
-        pytest.skip(f"needs {', '.join(lacks)}: apt install slurm-wlm munge, as root")
+    slurm_cluster.skip_unless_asked(request)
     with slurm_cluster.cluster(tmp_path / "slurm") as made:
         yield made
 
