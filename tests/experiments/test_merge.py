@@ -1,0 +1,207 @@
+"""Parts of a table are the table: ranges of images, methods, domains; what cannot be joined."""
+
+import json
+import shutil
+
+import pytest
+
+from experiments import adapt, launch, merge, report, train
+from tests.experiments import team_config
+from tests.experiments.test_programs import assert_equal_rows, rows_of
+
+DOMAINS = ("clean", "saturate", "fog")
+RANGES = ("test[:7]", "test[7:22]", "test[22:30]")
+PER_SAMPLE = ("source", "rotation")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train.run(team_config.get_config(), str(folder))
+    return folder / "checkpoints" / "seed_0"
+
+
+@pytest.fixture(scope="module")
+def table(trained, tmp_path_factory):
+    """``table(name, ...)``: a work folder of that name with rows of a part, made once."""
+    root = tmp_path_factory.mktemp("parts")
+
+    def made(name, *, test="test[:30]", methods=(), domains=DOMAINS):
+        if not (root / name).exists():
+            config = team_config.get_config()
+            config.data.test = test
+            part = adapt.Part(methods, domains)
+            assert adapt.run(config, str(root / name), part=part, checkpoint_path=str(trained)) == 0
+        return str(root / name)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def parts(table):
+    """Three ranges of what takes one image at a time, and the rest by domain."""
+    cut = [table(f"range{n}", test=test, methods=PER_SAMPLE) for n, test in enumerate(RANGES)]
+    whole = [table(f"all_{d}", methods=("rotation_online", "tent"), domains=(d,)) for d in DOMAINS]
+    return cut + whole
+
+
+def test_parts_are_the_table(table, parts, tmp_path, capsys):
+    assert merge.run(str(tmp_path), parts) == 0
+    alone = rows_of(merge.pathlib.Path(table("whole")))
+    found = rows_of(tmp_path)
+    assert f"{len(found)} rows of 6 parts" in capsys.readouterr().out
+    assert_equal_rows(found, alone)
+    joined = next(r for r in found if r["method"] == "rotation" and r["domain"] == "clean")
+    assert joined["num_examples"] == 30
+    assert joined["seconds"] == pytest.approx(
+        sum(
+            row["seconds"]
+            for part in parts[:3]
+            for row in rows_of(merge.pathlib.Path(part))
+            if (row["method"], row["domain"]) == ("rotation", "clean")
+        )
+    )
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["config"]["data"]["test"] == "test[:30]"
+    assert [part["test"] for part in record["parts"]] == [*RANGES, *["test[:30]"] * 3]
+    selection = json.loads((tmp_path / "selection.json").read_text())
+    assert set(selection["chosen"]) == {*PER_SAMPLE, "rotation_online", "tent"}
+    assert report.run(tmp_path) == 0
+
+
+def test_a_merged_table_is_resumed_and_merged_again(table, trained, parts, tmp_path):
+    folder = tmp_path / "whole"
+    merge.run(str(folder), parts[:3])
+    before = rows_of(folder)
+    config = team_config.get_config()
+    part = adapt.Part(domains=DOMAINS)
+    assert adapt.run(config, str(folder), part=part, checkpoint_path=str(trained)) == 0
+    assert_equal_rows(rows_of(folder), rows_of(merge.pathlib.Path(table("whole"))))
+    # run.json is adapt's now, and the rows are no longer those of a merge alone.
+    with pytest.raises(launch.UserError, match="did not make; choose another --workdir"):
+        merge.run(str(folder), parts[:3])
+    other = tmp_path / "again"
+    for _ in range(2):
+        merge.run(str(other), parts[:3])
+        assert rows_of(other) == before
+
+
+def test_seeds_are_parts_too(table, tmp_path):
+    folders = []
+    for seed in (0, 1):
+        copied = shutil.copytree(
+            table("range0", test=RANGES[0], methods=PER_SAMPLE), tmp_path / f"{seed}"
+        )
+        rows = [row | {"seed": seed} for row in rows_of(copied)]
+        (copied / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        record = json.loads((copied / "run.json").read_text())
+        record["config"]["seeds"] = [seed]
+        (copied / "run.json").write_text(json.dumps(record))
+        folders.append(str(copied))
+    merge.run(str(tmp_path / "whole"), folders)
+    assert len(rows_of(tmp_path / "whole")) == 2 * len(rows)
+    assert json.loads((tmp_path / "whole" / "run.json").read_text())["config"]["seeds"] == [0, 1]
+
+
+def refusal(folder, parts):
+    with pytest.raises(launch.UserError) as error:
+        merge.run(str(folder), parts)
+    assert not list(folder.glob("*.jsonl"))
+    return str(error.value)
+
+
+def test_what_is_missing_or_double(table, parts, tmp_path):
+    one, two, three, clean, _, fog = parts
+    whole = table("whole")
+    assert "on clean (severity 0, seed 0, reported) cannot be joined" in (
+        message := refusal(tmp_path, [one, three])
+    )
+    assert "ranges test[:7] and test[22:30] leave images out" in message
+    message = refusal(tmp_path, [one, two, clean])
+    assert "it is there for test[:22], and the parts are of test[:30]." in message
+    assert "test[:30] overlap" in refusal(tmp_path, [one, two, three, whole])
+    assert f"{clean} and {tmp_path / 'copy'} both have it" in refusal(
+        tmp_path, [clean, fog, str(shutil.copytree(clean, tmp_path / "copy"))]
+    )
+    assert "each once; got" in refusal(tmp_path, [one, one])
+
+
+def test_what_adapts_together_is_not_cut(table, tmp_path):
+    parts = [
+        table(f"tent{n}", test=test, methods=("tent",), domains=("clean",))
+        for n, test in enumerate(("test[:20]", "test[20:30]"))
+    ]
+    assert "(a batch or a stream), so one part must have them all." in refusal(tmp_path, parts)
+
+
+def edited(part, folder, name, change):
+    """A copy of a part with one of its files changed."""
+    shutil.copytree(part, folder)
+    text = (folder / name).read_text()
+    assert change(text) != text
+    (folder / name).write_text(change(text))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("run.json", '"batch_size": 20', '"batch_size": 10', "adapt.batch_size is 20 in"),
+        ("selection.json", '"learning_rate": 0.01', '"learning_rate": 0.5', "chosen otherwise"),
+        ("results.jsonl", '"status": "ok"', '"status": "failed"', "6 failed of 6 rows"),
+        (
+            "results.jsonl",
+            '"split_role": "validation"',
+            '"split_role": "validation", "x": 1',
+            "have it differently",
+        ),
+        ("run.json", "test[7:22]", "test[-8:]", "counted from the beginning"),
+        ("run.json", "test[7:22]", "test[7%:22%]", "all in percent or all in images"),
+        ("run.json", '"config"', '"configs"', "is damaged"),
+    ],
+)
+def test_parts_that_are_not_of_one_table(parts, tmp_path, name, old, new, message):
+    other = edited(parts[1], tmp_path / "other", name, lambda text: text.replace(old, new))
+    assert message in refusal(tmp_path / "whole", [parts[0], other, parts[2]])
+
+
+def test_a_folder_that_is_no_part(tmp_path):
+    assert "has no results.jsonl" in refusal(tmp_path, [str(tmp_path / "none")])
+
+
+def test_ranges():
+    assert [
+        str(merge.range_of(text)) for text in ("test", "test[:]", "test[5:]", "test[:100%]")
+    ] == [
+        "test",
+        "test",
+        "test[5:]",
+        "test",
+    ]
+    halves = [merge.range_of(text) for text in ("test[50%:100%]", "test[0%:50%]")]
+    assert str(merge.union(halves)) == "test"
+    with pytest.raises(launch.UserError, match="of one split"):
+        merge.union([merge.range_of("test[:5]"), merge.range_of("train[5:]")])
+
+
+def test_shares_are_numbers_of_images():
+    """As a mean of rounded shares would not be: 1/3 of 3 and 2/7 of 7 are 3/10 exactly."""
+    row = {"scope": "per_sample", "turned_right": 0.0, "turned_wrong": 0.0, "seconds": 1.0}
+    rows = [
+        row | {"error": 1 / 3, "num_examples": 3, "aux_loss_after": 1.0, "error_by_step": [1 / 3]},
+        row | {"error": 2 / 7, "num_examples": 7, "aux_loss_after": 2.0, "error_by_step": [4 / 7]},
+    ]
+    whole = merge.joined(rows)
+    assert whole["error"] == 3 / 10 and whole["error_by_step"] == [5 / 10]
+    assert whole["aux_loss_after"] == pytest.approx(1.7)
+    assert whole["seconds"] == 2.0 and whole["samples_per_second"] == 5.0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({"num_steps": 3}, "num_steps is 2 and 3"), ({"error_few": 0.5}, "cut by --domains instead")],
+)
+def test_rows_that_are_not_of_one_method(more, message):
+    row = {"scope": "per_sample", "num_steps": 2, "num_examples": 3, "seconds": 1.0}
+    with pytest.raises(ValueError, match=message):
+        merge.joined([row, row | more])
