@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.test = "test[:20%]"
     config.model = ml_collections.ConfigDict(
         {"name": "vit", "patch": 4, "width": 192, "depth": 6, "heads": 3}
-        | {"decoder_width": 96, "decoder_depth": 2, "dtype": "bfloat16"}
+        | {"decoder_width": 96, "decoder_depth": 2, "dtype": "bfloat16", "attention": "fused"}
     )
     config.train.update(
         {
