@@ -26,6 +26,7 @@ DEFAULTS = {
     "data.domain": "clean",
     "data.imbalance": 1,
     "train.aux": "rotation",
+    "train.main_select": "all",
     "train.mask_ratio": 0.75,
     "train.optimizer": "sgd",
     "train.schedule": "cosine",

@@ -26,6 +26,7 @@ import tqdm
 
 import ttt_jax as ttt
 from experiments import auxiliary, launch, problem as problem_lib, writers
+from experiments.methods import steps as steps_lib
 from ttt_jax import checkpoint, data, models
 
 SCHEDULES = ("cosine", "step")
@@ -66,10 +67,11 @@ def check(config: ml_collections.ConfigDict) -> None:
 
     Raises:
       ValueError: an unknown ``train.aux``, ``train.schedule`` or ``train.optimizer``, a
-        ``train.warmup_steps`` that is not shorter than the training, or fewer than one of
-        ``train.steps_per_call``.
+        ``train.main_select`` that is no pattern, a ``train.warmup_steps`` that is not shorter than
+        the training, or fewer than one of ``train.steps_per_call``.
     """
     auxiliary.name_of(config)
+    steps_lib.selection({"select": launch.setting(config, "train.main_select")})
     for key, known in (("train.schedule", SCHEDULES), ("train.optimizer", OPTIMIZERS)):
         if (name := launch.setting(config, key)) not in known:
             raise ValueError(f"{key} must be one of {list(known)}; got {name!r}.")
@@ -88,10 +90,13 @@ def make_step(problem: problem_lib.Problem, config: ml_collections.ConfigDict) -
     """The training step ``(variables, opt_state, images, labels, key) -> ...`` and its optimizer.
 
     Minimises cross-entropy plus ``aux_weight`` times the loss of the auxiliary task on the same
-    augmented batch (Sun et al. 2020, Eq. 2); its third output holds both, by name.
+    augmented batch (Sun et al. 2020, Eq. 2); its third output holds both, by name. Cross-entropy
+    has a gradient in the parameters of ``train.main_select`` alone.
     """
     task = auxiliary.name_of(config)
     optim = optimizer(config)
+    chosen = launch.setting(config, "train.main_select")
+    learning = None if chosen == "all" else steps_lib.selection({"select": chosen})
     config = config.train
     batch_norm = problem_lib.has_batch_norm(problem)
     model = problem.model("batch" if batch_norm else "running")
@@ -100,7 +105,11 @@ def make_step(problem: problem_lib.Problem, config: ml_collections.ConfigDict) -
     def losses(variables: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
         view_key, aux_key = jax.random.split(key)
         views = jax.vmap(problem.view)(images, jax.random.split(view_key, len(labels)))
-        logits = model.classify(variables, views)
+        held = variables
+        if learning is not None:
+            fast, frozen = learning.split(variables)
+            held = learning.merge(fast, jax.lax.stop_gradient(frozen))
+        logits = model.classify(held, views)
         main = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         if aux is None:
             return main, (views, {"main": main})

@@ -32,13 +32,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.update({"aux": "contrastive", "batch_size": 256, "num_steps": 28500})
     config.adapt.batch_size = 250
     config.adapt.chunk_size = 250
+    # What a step too large does to a stream of 40 batches does not show on 4.
+    config.adapt.selection_passes = 10
     config.methods = ml_collections.ConfigDict(
         {
             "joint": {},
             "augmented": {"num_views": 32},
             "tent_online": {"learning_rate": 0.001},
             "ttt_plus": {
-                "learning_rate": (0.001, 0.003, 0.01),
+                "learning_rate": (0.00001, 0.00003, 0.0001, 0.0003, 0.001),
                 "queue": 1286,
                 "select": "params/(conv1|layer1|layer2|layer3|gn)/.*",
             },

@@ -222,7 +222,11 @@ def test_step_schedule_ends_at_a_hundredth():
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("schedule", "stairs", "train.schedule must be one of"), ("steps_per_call", 0, "at least 1")],
+    [
+        ("schedule", "stairs", "train.schedule must be one of"),
+        ("steps_per_call", 0, "at least 1"),
+        ("main_select", "head(", "is not one"),
+    ],
 )
 def test_impossible_training(tmp_path, key, value, message):
     config = tiny_config.get_config()

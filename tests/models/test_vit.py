@@ -146,6 +146,8 @@ def test_impossible_options_are_refused():
         ViT(width=190)
     with pytest.raises(ValueError, match="patch divides both sides"):
         patchify(jnp.zeros((1, 8, 8, 1)), 3)
+    with pytest.raises(ValueError, match="head_depth is at least 0, received -1"):
+        ViT(head_depth=-1)
     with pytest.raises(ValueError, match="received 'flash': choose one"):
         ViT(attention="flash")
     with pytest.raises(ValueError, match="unpatchify takes patches"):
@@ -162,30 +164,59 @@ def project(x, leaves):
     return x @ flat + leaves["bias"].ravel()
 
 
+def block_by_hand(x, block):
+    n, tokens, width = x.shape
+    y = layer_norm(x, block["norm1"])
+    query, key, value = (
+        project(y, block["attention"][name]).reshape(n, tokens, 2, width // 2)
+        for name in ("query", "key", "value")
+    )
+    weights = np.exp(np.einsum("nqhd,nkhd->nhqk", query, key) / np.sqrt(width // 2))
+    weights /= weights.sum(-1, keepdims=True)
+    mixed = np.einsum("nhqk,nkhd->nqhd", weights, value).reshape(x.shape)
+    x = x + project(mixed, block["attention"]["out"])
+    y = project(layer_norm(x, block["norm2"]), block["up"])
+    y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    return x + project(y, block["down"])
+
+
+def tokens_by_hand(images, encoder):
+    x = project(np.asarray(patchify(images, 2), np.float64), encoder["patch_embed"])
+    x = block_by_hand(x + sincos_positions(4, 4, 16), encoder["block_0"])
+    return layer_norm(x, encoder["norm"])
+
+
+def exactly(variables):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
+
+
 @pytest.mark.parametrize("attention", ["xla", "fused"])
 def test_features_by_an_independent_forward_pass(vit, attention):
     _, variables, images = vit
     module = ViT(**OPTIONS, attention=attention)  # the fused form needs a GPU and 16 bits
-    run = jax.jit(lambda v: module.apply(v, images, method="features"))
-    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"]["encoder"])
-    block, norm = params["block_0"], layer_norm
-    x = project(np.asarray(patchify(images, 2), np.float64), params["patch_embed"])
-    x = x + sincos_positions(4, 4, 16)
-    y = norm(x, block["norm1"])
-    query, key, value = (
-        project(y, block["attention"][name]).reshape(3, 16, 2, 8)
-        for name in ("query", "key", "value")
+    found = jax.jit(lambda v: module.apply(v, images, method="features"))(variables)
+    wanted = tokens_by_hand(images, exactly(variables)["encoder"]).mean(1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_deeper_head_by_an_independent_forward_pass(filled):
+    module = ViT(**OPTIONS, head_depth=2)
+    variables, images = (
+        filled(module, (8, 8, 2)),
+        jax.random.normal(jax.random.key(1), (3, 8, 8, 2)),
     )
-    weights = np.exp(np.einsum("nqhd,nkhd->nhqk", query, key) / np.sqrt(8))
-    weights /= weights.sum(-1, keepdims=True)
-    mixed = np.einsum("nhqk,nkhd->nqhd", weights, value).reshape(3, 16, 16)
-    x = x + project(mixed, block["attention"]["out"])
-    y = project(norm(x, block["norm2"]), block["up"])
-    y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
-    x = x + project(y, block["down"])
-    np.testing.assert_allclose(
-        run(variables), norm(x, params["norm"]).mean(1), rtol=1e-4, atol=1e-4
-    )
+    params = exactly(variables)
+    assert set(params) == {"encoder", "decoder", "head", "head_blocks", "rotation_head"}
+    x = encoded = tokens_by_hand(images, params["encoder"])
+    for index in range(2):
+        x = block_by_hand(x, params["head_blocks"][f"block_{index}"])
+    x = layer_norm(x, params["head_blocks"]["norm"]).mean(1)
+    logits, features = jax.jit(
+        lambda v: (module.apply(v, images), module.apply(v, images, method="features"))
+    )(variables)
+    np.testing.assert_allclose(logits, project(x, params["head"]), rtol=1e-4, atol=1e-4)
+    # The other heads see what the encoder gives.
+    np.testing.assert_allclose(features, encoded.mean(1), rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_products_take_bfloat16_operands(vit):

@@ -155,12 +155,28 @@ class _Decoder(nn.Module):
         return x.astype(jnp.float32)
 
 
+class _HeadBlocks(nn.Module):
+    """Mixes the encoder's tokens further, for the classifier alone."""
+
+    depth: int
+    heads: int
+    dtype: Any
+    attention: str = "xla"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for index in range(self.depth):
+            x = Block(self.heads, self.dtype, self.attention, name=f"block_{index}")(x)
+        return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+
+
 class ViT(nn.Module):
     """A vision transformer for classification, rotation prediction and reconstruction.
 
-    Parameter paths begin with ``encoder/``, ``decoder/``, ``head/`` and ``rotation_head/``, so
-    ``ttt_jax.select.paths(r".*encoder/.*")`` is the encoder alone, as adapted by TTT-MAE
-    (Gandelsman et al., 2022). There is no class token: both heads see the mean of the tokens.
+    Parameter paths begin with ``encoder/``, ``decoder/``, ``head/``, ``head_blocks/`` and
+    ``rotation_head/``, so ``ttt_jax.select.paths(r".*encoder/.*")`` is the encoder alone, as
+    adapted by TTT-MAE (Gandelsman et al., 2022). There is no class token: both heads see the mean
+    of the tokens.
 
     Attributes:
       image_size: the side of square images, or ``(H, W)``.
@@ -174,6 +190,9 @@ class ViT(nn.Module):
       decoder_width: decoder features; a multiple of 4 and of ``decoder_heads``.
       decoder_depth: decoder blocks.
       decoder_heads: attention heads of the decoder; ``None``: as many as in the encoder.
+      head_depth: transformer blocks, as wide as the encoder, between its tokens and the
+        classifier: the head of TTT-MAE's probing, which learns on features that it leaves as they
+        are. 0 classifies the mean of the encoder's own tokens.
       num_prompts: learned tokens ``encoder/prompt`` ``[num_prompts, width]`` beside the patches
         at the encoder's input (Jia et al., 2022, "Visual Prompt Tuning", the shallow form). They
         have no position, and no head pools them. 0 leaves parameters and outputs as they are
@@ -200,6 +219,7 @@ class ViT(nn.Module):
     decoder_width: int = 96
     decoder_depth: int = 2
     decoder_heads: int | None = None
+    head_depth: int = 0
     num_prompts: int = 0
     attention: str = "xla"
     dtype: Any = jnp.float32
@@ -210,6 +230,11 @@ class ViT(nn.Module):
             raise ValueError(
                 f"patch divides both sides of the image, received patch={self.patch} and "
                 f"image_size={self.image_size}: choose a divisor."
+            )
+        if self.head_depth < 0:
+            raise ValueError(
+                f"head_depth is at least 0, received {self.head_depth}: choose 0 for a linear "
+                "classifier of the encoder's tokens."
             )
         if self.num_prompts < 0:
             raise ValueError(
@@ -243,12 +268,18 @@ class ViT(nn.Module):
             self.dtype,
             self.attention,
         )
+        if self.head_depth:
+            mixing = (self.head_depth, self.heads, self.dtype, self.attention)
+            self.head_blocks = _HeadBlocks(*mixing)
         self.head = nn.Dense(self.num_classes, kernel_init=xavier_uniform)
         self.rotation_head = nn.Dense(self.rotation_classes, kernel_init=xavier_uniform)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Classifies: ``[N, H, W, C] -> logits [N, num_classes]``, float32."""
-        return self.head(self.features(images))
+        if not self.head_depth:
+            return self.head(self.features(images))
+        tokens = self.head_blocks(self._tokens(images))
+        return self.head(jnp.mean(tokens.astype(jnp.float32), axis=1))
 
     def rotation(self, images: jax.Array) -> jax.Array:
         """Predicts the rotation: ``[N, H, W, C] -> logits [N, rotation_classes]``, float32."""
@@ -256,8 +287,7 @@ class ViT(nn.Module):
 
     def features(self, images: jax.Array) -> jax.Array:
         """The mean of the encoder's tokens: ``[N, H, W, C] -> [N, width]``, float32."""
-        tokens = self.encoder(self._patches(images), self._positions(self.width))
-        return jnp.mean(tokens.astype(jnp.float32), axis=1)
+        return jnp.mean(self._tokens(images).astype(jnp.float32), axis=1)
 
     def reconstruct(self, images: jax.Array, keep: jax.Array) -> jax.Array:
         """Reconstructs every patch from the visible ones; the encoder sees these alone.
@@ -290,6 +320,9 @@ class ViT(nn.Module):
         """Runs every head, so that one ``init`` creates every parameter."""
         keep = jnp.zeros((images.shape[0], 1), jnp.int32)
         return self(images), self.rotation(images), self.reconstruct(images, keep)
+
+    def _tokens(self, images: jax.Array) -> jax.Array:
+        return self.encoder(self._patches(images), self._positions(self.width))
 
     def _patches(self, images: jax.Array) -> jax.Array:
         check_images(images, model="ViT", channels=self.channels, size=self._size())
