@@ -20,9 +20,13 @@ from jax.experimental.pallas import triton as plgpu
 
 TAPS = 9
 
-# Per number of channels, from timings on an H100 (bfloat16, 128 instances of 32 images of
-# 32 x 32): images per program, positions per step, taps per program and warps.
-_WEIGHT_GRADIENT = {16: (8, 64, 9, 1), 32: (16, 128, 3, 2), 64: (32, 64, 1, 4)}
+# From timings on an H100 (bfloat16 and float32, 128 instances of 32 images of 32 x 32). Per number
+# of outputs: the most positions per program, and warps.
+_FORWARD = {16: (64, 2), 32: (128, 4), 64: (64, 4)}
+
+# Per number of channels, the larger of both maps': the most images per program, positions per
+# step, taps per program and warps.
+_WEIGHT_GRADIENT = {16: (8, 32, 9, 1), 32: (16, 64, 3, 2), 64: (32, 64, 1, 4)}
 
 # More images than an instance has copies: a training batch, which alone must fill the card.
 _ONE_INSTANCE = 64
@@ -41,62 +45,70 @@ def _gather(
     ref: Any, rows: jax.Array, columns: jax.Array, inside: jax.Array, width: int, base: Any = 0
 ) -> tuple[jax.Array, jax.Array]:
     """Rows of ``ref`` at some places, zeros outside; and where it is inside."""
-    shape = (rows.shape[0], ref.shape[-1])
-    places = jnp.broadcast_to((base + jnp.where(inside, rows * width + columns, 0))[:, None], shape)
-    mask = jnp.broadcast_to(inside[:, None], shape)
-    channels = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    return plgpu.load(ref.at[places, channels], mask=mask, other=0), mask
+    places = base + jnp.where(inside, rows * width + columns, 0)
+    mask = jnp.broadcast_to(inside[:, None], (rows.shape[0], ref.shape[-1]))
+    return plgpu.load(ref.at[_rows(places, ref.shape[-1])], mask=mask, other=0), mask
+
+
+def _rows(places: jax.Array, channels: int) -> tuple[jax.Array, jax.Array]:
+    """The indices of all channels at some places."""
+    shape = (places.shape[0], channels)
+    return jnp.broadcast_to(places[:, None], shape), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
 def _sources(
-    rows: jax.Array, columns: jax.Array, tap: Any, stride: int, height: int, width: int
+    rows: jax.Array, columns: jax.Array, tap: Any, height: int, width: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The outputs that read the given inputs through a tap, and whether there is one."""
+    """The outputs of stride 1 that read the given inputs through a tap, and if there is one."""
+    down, right = _offsets(tap)
+    r, c = rows - down, columns - right
+    return r, c, (r >= 0) & (c >= 0) & (r < height) & (c < width)
+
+
+def _offsets(tap: Any) -> tuple[Any, Any]:
+    """How far below and to the right of an output's own place a tap reads; of a traced tap too."""
     tap = jnp.int32(tap)
-    r = rows - jax.lax.div(tap, jnp.int32(3)) + 1
-    c = columns - jax.lax.rem(tap, jnp.int32(3)) + 1
-    inside = (r >= 0) & (c >= 0)
-    if stride == 2:
-        inside &= ((r | c) & 1) == 0
-        r, c = r >> 1, c >> 1
-    return r, c, inside & (r < height) & (c < width)
+    return jax.lax.div(tap, jnp.int32(3)) - 1, jax.lax.rem(tap, jnp.int32(3)) - 1
+
+
+def _activated(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.maximum(a[None] * x.astype(jnp.float32) + b[None], 0.0)
 
 
 def _image(positions: int, channels: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, positions, channels), lambda n: (n, 0, 0))
+    return pl.BlockSpec((None, positions, channels), lambda n, *_: (n, 0, 0))
 
 
 def _vector(channels: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, channels), lambda n: (n, 0))
+    return pl.BlockSpec((None, channels), lambda n, *_: (n, 0))
 
 
 def _taps(channels: int, outputs: int) -> pl.BlockSpec:
-    return pl.BlockSpec((TAPS, channels, outputs), lambda n: (0, 0, 0))
+    return pl.BlockSpec((TAPS, channels, outputs), lambda *_: (0, 0, 0))
 
 
 def _forward_kernel(
-    *refs: Any, height: int, width: int, stride: int, activate: bool, residual: bool
+    *refs: Any, height: int, width: int, stride: int, activate: bool, residual: bool, chunk: int
 ) -> None:
     x_ref, a_ref, b_ref, w_ref = refs[:4]
     y_ref, sums_ref = refs[4 + residual :]
-    columns_out = width // stride
-    count = (height // stride) * columns_out
-    i, j = _places(jax.lax.broadcasted_iota(jnp.int32, (count,), 0), columns_out)
+    start = pl.program_id(1) * chunk
+    i, j = _places(start + jax.lax.broadcasted_iota(jnp.int32, (chunk,), 0), width // stride)
     a, b = a_ref[...], b_ref[...]
-    y = jnp.zeros((count, w_ref.shape[-1]), jnp.float32)
+    y = jnp.zeros((chunk, w_ref.shape[-1]), jnp.float32)
     for tap in range(TAPS):
         r, c = i * stride + (tap // 3 - 1), j * stride + (tap % 3 - 1)
         inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
         x, mask = _gather(x_ref, r, c, inside, width)
         if activate:
-            u = jnp.maximum(a[None] * x.astype(jnp.float32) + b[None], 0.0)
             # Padding comes after the activation: it is zero, not relu(b).
-            x = jnp.where(mask, u, 0.0).astype(x.dtype)
+            x = jnp.where(mask, _activated(x, a, b), 0.0).astype(x.dtype)
         y += jnp.dot(x, w_ref[tap], preferred_element_type=jnp.float32)
+    here = pl.ds(start, chunk)
     if residual:
-        y += refs[4][...].astype(jnp.float32)
+        y += refs[4][here, :].astype(jnp.float32)
     rounded = y.astype(y_ref.dtype)
-    y_ref[...] = rounded
+    y_ref[here, :] = rounded
     y = rounded.astype(jnp.float32)
     sums_ref[0, :] = jnp.sum(y, axis=0)
     sums_ref[1, :] = jnp.sum(y * y, axis=0)
@@ -135,13 +147,15 @@ def forward(
     """
     count, positions, channels = x.shape
     outputs, out_positions = w.shape[-1], positions // stride**2
+    most, warps = _FORWARD[outputs]
+    chunk = math.gcd(most, out_positions)
+    chunks = out_positions // chunk
     inputs, specs = [x, a, b, w], [_image(positions, channels)] + [_vector(channels)] * 2
     specs.append(_taps(channels, outputs))
     if residual is not None:
         inputs.append(residual)
         specs.append(_image(out_positions, outputs))
-    warps = 8 if stride == 1 and out_positions * outputs >= 8192 else 4
-    return pl.pallas_call(
+    y, sums = pl.pallas_call(
         functools.partial(
             _forward_kernel,
             height=height,
@@ -149,18 +163,23 @@ def forward(
             stride=stride,
             activate=activate,
             residual=residual is not None,
+            chunk=chunk,
         ),
-        grid=(count,),
+        grid=(count, chunks),
         in_specs=specs,
-        out_specs=[_image(out_positions, outputs), _image(2, outputs)],
+        out_specs=[
+            _image(out_positions, outputs),
+            pl.BlockSpec((None, None, 2, outputs), lambda n, k: (n, k, 0, 0)),
+        ],
         out_shape=[
             jax.ShapeDtypeStruct((count, out_positions, outputs), x.dtype),
-            jax.ShapeDtypeStruct((count, 2, outputs), jnp.float32),
+            jax.ShapeDtypeStruct((count, chunks, 2, outputs), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="conv3x3_forward",
     )(*inputs)
+    return y, sums.sum(axis=1)
 
 
 def _input_gradient_kernel(
@@ -168,20 +187,41 @@ def _input_gradient_kernel(
 ) -> None:
     dy_ref, w_ref, x_ref, a_ref, b_ref, mean_ref, rstd_ref, gamma_ref = refs[:8]
     dx_ref, moments_ref = refs[8 + residual :]
-    count, channels = height * width, w_ref.shape[1]
-    out = (height // stride, width // stride)
-    i, j = _places(jax.lax.broadcasted_iota(jnp.int32, (count,), 0), width)
-    dh = jnp.zeros((count, channels), jnp.float32)
-    for tap in range(TAPS):
-        r, c, inside = _sources(i, j, tap, stride, *out)
-        dy, _ = _gather(dy_ref, r, c, inside, out[1])
-        contract = (((1,), (1,)), ((), ()))
-        dh += jax.lax.dot_general(dy, w_ref[tap], contract, preferred_element_type=jnp.float32)
-    x = x_ref[...].astype(jnp.float32)
-    gamma, rstd = gamma_ref[...], rstd_ref[...]
-    du = jnp.where(a_ref[...][None] * x + b_ref[...][None] > 0, dh, 0.0)
-    normal = (x - mean_ref[...][None]) * rstd[None]
-    dgamma, dbeta = jnp.sum(du * normal, axis=0), jnp.sum(du, axis=0)
+    channels, out = w_ref.shape[1], (height // stride, width // stride)
+    i, j = _places(jax.lax.broadcasted_iota(jnp.int32, (out[0] * out[1],), 0), out[1])
+    a, b, mean, rstd = (ref[...][None] for ref in (a_ref, b_ref, mean_ref, rstd_ref))
+    gamma = gamma_ref[...]
+    everywhere = i >= 0
+
+    def phase(ref: Any, down: int, right: int) -> jax.Array:
+        """Every ``stride``-th place of a map, from that row and column on."""
+        if stride == 1:
+            return ref[...]
+        return _gather(ref, i * stride + down, j * stride + right, everywhere, width)[0]
+
+    # With a stride, inputs of one phase are read through the same taps, at most four of nine.
+    parts = []
+    dgamma, dbeta = jnp.zeros((channels,), jnp.float32), jnp.zeros((channels,), jnp.float32)
+    for down in range(stride):
+        for right in range(stride):
+            dh = jnp.zeros((out[0] * out[1], channels), jnp.float32)
+            for tap in range(TAPS):
+                below, beside = down - tap // 3 + 1, right - tap % 3 + 1
+                if below % stride or beside % stride:
+                    continue
+                r, c = i + below // stride, j + beside // stride
+                inside = (r >= 0) & (c >= 0) & (r < out[0]) & (c < out[1])
+                dy, _ = _gather(dy_ref, r, c, inside, out[1])
+                contract = (((1,), (1,)), ((), ()))
+                dh += jax.lax.dot_general(
+                    dy, w_ref[tap], contract, preferred_element_type=jnp.float32
+                )
+            x = phase(x_ref, down, right).astype(jnp.float32)
+            du = jnp.where(a * x + b > 0, dh, 0.0)
+            normal = (x - mean) * rstd
+            dgamma += jnp.sum(du * normal, axis=0)
+            dbeta += jnp.sum(du, axis=0)
+            parts.append((down, right, du, normal))
     moments_ref[0, :] = dgamma
     moments_ref[1, :] = dbeta
     # Means over a group, spread over its channels: one small product with a block matrix.
@@ -189,13 +229,18 @@ def _input_gradient_kernel(
     shift = size.bit_length() - 1
     row = jax.lax.broadcasted_iota(jnp.int32, (channels, channels), 0) >> shift
     column = jax.lax.broadcasted_iota(jnp.int32, (channels, channels), 1) >> shift
-    same = jnp.where(row == column, 1.0 / (size * count), 0.0)
+    same = jnp.where(row == column, 1.0 / (size * height * width), 0.0)
     first = jnp.sum(same * (gamma * dbeta)[:, None], axis=0)
     second = jnp.sum(same * (gamma * dgamma)[:, None], axis=0)
-    dx = rstd[None] * (du * gamma[None] - first[None] - normal * second[None])
-    if residual:
-        dx += refs[8][...].astype(jnp.float32)
-    dx_ref[...] = dx.astype(dx_ref.dtype)
+    for down, right, du, normal in parts:
+        dx = rstd * (du * gamma[None] - first[None] - normal * second[None])
+        if residual:
+            dx += phase(refs[8], down, right).astype(jnp.float32)
+        if stride == 1:
+            dx_ref[...] = dx.astype(dx_ref.dtype)
+        else:
+            places = (i * stride + down) * width + j * stride + right
+            plgpu.store(dx_ref.at[_rows(places, channels)], dx.astype(dx_ref.dtype))
 
 
 def input_gradient(
@@ -234,10 +279,13 @@ def input_gradient(
     outputs = dy.shape[-1]
     inputs = [dy, w, x, *affine, gamma]
     specs = [_image(dy.shape[1], outputs), _taps(channels, outputs), _image(positions, channels)]
-    specs += [_vector(channels)] * 4 + [pl.BlockSpec((channels,), lambda n: (0,))]
+    specs += [_vector(channels)] * 4 + [pl.BlockSpec((channels,), lambda *_: (0,))]
     if residual is not None:
         inputs.append(residual)
         specs.append(_image(positions, channels))
+    # All of a map is on chip: in float32 it needs the registers of more warps.
+    narrow = stride == 2 and x.dtype.itemsize == 2
+    warps = 8 if positions >= 1024 and not narrow else 4
     return pl.pallas_call(
         functools.partial(
             _input_gradient_kernel,
@@ -254,7 +302,7 @@ def input_gradient(
             jax.ShapeDtypeStruct((count, positions, channels), x.dtype),
             jax.ShapeDtypeStruct((count, 2, channels), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=8 if positions >= 1024 else 4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="conv3x3_input_gradient",
     )(*inputs)
@@ -275,30 +323,44 @@ def _weight_gradient_kernel(
     chunk: int,
 ) -> None:
     channels, outputs = x_ref.shape[-1], dy_ref.shape[-1]
-    positions = height * width
     out = (height // stride, width // stride)
+    positions, out_positions = height * width, out[0] * out[1]
     first = jax.lax.rem(pl.program_id(0), jnp.int32(TAPS // taps)) * taps
-    chunks = jnp.int32(positions // chunk)
+    # Both maps have this many places with stride 1, and then the input is read as it lies, so that
+    # it is activated once and not once per tap. Otherwise the output, which is smaller, is.
+    chunks = jnp.int32(out_positions // chunk)
 
     def accumulate(step: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         step = jnp.int32(step)
         n, start = jax.lax.div(step, chunks), jax.lax.rem(step, chunks) * chunk
-        i, j = _places(start + jax.lax.broadcasted_iota(jnp.int32, (chunk,), 0), width)
-        x = x_ref[pl.ds(n * positions + start, chunk), :]
-        if activate:
-            u = a_ref[n, :][None] * x.astype(jnp.float32) + b_ref[n, :][None]
-            x = jnp.maximum(u, 0.0).astype(x.dtype)
+        i, j = _places(start + jax.lax.broadcasted_iota(jnp.int32, (chunk,), 0), out[1])
+        here = pl.ds(n * out_positions + start, chunk)
+        if stride == 1:
+            x = x_ref[here, :]
+            if activate:
+                x = _activated(x, a_ref[n, :], b_ref[n, :]).astype(x.dtype)
+        else:
+            dy = dy_ref[here, :]
         results = []
         for k, total in enumerate(sums):
-            r, c, inside = _sources(i, j, first + k, stride, *out)
-            dy, _ = _gather(dy_ref, r, c, inside, out[1], n * (out[0] * out[1]))
+            if stride == 1:
+                r, c, inside = _sources(i, j, first + k, *out)
+                dy, _ = _gather(dy_ref, r, c, inside, out[1], n * out_positions)
+            else:
+                down, right = _offsets(first + k)
+                r, c = i * stride + down, j * stride + right
+                inside = (r >= 0) & (c >= 0) & (r < height) & (c < width)
+                x, mask = _gather(x_ref, r, c, inside, width, n * positions)
+                if activate:
+                    u = _activated(x, a_ref[n, :], b_ref[n, :])
+                    x = jnp.where(mask, u, 0.0).astype(x.dtype)
             contract = (((0,), (0,)), ((), ()))
             product = jax.lax.dot_general(x, dy, contract, preferred_element_type=jnp.float32)
             results.append(total + product)
         return tuple(results)
 
     zeros = tuple(jnp.zeros((channels, outputs), jnp.float32) for _ in range(taps))
-    steps = x_ref.shape[0] // positions * (positions // chunk)
+    steps = x_ref.shape[0] // positions * (out_positions // chunk)
     for k, total in enumerate(jax.lax.fori_loop(0, steps, accumulate, zeros)):
         dw_ref[k] = total
 
@@ -338,7 +400,7 @@ def weight_gradient(
     if count > _ONE_INSTANCE:
         most = max(1, min(most, count * shares // _PROGRAMS))
     each = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
-    chunk = math.gcd(chunk, positions)
+    chunk = math.gcd(chunk, out_positions)
     parts = count // each
     partial = pl.pallas_call(
         functools.partial(
