@@ -76,9 +76,8 @@ def matching(apply: Callable[[Any, Any], jax.Array], moments: Any, queue: int) -
     """Distance of covariance and mean from the source's, in units of the source's own scatter.
 
     TTT++ divides ``|S - S'|_F^2 / (4 D^2)`` and ``mean((mu - mu')^2) / 2`` by what they are
-    between source images and source images. Here the divisors are the expected distances of n =
-    ``queue`` source images, were their features normal: ``(|S|_F^2 + tr(S)^2) / (n - 1) / (4 D^2)``
-    and ``tr(S) / (2 n D)``. So 1 + 1 is no shift at all.
+    between source images and source images. Here the divisors are those of :func:`scatter` for as
+    many images as the queue holds, so 1 + 1 is no shift at all.
 
     Args:
       apply: ``(params, images[N, ...]) -> features [N, D]``.
@@ -90,15 +89,30 @@ def matching(apply: Callable[[Any, Any], jax.Array], moments: Any, queue: int) -
     """
     if queue < 2:
         raise ValueError(f"queue must be at least 2 feature vectors; got {queue}.")
-    mean = moments["mean"]
-    covariance = moments["outer"] - jnp.outer(mean, mean)
-    width, trace = mean.shape[0], jnp.trace(covariance)
-    scatter = (jnp.square(covariance).sum() + trace**2) / (queue - 1) / (4 * width**2)
+    covariance_unit, mean_unit = scatter(moments, queue)
     return ttt.losses.moment_matching(
         apply,
         moments,
-        mean_weight=2 * queue * width / trace,
-        covariance_weight=1 / scatter,
+        mean_weight=1 / mean_unit,
+        covariance_weight=1 / covariance_unit,
         queue=queue,
         batch=True,
     )
+
+
+def scatter(moments: Any, count: int) -> tuple[jax.Array, jax.Array]:
+    """How far the moments of some source images lie from the source's, were features normal.
+
+    Args:
+      moments: of the source, as ``ttt_jax.losses.feature_moments`` measures them.
+      count: n, how many images, at least 2.
+
+    Returns:
+      The expected ``|S - S'|_F^2 / (4 D^2)``, which is ``(|S|_F^2 + tr(S)^2) / (n - 1) / (4 D^2)``,
+      and the expected ``mean((mu - mu')^2) / 2``, which is ``tr(S) / (2 n D)``.
+    """
+    mean = moments["mean"]
+    covariance = moments["outer"] - jnp.outer(mean, mean)
+    width, trace = mean.shape[0], jnp.trace(covariance)
+    of_covariance = (jnp.square(covariance).sum() + trace**2) / (count - 1) / (4 * width**2)
+    return of_covariance, trace / (2 * count * width)
