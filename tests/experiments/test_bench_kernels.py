@@ -1,0 +1,62 @@
+"""The benchmark of kernels: every kernel of every layer, other tiles beside, refusals."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from experiments import bench_kernels, launch
+from ttt_jax.models import fused_conv
+
+
+def settings(**options):
+    return ml_collections.ConfigDict({"dtypes": ("float32",), "tiles": (), "smoke": True} | options)
+
+
+def test_all_kernels_and_other_tiles(tmp_path, capsys):
+    tables = dict(fused_conv._FORWARD), dict(fused_conv._WEIGHT_GRADIENT)
+    tiles = ("forward:16:8:1", "weights:16:2:8:3:1")
+    record = bench_kernels.run(str(tmp_path / "k.json"), settings(tiles=tiles))
+    assert json.loads((tmp_path / "k.json").read_text())["rows"] == record["rows"]
+    own = [row for row in record["rows"] if row["chosen"]]
+    assert len(own) == 3 * len(bench_kernels.LAYERS)
+    assert all(row["ms"] > 0 and row["distance"] == 0 for row in own)
+    others = [row for row in record["rows"] if not row["chosen"]]
+    assert [(row["layer"], row["kernel"], row["tile"]) for row in others] == [
+        ("16 to 16 at 32", "forward", [8, 1]),
+        ("16 to 16 at 32", "weights", [2, 8, 3, 1]),
+    ]
+    assert all(row["distance"] < 1e-5 for row in others)
+    # What was tried does not stay.
+    assert (fused_conv._FORWARD, fused_conv._WEIGHT_GRADIENT) == tables
+    assert capsys.readouterr().out.count(" ms") == len(record["rows"])
+
+
+def test_operands_are_normalized():
+    layer = bench_kernels.Layer(4, 16, 16, 1)
+    o = bench_kernels.operands(jax.random.key(0), layer, 2, 3, jnp.float32)
+    a, b = o.affine[:2]
+    normal = (a[:, :, None] * o.x + b[:, :, None]) / o.gamma[:, None, None]
+    grouped = normal.reshape(2, 3, 16, bench_kernels.GROUPS, 2)
+    np.testing.assert_allclose(grouped.mean((2, 4)), 0, atol=1e-5)
+    np.testing.assert_allclose(grouped.var((2, 4)), 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["backward:16:8:1", "forward:24:8:1", "forward:16:8", "weights:x", "weights:16:2:8:4:1"],
+)
+def test_tiles_that_there_are_not(tmp_path, text):
+    with pytest.raises(launch.UserError, match=r"a tile is forward:OUTPUTS:POSITIONS:WARPS"):
+        bench_kernels.run(str(tmp_path / "k.json"), settings(tiles=(text,)))
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="here is a GPU")
+def test_without_a_gpu(tmp_path):
+    with pytest.raises(launch.UserError, match="for a GPU, and this is cpu; --smoke interprets"):
+        bench_kernels.run(str(tmp_path / "k.json"), settings(smoke=False))
+    with pytest.raises(launch.UserError, match="unknown dtype 'float16'"):
+        bench_kernels.run(str(tmp_path / "k.json"), settings(dtypes=("float16",)))
