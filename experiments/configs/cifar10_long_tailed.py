@@ -6,7 +6,7 @@ data are those of ``cifar10c_level5.py``. ``--config.data.imbalance=10`` is the 
 
 Cost: on one H100 in bfloat16 two minutes of training and seven of adapting.
 
-Expect (``docs/results.md``): views of an image, with MEMO's gradient or without, lower the error of
+Expect: views of an image, with MEMO's gradient or without, lower the error of
 the frequent classes by two points and raise that of the rare ones by one and a half; rotation
 lowers that of every group by half a point to one.
 

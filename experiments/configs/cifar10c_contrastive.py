@@ -6,7 +6,7 @@ the data are those of ``cifar10c_level5.py``.
 
 Cost: on one H100 in bfloat16 four minutes of training and, beside other work, five of adapting.
 
-Expect (``docs/results.md``): TTT++ 14 % (relative) below the model that it starts from, and every
+Expect: TTT++ 14 % (relative) below the model that it starts from, and every
 step size from 0.0001 on far above it. Published, on snow of lossless CIFAR-10-C with a ResNet-50
 with BatchNorm, many passes over the test set: 21.9 % error without adaptation, 12.2 % with Tent,
 9.8 % with TTT++ (Liu et al. 2021, as read in the README of TTAC).

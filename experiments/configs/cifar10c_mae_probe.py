@@ -6,7 +6,7 @@ data are those of ``cifar10c_level5.py``. ``--config.data.test=test`` takes all 
 
 Cost: on one H100 in bfloat16 four to six minutes of training and four of adapting.
 
-Expect (``docs/results.md``): the error falls by 2.8 % (relative), as with the mean over 32 views;
+Expect: the error falls by 2.8 % (relative), as with the mean over 32 views;
 frost gains 12 points, motion blur loses 3. Published, on ImageNet-C with a ViT-L encoder, mean
 accuracy rises from 32.1 % to 43.3 % (Gandelsman et al. 2022, as read in the project's tables).
 

@@ -9,7 +9,7 @@ own. ``pacs_source.py`` is the model without the auxiliary task.
 Cost: on one H100 in bfloat16 about a minute of training per seed; for three seeds four minutes of
 adapting beside a second domain on the same card, compilation included.
 
-Expect (``docs/results.md``): online rotation five points below the joint model on sketches, three
+Expect: online rotation five points below the joint model on sketches, three
 on cartoons, one on paintings, none on photographs; ten private steps within a point of it. The
 images are 32 pixels wide and the network learns from about 5,500 of them (7,500 without photo's
 1670): errors are far above those of ImageNet-pretrained networks at 224 pixels.
