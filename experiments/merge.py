@@ -11,12 +11,17 @@ several ranges become one, as if its images had been adapted in one run: an imag
 keys depend on its place in the split, not on the range it came with. ``WHOLE`` can be reported on,
 and resumed with the config whose ``data.test`` is the whole.
 
-Only what takes one image at a time can be cut into ranges. A row per range is missing, ranges that
+Only what takes one image at a time can be cut into ranges, and no gradual sequence, where the place
+in the range says how severe an image's corruption is. A row per range is missing, ranges that
 overlap, rows that differ where they should not: each is refused, and nothing is written.
+
+Settings with candidates are chosen once: parts of other seeds begin with the ``selection.json`` of
+the first part in their work folder, as one run over all seeds takes the choice of its first one.
 """
 
 import itertools
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -33,8 +38,13 @@ _SHARES = ("error", "turned_right", "turned_wrong")
 _MEANS = ("aux_loss_before", "aux_loss_after")
 _SUMS = ("num_examples", "seconds", "non_finite", "resets")
 # Of work that ranges do at different times, or each for itself.
-_LONGEST = ("compile_seconds", "source_seconds", "program_steps")
-_TIMES = ("seconds", "samples_per_second", "compile_seconds", "source_seconds", "program_steps")
+_LONGEST = ("compile_seconds", "source_seconds")
+_TIMES = ("seconds", "samples_per_second", "compile_seconds", "source_seconds")
+# Where a part may differ: its images and seeds, and what changes no result.
+_FREE = ("data.test", "seeds", "data.dir", "data.in_memory")
+_FREE += ("adapt.chunk_size", "adapt.parallel_streams")
+# Mean losses of two machines differ by rounding.
+_ROUNDING = 1e-4
 _ENDLESS = float("inf")
 
 
@@ -136,12 +146,13 @@ class Part(NamedTuple):
     selection: dict[str, Any]
 
 
-def _json(path: pathlib.Path, *keys: str) -> dict[str, Any]:
-    """A file that has some keys."""
+def _json(path: pathlib.Path, **keys: type) -> dict[str, Any]:
+    """A file that has some keys, with values of some types."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        for key in keys:
-            record[key]
+        for key, kind in keys.items():
+            if not isinstance(record[key], kind):
+                raise TypeError(f"{key} is {record[key]!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise launch.UserError(f"{path} is damaged ({error!r}); run that part again.") from error
     return record
@@ -164,13 +175,21 @@ def read(folder: pathlib.Path) -> Part:
         raise launch.UserError(
             f"{folder} has {len(failed)} failed of {len(rows)} rows; run that part again first."
         )
-    record = _json(folder / "run.json", "config")
-    images = range_of(record["config"]["data"]["test"])
-    return Part(folder, images, rows, record, _json(folder / "selection.json", "chosen", "tried"))
+    record = _json(folder / "run.json", config=dict)
+    try:
+        images = range_of(record["config"]["data"]["test"])
+        list(record["config"]["seeds"])
+    except (KeyError, TypeError) as error:
+        raise launch.UserError(
+            f"{folder / 'run.json'} is damaged ({error!r}); run that part again."
+        ) from error
+    return Part(
+        folder, images, rows, record, _json(folder / "selection.json", chosen=dict, tried=list)
+    )
 
 
 def _require_equal(parts: Sequence[Part]) -> None:
-    """Parts of one table share their config and the settings that were chosen.
+    """Parts of one table share config, settings and the models of their seeds.
 
     Raises:
       UserError: naming what differs between two parts.
@@ -178,49 +197,75 @@ def _require_equal(parts: Sequence[Part]) -> None:
 
     def settings(part: Part) -> dict[str, Any]:
         config = launch.DEFAULTS | launch.flat(ml_collections.ConfigDict(part.record["config"]))
-        return {name: v for name, v in config.items() if name not in ("data.test", "seeds")}
+        return {name: v for name, v in config.items() if name not in _FREE}
 
-    first = parts[0]
-    for other in parts[1:]:
-        mine, theirs = settings(first), settings(other)
+    first, mine = parts[0], settings(parts[0])
+    chosen: dict[str, tuple[Part, Any]] = {}
+    models: dict[Any, tuple[Part, str]] = {}
+    for part in parts:
+        theirs = settings(part)
         for name in sorted({*mine, *theirs}):
             if mine.get(name) != theirs.get(name):
                 raise launch.UserError(
-                    f"parts of a table differ in data.test and seeds alone; {name} is "
+                    f"parts of a table differ in {', '.join(_FREE)} alone; {name} is "
                     f"{mine.get(name)!r} in {first.folder} and {theirs.get(name)!r} in "
-                    f"{other.folder}."
+                    f"{part.folder}."
                 )
-        one, another = first.selection["chosen"], other.selection["chosen"]
-        for name in sorted({*one} & {*another}):
-            if one[name] != another[name]:
+        for name, params in part.selection["chosen"].items():
+            other, before = chosen.setdefault(name, (part, params))
+            if params != before:
                 raise launch.UserError(
-                    f"the settings of {name} were chosen otherwise in {other.folder} "
-                    f"({another[name]}) than in {first.folder} ({one[name]}); make both parts "
-                    "with the same checkpoint."
+                    f"settings are chosen once for a table, but for {name} they are {before} in "
+                    f"{other.folder} and {params} in {part.folder}; put the selection.json of "
+                    "the first part into the other work folders, then run experiments.adapt there."
+                )
+        for row in part.rows:
+            other, model = models.setdefault(row["seed"], (part, row["checkpoint"]))
+            if row["checkpoint"] != model:
+                raise launch.UserError(
+                    f"a seed is one model, but rows of seed {row['seed']} are of checkpoint "
+                    f"{model} in {other.folder} and of {row['checkpoint']} in {part.folder}; make "
+                    "both parts with the same --checkpoint."
                 )
 
 
 def joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Rows of one key over several ranges of images, as the row of all of them.
 
+    Args:
+      rows: finished rows as ``experiments.adapt`` writes them. Shares (``error``, ``turned_right``,
+        ``turned_wrong``, ``error_by_step``) become those of all images, mean losses the mean over
+        them; numbers of images and seconds are added; of ``compile_seconds`` and
+        ``source_seconds`` the longest is taken. Every other field is equal in all rows.
+
+    Returns:
+      The row, with ``samples_per_second`` of the whole.
+
     Raises:
-      ValueError: rows of a method that takes several images at once, rows that differ in what is
-        no measurement, or rows with errors of groups of classes, whose sizes they do not say.
+      ValueError: rows of a method that takes several images at once or of a gradual sequence, rows
+        that differ in what is no measurement, or rows with errors of groups of classes, whose
+        sizes they do not say.
     """
     first = rows[0]
     if first["scope"] != "per_sample":
         raise ValueError(
             "its images adapt together (a batch or a stream), so one part must have them all"
         )
+    if first.get("sequence") == "gradual":
+        raise ValueError(
+            "an image's place in a gradual sequence says how severe its corruption is, so one part "
+            "must have them all; cut by --methods instead"
+        )
     measured = {*_SHARES, *_MEANS, *_SUMS, *_LONGEST, "samples_per_second", "error_by_step"}
     for row in rows[1:]:
-        for name in sorted({*first, *row} - measured):
-            if name.startswith("error_"):
+        for name in sorted({*first, *row}):
+            if name.startswith("error_") and name not in measured:
                 raise ValueError(
                     "it has errors of groups of classes, but not how many images these have in a "
                     "range; cut by --domains instead"
                 )
-            if first.get(name) != row.get(name):
+            here, there = (name in one for one in (first, row))
+            if here != there or (name not in measured and first[name] != row[name]):
                 raise ValueError(f"{name} is {first.get(name)!r} and {row.get(name)!r}")
     counts = [row["num_examples"] for row in rows]
     total = sum(counts)
@@ -255,21 +300,29 @@ def _row(here: Sequence[tuple[Part, dict[str, Any]]], images: Range) -> dict[str
     rows = [row for _, row in here]
     (first, row), folders = here[0], " and ".join(str(part.folder) for part, _ in here)
     if row["split_role"] != "reported":
-        for part, other in here:
-            if _without_times(other) != _without_times(row):
-                raise ValueError(f"{first.folder} and {part.folder} have it differently")
+        for part, other in here[1:]:
+            for name in sorted({*row, *other} - {*_TIMES}):
+                mine, theirs = row.get(name), other.get(name)
+                if mine != theirs and not (name in _MEANS and _close(mine, theirs)):
+                    raise ValueError(
+                        f"of the same images {name} is {mine!r} in {first.folder} and {theirs!r} "
+                        f"in {part.folder}; make them with the same checkpoint and code"
+                    )
         return row
     ranges = [part.images for part, _ in here]
     if len(set(ranges)) < len(ranges):
         raise ValueError(f"{folders} both have it")
     covered = union(ranges)
     if covered != images:
-        raise ValueError(f"it is there for {covered}, and the parts are of {images}")
+        raise ValueError(
+            f"it is there for {covered}, and the parts are of {images}; run what is missing, and "
+            "write a range up to the end of the split as test[100:]"
+        )
     return joined(rows) if len(rows) > 1 else row
 
 
-def _without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in _TIMES}
+def _close(mine: Any, theirs: Any) -> bool:
+    return None not in (mine, theirs) and math.isclose(mine, theirs, rel_tol=_ROUNDING)
 
 
 def merged(parts: Sequence[Part]) -> tuple[Range, list[dict[str, Any]]]:

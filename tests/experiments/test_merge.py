@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from experiments import adapt, launch, merge, report, train
-from tests.experiments import team_config
+from tests.experiments import team_config, tiny_config
 from tests.experiments.test_programs import assert_equal_rows, rows_of
 
 DOMAINS = ("clean", "saturate", "fog")
@@ -61,6 +61,12 @@ def test_parts_are_the_table(table, parts, tmp_path, capsys):
             if (row["method"], row["domain"]) == ("rotation", "clean")
         )
     )
+    assert joined["compile_seconds"] == max(
+        row["compile_seconds"]
+        for part in parts[:3]
+        for row in rows_of(merge.pathlib.Path(part))
+        if (row["method"], row["domain"]) == ("rotation", "clean")
+    )
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["config"]["data"]["test"] == "test[:30]"
     assert [part["test"] for part in record["parts"]] == [*RANGES, *["test[:30]"] * 3]
@@ -86,21 +92,78 @@ def test_a_merged_table_is_resumed_and_merged_again(table, trained, parts, tmp_p
         assert rows_of(other) == before
 
 
-def test_seeds_are_parts_too(table, tmp_path):
-    folders = []
-    for seed in (0, 1):
-        copied = shutil.copytree(
-            table("range0", test=RANGES[0], methods=PER_SAMPLE), tmp_path / f"{seed}"
+@pytest.fixture(scope="module")
+def two_seeds(tmp_path_factory):
+    """A folder with the models of two seeds."""
+    config = team_config.get_config()
+    config.seeds = (0, 1)
+    folder = tmp_path_factory.mktemp("seeds") / "trained"
+    train.run(config, str(folder))
+    return folder / "checkpoints"
+
+
+def run_seeds(folder, models, seeds, selection=None, domains=("clean",), sequence="none"):
+    """Rows of the candidates' method; with the choice of another folder, if one is given."""
+    folder.mkdir()
+    shutil.copytree(models, folder / "checkpoints")
+    if selection is not None:
+        shutil.copy(selection / "selection.json", folder)
+    config = tiny_config.get_config()
+    config.seeds, config.adapt.sequence = seeds, sequence
+    part = adapt.Part(PER_SAMPLE, domains)
+    assert adapt.run(config, str(folder), part=part) == 0
+    return str(folder)
+
+
+def test_seeds_are_parts_with_the_choice_of_the_first(two_seeds, tmp_path):
+    alone = run_seeds(tmp_path / "alone", two_seeds, (0, 1))
+    first = run_seeds(tmp_path / "first", two_seeds, (0,))
+    second = run_seeds(tmp_path / "second", two_seeds, (1,), selection=tmp_path / "first")
+    merge.run(str(tmp_path / "whole"), [first, second])
+    assert_equal_rows(rows_of(tmp_path / "whole"), rows_of(merge.pathlib.Path(alone)))
+    whole = tmp_path / "whole"
+    assert json.loads((whole / "run.json").read_text())["config"]["seeds"] == [0, 1]
+    selections = [
+        json.loads((merge.pathlib.Path(at) / "selection.json").read_text()) for at in (whole, alone)
+    ]
+    assert selections[0] == selections[1] and len(selections[0]["tried"]) == 2
+    other = run_seeds(tmp_path / "other", two_seeds, (1,))
+    text = (tmp_path / "other" / "selection.json").read_text()
+    (tmp_path / "other" / "selection.json").write_text(
+        text.replace('"learning_rate": 0.01', '"learning_rate": 0.5').replace(
+            '"learning_rate": 0.03', '"learning_rate": 0.5'
         )
-        rows = [row | {"seed": seed} for row in rows_of(copied)]
-        (copied / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        record = json.loads((copied / "run.json").read_text())
-        record["config"]["seeds"] = [seed]
-        (copied / "run.json").write_text(json.dumps(record))
-        folders.append(str(copied))
-    merge.run(str(tmp_path / "whole"), folders)
-    assert len(rows_of(tmp_path / "whole")) == 2 * len(rows)
-    assert json.loads((tmp_path / "whole" / "run.json").read_text())["config"]["seeds"] == [0, 1]
+    )
+    assert "put the selection.json of the first part" in refusal(tmp_path / "no", [first, other])
+
+
+def test_two_models_are_no_seed(two_seeds, tmp_path):
+    parts = []
+    for number, domain in enumerate(DOMAINS[::2]):
+        folder = tmp_path / domain
+        config = team_config.get_config()
+        part = adapt.Part(("source",), (domain,))
+        assert (
+            adapt.run(
+                config, str(folder), part=part, checkpoint_path=str(two_seeds / f"seed_{number}")
+            )
+            == 0
+        )
+        parts.append(str(folder))
+    assert "a seed is one model, but rows of seed 0" in refusal(tmp_path / "no", parts)
+
+
+def test_a_gradual_sequence_is_not_cut(trained, tmp_path):
+    parts = []
+    for number, test in enumerate(("test[:15]", "test[15:30]")):
+        config = team_config.get_config()
+        config.adapt.sequence = "gradual"
+        config.data.test = test
+        part = adapt.Part(("source",), ("fog",))
+        folder = tmp_path / f"{number}"
+        assert adapt.run(config, str(folder), part=part, checkpoint_path=str(trained)) == 0
+        parts.append(str(folder))
+    assert "how severe its corruption is" in refusal(tmp_path / "no", parts)
 
 
 def refusal(folder, parts):
@@ -118,7 +181,9 @@ def test_what_is_missing_or_double(table, parts, tmp_path):
     )
     assert "ranges test[:7] and test[22:30] leave images out" in message
     message = refusal(tmp_path, [one, two, clean])
-    assert "it is there for test[:22], and the parts are of test[:30]." in message
+    assert (
+        "it is there for test[:22], and the parts are of test[:30]; run what is missing" in message
+    )
     assert "test[:30] overlap" in refusal(tmp_path, [one, two, three, whole])
     assert f"{clean} and {tmp_path / 'copy'} both have it" in refusal(
         tmp_path, [clean, fog, str(shutil.copytree(clean, tmp_path / "copy"))]
@@ -147,22 +212,30 @@ def edited(part, folder, name, change):
     ("name", "old", "new", "message"),
     [
         ("run.json", '"batch_size": 20', '"batch_size": 10', "adapt.batch_size is 20 in"),
-        ("selection.json", '"learning_rate": 0.01', '"learning_rate": 0.5', "chosen otherwise"),
+        (
+            "selection.json",
+            '"learning_rate": 0.01',
+            '"learning_rate": 0.5',
+            "chosen once for a table",
+        ),
         ("results.jsonl", '"status": "ok"', '"status": "failed"', "6 failed of 6 rows"),
         (
             "results.jsonl",
             '"split_role": "validation"',
             '"split_role": "validation", "x": 1',
-            "have it differently",
+            "of the same images x is None in",
         ),
         ("run.json", "test[7:22]", "test[-8:]", "counted from the beginning"),
         ("run.json", "test[7:22]", "test[7%:22%]", "all in percent or all in images"),
         ("run.json", '"config"', '"configs"', "is damaged"),
+        ("run.json", '"data": {', '"date": {', "is damaged"),
+        ("selection.json", '"chosen"', '"choice"', "is damaged"),
     ],
 )
 def test_parts_that_are_not_of_one_table(parts, tmp_path, name, old, new, message):
     other = edited(parts[1], tmp_path / "other", name, lambda text: text.replace(old, new))
-    assert message in refusal(tmp_path / "whole", [parts[0], other, parts[2]])
+    # The first part knows neither of the methods that the others have.
+    assert message in refusal(tmp_path / "whole", [parts[3], parts[0], other, parts[2]])
 
 
 def test_a_folder_that_is_no_part(tmp_path):
@@ -205,3 +278,28 @@ def test_rows_that_are_not_of_one_method(more, message):
     row = {"scope": "per_sample", "num_steps": 2, "num_examples": 3, "seconds": 1.0}
     with pytest.raises(ValueError, match=message):
         merge.joined([row, row | more])
+
+
+def test_validation_rows_of_two_machines_differ_by_rounding(parts, tmp_path):
+    def moved(by):
+        def change(text):
+            rows = [json.loads(line) for line in text.splitlines()]
+            for row in rows:
+                if row["split_role"] == "validation" and "aux_loss_after" in row:
+                    row["aux_loss_after"] *= by
+            return "".join(json.dumps(row) + "\n" for row in rows)
+
+        return change
+
+    near = edited(parts[1], tmp_path / "near", "results.jsonl", moved(1 + 1e-6))
+    assert merge.run(str(tmp_path / "whole"), [parts[0], near, parts[2]]) == 0
+    far = edited(parts[1], tmp_path / "far", "results.jsonl", moved(1.01))
+    message = refusal(tmp_path / "no", [parts[0], far, parts[2]])
+    assert "of the same images aux_loss_after is" in message and "same checkpoint" in message
+
+
+def test_a_field_of_one_range_alone():
+    row = {"scope": "per_sample", "num_examples": 3, "seconds": 1.0}
+    for rows in ([row | {"program_steps": 4}, row], [row, row | {"program_steps": 4}]):
+        with pytest.raises(ValueError, match="program_steps is"):
+            merge.joined(rows)
