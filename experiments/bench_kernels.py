@@ -50,7 +50,15 @@ LAYERS = (
 
 
 class Operands(NamedTuple):
-    """What the kernels of a layer take, for all instances."""
+    """What the kernels of a layer take, for I instances of N images.
+
+    Attributes:
+      x: ``[I, N, side^2, channels]``, of the compute dtype.
+      dy: ``[I, N, side^2 / stride^2, outputs]``, of the compute dtype.
+      w: ``[I, 9, channels, outputs]``, of the compute dtype.
+      gamma: float32 ``[I, channels]``, the scale of the GroupNorm before the convolution.
+      affine: that GroupNorm, ``(a, b, mean, rstd)``, each float32 ``[I, N, channels]``.
+    """
 
     x: jax.Array
     dy: jax.Array
@@ -92,19 +100,23 @@ def tile(text: str) -> tuple[str, int, tuple[int, ...]]:
     """``KERNEL:CHANNELS:N:...`` as the kernel, its channels and its tile.
 
     Raises:
-      UserError: an unknown kernel, unknown channels, or a tile of the wrong length.
+      UserError: an unknown kernel, unknown channels, a tile of the wrong length, positions that are
+        no power of two (the kernels would take a smaller one), or taps that are no divisor of 9.
     """
     kernel, *numbers = text.split(":")
     table = getattr(fused_conv, TABLES.get(kernel, ""), None)
     try:
         channels, *sizes = map(int, numbers)
-        fits = table is not None and len(sizes) == len(table[channels]) and min(sizes) > 0
-        if not fits or (kernel == "weights" and fused_conv.TAPS % sizes[2]):
+        if table is None or len(sizes) != len(table[channels]) or min(sizes) < 1:
+            raise KeyError(kernel)
+        positions, taps = (sizes[0], 1) if kernel == "forward" else sizes[1:3]
+        if positions & (positions - 1) or fused_conv.TAPS % taps:
             raise KeyError(kernel)
     except (ValueError, KeyError) as error:
         raise launch.UserError(
             "a tile is forward:OUTPUTS:POSITIONS:WARPS or weights:CHANNELS:IMAGES:POSITIONS:TAPS:"
-            f"WARPS, for channels among {fused_conv.CHANNELS} and 1, 3 or 9 taps; got {text!r}."
+            f"WARPS, for channels among {fused_conv.CHANNELS}, positions a power of two, and 1, 3 "
+            f"or 9 taps; got {text!r}."
         ) from error
     return kernel, channels, tuple(sizes)
 
@@ -139,7 +151,8 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
       settings: ``dtypes``, ``tiles`` and ``smoke``.
 
     Raises:
-      UserError: no NVIDIA GPU, an unknown dtype, or a tile that there is not.
+      UserError: no NVIDIA GPU, an unknown dtype, no folder for the file, or a tile that there is
+        not.
     """
     smoke = settings.smoke
     launch.chosen("dtype", settings.dtypes, ("bfloat16", "float32"))
@@ -149,6 +162,9 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
             f"the kernels are for a GPU, and this is {jax.default_backend()}; --smoke interprets "
             "small ones."
         )
+    folder = pathlib.Path(out).resolve().parent
+    if not folder.is_dir():
+        raise launch.UserError(f"--out is a file in a folder that is there; got {out!r}.")
     instances, images, repeats = (2, 4, 1) if smoke else (128, 32, 10)
     rows: list[dict[str, Any]] = []
     for dtype in settings.dtypes:

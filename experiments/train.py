@@ -67,11 +67,12 @@ def check(config: ml_collections.ConfigDict) -> None:
 
     Raises:
       ValueError: an unknown ``train.aux``, ``train.schedule`` or ``train.optimizer``, a
-        ``train.main_select`` that is no pattern, a ``train.warmup_steps`` that is not shorter than
-        the training, or fewer than one of ``train.steps_per_call``.
+        ``train.main_select`` that no parameter matches or that leaves parameters untrained, a
+        ``train.warmup_steps`` that is not shorter than the training, or fewer than one of
+        ``train.steps_per_call``.
     """
-    auxiliary.name_of(config)
-    steps_lib.selection({"select": launch.setting(config, "train.main_select")})
+    task = auxiliary.name_of(config)
+    _check_main_select(launch.setting(config, "train.main_select"), task, config)
     for key, known in (("train.schedule", SCHEDULES), ("train.optimizer", OPTIMIZERS)):
         if (name := launch.setting(config, key)) not in known:
             raise ValueError(f"{key} must be one of {list(known)}; got {name!r}.")
@@ -84,6 +85,27 @@ def check(config: ml_collections.ConfigDict) -> None:
     steps = launch.setting(config, "train.steps_per_call")
     if steps < 1:
         raise ValueError(f"train.steps_per_call must be at least 1; got {steps}.")
+
+
+def _check_main_select(chosen: Any, task: str, config: ml_collections.ConfigDict) -> None:
+    if chosen == "all":
+        return
+    if not isinstance(chosen, str):
+        raise ValueError(
+            "train.main_select must be 'all' or a pattern of parameters such as 'params/head.*'; "
+            f"got {chosen!r}."
+        )
+    if task == "none":
+        raise ValueError(
+            f"train.main_select={chosen!r} leaves the other parameters to an auxiliary task; got "
+            "train.aux='none'. Set train.aux, or train.main_select='all'."
+        )
+    source = problem_lib.load_data(config, "train", whole=False)
+    shapes = problem_lib.shapes(problem_lib.build(config, source))
+    try:
+        steps_lib.selection({"select": chosen}).split(shapes)
+    except ValueError as error:
+        raise ValueError(f"train.main_select: {error}") from error
 
 
 def make_step(problem: problem_lib.Problem, config: ml_collections.ConfigDict) -> Any:

@@ -16,7 +16,16 @@ def settings(**options):
     return ml_collections.ConfigDict({"dtypes": ("float32",), "tiles": (), "smoke": True} | options)
 
 
-def test_all_kernels_and_other_tiles(tmp_path, capsys):
+def test_all_kernels_and_other_tiles(tmp_path, capsys, monkeypatch):
+    built = []
+    for name in ("_forward_kernel", "_weight_gradient_kernel"):
+        kernel = getattr(fused_conv, name)
+
+        def spied(*refs, kernel=kernel, **sizes):
+            built.append((sizes["chunk"], sizes.get("taps")))
+            return kernel(*refs, **sizes)
+
+        monkeypatch.setattr(fused_conv, name, spied)
     tables = dict(fused_conv._FORWARD), dict(fused_conv._WEIGHT_GRADIENT)
     tiles = ("forward:16:8:1", "weights:16:2:8:3:1")
     record = bench_kernels.run(str(tmp_path / "k.json"), settings(tiles=tiles))
@@ -30,6 +39,7 @@ def test_all_kernels_and_other_tiles(tmp_path, capsys):
         ("16 to 16 at 32", "weights", [2, 8, 3, 1]),
     ]
     assert all(row["distance"] < 1e-5 for row in others)
+    assert {(8, None), (8, 3)} <= set(built)
     # What was tried does not stay.
     assert (fused_conv._FORWARD, fused_conv._WEIGHT_GRADIENT) == tables
     assert capsys.readouterr().out.count(" ms") == len(record["rows"])
@@ -47,7 +57,8 @@ def test_operands_are_normalized():
 
 @pytest.mark.parametrize(
     "text",
-    ["backward:16:8:1", "forward:24:8:1", "forward:16:8", "weights:x", "weights:16:2:8:4:1"],
+    ["backward:16:8:1", "forward:24:8:1", "forward:16:8", "weights:x", "weights:16:2:8:4:1"]
+    + ["forward:16:100:2", "weights:16:2:12:3:1", "forward:16:0:1"],
 )
 def test_tiles_that_there_are_not(tmp_path, text):
     with pytest.raises(launch.UserError, match=r"a tile is forward:OUTPUTS:POSITIONS:WARPS"):
@@ -60,3 +71,8 @@ def test_without_a_gpu(tmp_path):
         bench_kernels.run(str(tmp_path / "k.json"), settings(smoke=False))
     with pytest.raises(launch.UserError, match="unknown dtype 'float16'"):
         bench_kernels.run(str(tmp_path / "k.json"), settings(dtypes=("float16",)))
+
+
+def test_no_folder_for_the_file(tmp_path):
+    with pytest.raises(launch.UserError, match="in a folder that is there; got"):
+        bench_kernels.run(str(tmp_path / "none" / "k.json"), settings())

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from experiments import feature_shift, launch, problem as problem_lib
-from tests.experiments import tiny_config
-from ttt_jax import checkpoint
+from tests.experiments import tiny_config, tiny_model
+from ttt_jax import checkpoint, data
 
 
 def test_as_many_source_images_are_one_unit_apart():
@@ -28,12 +28,23 @@ def test_as_many_source_images_are_one_unit_apart():
     np.testing.assert_allclose(found.mean(axis=0), 1.0, rtol=0.1)
 
 
-def test_moments_in_batches_are_those_of_all(monkeypatch):
-    monkeypatch.setattr(feature_shift, "_BATCH", 4)
+def test_moments_in_batches_are_those_of_all():
     z = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
-    found = feature_shift.moments_of(lambda params, z: params * z, 2.0, z)
+    batches = iter([z[:4], z[4:5], z[5:]])
+    found = feature_shift.moments_of(lambda params, z: params * z, 2.0, batches)
     np.testing.assert_allclose(found["mean"], 2 * z.mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found["outer"], 4 * z.T @ z / 10, rtol=1e-5, atol=1e-6)
+
+
+def test_no_batch_is_of_one_image(monkeypatch):
+    monkeypatch.setattr(feature_shift, "_BATCH", 4)
+
+    class Source:
+        def take(self, places):
+            return data.Batch(places, places, places)
+
+    sizes = [len(batch) for batch in feature_shift._batches(Source(), np.arange(9))]
+    assert sizes == [3, 3, 3]
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +59,50 @@ def model(tmp_path_factory):
 
 def test_the_program(model, tmp_path, capsys):
     config, path = model
-    rows = feature_shift.run(
-        config, str(tmp_path), checkpoint_path=path, domains=("contrast",), num_images=25
-    )
-    assert [(row["domain"], row["severity"], row["num_examples"]) for row in rows] == [
+
+    def run(*domains):
+        made = {"checkpoint_path": path, "domains": domains, "num_images": 25}
+        return feature_shift.run(config, str(tmp_path), **made)
+
+    first = run("contrast")
+    assert [(row["domain"], row["severity"], row["num_examples"]) for row in first] == [
         ("clean", 0, 25),
         ("contrast", 5, 25),
     ]
     # Contrast moves the features of any model; digits of one split are like those of the other.
-    assert rows[1]["mean"] > 3 * rows[0]["mean"] > 0
+    assert first[1]["mean"] > 3 * first[0]["mean"] > 0
     record = json.loads((tmp_path / "feature_shift.json").read_text())
-    assert record["rows"] == rows and {"command", "device", "versions", "commit"} <= set(record)
+    assert record["rows"] == first and {"command", "device", "versions", "commit"} <= set(record)
     assert capsys.readouterr().out.count("covariance") == 2
+    # What is there stays, and of other images nothing is taken over.
+    assert run("contrast", "fog")[:2] == first
+    assert [row["domain"] for row in run("fog")] == ["clean", "contrast", "fog"]
+    other = feature_shift.run(
+        config, str(tmp_path), checkpoint_path=path, domains=("fog",), num_images=20
+    )
+    assert [(row["domain"], row["num_examples"]) for row in other] == [("clean", 20), ("fog", 20)]
+
+
+def test_the_statistics_of_a_batch(tmp_path, monkeypatch):
+    tiny_model.install(monkeypatch)
+    config = tiny_config.get_batch_norm_config()
+    problem = problem_lib.build(config, problem_lib.load_data(config, "test"))
+    path = tmp_path / "seed_0"
+    metadata = problem_lib.checkpoint_metadata(config)
+    checkpoint.save(path, problem_lib.initial(problem, 0), metadata=metadata)
+    made = {"checkpoint_path": str(path), "domains": ("contrast",), "num_images": 25}
+    running, batch = (
+        feature_shift.run(config, str(tmp_path / norm), norm=norm, **made)
+        for norm in ("running", "batch")
+    )
+    assert batch[1]["mean"] < running[1]["mean"] and batch[1]["norm"] == "batch"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"norm": "mine"}, "unknown norm 'mine'"),
+        ({"norm": "batch"}, "this one has none; use --norm=running"),
         ({"domains": ("rain",)}, "unknown domain 'rain'"),
         ({"num_images": 1}, "at least 2; got 1"),
     ],

@@ -225,15 +225,25 @@ def test_step_schedule_ends_at_a_hundredth():
     [
         ("schedule", "stairs", "train.schedule must be one of"),
         ("steps_per_call", 0, "at least 1"),
-        ("main_select", "head(", "is not one"),
+        ("main_select", "head(", "train.main_select: .* is not one"),
+        ("main_select", "params/haed.*", "train.main_select: .* matches none"),
+        ("main_select", None, "must be 'all' or a pattern .*; got None"),
     ],
 )
 def test_impossible_training(tmp_path, key, value, message):
     config = tiny_config.get_config()
-    config.train[key] = value
+    with config.unlocked():
+        config.train[key] = value
     with pytest.raises(ValueError, match=message):
         train.run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_nothing_would_train(tmp_path):
+    config = tiny_config.get_config()
+    config.train.update({"aux": "none", "main_select": "params/head.*"})
+    with pytest.raises(ValueError, match="leaves the other parameters to an auxiliary task"):
+        train.run(config, str(tmp_path / "run"))
 
 
 def test_parts_add_up_to_the_whole(adapted, trained, tmp_path):
