@@ -22,8 +22,8 @@ class Model(NamedTuple):
       rotation: ``(params, images) -> [N, 4]``.
       reconstruct: ``(params, images, keep[N, K]) -> [N, P, patch * patch * C]``, as
         ``ttt_jax.losses.masked_reconstruction`` needs it; None for a model that cannot.
-      features: ``(params, images) -> [N, D]``, what the classifier's last layer sees; None for a
-        model that does not say.
+      features: ``(params, images) -> [N, D]``, the mean of the encoder's last map or tokens, which
+        the classifier reads; None for a model that does not say.
       project: ``(params, images) -> [N, P]``, the head of contrastive training; None for a model
         without one.
     """

@@ -1,4 +1,4 @@
-"""Every config and program once, cut down to what two CPU cores do in a few minutes.
+"""Every config, diagnose and the benchmarks once, cut down to what two CPU cores do in two minutes.
 
 Usage::
 
@@ -260,11 +260,14 @@ def _run_config(part: Part, folder: str) -> None:
 
 
 def _run_bench(folder: str) -> None:
-    # By its command line: it sets up the memory of the device for two libraries.
-    command = [sys.executable, "-m", "experiments.bench", "--smoke", f"--out={folder}/bench.json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"exit status {done.returncode}: {done.stderr.strip()[-500:]}")
+    # By their command line: bench sets up the memory of the device for two libraries.
+    for name in ("bench", "bench_kernels"):
+        command = [sys.executable, "-m", f"experiments.{name}", "--smoke"]
+        command.append(f"--out={folder}/{name}.json")
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip()[-500:]
+            raise RuntimeError(f"{name} ended with status {done.returncode}: {said}")
 
 
 def run_part(part: Part, folder: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Joint training of the main and the auxiliary task (``train.aux``: rotation, mae or none).
+"""Joint training of the main and an auxiliary task: rotation, mae, contrastive or none.
 
 Usage::
 

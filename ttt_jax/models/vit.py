@@ -175,8 +175,8 @@ class ViT(nn.Module):
 
     Parameter paths begin with ``encoder/``, ``decoder/``, ``head/``, ``head_blocks/`` and
     ``rotation_head/``, so ``ttt_jax.select.paths(r".*encoder/.*")`` is the encoder alone, as
-    adapted by TTT-MAE (Gandelsman et al., 2022). There is no class token: both heads see the mean
-    of the tokens.
+    adapted by TTT-MAE (Gandelsman et al., 2022). There is no class token: heads see the mean of
+    the tokens, the encoder's or those of ``head_blocks``.
 
     Attributes:
       image_size: the side of square images, or ``(H, W)``.
