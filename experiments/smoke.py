@@ -261,8 +261,8 @@ def _run_config(part: Part, folder: str) -> None:
 
 def _run_bench(folder: str) -> None:
     # By their command line: bench sets up the memory of the device for two libraries.
-    for name in ("bench", "bench_kernels"):
-        command = [sys.executable, "-m", f"experiments.{name}", "--smoke"]
+    for name, *more in (("bench",), ("bench_kernels", "--dtypes=float32")):
+        command = [sys.executable, "-m", f"experiments.{name}", "--smoke", *more]
         command.append(f"--out={folder}/{name}.json")
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
