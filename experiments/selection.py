@@ -37,6 +37,16 @@ def _cross_entropy(outcome: outcome_lib.Outcome) -> float:
     return float(-log_p[np.arange(len(outcome.label)), outcome.label].mean())
 
 
+def _is(tried: dict[str, Any], name: str, settings: dict[str, Any]) -> bool:
+    """Whether a candidate of the file is that of a method and settings."""
+    return tried["method"] == name and tried["params"] == json.loads(json.dumps(settings))
+
+
+def _score(tried: dict[str, Any]) -> tuple[float, float]:
+    loss = tried["cross_entropy"]
+    return tried["error"], loss if np.isfinite(loss) else np.inf
+
+
 def choose(
     path: pathlib.Path,
     methods: dict[str, methods_lib.Method],
@@ -45,6 +55,8 @@ def choose(
     trials: Sequence[trials_lib.Trial],
 ) -> dict[str, dict[str, Any]]:
     """The chosen settings per method; reads ``selection.json`` if the folder has one.
+
+    The file is written after every candidate, and those that it has are not measured again.
 
     Args:
       path: ``selection.json``: ``{"note", "chosen": {method: settings}, "tried": [...]}``.
@@ -76,11 +88,24 @@ def choose(
                 f"{runner.fingerprint}). Use another --workdir, or remove the file and the rows."
             )
     record = team_lib.agreed(team, record)
+
+    def save() -> None:
+        if team.index == 0:
+            launch.write_atomically(path, json.dumps(record, indent=2) + "\n")
+
     for name, method in methods.items():
         if name in record["chosen"]:
             continue
+        # What failed is tried again.
+        record["tried"] = [
+            one for one in record["tried"] if one["method"] != name or "message" not in one
+        ]
         scores = []
         for settings in method.grid if len(method.grid) > 1 else ():
+            known = [one for one in record["tried"] if _is(one, name, settings)]
+            if known:
+                scores.append(_score(known[0]))
+                continue
             tried: dict[str, Any] = {"method": name, "params": settings}
             batches = [
                 runner.batches(source, trial, method.scope, place)
@@ -100,10 +125,11 @@ def choose(
             ]
             error = float(np.mean([outcome.wrong().mean() for outcome in outcomes]))
             loss = float(np.mean([_cross_entropy(outcome) for outcome in outcomes]))
-            scores.append((error, loss if np.isfinite(loss) else np.inf))
             record["tried"].append(tried | {"error": error, "cross_entropy": loss})
+            scores.append(_score(record["tried"][-1]))
+            # A candidate may take minutes: one that is measured is not measured again.
+            save()
         best = min(range(len(scores)), key=lambda i: scores[i]) if scores else 0
         record["chosen"][name] = method.grid[team_lib.agreed(team, best)]
-        if team.index == 0:
-            launch.write_atomically(path, json.dumps(record, indent=2) + "\n")
+        save()
     return {name: dict(record["chosen"][name]) for name in methods}

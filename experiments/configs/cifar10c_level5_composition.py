@@ -1,0 +1,31 @@
+"""CIFAR-10, JPEG q75, level 5: the composition that long validation streams choose.
+
+Command: ``python -m experiments.adapt --workdir=W
+--config=experiments/configs/cifar10c_level5_composition.py --checkpoint=C/seed_0`` with the joint
+model of ``cifar10c_level5.py`` (``experiments/results/checkpoints``), or ``experiments.train``
+first; the data are those of ``cifar10c_level5.py``.
+
+Cost: an estimate from ``cifar10c_level5.py``: on one H100 a minute and a half per candidate and
+four of adapting, compilation included.
+
+Expect: unknown; no result is committed. In ``cifar10c_level5.py``, whose validation streams have
+1,000 images, some marginal entropy is chosen for ``rotation_memo_augmented_online``, and collapses
+on the test streams of 10,000. Here the validation images pass ten times, and 0 is among the
+weights of the entropy: online rotation alone, predicted by the mean over views.
+"""
+
+import ml_collections
+
+from experiments.configs import cifar10c_level5
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The configuration of the composition and its candidates."""
+    config = cifar10c_level5.get_config()
+    config.adapt.selection_passes = 10
+    composition = config.methods.rotation_memo_augmented_online
+    composition.memo_weight = (0.0, 0.1, 0.3)
+    config.methods = ml_collections.ConfigDict(
+        {"joint": {}, "rotation_memo_augmented_online": composition}, convert_dict=True
+    )
+    return config
