@@ -7,7 +7,6 @@ calls. The device's rate on large square matrix products, measured in the same r
 ``--devices=1,2`` times ``ttt_jax`` on so many devices of this machine, with as many images on each.
 """
 
-import json
 import os
 import pathlib
 import statistics
@@ -320,7 +319,7 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
             record["rows"].append(row)
             speed = f"{row['sample_steps_per_second']:.1f} sample-steps/s"
             print(f"{name}: {speed}, {row['tflops']:.2f} TFLOP/s", flush=True)
-        launch.write_atomically(path, json.dumps(record, indent=2) + "\n")
+        launch.write_json(path, record)
     print(table(record["rows"]))
     return record
 

@@ -8,7 +8,6 @@ positions and two warps beside the module's own choice, ``--tiles=weights:16:8:6
 gradient in tiles as in ``_WEIGHT_GRADIENT``; values are compared with the module's own.
 """
 
-import json
 import pathlib
 import statistics
 import time
@@ -196,7 +195,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
                     at = ":".join(map(str, rows[-1]["tile"]))
                     print(f"{dtype:9} {layer!s:22} {name:15} {at:12} {ms:7.3f} ms", flush=True)
     record = launch.provenance(settings) | {"instances": instances, "images": images, "rows": rows}
-    launch.write_atomically(pathlib.Path(out), json.dumps(record, indent=1) + "\n")
+    launch.write_json(out, record)
     return record
 
 

@@ -272,7 +272,7 @@ def _finish(
         "correlation": {"inner_product_and_gain": r, "sets": len(reported)},
         "rows": rows,
     }
-    launch.write_atomically(workdir / "diagnostics.json", json.dumps(record, indent=1) + "\n")
+    launch.write_json(workdir / "diagnostics.json", record)
     page = alignment.render({**record, "rows": reported})
     launch.write_atomically(workdir / "diagnostics.html", page)
     shown = "undefined" if r is None else f"{r:.3f}"

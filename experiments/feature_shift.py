@@ -159,7 +159,7 @@ def run(
             row = {"domain": domain, "severity": level, "mean": mean, "covariance": covariance}
             rows.append(row | same)
             record = launch.provenance(config) | {"rows": rows}
-            launch.write_atomically(target, json.dumps(record, indent=1) + "\n")
+            launch.write_json(target, record)
     for row in rows:
         where = f"{row['domain']:18} {row['severity']}"
         print(f"{where}  mean {row['mean']:9.1f}  covariance {row['covariance']:9.1f}")

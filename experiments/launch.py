@@ -202,6 +202,11 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
             draft.unlink(missing_ok=True)
 
 
+def write_json(path: str | os.PathLike[str], record: Any) -> None:
+    """Replaces a JSON file as a whole."""
+    write_atomically(pathlib.Path(path), json.dumps(record, indent=1) + "\n")
+
+
 def open_workdir(workdir: str) -> pathlib.Path:
     """Makes the work folder, and finds out now whether it can be written."""
     folder = pathlib.Path(workdir)
@@ -313,4 +318,4 @@ def claim(
                 f"{folder} holds results of another configuration: {'; '.join(changed)}. Use "
                 "another --workdir, or the old values."
             )
-    write_atomically(path, json.dumps(record, indent=2) + "\n")
+    write_json(path, record)

@@ -404,9 +404,8 @@ def run(folder: str, parts: Sequence[str]) -> int:
                 for p in read_parts
             ],
         }
-        launch.write_atomically(path, json.dumps(record, indent=2) + "\n")
-        text = json.dumps(_selection(read_parts), indent=2) + "\n"
-        launch.write_atomically(workdir / "selection.json", text)
+        launch.write_json(path, record)
+        launch.write_json(workdir / "selection.json", _selection(read_parts))
         launch.write_atomically(results, "".join(json.dumps(row) + "\n" for row in rows))
     print(f"{len(rows)} rows of {len(parts)} parts in {results}")
     return 0

@@ -125,7 +125,7 @@ def run(out: str, trials: int, seed: int) -> dict[str, Any]:
             rows += _watch(window, folder / "report.html")
     record |= {"rows_of_sweep": len(made), "seconds_are": f"the longest of {REPEATS}"}
     record["rows"] = rows
-    launch.write_atomically(pathlib.Path(out), json.dumps(record, indent=1) + "\n")
+    launch.write_json(out, record)
     return record
 
 

@@ -209,7 +209,17 @@ class Runner:
         batches: Sequence[data.DomainBatch],
     ) -> Outcome:
         def run(settings: dict[str, Any]) -> Outcome:
-            return self._run_one(name, method, settings, batches)
+            results, clock = [], outcome_lib.Clock()
+            for call in self._calls(method.whole_batch, batches):
+                told = outcome_lib.on_host(
+                    self._call(name, method, settings, self._inputs(call), clock)
+                )
+                for place, count in enumerate(call.counts):
+                    # A whole batch is one of several results, images are the first of all.
+                    here = place if method.whole_batch else slice(count)
+                    output, info = jax.tree.map(lambda leaf, at=here: leaf[at], told)
+                    results.append((output, outcome_lib.flags(info, count)))
+            return outcome_lib.of_batches(results, batches, clock, 1)
 
         if self._prefixes is None or not method.traced:
             return run(settings)
@@ -217,25 +227,6 @@ class Runner:
         # Ids count from zero in every split: the images themselves say which they are.
         crcs = tuple(zlib.crc32(b.image, zlib.crc32(b.label)) for b in batches)
         return self._prefixes.outcome(name, method, settings, (model, crcs), run)
-
-    def _run_one(
-        self,
-        name: str,
-        method: methods_lib.Method,
-        settings: dict[str, Any],
-        batches: Sequence[data.DomainBatch],
-    ) -> Outcome:
-        results, clock = [], outcome_lib.Clock()
-        for call in self._calls(method.whole_batch, batches):
-            told = outcome_lib.on_host(
-                self._call(name, method, settings, self._inputs(call), clock)
-            )
-            for place, count in enumerate(call.counts):
-                # A whole batch is one of several results, images are the first of all.
-                here = place if method.whole_batch else slice(count)
-                output, info = jax.tree.map(lambda leaf, at=here: leaf[at], told)
-                results.append((output, outcome_lib.flags(info, count)))
-        return outcome_lib.of_batches(results, batches, clock, 1)
 
     def _calls(
         self, whole_batch: bool, batches: Sequence[data.DomainBatch]

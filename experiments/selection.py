@@ -91,7 +91,7 @@ def choose(
 
     def save() -> None:
         if team.index == 0:
-            launch.write_atomically(path, json.dumps(record, indent=2) + "\n")
+            launch.write_json(path, record)
 
     for name, method in methods.items():
         if name in record["chosen"]:

@@ -5,7 +5,6 @@ this machine, each time from nothing, and compares the tables. One worker trains
 it runs any trial, so that their time stands apart.
 """
 
-import json
 import pathlib
 import subprocess
 import sys
@@ -61,7 +60,7 @@ def run(out: str, config: str) -> dict[str, Any]:
         if not _table(folders[0]).equals(_table(folders[1])):
             raise launch.UserError("the tables of the two sweeps differ; nothing is written.")
     record |= {"rows": rows, "speedup": rows[1]["seconds"] / rows[0]["seconds"]}
-    launch.write_atomically(pathlib.Path(out), json.dumps(record, indent=1) + "\n")
+    launch.write_json(out, record)
     return record
 
 
