@@ -19,113 +19,21 @@ Settings with candidates are chosen once: parts of other seeds begin with the ``
 the first part in their work folder, as one run over all seeds takes the choice of its first one.
 """
 
-import itertools
 import json
-import math
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
 from absl import flags
 
 from experiments import journal, launch
-from ttt_jax.data import splits
+from experiments.merging import ranges, rows as rows_lib
 
-# A share of a row's images.
-_SHARES = ("error", "turned_right", "turned_wrong")
-_MEANS = ("aux_loss_before", "aux_loss_after")
-_SUMS = ("num_examples", "seconds", "non_finite", "resets")
-# Of work that ranges do at different times, or each for itself.
-_LONGEST = ("compile_seconds", "source_seconds")
-_TIMES = ("seconds", "samples_per_second", "compile_seconds", "source_seconds")
 # Where a part may differ: its images and seeds, and what changes no result.
 _FREE = ("data.test", "seeds", "data.dir", "data.in_memory")
 _FREE += ("adapt.chunk_size", "adapt.parallel_streams")
-# Mean losses of two machines differ by rounding.
-_ROUNDING = 1e-4
-_ENDLESS = float("inf")
-
-
-class Range(NamedTuple):
-    """The images ``[start, stop)`` of a split.
-
-    Attributes:
-      base: the split.
-      unit: ``"%"``, ``"images"``, or ``""`` for the whole split, which is the same in both.
-      start: the first one.
-      stop: the one after the last, infinite for the end of the split.
-    """
-
-    base: str
-    unit: str
-    start: float
-    stop: float
-
-    def __str__(self) -> str:
-        if not self.unit:
-            return self.base
-        sign = "%" if self.unit == "%" else ""
-        start = f"{self.start:.0f}{sign}" if self.start else ""
-        stop = f"{self.stop:.0f}{sign}" if self.stop != _ENDLESS else ""
-        return f"{self.base}[{start}:{stop}]"
-
-
-def range_of(text: str) -> Range:
-    """A split string as a range.
-
-    Raises:
-      UserError: bounds that count from the end, or one in percent and one in images.
-    """
-    split = splits.parse(text)
-    bounds = [bound for bound in (split.start, split.stop) if bound is not None]
-    units = {"%" if bound.endswith("%") else "images" for bound in bounds}
-    if len(units) > 1 or any(bound.startswith("-") for bound in bounds):
-        raise launch.UserError(
-            "data.test of a part is 'test', 'test[100:200]' or 'test[10%:20%]', counted from the "
-            f"beginning; got {text!r}."
-        )
-    start = float(split.start.rstrip("%")) if split.start else 0.0
-    stop = float(split.stop.rstrip("%")) if split.stop else _ENDLESS
-    if units == {"%"} and stop == 100:
-        stop = _ENDLESS
-    whole = (start, stop) == (0, _ENDLESS)
-    return Range(split.base, "" if whole else units.pop(), start, stop)
-
-
-def _over(ranges: Iterable[Range]) -> Range:
-    """From the first image of some ranges to their last.
-
-    Raises:
-      UserError: they are of two splits or in two units.
-    """
-    ranges = list(ranges)
-    units = {one.unit for one in ranges if one.unit}
-    bases = {one.base for one in ranges}
-    if len(units) > 1 or len(bases) > 1:
-        there = ", ".join(sorted({str(one) for one in ranges}))
-        raise launch.UserError(
-            f"ranges of data.test are of one split, all in percent or all in images; got {there}."
-        )
-    start, stop = min(one.start for one in ranges), max(one.stop for one in ranges)
-    unit = "" if (start, stop) == (0, _ENDLESS) else units.pop()
-    return Range(bases.pop(), unit, start, stop)
-
-
-def union(ranges: Iterable[Range]) -> Range:
-    """The one range that several make.
-
-    Raises:
-      UserError: they overlap, leave images out, are of two splits or in two units.
-    """
-    ordered = sorted(ranges, key=lambda one: (one.start, one.stop))
-    whole = _over(ordered)
-    for before, after in itertools.pairwise(ordered):
-        if before.stop != after.start:
-            what = "overlap" if before.stop > after.start else "leave images out between them"
-            raise launch.UserError(f"the ranges {before} and {after} {what}; they must adjoin.")
-    return whole
 
 
 class Part(NamedTuple):
@@ -140,7 +48,7 @@ class Part(NamedTuple):
     """
 
     folder: pathlib.Path
-    images: Range
+    images: ranges.Range
     rows: list[dict[str, Any]]
     record: dict[str, Any]
     selection: dict[str, Any]
@@ -177,7 +85,7 @@ def read(folder: pathlib.Path) -> Part:
         )
     record = _json(folder / "run.json", config=dict)
     try:
-        images = range_of(record["config"]["data"]["test"])
+        images = ranges.range_of(record["config"]["data"]["test"])
         list(record["config"]["seeds"])
     except (KeyError, TypeError) as error:
         raise launch.UserError(
@@ -229,69 +137,7 @@ def _require_equal(parts: Sequence[Part]) -> None:
                 )
 
 
-def joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rows of one key over several ranges of images, as the row of all of them.
-
-    Args:
-      rows: finished rows as ``experiments.adapt`` writes them. Shares (``error``, ``turned_right``,
-        ``turned_wrong``, ``error_by_step``) become those of all images, mean losses the mean over
-        them; numbers of images and seconds are added; of ``compile_seconds`` and
-        ``source_seconds`` the longest is taken. Every other field is equal in all rows.
-
-    Returns:
-      The row, with ``samples_per_second`` of the whole.
-
-    Raises:
-      ValueError: rows of a method that takes several images at once or of a gradual sequence, rows
-        that differ in what is no measurement, or rows with errors of groups of classes, whose
-        sizes they do not say.
-    """
-    first = rows[0]
-    if first["scope"] != "per_sample":
-        raise ValueError(
-            "its images adapt together (a batch or a stream), so one part must have them all"
-        )
-    if first.get("sequence") == "gradual":
-        raise ValueError(
-            "an image's place in a gradual sequence says how severe its corruption is, so one part "
-            "must have them all; cut by --methods instead"
-        )
-    measured = {*_SHARES, *_MEANS, *_SUMS, *_LONGEST, "samples_per_second", "error_by_step"}
-    for row in rows[1:]:
-        for name in sorted({*first, *row}):
-            if name.startswith("error_") and name not in measured:
-                raise ValueError(
-                    "it has errors of groups of classes, but not how many images these have in a "
-                    "range; cut by --domains instead"
-                )
-            here, there = (name in one for one in (first, row))
-            if here != there or (name not in measured and first[name] != row[name]):
-                raise ValueError(f"{name} is {first.get(name)!r} and {row.get(name)!r}")
-    counts = [row["num_examples"] for row in rows]
-    total = sum(counts)
-
-    def share(values: Sequence[float]) -> float:
-        # Numbers of images, so that the whole's share is the very one of a single run.
-        return sum(round(v * n) for v, n in zip(values, counts, strict=True)) / total
-
-    whole = dict(first)
-    for name in first:
-        values = [row[name] for row in rows]
-        if name in _SHARES:
-            whole[name] = share(values)
-        elif name == "error_by_step":
-            whole[name] = [share(step) for step in zip(*values, strict=True)]
-        elif name in _MEANS:
-            whole[name] = sum(v * n for v, n in zip(values, counts, strict=True)) / total
-        elif name in _SUMS:
-            whole[name] = sum(values)
-        elif name in _LONGEST:
-            whole[name] = max(values)
-    whole["samples_per_second"] = total / whole["seconds"]
-    return whole
-
-
-def _row(here: Sequence[tuple[Part, dict[str, Any]]], images: Range) -> dict[str, Any]:
+def _row(here: Sequence[tuple[Part, dict[str, Any]]], images: ranges.Range) -> dict[str, Any]:
     """The one row of a key.
 
     Raises:
@@ -301,31 +147,26 @@ def _row(here: Sequence[tuple[Part, dict[str, Any]]], images: Range) -> dict[str
     (first, row), folders = here[0], " and ".join(str(part.folder) for part, _ in here)
     if row["split_role"] != "reported":
         for part, other in here[1:]:
-            for name in sorted({*row, *other} - {*_TIMES}):
-                mine, theirs = row.get(name), other.get(name)
-                if mine != theirs and not (name in _MEANS and _close(mine, theirs)):
-                    raise ValueError(
-                        f"of the same images {name} is {mine!r} in {first.folder} and {theirs!r} "
-                        f"in {part.folder}; make them with the same checkpoint and code"
-                    )
+            if difference := rows_lib.difference(row, other):
+                name, mine, theirs = difference
+                raise ValueError(
+                    f"of the same images {name} is {mine!r} in {first.folder} and {theirs!r} in "
+                    f"{part.folder}; make them with the same checkpoint and code"
+                )
         return row
-    ranges = [part.images for part, _ in here]
-    if len(set(ranges)) < len(ranges):
+    several = [part.images for part, _ in here]
+    if len(set(several)) < len(several):
         raise ValueError(f"{folders} both have it")
-    covered = union(ranges)
+    covered = ranges.union(several)
     if covered != images:
         raise ValueError(
             f"it is there for {covered}, and the parts are of {images}; run what is missing, and "
             "write a range up to the end of the split as test[100:]"
         )
-    return joined(rows) if len(rows) > 1 else row
+    return rows_lib.joined(rows) if len(rows) > 1 else row
 
 
-def _close(mine: Any, theirs: Any) -> bool:
-    return None not in (mine, theirs) and math.isclose(mine, theirs, rel_tol=_ROUNDING)
-
-
-def merged(parts: Sequence[Part]) -> tuple[Range, list[dict[str, Any]]]:
+def merged(parts: Sequence[Part]) -> tuple[ranges.Range, list[dict[str, Any]]]:
     """The test images of all parts and their rows, in order of appearance.
 
     Raises:
@@ -333,7 +174,7 @@ def merged(parts: Sequence[Part]) -> tuple[Range, list[dict[str, Any]]]:
     """
     _require_equal(parts)
     # Beside ranges, a part with all images may have what cannot be cut.
-    images = _over(part.images for part in parts)
+    images = ranges.over(part.images for part in parts)
     found: dict[tuple[Any, ...], list[tuple[Part, dict[str, Any]]]] = {}
     for part in parts:
         for row in part.rows:

@@ -1,11 +1,13 @@
 """Parts of a table are the table: ranges of images, methods, domains; what cannot be joined."""
 
 import json
+import pathlib
 import shutil
 
 import pytest
 
 from experiments import adapt, launch, merge, report, train
+from experiments.merging import ranges, rows as rows_lib
 from tests.experiments import team_config, tiny_config
 from tests.experiments.test_programs import assert_equal_rows, rows_of
 
@@ -47,7 +49,7 @@ def parts(table):
 
 def test_parts_are_the_table(table, parts, tmp_path, capsys):
     assert merge.run(str(tmp_path), parts) == 0
-    alone = rows_of(merge.pathlib.Path(table("whole")))
+    alone = rows_of(pathlib.Path(table("whole")))
     found = rows_of(tmp_path)
     assert f"{len(found)} rows of 6 parts" in capsys.readouterr().out
     assert_equal_rows(found, alone)
@@ -57,14 +59,14 @@ def test_parts_are_the_table(table, parts, tmp_path, capsys):
         sum(
             row["seconds"]
             for part in parts[:3]
-            for row in rows_of(merge.pathlib.Path(part))
+            for row in rows_of(pathlib.Path(part))
             if (row["method"], row["domain"]) == ("rotation", "clean")
         )
     )
     assert joined["compile_seconds"] == max(
         row["compile_seconds"]
         for part in parts[:3]
-        for row in rows_of(merge.pathlib.Path(part))
+        for row in rows_of(pathlib.Path(part))
         if (row["method"], row["domain"]) == ("rotation", "clean")
     )
     record = json.loads((tmp_path / "run.json").read_text())
@@ -82,7 +84,7 @@ def test_a_merged_table_is_resumed_and_merged_again(table, trained, parts, tmp_p
     config = team_config.get_config()
     part = adapt.Part(domains=DOMAINS)
     assert adapt.run(config, str(folder), part=part, checkpoint_path=str(trained)) == 0
-    assert_equal_rows(rows_of(folder), rows_of(merge.pathlib.Path(table("whole"))))
+    assert_equal_rows(rows_of(folder), rows_of(pathlib.Path(table("whole"))))
     # run.json is adapt's now, and the rows are no longer those of a merge alone.
     with pytest.raises(launch.UserError, match="did not make; choose another --workdir"):
         merge.run(str(folder), parts[:3])
@@ -120,11 +122,11 @@ def test_seeds_are_parts_with_the_choice_of_the_first(two_seeds, tmp_path):
     first = run_seeds(tmp_path / "first", two_seeds, (0,))
     second = run_seeds(tmp_path / "second", two_seeds, (1,), selection=tmp_path / "first")
     merge.run(str(tmp_path / "whole"), [first, second])
-    assert_equal_rows(rows_of(tmp_path / "whole"), rows_of(merge.pathlib.Path(alone)))
+    assert_equal_rows(rows_of(tmp_path / "whole"), rows_of(pathlib.Path(alone)))
     whole = tmp_path / "whole"
     assert json.loads((whole / "run.json").read_text())["config"]["seeds"] == [0, 1]
     selections = [
-        json.loads((merge.pathlib.Path(at) / "selection.json").read_text()) for at in (whole, alone)
+        json.loads((pathlib.Path(at) / "selection.json").read_text()) for at in (whole, alone)
     ]
     assert selections[0] == selections[1] and len(selections[0]["tried"]) == 2
     other = run_seeds(tmp_path / "other", two_seeds, (1,))
@@ -244,17 +246,17 @@ def test_a_folder_that_is_no_part(tmp_path):
 
 def test_ranges():
     assert [
-        str(merge.range_of(text)) for text in ("test", "test[:]", "test[5:]", "test[:100%]")
+        str(ranges.range_of(text)) for text in ("test", "test[:]", "test[5:]", "test[:100%]")
     ] == [
         "test",
         "test",
         "test[5:]",
         "test",
     ]
-    halves = [merge.range_of(text) for text in ("test[50%:100%]", "test[0%:50%]")]
-    assert str(merge.union(halves)) == "test"
+    halves = [ranges.range_of(text) for text in ("test[50%:100%]", "test[0%:50%]")]
+    assert str(ranges.union(halves)) == "test"
     with pytest.raises(launch.UserError, match="of one split"):
-        merge.union([merge.range_of("test[:5]"), merge.range_of("train[5:]")])
+        ranges.union([ranges.range_of("test[:5]"), ranges.range_of("train[5:]")])
 
 
 def test_shares_are_numbers_of_images():
@@ -264,7 +266,7 @@ def test_shares_are_numbers_of_images():
         row | {"error": 1 / 3, "num_examples": 3, "aux_loss_after": 1.0, "error_by_step": [1 / 3]},
         row | {"error": 2 / 7, "num_examples": 7, "aux_loss_after": 2.0, "error_by_step": [4 / 7]},
     ]
-    whole = merge.joined(rows)
+    whole = rows_lib.joined(rows)
     assert whole["error"] == 3 / 10 and whole["error_by_step"] == [5 / 10]
     assert whole["aux_loss_after"] == pytest.approx(1.7)
     assert whole["seconds"] == 2.0 and whole["samples_per_second"] == 5.0
@@ -277,7 +279,7 @@ def test_shares_are_numbers_of_images():
 def test_rows_that_are_not_of_one_method(more, message):
     row = {"scope": "per_sample", "num_steps": 2, "num_examples": 3, "seconds": 1.0}
     with pytest.raises(ValueError, match=message):
-        merge.joined([row, row | more])
+        rows_lib.joined([row, row | more])
 
 
 def test_validation_rows_of_two_machines_differ_by_rounding(parts, tmp_path):
@@ -302,4 +304,4 @@ def test_a_field_of_one_range_alone():
     row = {"scope": "per_sample", "num_examples": 3, "seconds": 1.0}
     for rows in ([row | {"program_steps": 4}, row], [row, row | {"program_steps": 4}]):
         with pytest.raises(ValueError, match="program_steps is"):
-            merge.joined(rows)
+            rows_lib.joined(rows)
