@@ -107,7 +107,7 @@ def _attempt(
             return "blocked", (
                 "a disk is full or read-only. What was written before is intact; free space or "
                 "choose another place, then run the same command again. "
-                f"({f'{error}'[:300]})"
+                f"({f'{error}'[:500]})"
             )
         return _failure(error)
 

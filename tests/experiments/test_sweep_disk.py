@@ -13,12 +13,12 @@ from tests.experiments import tiny_sweep
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of three megabytes, in memory."""
+    """A file system of sixteen megabytes, in memory: five times what two trials write."""
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
         subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)],
+            ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)],
             check=True,
             capture_output=True,
         )
