@@ -1,0 +1,290 @@
+"""Whole methods against NumPy in float64: every loss, gradient, update and prediction by hand.
+
+``golden`` is the other implementation. Random views and masks are data to it: they are recorded
+from the library's loss, called with the key of each inner step. Step sizes are larger than the
+published ones, so that a few steps move a tiny model far beyond the tolerance.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ttt_jax as ttt
+from ttt_jax import losses, resets, select
+
+from . import golden
+from .compiling import quickly
+from .streaming import rows, run
+
+SIDE, CHANNELS, WIDTH, CLASSES, N = 6, 2, 5, 3, 3
+GRID, PIXELS = SIDE // golden.PATCH, golden.PATCH**2 * CHANNELS
+PATCHES = GRID**2
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(N, SIDE, SIDE, CHANNELS)).astype(np.float32)
+KEYS = ttt.sample_keys(jax.random.key(0), np.arange(N))
+
+
+def normal(*shape, scale=0.3):
+    return RNG.normal(size=shape, scale=scale).astype(np.float32)
+
+
+def dense(rows, columns, scale):
+    return {"kernel": normal(rows, columns, scale=scale), "bias": normal(columns)}
+
+
+TWO_HEADS = {
+    "shared": dense(SIDE * SIDE * CHANNELS, WIDTH, 0.15),
+    "classes": dense(WIDTH, CLASSES, 1.0),
+    "rotation": dense(WIDTH, 4, 1.0),
+}
+AUTOENCODER = {
+    "encoder": {"kernel": normal(PIXELS, WIDTH), "position": normal(PATCHES, WIDTH)},
+    "decoder": dense(WIDTH, PATCHES * PIXELS, 1.0),
+    "head": dense(WIDTH, CLASSES, 2.0),
+}
+SHARED = ("shared/kernel", "shared/bias")
+
+
+def through(layer, inputs):
+    return inputs @ layer["kernel"] + layer["bias"][None]
+
+
+def shared(params, images):
+    return jnp.tanh(through(params["shared"], images.reshape(images.shape[0], -1)))
+
+
+def classify(params, images):
+    return through(params["classes"], shared(params, images))
+
+
+def turn(params, images):
+    return through(params["rotation"], shared(params, images))
+
+
+def encode(params, images, keep):
+    """The mean over the visible patches: ``[N, WIDTH]``."""
+    patches = images.reshape(-1, GRID, golden.PATCH, GRID, golden.PATCH, CHANNELS)
+    patches = patches.swapaxes(2, 3).reshape(-1, PATCHES, PIXELS)
+    visible = jnp.take_along_axis(patches, keep[:, :, None], axis=1)
+    layer = params["encoder"]
+    return jnp.tanh(visible @ layer["kernel"] + layer["position"][keep]).mean(axis=1)
+
+
+def reconstruct(params, images, keep):
+    flat = through(params["decoder"], encode(params, images, keep))
+    return flat.reshape(-1, PATCHES, PIXELS)
+
+
+def classify_patches(params, images):
+    every = jnp.broadcast_to(jnp.arange(PATCHES)[None], (images.shape[0], PATCHES))
+    return through(params["head"], encode(params, images, every))
+
+
+def brightness(image, key):
+    return image + jax.random.uniform(key, minval=-0.5, maxval=0.5)
+
+
+def drawn(make_loss, model, params, num_steps):
+    """What the model function is given at each inner step of each image: ``[N, S, ...]``."""
+
+    def at_step(params, x, key, i):
+        seen = []
+
+        def recorder(params, *inputs):
+            seen.append(inputs)
+            return model(params, *inputs)
+
+        make_loss(recorder)(params, x, jax.random.fold_in(key, i))
+        return seen[0]
+
+    steps = jax.vmap(at_step, (None, None, None, 0))
+    images = jax.vmap(steps, (None, 0, 0, None))
+    return [
+        np.asarray(leaf) for leaf in quickly(images, params, IMAGES, KEYS, np.arange(num_steps))
+    ]
+
+
+def with_weights(model):
+    """The prediction of one image beside the parameters that made it."""
+    one = ttt.unbatched(model)
+    return lambda params, x: (one(params, x), params)
+
+
+def episodes(adapter, model, params, num_steps):
+    """``(outputs, weights, info)``, each with a row per image."""
+    predict = ttt.batched(ttt.episodic(adapter, with_weights(model), num_steps=num_steps))
+    (outputs, weights), info = quickly(predict, params, IMAGES, KEYS)
+    return outputs, weights, info
+
+
+def stream(adapter, model, params, **options):
+    """As ``episodes``, and the adapter's parameters after each image."""
+    _, ((outputs, weights), info), carries = run(
+        adapter, xs=IMAGES, keys=KEYS, params=params, apply=with_weights(model), **options
+    )
+    return (outputs, weights, info), carries.state.fast
+
+
+@pytest.mark.parametrize(
+    ("loss", "params", "data"),
+    [
+        (golden.rotation, TWO_HEADS, (IMAGES, np.array([3, 0, 2]))),
+        (golden.marginal_entropy, TWO_HEADS, (IMAGES,)),
+        (golden.reconstruction, AUTOENCODER, (IMAGES[0], np.array([[0, 4], [2, 4], [3, 8]]))),
+    ],
+    ids=["rotation", "marginal_entropy", "reconstruction"],
+)
+def test_the_gradients_by_hand_are_slopes(loss, params, data):
+    golden.same_slopes(loss, golden.flat(params), *data)
+
+
+class TestRotation:
+    """Shared layer and rotation head adapt by SGD without momentum; the class head is frozen."""
+
+    SOURCE = golden.flat(TWO_HEADS)
+    FAST = (*SHARED, "rotation/kernel", "rotation/bias")
+    MODES = pytest.mark.parametrize(
+        ("num_steps", "rate"),
+        [pytest.param(10, 0.05, id="standard"), pytest.param(1, 0.5, id="jump")],
+    )
+
+    @staticmethod
+    def copied(model):
+        return losses.rotation(model, copies=4, augment=brightness)
+
+    def adapter(self, rate, loss=None):
+        chosen = select.paths("shared/.*", "rotation/.*")
+        return ttt.gradient_adapter(loss or self.copied(turn), optax.sgd(rate), select=chosen)
+
+    def data(self, num_steps):
+        """``(views, turns)`` of each step of each image."""
+        (views,) = drawn(self.copied, turn, TWO_HEADS, num_steps)
+        pairs = zip(views, IMAGES, strict=True)
+        return [[(v, self.turns(v, image)) for v in steps] for steps, image in pairs]
+
+    @staticmethod
+    def turns(views, image):
+        """Read off the pixels: a view is the image turned by r, but for its brightness."""
+        spread = np.stack([(views - np.rot90(image, r)).std(axis=(1, 2, 3)) for r in range(4)])
+        assert spread.min(axis=0).max() < 1e-5 < 0.1 < np.sort(spread, axis=0)[1].min()
+        return spread.argmin(axis=0)
+
+    def check(self, results, data, rate):
+        """Each image by itself, from the source parameters on."""
+        outputs, weights, info = results
+        for i, image in enumerate(IMAGES):
+            p, *steps = golden.adapt(self.SOURCE, golden.rotation, golden.SGD(rate), data[i])
+            golden.same_steps(rows(info, i), *steps)
+            golden.same_weights(rows(weights, i), p)
+            golden.close(outputs[i], golden.classify(p, image[None])[0])
+            golden.adapted(self.SOURCE, p, self.FAST, 0.01)
+
+    @MODES
+    def test_augmented_copies(self, num_steps, rate):
+        data = self.data(num_steps)
+        assert len({tuple(turns) for steps in data for _, turns in steps}) > 1
+        self.check(episodes(self.adapter(rate), classify, TWO_HEADS, num_steps), data, rate)
+
+    @MODES
+    def test_four_rotations(self, num_steps, rate):
+        adapter = self.adapter(rate, losses.rotation(turn))
+        four = [np.stack([np.rot90(image, r) for r in range(4)]) for image in IMAGES]
+        data = [[(views, np.arange(4))] * num_steps for views in four]
+        self.check(episodes(adapter, classify, TWO_HEADS, num_steps), data, rate)
+
+    def test_online(self):
+        """The weights go on from image to image; each is predicted after its step."""
+        (outputs, weights, info), fast = stream(
+            self.adapter(0.2), classify, TWO_HEADS, reset=resets.never()
+        )
+        p, optimizer = self.SOURCE, golden.SGD(0.2)
+        for i, data in enumerate(self.data(1)):
+            before = p
+            p, *steps = golden.adapt(p, golden.rotation, optimizer, data)
+            golden.adapted(before, p, self.FAST, 0.01)
+            golden.same_steps(rows(info, i), *steps)
+            golden.same_weights(rows(weights, i), p)
+            golden.same_weights(rows(fast, i), p)
+            golden.close(outputs[i], golden.classify(p, IMAGES[i][None])[0])
+
+    def test_online_with_every_image_forgotten(self):
+        """Is each image by itself."""
+        results, fast = stream(
+            self.adapter(0.2), classify, TWO_HEADS, reset=resets.every(1), num_steps=2
+        )
+        self.check(results, self.data(2), 0.2)
+        golden.same_weights(rows(fast, -1), self.SOURCE)
+
+
+class TestMEMO:
+    """Everything takes one SGD step; the prediction is that of the plain image."""
+
+    VIEWS = 6
+
+    def loss(self, model):
+        return losses.marginal_entropy(model, brightness, num_views=self.VIEWS)
+
+    def test_one_step(self):
+        adapter = ttt.gradient_adapter(
+            self.loss(classify), optax.sgd(0.5), select=select.everything()
+        )
+        outputs, weights, info = episodes(adapter, classify, TWO_HEADS, 1)
+        (views,) = drawn(self.loss, classify, TWO_HEADS, 1)
+        source = golden.flat(TWO_HEADS)
+        for i, image in enumerate(IMAGES):
+            shifts = views[i, 0] - image
+            assert shifts.std(axis=(1, 2, 3)).max() < 1e-5
+            assert len(np.unique(shifts.mean(axis=(1, 2, 3)).round(4))) == self.VIEWS
+            p, *steps = golden.adapt(
+                source, golden.marginal_entropy, golden.SGD(0.5), [(views[i, 0],)]
+            )
+            golden.same_steps(rows(info, i), *steps)
+            golden.same_weights(rows(weights, i), p)
+            golden.close(outputs[i], golden.classify(p, image[None])[0])
+            golden.adapted(source, p, (*SHARED, "classes/kernel", "classes/bias"), 0.01)
+
+
+class TestMaskedAutoencoder:
+    """The encoder adapts by SGD with momentum, which every image begins afresh."""
+
+    STEPS, MASKS, RATE, MOMENTUM = 5, 3, 0.05, 0.9
+
+    def loss(self, model):
+        return losses.masked_reconstruction(model, patch=golden.PATCH, num_masks=self.MASKS)
+
+    def adapter(self):
+        optimizer = optax.sgd(self.RATE, momentum=self.MOMENTUM)
+        encoder = select.paths("encoder/.*")
+        return ttt.gradient_adapter(self.loss(reconstruct), optimizer, select=encoder)
+
+    def check(self, results):
+        outputs, weights, info = results
+        _, keep = drawn(self.loss, reconstruct, AUTOENCODER, self.STEPS)
+        # A quarter of nine patches is two, in other places at other steps.
+        assert keep.shape == (N, self.STEPS, self.MASKS, 2)
+        assert all(len(np.unique(masks, axis=0)) > 5 for masks in keep.reshape(N, -1, 2))
+        source = golden.flat(AUTOENCODER)
+        for i, image in enumerate(IMAGES.astype(np.float64)):
+            optimizer = golden.SGD(self.RATE, self.MOMENTUM)
+            data = [(image, masks) for masks in keep[i]]
+            p, *steps = golden.adapt(source, golden.reconstruction, optimizer, data)
+            golden.same_steps(rows(info, i), *steps)
+            golden.same_weights(rows(weights, i), p)
+            golden.close(outputs[i], golden.classify_patches(p, image))
+            golden.adapted(source, p, ("encoder/kernel", "encoder/position"), 0.01)
+
+    def test_episodes(self):
+        self.check(episodes(self.adapter(), classify_patches, AUTOENCODER, self.STEPS))
+
+    def test_online_with_every_image_forgotten(self):
+        """The momentum of one image must not reach the next."""
+        results, _ = stream(
+            self.adapter(),
+            classify_patches,
+            AUTOENCODER,
+            reset=resets.every(1),
+            num_steps=self.STEPS,
+        )
+        self.check(results)

@@ -1,0 +1,104 @@
+"""Tent against NumPy in float64: entropy through batch statistics, Adam, order of prediction."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ttt_jax as ttt
+from ttt_jax import losses, resets, select
+
+from . import golden
+from .compiling import quickly
+from .streaming import rows, run
+
+N, SIZE, INPUTS, WIDTH, CLASSES = 3, 8, 6, 5, 3
+# Adam divides each slope by its size. With this seed none is below 0.003, where float32 is exact
+# enough; rounding errors of a smaller one would grow into whole steps.
+RNG = np.random.default_rng(188)
+BATCHES = RNG.normal(size=(N, SIZE, INPUTS)).astype(np.float32)
+KEYS = ttt.sample_keys(jax.random.key(0), np.arange(N))
+
+
+def normal(*shape, mean=0.0, scale=1.0):
+    return RNG.normal(mean, scale, size=shape).astype(np.float32)
+
+
+def norm():
+    return {"scale": normal(WIDTH, mean=1.0, scale=0.3), "bias": normal(WIDTH, scale=0.3)}
+
+
+PARAMS = {
+    "dense1": {"kernel": normal(INPUTS, WIDTH)},
+    "norm1": norm(),
+    "dense2": {"kernel": normal(WIDTH, WIDTH)},
+    "norm2": norm(),
+    "head": {"kernel": normal(WIDTH, CLASSES), "bias": normal(CLASSES)},
+}
+SOURCE = golden.flat(PARAMS)
+AFFINE = ("norm1/scale", "norm1/bias", "norm2/scale", "norm2/bias")
+RATE = 0.02
+
+
+def batch_norm(layer, rows):
+    centred = rows - rows.mean(axis=0, keepdims=True)
+    variance = jnp.square(centred).mean(axis=0, keepdims=True)
+    standard = centred / jnp.sqrt(variance + golden.EPSILON)
+    return standard * layer["scale"][None] + layer["bias"][None]
+
+
+def model(params, rows):
+    lower = jnp.tanh(batch_norm(params["norm1"], rows @ params["dense1"]["kernel"]))
+    upper = jnp.tanh(batch_norm(params["norm2"], lower @ params["dense2"]["kernel"]))
+    return upper @ params["head"]["kernel"] + params["head"]["bias"][None]
+
+
+def predicted(params, batch):
+    """The prediction beside the parameters that made it."""
+    return model(params, batch), params
+
+
+def tent():
+    loss = losses.entropy(model, batch=True)
+    return ttt.gradient_adapter(loss, optax.adam(RATE), select=select.norm_affine())
+
+
+def test_the_gradient_by_hand_is_a_slope():
+    golden.same_slopes(golden.entropy, SOURCE, BATCHES[0])
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_online(order):
+    """One step a batch. Parameters, moments and their count go on from batch to batch."""
+    _, ((outputs, weights), info), carries = run(
+        tent(),
+        xs=BATCHES,
+        keys=KEYS,
+        params=PARAMS,
+        apply=predicted,
+        reset=resets.never(),
+        predict=order,
+    )
+    p, optimizer = SOURCE, golden.Adam(RATE)
+    for i, batch in enumerate(BATCHES.astype(np.float64)):
+        before = p
+        p, *steps = golden.adapt(p, golden.entropy, optimizer, [(batch,)])
+        used = before if order == "before" else p
+        golden.same_steps(rows(info, i), *steps)
+        golden.same_weights(rows(weights, i), used)
+        golden.same_weights(rows(carries.state.fast, i), p)
+        golden.close(outputs[i], golden.batch_normalized(used, batch)[0])
+    golden.adapted(SOURCE, p, AFFINE, 0.01)
+
+
+def test_episodes_predict_after():
+    """Two steps a batch, every batch from the source parameters and with fresh moments."""
+    predict = ttt.batched(ttt.episodic(tent(), predicted, num_steps=2))
+    (outputs, weights), info = quickly(predict, PARAMS, BATCHES, KEYS)
+    for i, batch in enumerate(BATCHES.astype(np.float64)):
+        p, *steps = golden.adapt(SOURCE, golden.entropy, golden.Adam(RATE), [(batch,)] * 2)
+        golden.same_steps(rows(info, i), *steps)
+        golden.same_weights(rows(weights, i), p)
+        golden.close(outputs[i], golden.batch_normalized(p, batch)[0])
+        golden.adapted(SOURCE, p, AFFINE, 0.01)
