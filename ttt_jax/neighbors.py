@@ -28,6 +28,7 @@ def nearest(features: jax.Array, bank: jax.Array, k: int, *, metric: str = "cosi
 
     Returns:
       int32 indices ``[..., k]`` into the bank, nearest first; of equally near rows the first.
+      Rows that hold a nan or an inf come last.
 
     Raises:
       ValueError: an unknown metric, a bank that is not ``[M, D]``, features of another length,
@@ -54,15 +55,19 @@ def nearest(features: jax.Array, bank: jax.Array, k: int, *, metric: str = "cosi
             f"k must be an integer from 1 to the {bank.shape[0]} rows of the bank, got {k!r}."
         )
     queries = features.reshape(-1, bank.shape[1])
+    # One damaged row must not become everybody's neighbor, nor spoil the center.
+    usable = jnp.isfinite(bank).all(axis=1, keepdims=True)
+    bank = jnp.where(usable, bank, 0.0)
     # Only the order over rows counts: what is the same for all rows is left out.
     if metric == "cosine":
         square = jnp.square(bank).sum(axis=1, keepdims=True)
         scores = _product(queries, bank * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)))
     else:
         # Distances do not change with the origin; near the data, rounding is smallest.
-        center = bank.mean(axis=0, keepdims=True)
+        center = bank.mean(axis=0, keepdims=True, where=usable)
         rows = bank - center
         scores = _product(queries - center, rows) - jnp.square(rows).sum(axis=1)[None] / 2
+    scores = jnp.where(usable.T, scores, -jnp.inf)
     return jax.lax.top_k(scores, k)[1].reshape((*features.shape[:-1], k))
 
 

@@ -63,6 +63,22 @@ class TestErrors:
         with raises(name, "one instance", r"\(3, 6, 6, 1\)", "ttt_jax.batched"):
             jax.eval_shape(loss, WEIGHTS, IMAGES.astype(dtype), KEY)
 
+    @pytest.mark.parametrize(
+        "build",
+        [
+            lambda: losses.rotation(linear, batch=True),
+            lambda: build_images("masked_reconstruction", batch=True),
+            lambda: losses.entropy(linear, batch=True),
+            lambda: losses.marginal_entropy(linear, lambda x, key: x, num_views=2, batch=True),
+            lambda: losses.pseudo_label(linear, batch=True),
+            lambda: losses.reliable_entropy(linear, batch=True),
+            lambda: losses.denoising(identity, noise=0.1, batch=True),
+        ],
+    )
+    def test_empty_batches(self, build):
+        with raises("at least one instance; got 0", "Leave empty batches out"):
+            jax.eval_shape(build(), WEIGHTS, IMAGES[:0], KEY)
+
     def test_unbatched_model_function(self):
         one = ttt.unbatched(linear)
         with raises("entropy", r"\[1, \.\.\., classes\]", "not unbatched"):

@@ -221,6 +221,26 @@ class TestEntropy:
         loss = losses.entropy(identity, weight=lambda z: jnp.zeros(len(z)), batch=True)
         assert quickly(jax.grad(loss), 0.7, self.LOGITS, KEY) == 0
 
+    @pytest.mark.parametrize("name", ["entropy", "marginal_entropy", "reliable_entropy"])
+    def test_a_class_that_is_left_out(self, name):
+        """A logit of -inf is a class with probability 0: value and gradient of the others."""
+        build = {
+            "entropy": losses.entropy,
+            "marginal_entropy": lambda apply: losses.marginal_entropy(
+                apply, lambda x, key: x, num_views=2
+            ),
+            "reliable_entropy": lambda apply: losses.reliable_entropy(apply, margin=2.0),
+        }[name]
+        x = jnp.array([0.3, -0.2, 0.9])
+
+        def some(params, inputs):
+            left_out = jnp.full((inputs.shape[0], 1), -jnp.inf)
+            return jnp.concatenate([inputs * params, left_out], axis=1)
+
+        found = quickly(jax.value_and_grad(build(some)), 2.0, x, KEY)
+        expected = quickly(jax.value_and_grad(build(identity)), 2.0, x, KEY)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
     def test_computed_in_float32(self):
         loss = losses.entropy(identity, batch=True)
         logits = self.LOGITS.astype(jnp.bfloat16)

@@ -65,6 +65,18 @@ class TestNearest:
         rows = np.array([[0.0, 0.0], [2.0, 0.0], [1.0, 0.0], [-1.0, 0.0]], np.float32)
         assert neighbors.nearest(np.array([1.0, 0.0]), rows, 4).tolist() == [1, 2, 0, 3]
 
+    @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_a_damaged_row_is_nobodys_neighbor(self, metric, bad):
+        rows = BANK.copy()
+        rows[3, 1] = bad
+        others = np.delete(np.arange(len(BANK)), 3)
+        found = neighbors.nearest(QUERIES, rows, 5, metric=metric)
+        for query, places in zip(QUERIES, found, strict=True):
+            expected = others[by_brute_force(query, BANK[others], 5, metric)]
+            np.testing.assert_array_equal(places, expected)
+        assert (neighbors.nearest(QUERIES, rows, len(rows), metric=metric)[:, -1] == 3).all()
+
 
 def moved_by(k, rate=0.1, metric="cosine"):
     """One step of ``mean over instance and neighbors of (w . x)^2`` on plain vectors."""

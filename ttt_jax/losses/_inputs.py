@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from ttt_jax import _trees
 from ttt_jax.base import Key, Params
 
+# exp of it is 0 in float32, and sums of many stay finite.
+_LEAST = -1e30
+
 
 def check_images(name: str, x: Any, batch: bool) -> jax.Array:
     """Returns ``x`` as images ``[N, H, W, C]``; refuses any rank but the one that is due.
@@ -27,12 +30,23 @@ def check_images(name: str, x: Any, batch: bool) -> jax.Array:
                 else "Map over a batch with ttt_jax.batched, or build the loss with batch=True."
             )
         )
+    if batch:
+        _refuse_empty(name, shape[0])
     return x if batch else x[None]
 
 
+def _refuse_empty(name: str, count: int) -> None:
+    if count == 0:
+        raise ValueError(
+            f"losses.{name} averages over a batch and needs at least one instance; got 0. "
+            "Leave empty batches out."
+        )
+
+
 def check_instance(name: str, x: Any, batch: bool) -> Any:
-    """Returns ``x`` with a leading batch axis; refuses what is plainly a batch of images."""
+    """Returns ``x`` with a leading batch axis; refuses empty batches, and images by the batch."""
     if batch:
+        _refuse_empty(name, batch_size(x))
         return x
     if getattr(x, "ndim", 0) >= 4:
         raise ValueError(
@@ -68,8 +82,16 @@ def check_logits(name: str, logits: Any, count: int, classes: int | None = None)
     return logits.astype(jnp.float32)
 
 
+def log_probabilities(logits: jax.Array) -> jax.Array:
+    """``log_softmax`` over the last axis, finite where a logit is -inf.
+
+    Such a logit leaves a class out; ``p * log p`` and its gradient are then 0, not nan.
+    """
+    return jnp.maximum(jax.nn.log_softmax(logits, axis=-1), _LEAST)
+
+
 def entropy(log_p: jax.Array) -> jax.Array:
-    """Shannon entropy over the last axis, in nats."""
+    """Shannon entropy over the last axis, in nats, of :func:`log_probabilities`."""
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 

@@ -52,7 +52,7 @@ def entropy(
         inputs = _inputs.check_instance("entropy", x, batch)
         count = _inputs.batch_size(inputs)
         logits = _inputs.check_logits("entropy", call(params, inputs, key), count)
-        values = _inputs.per_instance(_inputs.entropy(jax.nn.log_softmax(logits, axis=-1)))
+        values = _inputs.per_instance(_inputs.entropy(_inputs.log_probabilities(logits)))
         if weight is None:
             return values.mean()
         weights = jnp.asarray(weight(logits))
@@ -109,7 +109,7 @@ def marginal_entropy(
         )
         logits = call(params, _inputs.flatten_views(views), model_key)
         logits = _inputs.check_logits("marginal_entropy", logits, count * num_views)
-        log_p = jax.nn.log_softmax(logits, axis=-1)
+        log_p = _inputs.log_probabilities(logits)
         log_p = log_p.reshape((count, num_views) + log_p.shape[1:])
         marginal = jax.nn.logsumexp(log_p, axis=1) - jnp.log(float(num_views))
         return _inputs.entropy(marginal).mean()

@@ -59,8 +59,8 @@ def activation_matching(
     """Matches mean and variance of every activation with the source's (ActMAD).
 
     ``1/2 * sum over layers of [mean|mu - mu_src| + mean|var - var_src|]``. The statistics are
-    taken over the leading axis only, so there is one per channel and location; variances are
-    biased.
+    taken over the leading axis only, so there is one per channel and location; the variances of
+    n activations divide by n - 1, as the authors' code does.
 
     Args:
       collect: ``collect(params, inputs[N, ...]) -> pytree`` of activations ``[N, ...]``; each
@@ -122,7 +122,7 @@ def activation_matching(
             leaf = leaf.astype(jnp.float32)
             variance = jnp.maximum(squares[path] - jnp.square(means[path]), 0.0)
             total += jnp.abs(leaf.mean(axis=0) - means[path]).mean()
-            total += jnp.abs(leaf.var(axis=0) - variance).mean()
+            total += jnp.abs(leaf.var(axis=0, ddof=1) - variance).mean()
         return total / 2
 
     return loss

@@ -166,4 +166,4 @@ def sample_adaptive_entropy(
 
 
 def _log_p(name: str, logits: Any, count: int, classes: int | None = None) -> jax.Array:
-    return jax.nn.log_softmax(_inputs.check_logits(name, logits, count, classes), axis=-1)
+    return _inputs.log_probabilities(_inputs.check_logits(name, logits, count, classes))
