@@ -132,6 +132,23 @@ class TestMonitors:
         halves = diagnostics.effective_classes(sure(0, 0, 1))  # frequencies 2/3 and 1/3
         np.testing.assert_allclose(halves, 3 / 2 ** (2 / 3), rtol=1e-6)
 
+    def test_predicted_classes(self):
+        unsure = 1e-3 * sure(0, 0, 0)
+        stack = jnp.stack([sure(0, 1, 2), sure(1, 1, 1), unsure])
+        np.testing.assert_allclose(diagnostics.predicted_classes(stack), [3, 1, 1], rtol=1e-6)
+        np.testing.assert_allclose(
+            diagnostics.predicted_classes(sure(0, 0, 1)), 3 / 2 ** (2 / 3), rtol=1e-6
+        )
+        # Certainty says nothing else than the class does; without it the first sees no collapse.
+        assert diagnostics.effective_classes(unsure) > 2.99
+
+    @pytest.mark.parametrize("name", ["effective_classes", "predicted_classes"])
+    def test_a_nan_prediction_is_no_class(self, name):
+        count = getattr(diagnostics, name)
+        with_nan = sure(0, 1, 2, 2).at[3].set(jnp.nan)
+        np.testing.assert_allclose(count(with_nan), 3, rtol=1e-6)
+        assert jnp.isnan(count(jnp.full((2, 3), jnp.nan)))
+
     def test_agreement(self):
         adapted = jnp.stack([sure(0, 1, 2, 0), sure(0, 0, 0, 0)])
         found = diagnostics.agreement(adapted, sure(0, 1, 1, 0))
@@ -324,6 +341,19 @@ class TestSelection:
     def test_nothing_admissible_is_the_pristine_model(self):
         assert chosen(diagnostics.lowest_entropy(floor=2.5)) == (0, 0, -np.inf, False)
         assert chosen(lambda outputs: jnp.full(outputs.shape[:2], jnp.nan))[:2] == (0, 0)
+
+    @pytest.mark.parametrize(
+        "criterion",
+        [diagnostics.lowest_entropy(floor=1.9), diagnostics.largest_change(threshold=1)],
+    )
+    def test_an_instance_without_a_prediction_decides_nothing(self, criterion):
+        """Three of the instances, beside one whose input is nan: the choice and score of three."""
+        four = MAP.at[:, :, 3].set(jnp.nan)
+        assert chosen(criterion, four) == chosen(criterion, MAP[:, :, :3])
+        assert chosen(criterion, four)[3]
+        # An entry that makes a nan of a prediction that there was is out.
+        rate, steps = chosen(criterion)[:2]
+        assert chosen(criterion, MAP.at[rate, steps, 1].set(jnp.nan))[:2] != (rate, steps)
 
     def test_ties_go_to_the_fewest_steps(self):
         scores = jnp.array([[0.0, 0.0, 5.0], [0.0, 5.0, 1.0]])

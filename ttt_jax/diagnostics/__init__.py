@@ -18,6 +18,7 @@ from ttt_jax.diagnostics.monitors import (
     drift as drift,
     effective_classes as effective_classes,
     harm as harm,
+    predicted_classes as predicted_classes,
 )
 from ttt_jax.diagnostics.selectors import (
     Choice as Choice,

@@ -13,17 +13,18 @@ from ttt_jax.losses.rotation import rotate
 
 
 def effective_classes(logits: Any) -> jax.Array:
-    """How many classes the predictions use: exp of the entropy of the mean prediction.
+    """How many classes the probabilities use: exp of the entropy of the mean prediction.
 
-    C where all classes are equally frequent, 1 where every prediction is the same class: a
-    stream that collapses heads for 1. Compare it with the value of the pristine predictions,
-    since a batch of one class has 1 too.
+    C where all classes have the same mean probability, 1 where every prediction is certain of the
+    same class: a stream that collapses under an entropy loss heads for 1. A model that is unsure
+    has a large value whatever it predicts: :func:`predicted_classes` counts the predictions.
+    Compare it with the value of the pristine predictions, since a batch of one class has 1 too.
 
     Args:
       logits: ``[..., N, C]``, averaged over N after a softmax.
 
     Returns:
-      Float32 ``[...]``, in [1, C]; nan where a logit is nan.
+      Float32 ``[...]``, in [1, C]; predictions that hold a nan are left out, nan where all do.
 
     Raises:
       ValueError: fewer than two axes, or no instance.
@@ -33,9 +34,37 @@ def effective_classes(logits: Any) -> jax.Array:
       >>> print(effective_classes(jnp.array([[99.0, 0.0, 0.0], [0.0, 99.0, 0.0]])).round(3))
       2.0
     """
-    log_p = jax.nn.log_softmax(_inputs.as_logits("effective_classes", logits), axis=-1)
-    mean = jnp.exp(log_p).mean(axis=-2)
+    p = jax.nn.softmax(_inputs.as_logits("effective_classes", logits), axis=-1)
+    mean = p.mean(axis=-2, where=~jnp.isnan(p).any(axis=-1, keepdims=True))
     return jnp.exp(jax.scipy.special.entr(mean).sum(axis=-1))
+
+
+def predicted_classes(logits: Any) -> jax.Array:
+    """How many classes are predicted: exp of the entropy of the shares of the predicted classes.
+
+    C where all classes are predicted equally often, 1 where one class is predicted for all,
+    however unsure. Compare it with the pristine model's on the same instances.
+
+    Args:
+      logits: ``[..., N, C]``.
+
+    Returns:
+      Float32 ``[...]``, in [1, C]; predictions that hold a nan are left out, nan where all do.
+
+    Raises:
+      ValueError: fewer than two axes, or no instance.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> unsure = jnp.array([[0.1, 0.0, 0.0], [0.2, 0.0, 0.1]])
+      >>> print(predicted_classes(unsure), effective_classes(unsure).round(2))
+      1.0 3.0
+    """
+    logits = _inputs.as_logits("predicted_classes", logits)
+    # A nan is class -1, which is none of them.
+    counts = jax.nn.one_hot(_inputs.classes(logits), logits.shape[-1]).sum(axis=-2)
+    shares = counts / counts.sum(axis=-1, keepdims=True)
+    return jnp.exp(jax.scipy.special.entr(shares).sum(axis=-1))
 
 
 def agreement(logits: Any, pristine_logits: Any) -> jax.Array:

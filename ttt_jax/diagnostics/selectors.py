@@ -60,6 +60,13 @@ def _best(scores: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return place % rates, place // rates, scores.reshape(-1)[place]
 
 
+def _usable(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Instances ``[1, 1, N]`` with a pristine prediction, and entries that predict all of those."""
+    there = ~jnp.isnan(outputs).any(axis=-1)
+    pristine = there[:1, :1]
+    return pristine, (there | ~pristine).all(axis=-1)
+
+
 def lowest_entropy(*, floor: Any) -> Criterion:
     """Criterion: the lowest mean entropy among entries that still use enough classes.
 
@@ -75,9 +82,11 @@ def lowest_entropy(*, floor: Any) -> Criterion:
     """
 
     def score(outputs: jax.Array) -> jax.Array:
-        log_p = jax.nn.log_softmax(outputs, axis=-1)
-        entropy = jax.scipy.special.entr(jnp.exp(log_p)).sum(axis=-1).mean(axis=-1)
-        return jnp.where(monitors.effective_classes(outputs) >= floor, -entropy, -jnp.inf)
+        instances, whole = _usable(outputs)
+        p = jax.nn.softmax(outputs, axis=-1)
+        entropy = jax.scipy.special.entr(p).sum(axis=-1).mean(axis=-1, where=instances)
+        enough = whole & (monitors.effective_classes(outputs) >= floor)
+        return jnp.where(enough, -entropy, -jnp.inf)
 
     return score
 
@@ -97,10 +106,12 @@ def largest_change(*, threshold: Any) -> Criterion:
     """
 
     def score(outputs: jax.Array) -> jax.Array:
-        kept = monitors.agreement(outputs, outputs[0, 0])
+        instances, whole = _usable(outputs)
+        same = _inputs.hits(outputs, _inputs.classes(outputs[0, 0]))
+        kept = same.mean(axis=-1, where=instances, dtype=jnp.float32)
         p = jax.nn.softmax(outputs, axis=-1)
-        change = 0.5 * jnp.abs(p - p[:1, :1]).sum(axis=-1).mean(axis=-1)
-        return jnp.where(kept >= threshold, change, -jnp.inf)
+        change = 0.5 * jnp.abs(p - p[:1, :1]).sum(axis=-1).mean(axis=-1, where=instances)
+        return jnp.where(whole & (kept >= threshold), change, -jnp.inf)
 
     return score
 
@@ -112,7 +123,8 @@ def select_label_free(outputs: Any, *, criterion: Criterion) -> Choice:
     nothing gives the pristine model. Run on a test batch the choice is transductive: it has seen
     its inputs, and a report should say so. An instance whose steps were not finite counts with
     its pristine prediction (see :func:`~ttt_jax.episodic`); leave out learning rates at which
-    ``info.ok`` fails often.
+    ``info.ok`` fails often. The criteria of this module leave out instances whose pristine
+    prediction is nan, and entries that make a nan of another instance's.
 
     Args:
       outputs: logits ``[L, S + 1, N, C]``, from :func:`step_size_map` over N instances.
