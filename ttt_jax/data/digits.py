@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from ttt_jax.data.records import has_data
+from ttt_jax.data._folders import has_data
 
 NUM_TRAIN = 1437
 NUM_TEST = 360

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ttt_jax.data import _folders
+
 
 class RecordReader:
     """One split of a prepared TFDS set with the features ``image`` and ``label``."""
@@ -55,11 +57,6 @@ class RecordReader:
         return np.arange(len(self), dtype=np.int64)
 
 
-def has_data(builder: Any) -> bool:
-    """Whether the set was written (``builder.is_prepared`` warns where it was not)."""
-    return os.path.isfile(os.path.join(os.fspath(builder.data_dir), "dataset_info.json"))
-
-
 def _data_source(builder: Any, split: str) -> Any:
     try:
         return builder.as_data_source(split)
@@ -106,7 +103,7 @@ def _prepared(name: str, directory: str | None) -> Any:
         raise ValueError(f"TFDS knows no set called {name!r}; {hint}") from None
     except ValueError as error:
         raise ValueError(f"TFDS cannot open {name!r}: {str(error).splitlines()[0]}") from error
-    if not has_data(builder):
+    if not _folders.has_data(builder):
         where = "" if directory is None else f", data_dir={directory!r}"
         raise FileNotFoundError(
             f"The TFDS set {name!r} is not prepared in {str(builder.data_dir)!r}. Prepare it once "
