@@ -7,6 +7,8 @@ whole batch) and, for adapting per-sample methods, ``aux`` of the same leading a
 the auxiliary loss on views that are the same for every sample and step.
 """
 
+from collections.abc import Sequence
+
 import jax
 import ml_collections
 
@@ -22,7 +24,12 @@ from experiments.methods.outputs import probes as probes
 from experiments.problem import Problem
 
 
-def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -> dict[str, Method]:
+def build(
+    config: ml_collections.ConfigDict,
+    problem: Problem,
+    plain: Problem,
+    names: Sequence[str] | None = None,
+) -> dict[str, Method]:
     """The dict of methods that a config asks for, in its order.
 
     Args:
@@ -30,6 +37,7 @@ def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -
       problem: for methods whose kernels are private to each sample.
       plain: the same problem with shared kernels, for methods that adapt nothing, or one copy
         for a whole batch.
+      names: some of them; None for all.
 
     Raises:
       ValueError: a name that is not a method, an option that is missing or impossible, or a
@@ -53,6 +61,8 @@ def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -
         "rotation_blocks": (per_sample.rotation, problem),
         "rotation_neighbors": (nearby.rotation_neighbors, problem),
         "memo": (per_sample.memo, problem),
+        # The same loss over other views: a name for a row whose `views` differ.
+        "memo_augmix": (per_sample.memo, problem),
         "mae": (per_sample.mae, problem),
         "rotation_memo_augmented": (per_sample.rotation_memo_augmented, problem),
         "rotation_online": (online.rotation_online, problem),
@@ -72,9 +82,13 @@ def build(config: ml_collections.ConfigDict, problem: Problem, plain: Problem) -
         if name not in makers:
             raise ValueError(f"methods.{name} is not a method; choose from {sorted(makers)}.")
     methods = {}
-    for name, options in config.methods.items():
+    for name in config.methods if names is None else names:
         make, of = makers[name]
-        methods[name] = make(grid_of(options), of)
+        try:
+            grid = grid_of(config.methods[name])
+        except ValueError as error:
+            raise ValueError(f"methods.{name}: {error}") from error
+        methods[name] = make(grid, of)
         _try(name, methods[name], of)
     return methods
 

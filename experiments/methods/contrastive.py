@@ -19,7 +19,8 @@ def ttt_plus(grid: Any, problem: Problem) -> Method:
     """Contrastive loss and moment matching over a stream of batches (Liu et al. 2021).
 
     ``NT-Xent + encoder_weight * d(features) + head_weight * d(projections)`` with d as in
-    :func:`matching`, over the batch and the ``queue`` feature vectors before it. One pass over
+    :func:`matching`, over the batch and the ``queue`` feature vectors before it; set ``count`` to
+    the sum of both. One pass over
     the stream, the last iterate counts; the authors pass up to 500 times and stop by test labels.
 
     Raises:
@@ -48,7 +49,10 @@ def ttt_plus(grid: Any, problem: Problem) -> Method:
     def make(settings: Settings, moments: Any) -> ttt.Stream:
         model = problem.model(settings.get("prior", norm))
         terms = [
-            (settings[f"{place}_weight"], matching(apply, moments[place], settings["queue"]))
+            (
+                settings[f"{place}_weight"],
+                matching(apply, moments[place], queue=settings["queue"], count=settings["count"]),
+            )
             for place, apply in places(settings).items()
         ]
         loss = ttt.losses.weighted((1.0, auxiliary.contrastive(model)), *terms)
@@ -58,9 +62,10 @@ def ttt_plus(grid: Any, problem: Problem) -> Method:
         # Two views for the contrastive loss, and the image at both places.
         return 4 * settings["num_steps"] + 1, 4 * settings["num_steps"]
 
-    # The weights and the rule of vita-epfl/ttt-plus-plus; 1280 and batches of 256 make 1536.
+    # The weights and the rule of vita-epfl/ttt-plus-plus; its batches have 256 images.
     published = {"optimizer": "sgd", "momentum": 0.9, "num_steps": 1, "predict": "after"}
-    published |= {"encoder_weight": 0.05, "head_weight": 0.2, "queue": 1280}
+    published |= {"encoder_weight": 0.05, "head_weight": 0.2}
+    published |= {"queue": 1280, "count": 1536}
     return Method(
         "stream",
         make,
@@ -72,29 +77,37 @@ def ttt_plus(grid: Any, problem: Problem) -> Method:
     )
 
 
-def matching(apply: Callable[[Any, Any], jax.Array], moments: Any, queue: int) -> ttt.StatefulLoss:
+def matching(
+    apply: Callable[[Any, Any], jax.Array], moments: Any, *, queue: int, count: int
+) -> ttt.StatefulLoss:
     """Distance of covariance and mean from the source's, in units of the source's own scatter.
 
-    TTT++ divides ``|S - S'|_F^2 / (4 D^2)`` and ``mean((mu - mu')^2) / 2`` by what they are
-    between source images and source images. Here the divisors are those of :func:`scatter` for as
-    many images as the queue holds, so 1 + 1 is no shift at all.
+    ``|S - S'|_F^2 / (4 D^2)`` over what it is between two sets of source images, and half of
+    ``mean((mu - mu')^2)`` over what that is between them (vita-epfl/ttt-plus-plus, offline.py and
+    ttt++.py). The authors measure the divisors; here they come from :func:`scatter`, which has one
+    set against the whole source: two sets are twice as far apart. So ``count`` source images have
+    a distance of 1/2 + 1/4.
 
     Args:
       apply: ``(params, images[N, ...]) -> features [N, D]``.
       moments: of the source, as ``ttt_jax.losses.feature_moments`` measures them.
-      queue: how many feature vectors are remembered, at least 2.
+      queue: how many feature vectors are remembered beside the batch's, at least 2.
+      count: how many images the sets of the divisors have, at least 2; the published choice is
+        ``queue`` and a batch.
 
     Raises:
-      ValueError: a ``queue`` below 2.
+      ValueError: ``queue`` or ``count`` below 2.
     """
-    if queue < 2:
-        raise ValueError(f"queue must be at least 2 feature vectors; got {queue}.")
-    covariance_unit, mean_unit = scatter(moments, queue)
+    if min(queue, count) < 2:
+        raise ValueError(
+            f"queue and count must be at least 2 feature vectors; got queue={queue}, count={count}."
+        )
+    of_covariance, of_half_mean = scatter(moments, count)
     return ttt.losses.moment_matching(
         apply,
         moments,
-        mean_weight=1 / mean_unit,
-        covariance_weight=1 / covariance_unit,
+        mean_weight=1 / (4 * of_half_mean),
+        covariance_weight=1 / (2 * of_covariance),
         queue=queue,
         batch=True,
     )

@@ -69,8 +69,15 @@ class Method(NamedTuple):
 
 
 def grid_of(options: ml_collections.ConfigDict) -> tuple[Settings, ...]:
-    """The product of the options that are tuples; the others are the same in every candidate."""
+    """The product of the options that are tuples; the others are the same in every candidate.
+
+    Raises:
+      ValueError: a tuple without values.
+    """
     names = list(options)
+    for name in names:
+        if isinstance(options[name], tuple) and not options[name]:
+            raise ValueError(f"{name} lists no candidate; give it at least one value.")
     values = [v if isinstance(v, tuple) else (v,) for v in (options[name] for name in names)]
     return tuple(dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values))
 

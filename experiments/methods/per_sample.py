@@ -39,7 +39,8 @@ def augmented(grid: Any, problem: Problem) -> Method:
 
     def make(settings: Settings) -> ttt.Predictor:
         one = ttt.unbatched(outputs.model_of(problem, settings).classify)
-        predict = ttt.augmented(one, problem.view, num_views=settings["num_views"])
+        view, count = steps.view(problem, settings), settings["num_views"]
+        predict = ttt.augmented(one, view, num_views=count)
 
         def labelled(params: Any, image: jax.Array, key: jax.Array) -> Any:
             logits, info = predict(params, image, key)
@@ -72,7 +73,7 @@ def rotation(grid: Any, problem: Problem) -> Method:
 
 
 def memo(grid: Any, problem: Problem) -> Method:
-    """Marginal entropy over views (Zhang et al. 2022)."""
+    """Marginal entropy over views (Zhang et al. 2022). The probe's views are crops in any case."""
     return _traced(grid, problem, steps.memo_loss, "memo")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 import ttt_jax as ttt
-from experiments import auxiliary
+from experiments import augment, augmix, auxiliary
 from experiments.methods.method import Settings
 from experiments.methods.outputs import model_of
 from experiments.problem import Problem
@@ -56,11 +56,24 @@ def rotation_loss(problem: Problem, settings: Settings, *, batch: bool = False) 
     return ttt.losses.rotation(rotation, copies=copies, augment=problem.view, batch=batch)
 
 
+def view(problem: Problem, settings: Settings) -> augment.Augment:
+    """The option ``views``: ``crops`` (the default), as in training, or ``augmix`` of such a crop.
+
+    Raises:
+      ValueError: another name.
+    """
+    named = {"crops": problem.view, "augmix": augment.chain(problem.view, augmix.augmix)}
+    chosen = settings.get("views", "crops")
+    if chosen not in named:
+        raise ValueError(f"views must be 'crops', the default, or 'augmix'; got {chosen!r}.")
+    return named[chosen]
+
+
 def memo_loss(problem: Problem, settings: Settings) -> ttt.AuxLoss:
     """Entropy of the mean prediction over random views."""
     views = settings["num_views"]
     classify = model_of(problem, settings).classify
-    return ttt.losses.marginal_entropy(classify, problem.view, num_views=views)
+    return ttt.losses.marginal_entropy(classify, view(problem, settings), num_views=views)
 
 
 def rotation_memo_loss(problem: Problem, settings: Settings) -> ttt.AuxLoss:

@@ -13,22 +13,56 @@ from tests.experiments import tiny_config, tiny_model
 from tests.experiments.test_batch_methods import Lab, close
 from ttt_jax import data
 
-OPTIONS = {"learning_rate": 0.05, "queue": 30, "select": "params/(encoder|bn)/.*"}
+OPTIONS = {"learning_rate": 0.05, "queue": 30, "count": 50, "select": "params/(encoder|bn)/.*"}
 
 
-def test_source_images_are_two_units_away_and_others_more():
+def published(source, features, between):
+    """The distance as vita-epfl/ttt-plus-plus measures and weighs it, in NumPy."""
+
+    def coral(a, b):
+        return np.square(a - b).sum() / (4 * len(a) ** 2)
+
+    cov, mu = np.cov(source.T), source.mean(axis=0)
+    corals = [coral(np.cov(a.T), np.cov(b.T)) for a, b in between]
+    means = [np.square(a.mean(axis=0) - b.mean(axis=0)).mean() for a, b in between]
+    of_mean = np.square(mu - features.mean(axis=0)).mean()
+    return coral(cov, np.cov(features.T)) / np.mean(corals) + 0.5 * of_mean / np.mean(means)
+
+
+@pytest.mark.parametrize("kind", ["mean", "covariance"])
+def test_the_distance_is_the_published_one(kind):
+    rng = np.random.default_rng(0)
+    root, mean = rng.normal(size=(8, 8)) / 3, rng.normal(size=8)
+
+    def draw(count):
+        return mean + rng.normal(size=(count, 8)) @ root.T
+
+    source = draw(40_000)
+    moments = {"mean": jnp.array(source.mean(axis=0)), "outer": jnp.array(source.T @ source / 4e4)}
+    loss = contrastive.matching(lambda params, x: x, moments, queue=350, count=400)
+    value = jax.jit(lambda memory, x: loss.value(0.0, memory, x, jax.random.key(0)))
+    features = draw(400)
+    features = features + 0.5 if kind == "mean" else mean + 2 * (features - mean)
+    # The authors compare one first set with all others; pairs vary less.
+    expected = published(source, features, [(draw(400), draw(400)) for _ in range(400)])
+    # 350 come before the batch of 50, through the queue.
+    memory = loss.init(0.0)
+    for part in np.split(features, 8):
+        found, memory = value(memory, part)
+        memory = loss.after(0.0, memory)
+    assert found == pytest.approx(expected, rel=0.08)
+
+
+def test_as_many_source_images_are_three_quarters_away():
     rng = np.random.default_rng(0)
     root = np.array([[1.0, 0.0, 0.0], [0.5, 2.0, 0.0], [0.0, -1.0, 0.5]])
     mean = np.array([1.0, -2.0, 0.5])
     moments = {"mean": jnp.array(mean), "outer": jnp.array(root @ root.T + np.outer(mean, mean))}
-    loss = contrastive.matching(lambda params, x: x, moments, queue=50)
+    loss = contrastive.matching(lambda params, x: x, moments, queue=50, count=50)
     value = jax.jit(lambda x: loss.value(0.0, loss.init(0.0), x, jax.random.key(0))[0])
-    # Of 50 images with an empty queue; 400 draws of a mean with a deviation of about 1.
+    # Of 50 images with an empty queue; 400 draws of a mean with a deviation of about 0.4.
     drawn = [value(mean + rng.normal(size=(50, 3)) @ root.T) for _ in range(400)]
-    assert np.mean(drawn) == pytest.approx(2, abs=0.2)
-    shifted = [value(mean + 1 + rng.normal(size=(50, 3)) @ root.T) for _ in range(20)]
-    # A shift by 1 in each of D = 3 places adds n * D / tr(S) = 50 * 3 / 6.5.
-    assert np.mean(shifted) - 2 == pytest.approx(50 * 3 / 6.5, rel=0.15)
+    assert np.mean(drawn) == pytest.approx(0.75, abs=0.08)
 
 
 def get_config():
@@ -52,7 +86,7 @@ def test_the_stream_is_the_library(tmp_path, monkeypatch):
         moments = ttt.source_statistics(
             ttt.losses.feature_moments(jax.jit(apply)), params, loader
         ).value
-        return weight, contrastive.matching(apply, moments, 30)
+        return weight, contrastive.matching(apply, moments, queue=30, count=50)
 
     loss = ttt.losses.weighted(
         (1.0, ttt.losses.contrastive(model.project, augment.simclr(), temperature=0.5, batch=True)),
@@ -88,7 +122,9 @@ def test_impossible_options_are_refused(monkeypatch):
     (settings,) = build()["ttt_plus"].grid
     assert settings["head_weight"] == 0.2 and settings["predict"] == "after"
     config.methods.ttt_plus.queue = 1
-    with pytest.raises(ValueError, match=r"methods\.ttt_plus: queue must be at least 2 .* got 1"):
+    with pytest.raises(
+        ValueError, match=r"methods\.ttt_plus: queue and count must be .* queue=1, count=50"
+    ):
         build()
     config.model.projection = 0
     with pytest.raises(ValueError, match=r"methods\.ttt_plus needs a model with a projection"):
