@@ -29,6 +29,7 @@ from experiments import (
     journal,
     launch,
     methods as methods_lib,
+    outcome as outcome_lib,
     prefixes,
     problem as problem_lib,
     rows as rows_lib,
@@ -70,6 +71,10 @@ def missing_methods(
     return missing
 
 
+# A share of a method's images from which on a fallback to the source is said at the end.
+_MANY_LOST = 0.1
+
+
 class _Seen(NamedTuple):
     """A trial, the methods it lacks, and what their outcomes are compared with.
 
@@ -78,7 +83,7 @@ class _Seen(NamedTuple):
 
     trial: trials_lib.Trial
     missing: list[str]
-    source_wrong: np.ndarray | None
+    source_class: np.ndarray | None
     probes: dict[str, np.ndarray]
 
 
@@ -120,7 +125,7 @@ def evaluate(
                 row
                 for one, outcome in zip(some, outcomes, strict=True)
                 for row in rows_lib.make_rows(
-                    method, settings, one.trial, outcome, one.source_wrong, one.probes, groups
+                    method, settings, one.trial, outcome, one.source_class, one.probes, groups
                 )
             ]
         except runner_lib.TRIAL_ERRORS as error:
@@ -150,8 +155,8 @@ def evaluate(
 
     for (trial, missing), batches in zip(todo, runner_lib.ahead(load, todo), strict=True):
         plain = runner.run("source", baseline, {}, batches)
-        wrong = None if plain is None else plain.wrong()
-        seen.append(_Seen(trial, missing, wrong, runner.probe(batches, probed)))
+        found = None if plain is None else outcome_lib.predicted(plain.final)
+        seen.append(_Seen(trial, missing, found, runner.probe(batches, probed)))
         for name in missing:
             if methods[name].scope != "stream":
                 add(name, seen[-1:])
@@ -235,8 +240,9 @@ def run(
       team: the processes that share the run.
 
     Raises:
-      UserError: a part that there is not, or a work folder that is not fit.
+      UserError: a part that there is not, impossible seeds, or a work folder that is not fit.
     """
+    launch.check_seeds(config)
     first = team.index == 0
     workdir = launch.open_workdir(folder) if first else pathlib.Path(folder)
     with launch.locked(workdir) if first else contextlib.nullcontext():
@@ -323,9 +329,38 @@ def _run(
     if team.index:
         return int(failed > 0)
     print(f"{len(results.rows())} rows in {results.path}, {failed} failed trials")
+    for line in _not_adapted(results.rows()):
+        print(line, file=sys.stderr)
     for row in results.failed:
         print(f"failed: {row['method']} on {row['domain']}: {row['message']}", file=sys.stderr)
     return 1 if results.failed else 0
+
+
+def _given(flag: str, names: list[str] | None) -> tuple[str, ...]:
+    """The names of a list flag, none where it was not given.
+
+    Raises:
+      UserError: it was given without a name.
+    """
+    if names is not None and not names:
+        raise launch.UserError(f"--{flag} was given without a name; leave it out for all.")
+    return tuple(names or ())
+
+
+def _not_adapted(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line per method that fell back to the source on many images."""
+    counts: dict[str, list[int]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            both = counts.setdefault(row["method"], [0, 0])
+            both[0] += row["non_finite"]
+            both[1] += row["num_examples"]
+    return [
+        f"{name}: steps were not finite on {lost} of {count} images, which were not adapted; lower "
+        f"methods.{name}.learning_rate."
+        for name, (lost, count) in counts.items()
+        if lost > _MANY_LOST * count
+    ]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -344,7 +379,7 @@ def main(argv: Sequence[str]) -> int:
             restore=_RESTORE.value,
             checkpoint_path=_CHECKPOINT.value,
             trackers=_TRACKERS.value,
-            part=Part(tuple(_METHODS.value), tuple(_DOMAINS.value)),
+            part=Part(_given("methods", _METHODS.value), _given("domains", _DOMAINS.value)),
             devices=_DEVICES.value,
             team=team,
         )
@@ -362,8 +397,8 @@ if __name__ == "__main__":
         "checkpoint", None, "Checkpoint to adapt; default: WORKDIR/checkpoints/seed_SEED."
     )
     _TRACKERS = writers.define_flag()
-    _METHODS = flags.DEFINE_list("methods", [], "Only these methods of the config.")
-    _DOMAINS = flags.DEFINE_list("domains", [], "Only these domains, such as clean,fog.")
+    _METHODS = flags.DEFINE_list("methods", None, "Only these methods of the config.")
+    _DOMAINS = flags.DEFINE_list("domains", None, "Only these domains, such as clean,fog.")
     _DEVICES = flags.DEFINE_integer("devices", 0, "Devices of each process to use; 0: all.")
     _DISTRIBUTED = flags.DEFINE_bool(
         "distributed", False, "Share the work with other processes; under Slurm JAX finds them."

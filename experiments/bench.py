@@ -8,7 +8,6 @@ calls. The device's rate on large square matrix products, measured in the same r
 """
 
 import os
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -263,7 +262,7 @@ def runnable(ways: Iterable[str]) -> tuple[str, ...]:
 
 
 def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Measures every case and rewrites ``out`` after each.
+    """Measures every case and rewrites ``out``, a new file, after each.
 
     Args:
       out: the JSON file.
@@ -279,8 +278,7 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
     launch.chosen("way", settings.ways, WAYS)
     compiler_options(settings.compiler_options)
     launch.chosen("attention", settings.attention, attention_lib.FORMS)
-    path = pathlib.Path(out)
-    launch.open_workdir(str(path.parent))
+    path = launch.new_file(out)
     with settings.unlocked():
         settings.ways = runnable(settings.ways)
     # Both libraries share the device: jax must not reserve most of its memory at the start.

@@ -8,7 +8,6 @@ positions and two warps beside the module's own choice, ``--tiles=weights:16:8:6
 gradient in tiles as in ``_WEIGHT_GRADIENT``; values are compared with the module's own.
 """
 
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -161,9 +160,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
             f"the kernels are for a GPU, and this is {jax.default_backend()}; --smoke interprets "
             "small ones."
         )
-    folder = pathlib.Path(out).resolve().parent
-    if not folder.is_dir():
-        raise launch.UserError(f"--out is a file in a folder that is there; got {out!r}.")
+    launch.new_file(out)
     instances, images, repeats = (2, 4, 1) if smoke else (128, 32, 10)
     rows: list[dict[str, Any]] = []
     for dtype in settings.dtypes:

@@ -10,14 +10,16 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
 import ml_collections
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -104,15 +106,21 @@ def _refuse_override(error: Exception) -> NoReturn:
 
 
 def _with_nearest(message: str, argv: Sequence[str]) -> str:
-    """Adds the nearest key of the default config where ml_collections names none."""
+    """Says of the override that failed what would mend it, where ml_collections does not."""
     if "Did you mean" in message:
         return message
     keys = [
         found[1] for argument in argv if (found := re.match(r"--?config\.([\w.]+)=?", argument))
     ]
-    known = list(flat(config_from(DEFAULT_CONFIG)))
-    near = [match for key in keys for match in difflib.get_close_matches(key, known, n=1)]
-    return f"{message} Did you mean {', '.join(near)}?" if near else message
+    # The message of a key that there is not is the key's last part in quotes.
+    named = re.fullmatch(r"""['"]+(\w+)['"]+""", message.strip())
+    failing = [key for key in keys if named and key.split(".")[-1] == named[1]]
+    for key in failing:
+        hint = "" if key in DEFAULTS else nearest(key, flat(config_from(DEFAULT_CONFIG)))
+        default = f", which is {DEFAULTS[key]!r} by default" if key in DEFAULTS else ""
+        said = f"the config file has no {key}{default}{hint}"
+        return f"{said if hint else said + '.'} Only keys of the file can be overridden; add it."
+    return message
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -135,12 +143,42 @@ def setting(config: ml_collections.ConfigDict, name: str) -> Any:
 
 
 def chosen(kind: str, names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
-    """The names, or a :class:`UserError` that lists the choices."""
+    """The names, or a :class:`UserError` that lists the choices: at least one, each once."""
     names, known = tuple(names), tuple(known)
     for name in names or ("",):
         if name not in known:
             raise UserError(f"unknown {kind} {name!r}; choose from {', '.join(known)}.")
+        if names.count(name) > 1:
+            raise UserError(f"{kind} {name!r} is there twice; name each once.")
     return names
+
+
+def check_seeds(config: ml_collections.ConfigDict) -> None:
+    """Refuses ``seeds`` that are none, doubled, or no seeds.
+
+    Raises:
+      UserError: naming them.
+    """
+    seeds = tuple(config.seeds)
+    whole = all(isinstance(seed, int) and seed >= 0 for seed in seeds)
+    if not seeds or not whole or len(set(seeds)) < len(seeds):
+        raise UserError(
+            "config.seeds must list at least one integer from 0 on, each once; got "
+            f"{seeds}. Write --config.seeds='(0,)'."
+        )
+
+
+def new_file(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The path of a file to write that is not there yet, in a folder that can be written.
+
+    Raises:
+      UserError: there is such a file: what it holds was measured.
+    """
+    file = pathlib.Path(path)
+    if file.exists():
+        raise UserError(f"{file} exists and is not replaced; remove it or choose another --out.")
+    open_workdir(str(file.parent))
+    return file
 
 
 def flat(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -191,15 +229,32 @@ def writing(path: os.PathLike[str] | str) -> Iterator[None]:
         ) from error
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Replaces a file as a whole, so that a killed run never leaves half of one."""
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file beside ``path`` that takes its place at the end."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         try:
-            draft.write_text(text, encoding="utf-8")
+            yield draft
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Replaces a file as a whole, so that a killed run never leaves half of one."""
+    with _replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_npz(
+    path: pathlib.Path, arrays: Mapping[str, np.ndarray], *, compressed: bool = False
+) -> None:
+    """Replaces an ``.npz`` file as a whole, and makes its folder."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as draft, draft.open("wb") as file:
+        (np.savez_compressed if compressed else np.savez)(file, **arrays)
 
 
 def write_json(path: str | os.PathLike[str], record: Any) -> None:
@@ -269,7 +324,7 @@ def provenance(config: ml_collections.ConfigDict) -> dict[str, Any]:
     program = pathlib.Path(sys.argv[0]).stem
     packages = ("ttt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
-        "command": " ".join(["python -m", f"experiments.{program}", *sys.argv[1:]]),
+        "command": f"python -m experiments.{program} {shlex.join(sys.argv[1:])}".rstrip(),
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "versions": {"python": sys.version.split()[0], **{p: _version(p) for p in packages}},
@@ -285,6 +340,11 @@ def fingerprint(config: ml_collections.ConfigDict, sections: Sequence[str]) -> s
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
+# What a folder holds once a configuration has made something of it.
+_MADE = ("results.jsonl", "selection.json", "checkpoints/*", "training/*/*")
+_ORIGIN = ("command", "device", "device_count", "versions", "commit", "started")
+
+
 def claim(
     folder: pathlib.Path,
     config: ml_collections.ConfigDict,
@@ -293,17 +353,22 @@ def claim(
 ):
     """Writes ``run.json``, or refuses a folder whose results were made with another config.
 
-    ``more`` is written too, and need not stay the same.
+    The file is of the program that began the rows, or of the last one while there are none; its
+    ``runs`` says where each program ran that had the folder, in order. ``more`` is written too,
+    and need not stay the same.
 
     Raises:
       UserError: naming each differing key, its stored and its present value.
     """
     path = folder / "run.json"
     record = provenance(config) | more
+    latest = _origin(record) | more
+    runs: list[dict[str, Any]] = []
     if path.exists():
         try:
             old = json.loads(path.read_text())
             before = DEFAULTS | flat(ml_collections.ConfigDict(old["config"]))
+            runs = list(old.get("runs", [_origin(old)]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}). Use another --workdir.") from error
         after = DEFAULTS | flat(ml_collections.ConfigDict(record["config"]))
@@ -313,9 +378,22 @@ def claim(
             for key in sorted({*before, *after} - free)
             if before.get(key) != after.get(key)
         ]
-        if changed:
+        made = [found for pattern in _MADE for found in folder.glob(pattern)]
+        if changed and made:
             raise UserError(
                 f"{folder} holds results of another configuration: {'; '.join(changed)}. Use "
                 "another --workdir, or the old values."
             )
-    write_json(path, record)
+        if (folder / "results.jsonl").exists():
+            record = old | {"config": record["config"]}
+    if not runs or _without_time(runs[-1]) != _without_time(latest):
+        runs.append(latest)
+    write_json(path, record | {"runs": runs})
+
+
+def _origin(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in _ORIGIN if name in record}
+
+
+def _without_time(run: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in run.items() if name != "started"}

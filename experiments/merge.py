@@ -20,7 +20,9 @@ the first part in their work folder, as one run over all seeds takes the choice 
 """
 
 import json
+import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -207,6 +209,40 @@ def _selection(parts: Sequence[Part]) -> dict[str, Any]:
     return whole
 
 
+def _origins(part: Part) -> list[dict[str, Any]]:
+    """Where the rows of a part were made; of a part that was merged, those of its parts."""
+    if "parts" in part.record:
+        nested: list[dict[str, Any]] = part.record["parts"]
+        return nested
+    kept = ("command", "device", "device_count", "versions", "commit", "started", "runs")
+    origin = {name: part.record[name] for name in kept if name in part.record}
+    return [{"folder": str(part.folder), "test": str(part.images)} | origin]
+
+
+def _require_more(
+    workdir: pathlib.Path, images: ranges.Range, rows: Sequence[dict[str, Any]]
+) -> None:
+    """Refuses to replace rows that were measured.
+
+    Raises:
+      UserError: rows that are no merge's alone, or that the new table lacks.
+    """
+    path = workdir / "run.json"
+    record = _json(path) if path.exists() else {}
+    if "parts" not in record or "runs" in record:
+        raise launch.UserError(
+            f"{workdir} has rows that experiments.merge did not make; choose another --workdir."
+        )
+    old = read(workdir)
+    new = {journal.Journal.key(row) for row in rows}
+    lost = [row for row in old.rows if journal.Journal.key(row) not in new]
+    if lost or ranges.over([old.images, images]) != images:
+        raise launch.UserError(
+            f"{workdir} is a table of {old.images} with {len(old.rows)} rows, {len(lost)} of which "
+            f"these parts lack; they are of {images}. Name all parts, or choose another --workdir."
+        )
+
+
 def run(folder: str, parts: Sequence[str]) -> int:
     """Writes the table of some parts into a work folder; returns the exit status.
 
@@ -221,29 +257,27 @@ def run(folder: str, parts: Sequence[str]) -> int:
         raise launch.UserError(
             f"--parts lists the work folders, each once; got {', '.join(parts) or 'none'}."
         )
+    target = pathlib.Path(folder)
+    if target.exists() and any(target.samefile(part) for part in parts if os.path.exists(part)):
+        raise launch.UserError(
+            f"{target} is one of --parts, which a merge reads only; choose another --workdir."
+        )
     read_parts = [read(pathlib.Path(part)) for part in parts]
     images, rows = merged(read_parts)
     workdir = launch.open_workdir(folder)
     with launch.locked(workdir):
         path = workdir / "run.json"
         results = workdir / "results.jsonl"
-        if results.exists() and "parts" not in (_json(path) if path.exists() else {}):
-            raise launch.UserError(
-                f"{workdir} has rows that experiments.merge did not make; choose another --workdir."
-            )
+        if results.exists():
+            _require_more(workdir, images, rows)
         first = read_parts[0].record
         config = json.loads(json.dumps(first["config"]))
         config["data"]["test"] = str(images)
         config["seeds"] = sorted({seed for p in read_parts for seed in p.record["config"]["seeds"]})
-        kept = ("command", "device", "device_count", "versions", "commit", "started")
-        record = first | {
-            "command": " ".join(["python -m experiments.merge", *sys.argv[1:]]),
+        record = {name: value for name, value in first.items() if name != "runs"} | {
+            "command": f"python -m experiments.merge {shlex.join(sys.argv[1:])}",
             "config": config,
-            "parts": [
-                {"folder": str(p.folder), "test": str(p.images)}
-                | {name: p.record.get(name) for name in kept}
-                for p in read_parts
-            ],
+            "parts": [origin for part in read_parts for origin in _origins(part)],
         }
         launch.write_json(path, record)
         launch.write_json(workdir / "selection.json", _selection(read_parts))

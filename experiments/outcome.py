@@ -49,8 +49,8 @@ class Outcome(NamedTuple):
         return self.logits if self.logits.ndim == 2 else self.logits[:, -1]
 
     def wrong(self) -> np.ndarray:
-        """Bool ``[N]``."""
-        return self.final.argmax(-1) != self.label
+        """Bool ``[N]``: another class than the label's, or a prediction with a nan."""
+        return predicted(self.final) != self.label
 
     def cells(self) -> dict[tuple[str, int], np.ndarray]:
         """Where the images of each (domain, severity) are: bool ``[N]``."""
@@ -68,6 +68,11 @@ class Outcome(NamedTuple):
             seconds=self.seconds * share,
             compile_seconds=self.compile_seconds * share,
         )
+
+
+def predicted(logits: np.ndarray) -> np.ndarray:
+    """The predicted class, ``[..., C] -> int [...]``; -1, which is no class, where one is nan."""
+    return np.where(np.isnan(logits).any(-1), -1, logits.argmax(-1))
 
 
 _NUMBERS = ("seconds", "compile_seconds", "source_seconds", "program_steps")

@@ -88,12 +88,10 @@ def main(argv: Sequence[str]) -> int:
     sets = _read(_SOURCE.value)
     for held_out in _HELD_OUT.value:
         folder = pathlib.Path(_TARGET.value) / held_out
-        with launch.writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, arrays in leave_one_out(sets, held_out, _SEED.value).items():
-                title = np.asarray(f"PACS, {arrays['images'].shape[1]} px")
-                np.savez_compressed(folder / f"{name}.npz", title=title, **arrays)
-                print(f"{len(arrays['labels'])} images in {folder / name}.npz")
+        for name, arrays in leave_one_out(sets, held_out, _SEED.value).items():
+            title = {"title": np.asarray(f"PACS, {arrays['images'].shape[1]} px")}
+            launch.write_npz(folder / f"{name}.npz", arrays | title, compressed=True)
+            print(f"{len(arrays['labels'])} images in {folder / name}.npz")
     return 0
 
 

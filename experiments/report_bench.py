@@ -107,7 +107,8 @@ def _watch(window: browser.Browser, page: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def run(out: str, trials: int, seed: int) -> dict[str, Any]:
-    """Times everything, and writes the record."""
+    """Times everything, and writes the record into a new file."""
+    launch.new_file(out)
     settings = ml_collections.ConfigDict({"trials": trials, "seed": seed, "repeats": REPEATS})
     record = launch.provenance(settings)
     record["device"] = f"{_processor()}, {os.cpu_count()} cores"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from experiments.methods import Method
-from experiments.outcome import Outcome
+from experiments.outcome import Outcome, predicted
 from experiments.trials import Trial
 
 
@@ -38,14 +38,20 @@ def make_rows(
     settings: dict[str, Any],
     trial: Trial,
     outcome: Outcome,
-    source_wrong: np.ndarray,
+    source_class: np.ndarray,
     probes: dict[str, np.ndarray],
     groups: Mapping[str, np.ndarray],
 ) -> list[dict[str, Any]]:
     """A row per domain and severity of a trial, each from its own images of the stream.
 
-    With ``groups``, as :func:`class_groups` makes them, it has the error of each group's images
-    too.
+    Args:
+      method: what was run.
+      settings: its settings.
+      trial: the domains, severities and order of the images.
+      outcome: of the method on the trial.
+      source_class: int ``[N]``, what the unadapted model predicts, -1 for a nan.
+      probes: mean auxiliary loss of the unadapted model per image, by ``method.probe``.
+      groups: as :func:`class_groups` makes them: rows have the error of each group's images too.
     """
     aux = probes[method.probe] if method.probe is not None else None
     rows = []
@@ -55,7 +61,7 @@ def make_rows(
             method,
             settings,
             outcome.take(here),
-            source_wrong[here],
+            source_class[here],
             None if aux is None else aux[here],
         )
         row |= _by_group(outcome.take(here), groups)
@@ -77,12 +83,14 @@ def _measured(
     method: Method,
     settings: dict[str, Any],
     outcome: Outcome,
-    source_wrong: np.ndarray,
+    source_class: np.ndarray,
     aux_before: np.ndarray | None,
 ) -> dict[str, Any]:
     """What one method did on one domain."""
     wrong = outcome.wrong()
     count = len(wrong)
+    source_wrong = source_class != outcome.label
+    found = predicted(outcome.final)
     forwards, backwards = method.cost(settings)
     row: dict[str, Any] = {
         "status": "ok",
@@ -97,21 +105,33 @@ def _measured(
         "samples_per_second": count / outcome.seconds,
         "turned_right": float((source_wrong & ~wrong).mean()),
         "turned_wrong": float((~source_wrong & wrong).mean()),
+        "agreement": float(((found == source_class) & (found >= 0)).mean()),
         "forwards_per_sample": forwards,
         "backwards_per_sample": backwards,
         "non_finite": int((~outcome.ok).sum()),
         "resets": int(outcome.reset.sum()),
         "settings": settings,
     }
+    if method.scope != "per_sample":
+        # Not a mean over images, so that ranges of them could not be joined.
+        row["predicted_classes_before"] = _classes(source_class)
+        row["predicted_classes_after"] = _classes(found)
     if outcome.program_steps:
         row["program_steps"] = outcome.program_steps
     if method.measurement is not None:
         row["source_seconds"] = outcome.source_seconds
     if method.traced:
-        by_step = outcome.logits.argmax(-1) != outcome.label[:, None]
+        by_step = predicted(outcome.logits) != outcome.label[:, None]
         row["error_by_step"] = [float(value) for value in by_step.mean(axis=0)]
     if aux_before is not None and outcome.aux is not None:
         after = outcome.aux[:, -1] if method.traced else outcome.aux
         row["aux_loss_before"] = float(aux_before.mean())
         row["aux_loss_after"] = float(np.nanmean(after))
     return row
+
+
+def _classes(found: np.ndarray) -> float | None:
+    """The effective number of predicted classes, as ``ttt_jax.diagnostics.predicted_classes``."""
+    _, counts = np.unique(found[found >= 0], return_counts=True)
+    shares = counts / counts.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(counts) else None

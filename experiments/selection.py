@@ -47,6 +47,44 @@ def _score(tried: dict[str, Any]) -> tuple[float, float]:
     return tried["error"], loss if np.isfinite(loss) else np.inf
 
 
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(record["chosen"], dict) or not isinstance(record["tried"], list):
+            raise TypeError("chosen is no object, or tried no list")
+    except (ValueError, KeyError, TypeError) as error:
+        raise launch.UserError(f"{path} is damaged ({error!r}); remove it.") from error
+    return record
+
+
+def _require_model(
+    path: pathlib.Path,
+    record: dict[str, Any],
+    runner: runner_lib.Runner,
+    methods: dict[str, methods_lib.Method],
+) -> None:
+    """One model chooses for all methods and seeds of a folder.
+
+    Raises:
+      UserError: the seed of the file has another model now, or what is still to be chosen would be
+        with the model of another seed.
+    """
+    seed, chosen_with = record.get("seed"), record.get("checkpoint")
+    if seed == runner.seed and chosen_with != runner.fingerprint:
+        raise launch.UserError(
+            f"{path} was chosen with another checkpoint ({chosen_with}, now "
+            f"{runner.fingerprint}). Use another --workdir, or remove the file and the rows."
+        )
+    several = [name for name, method in methods.items() if len(method.grid) > 1]
+    open_choices = [name for name in several if name not in record["chosen"]]
+    if seed != runner.seed and open_choices:
+        raise launch.UserError(
+            f"{path} was chosen with the model of seed {seed}, and {', '.join(open_choices)} has "
+            f"several candidates and no choice yet; run --config.seeds='({seed},)' first, which "
+            "chooses for all seeds."
+        )
+
+
 def choose(
     path: pathlib.Path,
     methods: dict[str, methods_lib.Method],
@@ -67,6 +105,9 @@ def choose(
 
     Returns:
       ``{method: settings}``.
+
+    Raises:
+      UserError: a damaged file, or one that another model chose.
     """
     team = runner.team
     record: dict[str, Any] = {
@@ -77,16 +118,8 @@ def choose(
         "tried": [],
     }
     if team.index == 0 and path.exists():
-        try:
-            record = json.loads(path.read_text())
-        except ValueError as error:
-            raise launch.UserError(f"{path} is damaged ({error}); remove it.") from error
-        chosen_with = record.get("checkpoint")
-        if record.get("seed") == runner.seed and chosen_with != runner.fingerprint:
-            raise launch.UserError(
-                f"{path} was chosen with another checkpoint ({chosen_with}, now "
-                f"{runner.fingerprint}). Use another --workdir, or remove the file and the rows."
-            )
+        record = _read(path)
+        _require_model(path, record, runner, methods)
     record = team_lib.agreed(team, record)
 
     def save() -> None:

@@ -6,8 +6,8 @@ Usage::
         --title="CIFAR-10, JPEG q75"
 
 A set whose rows are sorted by class cannot be sliced into a training and a validation part. The
-order is a permutation drawn from ``--seed``; ``ids`` keeps each image's place in the source file.
-Rows of results carry ``--title``. No pixel is decoded.
+order is a permutation drawn from ``--seed``; ``ids`` keeps each image's id, or its place in the
+source. Rows of results carry ``--title``. No pixel is decoded.
 """
 
 import pathlib
@@ -18,19 +18,33 @@ from absl import flags
 
 from experiments import launch
 
+# Arrays of a packed set that are not one entry per image, whatever their length.
+_WHOLE = ("header", "data", "offsets", "class_names", "title")
+
 
 def shuffled(arrays: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """The arrays of a packed set (``header, data, offsets, labels``) in random order."""
+    """The arrays of a packed set (``header, data, offsets, labels``) in random order.
+
+    Whatever else has an entry per image goes with it, ``ids`` too; without them an image's id
+    becomes its place in the set.
+    """
     offsets = arrays["offsets"].astype(np.int64)
     order = np.random.default_rng(seed).permutation(len(arrays["labels"]))
     pieces = [arrays["data"][offsets[i] : offsets[i + 1]] for i in order]
     ends = np.cumsum([0] + [len(piece) for piece in pieces])
-    return arrays | {
-        "data": np.concatenate(pieces),
-        "offsets": ends.astype(arrays["offsets"].dtype),
-        "labels": arrays["labels"][order],
-        "ids": order.astype(np.int64),
+    count = len(order)
+    moved = {
+        name: array[order]
+        for name, array in arrays.items()
+        if name not in _WHOLE and array.ndim and len(array) == count
     }
+    places = {"ids": order.astype(np.int64)}
+    return (
+        arrays
+        | places
+        | moved
+        | {"data": np.concatenate(pieces), "offsets": ends.astype(arrays["offsets"].dtype)}
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,11 +61,13 @@ def main(argv: Sequence[str]) -> int:
             f"{source} is not a packed set: it lacks {', '.join(sorted(missing))}."
         )
     target = pathlib.Path(_TARGET.value)
-    with launch.writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if _TITLE.value:
-            arrays["title"] = np.asarray(_TITLE.value)
-        np.savez(target, **shuffled(arrays, _SEED.value))
+    if target.suffix != ".npz" or (target.exists() and target.samefile(source)):
+        raise launch.UserError(
+            f"--target is an .npz file other than --source; got {target} for {source}."
+        )
+    if _TITLE.value:
+        arrays["title"] = np.asarray(_TITLE.value)
+    launch.write_npz(target, shuffled(arrays, _SEED.value))
     print(f"{len(arrays['labels'])} images in {target}")
     return 0
 

@@ -51,8 +51,9 @@ def run(out: str, config: str) -> dict[str, Any]:
     """Runs both, and writes the record.
 
     Raises:
-      UserError: tables that differ.
+      UserError: tables that differ, or an ``out`` that is there.
     """
+    launch.new_file(out)
     record = launch.provenance(ml_collections.ConfigDict({"config": config}))
     with tempfile.TemporaryDirectory() as place:
         folders = [pathlib.Path(place) / str(pack) for pack in PACKS]

@@ -31,6 +31,7 @@ from ttt_jax import checkpoint, data, models
 
 SCHEDULES = ("cosine", "step")
 OPTIMIZERS = ("sgd", "adamw")
+_COUNTS = ("num_steps", "batch_size", "log_every", "save_every")
 
 
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -69,8 +70,16 @@ def check(config: ml_collections.ConfigDict) -> None:
       ValueError: an unknown ``train.aux``, ``train.schedule`` or ``train.optimizer``, a
         ``train.main_select`` that no parameter matches or that leaves parameters untrained, a
         ``train.warmup_steps`` that is not shorter than the training, or fewer than one of
+        ``train.num_steps``, ``train.batch_size``, ``train.log_every``, ``train.save_every`` or
         ``train.steps_per_call``.
+      UserError: impossible seeds.
     """
+    launch.check_seeds(config)
+    counts = {name: config.train[name] for name in _COUNTS}
+    counts["steps_per_call"] = launch.setting(config, "train.steps_per_call")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"train.{name} must be at least 1; got {count}.")
     task = auxiliary.name_of(config)
     _check_main_select(launch.setting(config, "train.main_select"), task, config)
     for key, known in (("train.schedule", SCHEDULES), ("train.optimizer", OPTIMIZERS)):
@@ -82,9 +91,6 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"train.warmup_steps must lie between 0 and the {config.train.num_steps} of "
             f"train.num_steps; got {warmup}."
         )
-    steps = launch.setting(config, "train.steps_per_call")
-    if steps < 1:
-        raise ValueError(f"train.steps_per_call must be at least 1; got {steps}.")
 
 
 def _check_main_select(chosen: Any, task: str, config: ml_collections.ConfigDict) -> None:
@@ -271,8 +277,10 @@ def train(
     for done, state, parts in feed(step, begun, source, config, seed, start):
         progress.update(done - progress.n)
         if done % config.train.log_every == 0 or done == total:
-            writer.scalars(done, {f"train/{k}_loss": float(v) for k, v in parts.items()})
-            progress.set_postfix({k: f"{float(v):.3f}" for k, v in parts.items()})
+            losses = {name: float(value) for name, value in parts.items()}
+            _require_finite(losses, done)
+            writer.scalars(done, {f"train/{name}_loss": loss for name, loss in losses.items()})
+            progress.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()})
         if done % config.train.save_every == 0 and done < total:
             saved.save(done, state)
         variables = state[0]
@@ -289,6 +297,20 @@ def train(
     return target
 
 
+def _require_finite(losses: dict[str, float], done: int) -> None:
+    """Ends a training that diverged, before its state is saved.
+
+    Raises:
+      UserError: naming the losses.
+    """
+    if not all(map(math.isfinite, losses.values())):
+        shown = ", ".join(f"{name} {loss}" for name, loss in losses.items())
+        raise launch.UserError(
+            f"the training diverged: after step {done} the losses are {shown}. Lower "
+            "train.learning_rate and use another --workdir."
+        )
+
+
 def _accuracy(problem: problem_lib.Problem, variables: Any, source: data.Source) -> float:
     apply = jax.jit(problem.model().classify)
     right = 0
@@ -302,6 +324,8 @@ def run(config: ml_collections.ConfigDict, folder: str, *, trackers: Sequence[st
     """Trains every seed of a config that has no checkpoint yet."""
     # Before the folder is claimed: a config that cannot be trained must not keep it.
     check(config)
+    for split in ("train", "validation"):
+        problem_lib.load_data(config, split, whole=False)
     workdir = launch.open_workdir(folder)
     with (
         launch.locked(workdir),

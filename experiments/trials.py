@@ -56,10 +56,16 @@ def check(config: ml_collections.ConfigDict) -> None:
 
     Raises:
       ValueError: an unknown ``adapt.stream``, ``adapt.sequence`` or ``adapt.corruptions``, two
-        that exclude each other, or fewer than one of ``adapt.parallel_streams`` or
+        that exclude each other, a severity that there is not, or fewer than one of
+        ``adapt.batch_size``, ``adapt.chunk_size``, ``adapt.parallel_streams`` or
         ``adapt.selection_passes``.
     """
+    for name, least in (("batch_size", 1), ("chunk_size", 1), ("corruption_seed", 0)):
+        if config.adapt[name] < least:
+            raise ValueError(f"adapt.{name} must be at least {least}; got {config.adapt[name]}.")
     corruptions = launch.setting(config, "adapt.corruptions")
+    if corruptions != "none":
+        data.corruptions.check_name(data.corruptions.CORRUPTIONS[0], config.adapt.severity)
     if corruptions not in CORRUPTIONS:
         raise ValueError(
             f"adapt.corruptions must be one of {list(CORRUPTIONS)}; got {corruptions!r}."
@@ -96,6 +102,31 @@ def plan_for(
         return data.streams.dirichlet(source, gamma=adapt.dirichlet_gamma, **where)
     plan = {"shuffled": data.streams.shuffled, "sorted_by_label": data.streams.sorted_by_label}
     return plan[adapt.stream](source, **where)
+
+
+def first_images(
+    config: ml_collections.ConfigDict,
+    source: data.Source,
+    domain: str,
+    severity: int,
+    count: int,
+    seed: int,
+) -> data.DomainBatch:
+    """The first images of the shuffled split as one batch: the same ones under every corruption.
+
+    Args:
+      config: its ``adapt.corruption_seed`` draws the corruptions.
+      source: the split.
+      domain: a corruption; what the images are called where they are left as they are.
+      severity: 1 to 5; 0 leaves the images as they are.
+      count: how many images.
+      seed: of the order.
+    """
+    corruption = domain if severity else "clean"
+    plan = data.streams.shuffled(source, seed=seed, domain=corruption, severity=severity)
+    plan = data.streams.Plan(*(column[:count] for column in plan))
+    loader = data.Loader(source, plan, batch_size=count, seed=config.adapt.corruption_seed)
+    return next(iter(loader))
 
 
 def checked(config: ml_collections.ConfigDict, source: data.Source, seed: int) -> list[Trial]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 # A share of a row's images.
-_SHARES = ("error", "turned_right", "turned_wrong")
+_SHARES = ("error", "turned_right", "turned_wrong", "agreement")
 _MEANS = ("aux_loss_before", "aux_loss_after")
 _SUMS = ("num_examples", "seconds", "non_finite", "resets")
 # Of work that ranges do at different times, or each for itself.
@@ -20,8 +20,8 @@ def joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Args:
       rows: finished rows as ``experiments.adapt`` writes them. Shares (``error``, ``turned_right``,
-        ``turned_wrong``, ``error_by_step``) become those of all images, mean losses the mean over
-        them; numbers of images and seconds are added; of ``compile_seconds`` and
+        ``turned_wrong``, ``agreement``, ``error_by_step``) become those of all images, mean losses
+        the mean over them; numbers of images and seconds are added; of ``compile_seconds`` and
         ``source_seconds`` the longest is taken. Every other field is equal in all rows.
 
     Returns:

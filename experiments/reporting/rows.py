@@ -22,6 +22,8 @@ _NUMBERS = (
     "backwards_per_sample",
     "non_finite",
     "resets",
+    "predicted_classes_before",
+    "predicted_classes_after",
 )
 GROUPS = ("many", "medium", "few")
 """Classes by their number of training images; ``error_many`` is the error of the first, ..."""
@@ -69,6 +71,8 @@ class Row(NamedTuple):
     backwards_per_sample: float | None = None
     non_finite: float | None = None
     resets: float | None = None
+    predicted_classes_before: float | None = None
+    predicted_classes_after: float | None = None
 
     @property
     def ok(self) -> bool:

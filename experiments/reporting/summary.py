@@ -9,6 +9,8 @@ from experiments.reporting.tables import CLEAN, Grid, Stat
 # A backward pass through a layer is two products of the forward's size: one for the
 # input's gradient, one for the weights'.
 BACKWARD_IN_FORWARDS = 2.0
+# Of the classes that the unadapted model predicts: below it a stream has collapsed.
+COLLAPSED = 0.5
 
 
 class Headline(NamedTuple):
@@ -186,6 +188,7 @@ def oddities(grid: Grid) -> list[str]:
             f"{', '.join(sorted(off))}: the shares turned right and wrong do not add up to the "
             "change in error against source."
         )
+    notes += _collapses(grid)
     for method in grid.methods:
         count = sum(row.non_finite or 0 for row in grid.of(method))
         if count:
@@ -193,5 +196,27 @@ def oddities(grid: Grid) -> list[str]:
             notes.append(
                 f"{method}: a non-finite inner step on {count:,.0f} {noun} in all; "
                 "such a step is discarded."
+            )
+    return notes
+
+
+def _collapses(grid: Grid) -> list[str]:
+    """A note per method that predicts far fewer classes than the model it started from."""
+    notes = []
+    for method in grid.methods:
+        lost = [
+            (row.predicted_classes_after / row.predicted_classes_before, row)
+            for row in grid.of(method)
+            if row.ok and row.predicted_classes_after and row.predicted_classes_before
+        ]
+        lost = [(share, row) for share, row in lost if share < COLLAPSED]
+        if lost:
+            _, worst = min(lost, key=lambda pair: pair[0])
+            count = f"{len(lost)} rows" if len(lost) > 1 else "1 row"
+            notes.append(
+                f"{method}: on {count} it predicts less than {COLLAPSED:.0%} of the classes that "
+                f"the unadapted model predicts (effective numbers; {worst.domain}: "
+                f"{worst.predicted_classes_after:.1f} of {worst.predicted_classes_before:.1f}): "
+                "its stream collapsed."
             )
     return notes

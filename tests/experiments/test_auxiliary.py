@@ -117,6 +117,7 @@ def test_a_missing_key_is_its_default_for_the_folder_too(tmp_path):
     config.train.aux = "rotation"
     config.adapt.sequence = "none"
     launch.claim(tmp_path, config)
+    (tmp_path / "selection.json").write_text("{}")
     config.train.aux = "none"
     with pytest.raises(launch.UserError, match=r"train\.aux was 'rotation', now 'none'"):
         launch.claim(tmp_path, config)

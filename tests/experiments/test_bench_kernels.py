@@ -73,6 +73,8 @@ def test_without_a_gpu(tmp_path):
         bench_kernels.run(str(tmp_path / "k.json"), settings(dtypes=("float16",)))
 
 
-def test_no_folder_for_the_file(tmp_path):
-    with pytest.raises(launch.UserError, match="in a folder that is there; got"):
-        bench_kernels.run(str(tmp_path / "none" / "k.json"), settings())
+def test_a_file_that_is_there_is_kept(tmp_path):
+    (tmp_path / "k.json").write_text("measured")
+    with pytest.raises(launch.UserError, match=r"k\.json exists and is not replaced; remove it or"):
+        bench_kernels.run(str(tmp_path / "k.json"), settings())
+    assert (tmp_path / "k.json").read_text() == "measured"

@@ -94,6 +94,24 @@ def test_a_merged_table_is_resumed_and_merged_again(table, trained, parts, tmp_p
         assert rows_of(other) == before
 
 
+def test_a_merge_replaces_no_larger_table(parts, tmp_path):
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    merge.run(str(half), parts[:2])
+    with pytest.raises(launch.UserError, match=r"is one of --parts, which a merge reads only"):
+        merge.run(str(half), [str(half), parts[2]])
+    # Of a part that was merged, the origins of its own parts are kept.
+    merge.run(str(whole), [str(half), parts[2]])
+    origins = json.loads((whole / "run.json").read_text())["parts"]
+    assert [origin["folder"] for origin in origins] == parts[:3]
+    assert all("experiments.adapt" in origin["command"] or origin["commit"] for origin in origins)
+    before = (whole / "results.jsonl").read_text()
+    with pytest.raises(launch.UserError, match=r"is a table of test\[:30\].*Name all parts"):
+        merge.run(str(whole), parts[:2])
+    assert (whole / "results.jsonl").read_text() == before
+    merge.run(str(whole), parts[:3])
+    assert (whole / "results.jsonl").read_text() == before
+
+
 @pytest.fixture(scope="module")
 def two_seeds(tmp_path_factory):
     """A folder with the models of two seeds."""

@@ -224,7 +224,10 @@ def test_step_schedule_ends_at_a_hundredth():
     ("key", "value", "message"),
     [
         ("schedule", "stairs", "train.schedule must be one of"),
-        ("steps_per_call", 0, "at least 1"),
+        ("steps_per_call", 0, r"train\.steps_per_call must be at least 1; got 0"),
+        ("log_every", 0, r"train\.log_every must be at least 1; got 0"),
+        ("save_every", 0, r"train\.save_every must be at least 1; got 0"),
+        ("num_steps", 0, r"train\.num_steps must be at least 1; got 0"),
         ("main_select", "head(", "train.main_select: .* is not one"),
         ("main_select", "params/haed.*", "train.main_select: .* matches none"),
         ("main_select", None, "must be 'all' or a pattern .*; got None"),
@@ -237,6 +240,28 @@ def test_impossible_training(tmp_path, key, value, message):
     with pytest.raises(ValueError, match=message):
         train.run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_split_is_refused_before_the_training(tmp_path):
+    config = tiny_config.get_config()
+    config.data.validation = "validation"
+    with pytest.raises(ValueError, match="no split called 'validation'"):
+        train.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("per_call", [1, 4])
+def test_a_training_that_diverges_ends_and_says_so(tmp_path, per_call):
+    config = tiny_config.get_config()
+    config.train.learning_rate = 1e30
+    with config.unlocked():
+        config.train.steps_per_call = per_call
+    with pytest.raises(launch.UserError, match=r"diverged: after step 4 .* nan.*learning_rate"):
+        train.run(config, str(tmp_path / "run"))
+    assert not list((tmp_path / "run").rglob("step_*"))
+    # Nothing was made of it: the folder is free for another rate.
+    config.train.learning_rate = 0.1
+    train.run(config, str(tmp_path / "run"))
 
 
 def test_what_nothing_would_train(tmp_path):
@@ -343,6 +368,10 @@ def test_other_normalisation_constants_are_refused(trained, tmp_path):
         ("--workdri=x", 1, ["workdri", "Did you mean", "workdir"]),
         ("--config.adapt.severty=3", 2, ["severty", 'Did you mean "severity"']),
         ("--config.adapt.severity=high", 1, ["adapt.severity", "high"]),
+        ("--config.adapt.sequence=mixed", 2, ["no adapt.sequence, which is 'none' by", "add it"]),
+        ("--config.methods.rotation.optimizer=adam", 2, ["no methods.rotation.optimizer", "add"]),
+        ("--methods=", 2, ["--methods was given without a name; leave it out for all"]),
+        ("--config.seeds=()", 2, ["config.seeds must list at least one integer", "got ()"]),
         ("--restore=disk", 1, ["restore", "memory|fingerprint|orbax"]),
     ],
 )
@@ -352,6 +381,35 @@ def test_wrong_flags_name_the_nearest(tmp_path, argument, status, words):
     assert [word for word in words if word not in err] == []
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_value_that_was_wrong_can_be_corrected(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained / "checkpoints", folder / "checkpoints")
+    config = tiny_config.get_config()
+    part = adapt.Part(("source",), ("clean",))
+    for section, key, value, words in (
+        ("adapt", "severity", 7, "A severity is an integer from 1"),
+        ("adapt", "batch_size", 0, r"adapt\.batch_size must be at least 1; got 0"),
+        ("adapt", "corruption_seed", -1, r"adapt\.corruption_seed must be at least 0; got -1"),
+    ):
+        wrong = config.copy_and_resolve_references()
+        wrong[section][key] = value
+        with pytest.raises(ValueError, match=words):
+            adapt.run(wrong, str(folder), part=part)
+    wrong = config.copy_and_resolve_references()
+    wrong.methods.rotation.learning_rate = ()
+    with pytest.raises(ValueError, match=r"methods\.rotation: learning_rate lists no candidate"):
+        adapt.run(wrong, str(folder), part=part)
+    assert adapt.run(config, str(folder), part=part) == 0
+
+
+def test_a_method_that_could_not_adapt_is_named(capsys):
+    def row(lost, method="rotation"):
+        return {"method": method, "status": "ok", "non_finite": lost, "num_examples": 20}
+
+    (line,) = adapt._not_adapted([row(1), row(15), row(1, "memo"), row(1, "memo")])
+    assert line.startswith("rotation: steps were not finite on 16 of 40 images")
 
 
 def test_an_unknown_method_is_refused(trained, tmp_path):

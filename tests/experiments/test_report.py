@@ -352,6 +352,23 @@ def test_several_severities_are_averaged_and_split(tmp_path):
     assert ["source", "20.0", "60.0"] in split and ["memo", "10.0", "–"] in split
 
 
+def test_a_stream_that_collapsed_is_named():
+    def stream(method, domain, after):
+        classes = {"predicted_classes_before": 8.0, "predicted_classes_after": after}
+        return make_row(method, domain, 0, 0.5, **classes)
+
+    records = [
+        make_row("source", "fog", 0, 0.4),
+        stream("memo", "fog", 4.0),
+        stream("rotation_online", "fog", 3.9),
+        stream("rotation_online", "snow", 1.2),
+        stream("rotation_online", "frost", None),
+    ]
+    notes = summary.oddities(tables.Grid(map(rows.parse_row, records)))
+    (note,) = [note for note in notes if "collapsed" in note]
+    assert note.startswith("rotation_online: on 2 rows") and "snow: 1.2 of 8.0" in note
+
+
 def test_contradicting_rows_are_noted():
     records = [
         make_row("source", "fog", 0, 0.5),

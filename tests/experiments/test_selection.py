@@ -6,7 +6,14 @@ import types
 import numpy as np
 import pytest
 
-from experiments import outcome as outcome_lib, runner as runner_lib, selection, team, trials
+from experiments import (
+    launch,
+    outcome as outcome_lib,
+    runner as runner_lib,
+    selection,
+    team,
+    trials,
+)
 from ttt_jax import data
 
 LABELS = np.arange(10) % 3
@@ -72,6 +79,24 @@ def test_killed_between_candidates_it_goes_on(choose):
     assert (chosen, asked) == (0.1, [0.2, 0.3])
     assert [tried["error"] for tried in record["tried"]] == [0.1, 0.2, 0.3]
     assert choose(r1=outcome(9), r2=outcome(0), r3=outcome(0))[:2] == (0.1, [])
+
+
+def test_the_model_of_another_seed_chooses_nothing(choose, monkeypatch):
+    assert choose(r1=outcome(1), r2=KeyboardInterrupt())[0] is None
+    monkeypatch.setattr(Runner, "seed", 1)
+    with pytest.raises(launch.UserError, match=r"the model of seed 0, and m has .*seeds='\(0,\)'"):
+        choose(r1=outcome(0), r2=outcome(0), r3=outcome(0))
+    monkeypatch.setattr(Runner, "seed", 0)
+    assert choose(r2=outcome(2), r3=outcome(3))[:2] == (0.1, [0.2, 0.3])
+    monkeypatch.setattr(Runner, "seed", 1)
+    assert choose()[:2] == (0.1, [])
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"chosen": [], "tried": []}'])
+def test_a_damaged_file(choose, tmp_path, text):
+    (tmp_path / "selection.json").write_text(text)
+    with pytest.raises(launch.UserError, match=r"is damaged .*; remove it"):
+        choose()
 
 
 def test_what_failed_is_tried_again(choose):

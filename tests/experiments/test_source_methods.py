@@ -182,9 +182,9 @@ def test_rows_say_how_long_the_source_statistics_took(lab):
     method = lab.method("actmad")
     outcome = lab.run("actmad")
     plan = trials.plan_for(lab.config.adapt, problem.load_data(lab.config, "test"), "fog", 5, 0)
-    wrong = np.zeros(50, bool)
+    found = np.zeros(50, int)
     trial = trials.Trial("none", (plan,))
-    (row,) = rows.make_rows(method, method.grid[0], trial, outcome, wrong, {}, {})
+    (row,) = rows.make_rows(method, method.grid[0], trial, outcome, found, {}, {})
     assert row["source_seconds"] == outcome.source_seconds > 0
     assert (row["scope"], row["reset"], row["predict"]) == ("stream", "per_domain", "after")
     assert (row["forwards_per_sample"], row["backwards_per_sample"]) == (2, 1)
