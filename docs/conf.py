@@ -1,10 +1,11 @@
 """Sphinx settings. Build with ``python -m sphinx -W --keep-going -b html docs docs/_build/html``
 and run every code block with ``-b doctest``; neither needs a network."""
 
-import json
 import os
 import pathlib
 import sys
+
+from sphinx.util.docutils import SphinxDirective
 
 _DOCS = pathlib.Path(__file__).resolve().parent
 _ROOT = _DOCS.parent
@@ -52,20 +53,22 @@ import jax
 jax.config.update("jax_default_matmul_precision", "highest")
 """
 
-_ALIGNMENT = _ROOT / "experiments" / "results" / "alignment_cifar10c.json"
 
+class _Alignment(SphinxDirective):
+    """A section from a record of ``experiments.diagnose``: plot, correlation, means."""
 
-def _add_alignment(app, docname, source):
-    """Puts what diagnose.py measured onto the results page, once its file is there."""
-    if docname == "results" and _ALIGNMENT.exists():
-        from experiments.reporting import alignment
+    required_arguments = 1
 
-        app.env.note_dependency(str(_ALIGNMENT))
-        source[0] += "\n" + alignment.markdown(json.loads(_ALIGNMENT.read_text()))
+    def run(self):
+        from experiments.reporting import alignment, committed
+
+        name = self.arguments[0]
+        self.env.note_dependency(str(_ROOT / "experiments" / "results" / f"{name}.json"))
+        return self.parse_text_to_nodes(alignment.markdown(committed.read(name)))
 
 
 def setup(app):
-    app.connect("source-read", _add_alignment)
+    app.add_directive("alignment", _Alignment)
 
 
 html_theme = "furo"

@@ -10,7 +10,7 @@ Expect: views of an image, with MEMO's gradient or without, lower the error of
 the frequent classes by two points and raise that of the rare ones by one and a half; rotation
 lowers that of every group by half a point to one.
 
-Training images fall from about 4,900 of the first class to about 49 of the last one (Cao et al.
+Training images fall from about 4,900 of the first class to 48 of the last one (Cao et al.
 2019, CIFAR-10-LT, imbalance 100), some 12,000 in all; cross-entropy, no re-weighting and no
 margins. Validation and test images are as in the balanced set, where every class has as many. Rows
 have ``error_many``, ``error_medium`` and ``error_few`` beside ``error``: airplane, automobile,

@@ -8,7 +8,8 @@ Cost: on one H100 in bfloat16 four to six minutes of training and four of adapti
 
 Expect: the error falls by 2.8 % (relative), as with the mean over 32 views;
 frost gains 12 points, motion blur loses 3. Published, on ImageNet-C with a ViT-L encoder, mean
-accuracy rises from 32.1 % to 43.3 % (Gandelsman et al. 2022, as read in the project's tables).
+accuracy rises from 32.1 % to 43.3 % (Gandelsman et al. 2022, as read in the plots of
+killian31/ttt_mae_online, a reproduction).
 
 As in the paper, the encoder learns from reconstruction alone, and the classifier is a transformer
 on its tokens (ViT probing): the gradient of the classification stops at the encoder. Other than

@@ -16,10 +16,9 @@ images are 32 pixels wide and the network learns from about 5,500 of them (7,500
 
 Every setting with several candidates is chosen on a tenth of the three training domains, as they
 are (what the domain generalization literature calls training-domain validation); the domain that is
-left out chooses nothing. These images show no shift, so the choice leans to small steps. The
-settings are those of ``cifar10c_level5.py`` and a smaller and a larger step. The network has
-GroupNorm: there are no statistics of a batch. The stream of ``rotation_online`` is the held-out
-domain in random order.
+left out chooses nothing. These images show no shift. The settings are those of
+``cifar10c_level5.py`` and a smaller and a larger step. The network has GroupNorm: there are no
+statistics of a batch. The stream of ``rotation_online`` is the held-out domain in random order.
 """
 
 import ml_collections

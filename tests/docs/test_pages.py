@@ -12,7 +12,7 @@ _PAGES = sorted(path for path in _DOCS.rglob("*.md") if "_build" not in path.par
 _FENCE = re.compile(r"^\s*(?:`{3,}|:{3,}|~{3,})(.+)$", re.MULTILINE)
 # What a fence may be: run by sphinx.ext.doctest, a directive without code, or a terminal.
 _RUN = {"{testcode}", "{testoutput}", "{doctest}", "{testsetup}", "{testcleanup}"}
-_NO_PYTHON = {"{toctree}", "{eval-rst}", "console", "text", "json"}
+_NO_PYTHON = {"{toctree}", "{eval-rst}", "{alignment}", "console", "text", "json"}
 
 
 @pytest.mark.parametrize("page", _PAGES, ids=lambda path: path.relative_to(_DOCS).as_posix())
