@@ -55,7 +55,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 class _Alignment(SphinxDirective):
-    """A section from a record of ``experiments.diagnose``: plot, correlation, means."""
+    """What a record of ``experiments.diagnose`` shows: correlation, plot, means."""
 
     required_arguments = 1
 

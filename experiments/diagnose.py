@@ -1,4 +1,4 @@
-"""Will rotation TTT help, did it, and did it harm: a row per corruption and severity.
+"""Will adapting help, did it, and did it harm: a row per corruption and severity.
 
 Usage::
 
@@ -7,12 +7,12 @@ Usage::
 Measures the trained checkpoint of ``W`` (or ``--checkpoint``) and appends one line per
 (corruption, severity, seed) to ``W/diagnostics.jsonl``: gradient alignment, errors before and
 after, monitors of collapse and harm, a map over learning rates and steps. At the end
-``W/diagnostics.json`` holds all rows with their origin and the correlation between mean inner
-product and gain, ``W/diagnostics.html`` their scatter plot. Run it again to resume.
+``W/diagnostics.json`` holds all rows of the method with their origin and the correlation between
+mean inner product and gain, ``W/diagnostics.html`` their scatter plot. Run it again to resume. Rows
+of a method in a work folder are about the same images, settings and model: others are refused.
 """
 
 import functools
-import json
 import pathlib
 import sys
 import time
@@ -35,11 +35,12 @@ from experiments import (
     methods as methods_lib,
     problem as problem_lib,
     runner as runner_lib,
+    selection,
+    trials as trials_lib,
 )
 from experiments.reporting import alignment
 from ttt_jax import data
 
-METHODS = ("rotation", "rotation_jump", "rotation_norm", "rotation_biases", "rotation_blocks")
 # Of the learning rate of the config.
 FACTORS = (0.3, 1.0, 3.0, 10.0)
 CORRUPTIONS = {
@@ -53,13 +54,13 @@ class Options(NamedTuple):
     """What to measure.
 
     Attributes:
-      method: the entry of the config's ``methods`` whose settings are used, one of
-        :data:`METHODS`.
+      method: the entry of the config's ``methods`` whose settings are used; its steps are private
+        to each image and descend one loss of :data:`experiments.diagnosis.TASKS`.
       split: ``test`` or ``validation``.
-      severities: 1 to 5; not used where the config has no corruptions.
+      severities: 1 to 5, each once; not used where the config has no corruptions.
       corruptions: their names; None for those of the split's role.
       num_images: of the split, the same ones in every cell; a smaller split is used whole.
-      learning_rates: of the map; None for :data:`FACTORS` times the method's.
+      learning_rates: of the map, each once; None for :data:`FACTORS` times the method's.
     """
 
     method: str = "rotation"
@@ -70,25 +71,45 @@ class Options(NamedTuple):
     learning_rates: Sequence[float] | None = None
 
 
-def settings_of(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, method: str
-) -> dict[str, Any]:
-    """The settings of a method: the config's, or of several candidates the one that adapt chose.
+def _fits(method: methods_lib.Method) -> bool:
+    """Whether a method takes private steps on one loss and needs nothing but the image."""
+    alone = method.scope == "per_sample" and method.measurement is None
+    return alone and method.traced and method.probe in diagnosis.TASKS
+
+
+def method_of(
+    config: ml_collections.ConfigDict, name: str, problem: problem_lib.Problem
+) -> methods_lib.Method:
+    """A method of the config that can be diagnosed.
 
     Raises:
-      UserError: the config lacks the method, or nothing was chosen yet.
+      UserError: the config lacks it, or it is of another kind.
+      ValueError: options that are missing or impossible.
     """
-    if method not in METHODS or method not in config.methods:
-        there = [name for name in METHODS if name in config.methods]
-        raise launch.UserError(
-            f"--method must be a rotation method of the config ({', '.join(there) or 'none'}); "
-            f"got {method!r}."
-        )
-    grid = methods_lib.grid_of(config.methods[method])
+    if name in config.methods:
+        method = methods_lib.build(config, problem, problem, [name])[name]
+        if _fits(method):
+            return method
+    methods = methods_lib.build(config, problem, problem)
+    there = [known for known, method in methods.items() if _fits(method)]
+    raise launch.UserError(
+        "--method must be a method of the config with private steps on one loss "
+        f"({', '.join(there) or 'none'}); got {name!r}."
+    )
+
+
+def settings_of(
+    workdir: pathlib.Path, method: str, grid: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The settings of a method: the only ones, or of several candidates those that adapt chose.
+
+    Raises:
+      UserError: nothing was chosen yet.
+    """
     if len(grid) == 1:
         return grid[0]
     path = workdir / "selection.json"
-    chosen = json.loads(path.read_text())["chosen"].get(method) if path.exists() else None
+    chosen = selection.read(path)["chosen"].get(method) if path.exists() else None
     if chosen not in grid:
         raise launch.UserError(
             f"methods.{method} has {len(grid)} candidates, and {path} chose none of them; run "
@@ -102,20 +123,7 @@ def rates_of(settings: dict[str, Any], wanted: Sequence[float] | None) -> tuple[
     """The learning rates of the map, increasing; that of the settings is always among them."""
     own = settings["learning_rate"]
     rates = [float(f"{factor * own:.6g}") for factor in FACTORS] if wanted is None else wanted
-    if min(rates) <= 0:
-        raise launch.UserError(f"--learning_rates must be positive; got {list(rates)}.")
     return tuple(sorted({*rates, own}))
-
-
-def images_of(
-    source: data.Source, domain: str, severity: int, count: int, config: Any, seed: int
-) -> data.DomainBatch:
-    """One batch of the first ``count`` images of the shuffled split; severity 0 leaves them."""
-    corruption = domain if severity else "clean"
-    plan = data.streams.shuffled(source, seed=seed, domain=corruption, severity=severity)
-    plan = data.streams.Plan(*(column[:count] for column in plan))
-    loader = data.Loader(source, plan, batch_size=count, seed=config.adapt.corruption_seed)
-    return next(iter(loader))
 
 
 def _plain(value: jax.Array) -> Any:
@@ -159,43 +167,99 @@ class _Measure:
         return row | {"seconds": done - compiled, "compile_seconds": compiled - start}
 
 
-def _missing(book: journal.Journal, cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cells without a row.
+def made_with(config: ml_collections.ConfigDict, split: str) -> dict[str, Any]:
+    """What of a config a row depends on beside its settings, its cell and the model's parameters.
+
+    Args:
+      config: see ``experiments/configs``.
+      split: ``test`` or ``validation``.
+    """
+    views = [name for name in launch.flat(config) if name.startswith("views.")]
+    images = ("data.name", f"data.{split}", "adapt.corruption_seed")
+    return journal.made_with(config, (*images, "model.dtype", *views))
+
+
+def require_same(
+    book: journal.Journal, fields: dict[str, Any], config: ml_collections.ConfigDict
+) -> None:
+    """Refuses rows of the method that were made otherwise than those to come.
+
+    They are in one record, under one config, and in one correlation. Of the other split, the number
+    of images and the learning rates may differ.
+
+    Args:
+      book: the rows.
+      fields: of the rows to come, of one seed.
+      config: what they are made with.
 
     Raises:
-      UserError: rows of the same cells that were made otherwise.
+      UserError: naming each field that differs, its stored and its present value.
     """
-    missing = []
-    for cell in cells:
-        row = book.get(**cell)
-        if row is None:
-            missing.append(cell)
+    split_of = {role: split for split, role in ROLES.items()}
+
+    def by_key(row: dict[str, Any]) -> dict[str, Any]:
+        settings = {f"settings.{name}": value for name, value in row["settings"].items()}
+        return row | settings | row.get("config", {})
+
+    for row in book.rows():
+        if row["method"] != fields["method"]:
             continue
-        changed = [f"{k} was {row.get(k)!r}, now {v!r}" for k, v in cell.items() if row.get(k) != v]
+        now = {"config": made_with(config, split_of[row["split_role"]])}
+        was, now = by_key(row), by_key(fields | now)
+        names = [name for name in now | was if "." in name]
+        if row["split_role"] == fields["split_role"]:
+            names += ["dataset", "num_examples", "learning_rates"]
+            names += ["checkpoint"] if row["seed"] == fields["seed"] else []
+        changed = [
+            f"{name} was {was.get(name)!r}, now {now.get(name)!r}"
+            for name in names
+            if was.get(name) != now.get(name)
+        ]
         if changed:
             raise launch.UserError(
                 f"{book.path} has rows made otherwise: {'; '.join(changed)}. Use another "
                 "--workdir, or remove the file."
             )
-    return missing
 
 
-def cells_of(config: ml_collections.ConfigDict, options: Options) -> list[tuple[str, int]]:
-    """The pairs (domain, severity) to measure.
+def checked(options: Options) -> Options:
+    """The options, with numbers for what the command line gives as text.
 
     Raises:
-      UserError: fewer than one image.
-      ValueError: an unknown corruption or severity.
+      UserError: fewer than one image, or a choice that is empty, doubled or unknown.
     """
     if options.num_images < 1:
         raise launch.UserError(f"--num_images must be at least 1; got {options.num_images}.")
+    severities = launch.chosen("--severities value", map(str, options.severities), "12345")
+    if options.corruptions is not None:
+        known = [name for names in CORRUPTIONS.values() for name in names]
+        launch.chosen("--corruptions value", options.corruptions, known)
+    rates = options.learning_rates
+    if rates is not None:
+        rates = _learning_rates(rates)
+    return options._replace(severities=tuple(map(int, severities)), learning_rates=rates)
+
+
+def _learning_rates(values: Sequence[Any]) -> tuple[float, ...]:
+    try:
+        rates = tuple(map(float, values))
+    except ValueError:
+        rates = ()
+    positive = all(np.isfinite(rate) and rate > 0 for rate in rates)
+    if not rates or not positive or len(set(rates)) < len(rates):
+        raise launch.UserError(
+            "--learning_rates must list at least one positive number, each once; got "
+            f"{','.join(map(str, values))!r}. Write --learning_rates=0.001,0.01."
+        )
+    return rates
+
+
+def cells_of(config: ml_collections.ConfigDict, options: Options) -> list[tuple[str, int]]:
+    """The pairs (domain, severity) to measure."""
     if launch.setting(config, "adapt.corruptions") == "none":
         return [(launch.setting(config, "data.domain"), 0)]
-    names = options.corruptions or CORRUPTIONS[options.split]
-    cells = [(name, severity) for severity in options.severities for name in names]
-    for name, severity in cells:
-        data.corruptions.check_name(name, severity)
-    return cells
+    names = CORRUPTIONS[options.split] if options.corruptions is None else options.corruptions
+    return [(name, severity) for severity in options.severities for name in names]
 
 
 def run(
@@ -219,15 +283,18 @@ def run(
     Raises:
       UserError: impossible options, or a folder whose rows were made otherwise.
     """
+    launch.check_seeds(config)
+    options = checked(options)
     where = cells_of(config, options)
     workdir = launch.open_workdir(folder)
     with launch.locked(workdir):
         source = problem_lib.load_data(config, options.split)
         problem = problem_lib.build(config, source)
-        settings = settings_of(config, workdir, options.method)
+        method = method_of(config, options.method, problem)
+        settings = settings_of(workdir, options.method, method.grid)
         rates = rates_of(settings, options.learning_rates)
         count = min(options.num_images, len(source))
-        cell = functools.partial(diagnosis.build, problem, settings, rates)
+        cell = functools.partial(diagnosis.build, problem, method.probe, settings, rates)
         measure = _Measure(cell, config.adapt.chunk_size, rates)
         book = journal.Journal(workdir / "diagnostics.jsonl")
         for seed in config.seeds:
@@ -242,12 +309,15 @@ def run(
                 "num_examples": count,
                 "settings": settings,
                 "learning_rates": list(rates),
+                "config": made_with(config, options.split),
             }
+            require_same(book, fields, config)
             cells = [{"domain": name, "severity": severity, **fields} for name, severity in where]
-            todo = _missing(book, cells)
+            todo = [cell for cell in cells if book.get(**cell) is None]
 
             def make(cell: dict[str, Any], seed: int = seed) -> data.DomainBatch:
-                return images_of(source, cell["domain"], cell["severity"], count, config, seed)
+                place = cell["domain"], cell["severity"]
+                return trials_lib.first_images(config, source, *place, count, seed)
 
             batches = runner_lib.ahead(make, todo)
             bar = tqdm.tqdm(
@@ -257,14 +327,14 @@ def run(
             for cell, batch in bar:
                 row = measure(pristine.restore("memory"), batch, seed)
                 book.add({**cell, "status": "ok", **row})
-        return _finish(config, workdir, book)
+        return _finish(config, workdir, book, options.method)
 
 
 def _finish(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, book: journal.Journal
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, book: journal.Journal, method: str
 ) -> dict[str, Any]:
-    """Writes the record and its page, each as a whole."""
-    rows = book.rows()
+    """Writes the record of one method and its page, each as a whole."""
+    rows = [row for row in book.rows() if row["method"] == method]
     reported = [row for row in rows if row["split_role"] == "reported"] or rows
     r = alignment.correlation(reported)
     record = {
@@ -276,24 +346,14 @@ def _finish(
     page = alignment.render({**record, "rows": reported})
     launch.write_atomically(workdir / "diagnostics.html", page)
     shown = "undefined" if r is None else f"{r:.3f}"
-    print(f"{len(rows)} rows in {book.path}; inner product and gain: r = {shown}")
+    print(f"{len(rows)} rows of {method} in {book.path}; inner product and gain: r = {shown}")
     return record
-
-
-def _integers(values: Sequence[str], name: str) -> tuple[int, ...]:
-    try:
-        return tuple(map(int, values))
-    except ValueError as error:
-        raise launch.UserError(f"--{name} takes integers: {error}.") from error
 
 
 def main(argv: Sequence[str]) -> int:
     """The program."""
     del argv
     values = {name: holder.value for name, holder in _FLAGS.items()}
-    values["severities"] = _integers(values["severities"], "severities")
-    if values["learning_rates"] is not None:
-        values["learning_rates"] = tuple(map(float, values["learning_rates"]))
     run(_CONFIG.value, _WORKDIR.value, Options(**values), checkpoint_path=_CHECKPOINT.value)
     return 0
 
@@ -304,7 +364,7 @@ if __name__ == "__main__":
         "checkpoint", None, "Checkpoint to diagnose; default: WORKDIR/checkpoints/seed_SEED."
     )
     _FLAGS = {
-        "method": flags.DEFINE_enum("method", "rotation", METHODS, "Whose settings to use."),
+        "method": flags.DEFINE_string("method", "rotation", "Whose settings to use."),
         "split": flags.DEFINE_enum("split", "test", list(ROLES), "Which images."),
         "severities": flags.DEFINE_list("severities", ["1", "2", "3", "4", "5"], "Severities."),
         "corruptions": flags.DEFINE_list("corruptions", None, "Default: those of the split."),

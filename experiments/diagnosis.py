@@ -1,15 +1,15 @@
-"""What one set of images tells about a model and its rotation TTT, from one compiled program."""
+"""What one set of images tells about a model and its adaptation, from one compiled program."""
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import ttt_jax as ttt
-from experiments import problem as problem_lib
+from experiments import auxiliary, problem as problem_lib
 from experiments.methods import outputs, steps
 from experiments.methods.method import Settings
 from experiments.problem import Problem
@@ -24,8 +24,46 @@ _RADIUS = 0.01
 Cell = Callable[[Any, jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
 
 
-def shared_encoder(problem: Problem, settings: Settings) -> ttt.Selection:
-    """The adapting parameters that both the classifier and the rotation head read.
+# The auxiliary losses there are, as ``Method.probe`` names them.
+TASKS = ("rotation", "mae", "memo")
+
+
+class Task(NamedTuple):
+    """The auxiliary task of a method.
+
+    Attributes:
+      loss: what its inner steps descend.
+      head: the method of the module that the loss calls.
+      inputs: shapes of the arguments of ``head``.
+      accuracy: ``(params, image) -> scalar``, where there is a right answer without labels.
+    """
+
+    loss: ttt.AuxLoss
+    head: Callable[..., Any]
+    inputs: tuple[jax.ShapeDtypeStruct, ...]
+    accuracy: Callable[[Any, jax.Array], jax.Array] | None = None
+
+
+def task_of(name: str, problem: Problem, settings: Settings) -> Task:
+    """The task of a name in :data:`TASKS` under the settings of a method.
+
+    Raises:
+      ValueError: masked reconstruction for a model that cannot reconstruct.
+    """
+    kind = type(problem.module)
+    images = jax.ShapeDtypeStruct((1, *problem.image_shape), jnp.float32)
+    if name == "mae":
+        auxiliary.require_reconstruction(problem.module, f"the task of {name!r}")
+        keep = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        return Task(steps.mae_loss(problem, settings), kind.reconstruct, (images, keep))
+    if name == "memo":
+        return Task(steps.memo_loss(problem, settings), kind.__call__, (images,))
+    accuracy = diagnostics.auxiliary_accuracy(outputs.model_of(problem, settings).rotation)
+    return Task(steps.rotation_loss(problem, settings), kind.rotation, (images,), accuracy)
+
+
+def shared_encoder(problem: Problem, settings: Settings, task: Task) -> ttt.Selection:
+    """The adapting parameters that both the classifier and the auxiliary head read.
 
     In the others one of the two gradients is zero, so they add nothing to the inner product and
     would only dilute the cosine.
@@ -33,24 +71,23 @@ def shared_encoder(problem: Problem, settings: Settings) -> ttt.Selection:
     Raises:
       ValueError: the settings adapt no parameter that both heads read.
     """
-    kind = type(problem.module)
-    images = jax.ShapeDtypeStruct((1, *problem.image_shape), jnp.float32)
 
-    def read_by(method: Any) -> set[str]:
+    def read_by(method: Any, *inputs: jax.ShapeDtypeStruct) -> set[str]:
         # Linen creates just the parameters that a method touches.
         tree = jax.eval_shape(
-            lambda key: problem.module.lazy_init(key, images, method=method), jax.random.key(0)
+            lambda key: problem.module.lazy_init(key, *inputs, method=method), jax.random.key(0)
         )
         return set(ttt.select.describe(ttt.select.everything(), tree).paths)
 
     adapting = ttt.select.describe(steps.selection(settings), problem_lib.shapes(problem)).paths
-    both = read_by(kind.__call__) & read_by(kind.rotation)
+    classifier = read_by(type(problem.module).__call__, task.inputs[0])
+    both = classifier & read_by(task.head, *task.inputs)
     chosen = [re.escape(path) for path in adapting if path in both]
     if not chosen:
         raise ValueError(
             f"select={settings['select']!r} adapts no parameter that the classifier and the "
-            "rotation head share, so their gradients cannot be compared; select part of the "
-            "shared encoder."
+            f"auxiliary head ({task.head.__name__}) share, so their gradients cannot be compared; "
+            "select part of the shared encoder."
         )
     return ttt.select.paths(*chosen)
 
@@ -86,6 +123,7 @@ def secant_smoothness(
 
 def build(
     problem: Problem,
+    task_name: str,
     settings: Settings,
     learning_rates: Sequence[float],
     chunk_size: int,
@@ -94,7 +132,8 @@ def build(
 
     Args:
       problem: the model, whose kernels may be private to each image.
-      settings: of rotation TTT: ``copies``, ``num_steps``, ``learning_rate``, ``select``...
+      task_name: one of :data:`TASKS`, whose loss the method's steps descend.
+      settings: of the method: ``num_steps``, ``learning_rate``, ``select``...
       learning_rates: of the map, L of them; ``settings["learning_rate"]`` among them.
       chunk_size: private copies of the model in flight at once.
 
@@ -104,34 +143,35 @@ def build(
       steps start from, under the settings' ``prior`` if they have one.
 
     Raises:
-      ValueError: as :func:`shared_encoder`.
+      ValueError: as :func:`task_of` and :func:`shared_encoder`.
     """
     model = outputs.model_of(problem, settings)
     classify = ttt.unbatched(model.classify)
-    rotation_loss = steps.rotation_loss(problem, settings)
-    rotation_accuracy = diagnostics.auxiliary_accuracy(model.rotation)
-    encoder = shared_encoder(problem, settings)
+    task = task_of(task_name, problem, settings)
+    encoder = shared_encoder(problem, settings, task)
     place = list(learning_rates).index(settings["learning_rate"])
 
     def main_loss(params: Any, image: Any, label: Any, key: jax.Array) -> jax.Array:
         logits = classify(params, image).astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, label)
 
-    align = diagnostics.gradient_alignment(main_loss, rotation_loss, select=encoder)
-    smoothness = secant_smoothness(main_loss, rotation_loss, encoder)
+    align = diagnostics.gradient_alignment(main_loss, task.loss, select=encoder)
+    smoothness = secant_smoothness(main_loss, task.loss, encoder)
 
     def make(learning_rate: jax.Array) -> ttt.Adapter:
-        return steps.adapter(rotation_loss, settings | {"learning_rate": learning_rate})
+        return steps.adapter(task.loss, settings | {"learning_rate": learning_rate})
 
     def one(params: Any, example: Any, key: jax.Array) -> Any:
         image, label = example
 
         def observe(adapted: Any, image: jax.Array) -> dict[str, jax.Array]:
-            return {
+            seen = {
                 "logits": classify(adapted, image),
-                "rotation_accuracy": rotation_accuracy(adapted, image),
                 "drift": diagnostics.drift(params, adapted, encoder),
             }
+            if task.accuracy is not None:
+                seen["accuracy"] = task.accuracy(adapted, image)
+            return seen
 
         predict = diagnostics.step_size_map(
             make, observe, learning_rates=learning_rates, num_steps=settings["num_steps"]
@@ -146,13 +186,15 @@ def build(
     def cell(params: Any, images: Any, labels: Any, keys: jax.Array) -> dict[str, jax.Array]:
         seen, info = run(params, (images, labels), keys)
         logits = jnp.moveaxis(seen["logits"], 0, 2)
-        rotation, drift = (seen[name].mean(0) for name in ("rotation_accuracy", "drift"))
+        accuracy = {}
+        if task.accuracy is not None:
+            before, after = seen["accuracy"].mean(0)[place, jnp.array([0, -1])]
+            accuracy = {"auxiliary_accuracy_before": before, "auxiliary_accuracy_after": after}
         return {
+            **accuracy,
             **_alignment(seen["alignment"], seen["beta"]),
             **_outcome(logits[place, -1], logits[0, 0], labels),
-            "auxiliary_accuracy_before": rotation[place, 0],
-            "auxiliary_accuracy_after": rotation[place, -1],
-            "drift": drift[place, -1],
+            "drift": seen["drift"].mean(0)[place, -1],
             "non_finite": (~info.ok[:, place]).sum(),
             **_map(logits, labels),
         }
@@ -191,6 +233,8 @@ def _outcome(after: jax.Array, before: jax.Array, labels: jax.Array) -> dict[str
         "agreement": diagnostics.agreement(after, before),
         "effective_classes_before": diagnostics.effective_classes(before),
         "effective_classes_after": diagnostics.effective_classes(after),
+        "predicted_classes_before": diagnostics.predicted_classes(before),
+        "predicted_classes_after": diagnostics.predicted_classes(after),
     }
 
 
@@ -216,6 +260,7 @@ def _map(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
 
 
 def _errors(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The share of wrong predictions, ``[..., N, C] -> [...]``."""
+    """The share of wrong predictions, ``[..., N, C] -> [...]``; one with a nan is wrong."""
     found = jnp.argmax(logits, axis=-1)
-    return (found != jnp.broadcast_to(labels, found.shape)).mean(-1, dtype=jnp.float32)
+    wrong = jnp.isnan(logits).any(axis=-1) | (found != jnp.broadcast_to(labels, found.shape))
+    return wrong.mean(axis=-1, dtype=jnp.float32)

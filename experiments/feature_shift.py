@@ -7,8 +7,10 @@ Usage::
 compares mean and covariance of the features of test images with those of all training images, as
 the moment matching of TTT++ does (``experiments/methods/contrastive.py``): 1 is what as many source
 images would show. Features are the mean of the encoder's last map or tokens. The gradient of that
-loss, and with it the largest useful step, goes with these numbers. Prints a table and writes
-``W/feature_shift.json``; run again, it keeps the rows of the same model, norm and images.
+loss, and with it the largest useful step, goes with these numbers. Prints a table and appends a
+line per domain to ``W/feature_shift.jsonl``, which keeps the rows of all options. At the end
+``W/feature_shift.json`` holds those of the options at hand (model, norm, images, severity), of
+earlier runs too, with their origin. Run it again to resume.
 """
 
 import json
@@ -23,12 +25,23 @@ import numpy as np
 from absl import flags
 
 import ttt_jax as ttt
-from experiments import launch, problem as problem_lib
+from experiments import journal, launch, problem as problem_lib, trials as trials_lib
 from experiments.methods import contrastive
 from ttt_jax import data
 
 NORMS = ("running", "batch")
 _BATCH = 256
+# What of a config a row depends on beside its other fields and the model's parameters.
+_MADE_WITH = ("data.name", "data.train", "data.imbalance", "data.test")
+_MADE_WITH += ("adapt.corruption_seed", "model.dtype")
+# What the rows of one record share.
+_SAME = ("num_examples", "norm", "dataset", "seed", "checkpoint", "config")
+
+
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What identifies a row: all that makes it, so that rows of several options stay apart."""
+    names = ("domain", "severity", *_SAME)
+    return tuple(json.dumps(row[name], sort_keys=True) for name in names)
 
 
 def moments_of(features: Any, params: Any, images: Iterator[np.ndarray]) -> dict[str, jax.Array]:
@@ -79,15 +92,19 @@ def _batches(source: data.Source, places: np.ndarray) -> Iterator[np.ndarray]:
         yield source.take(some).image
 
 
-def _kept(path: pathlib.Path, like: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier run that agree with some fields."""
-    if not path.exists():
-        return []
-    try:
-        rows = json.loads(path.read_text())["rows"]
-        return [row for row in rows if {name: row[name] for name in like} == like]
-    except (ValueError, KeyError, TypeError) as error:
-        raise launch.UserError(f"{path} is damaged ({error!r}); remove it.") from error
+def _opened(workdir: pathlib.Path) -> journal.Journal:
+    """The rows of a folder.
+
+    Raises:
+      UserError: they would be lost, being in the record alone, which has no origin per row.
+    """
+    book = workdir / "feature_shift.jsonl"
+    if not book.exists() and (workdir / "feature_shift.json").exists():
+        raise launch.UserError(
+            f"{workdir / 'feature_shift.json'} has rows that {book} lacks, and would be replaced; "
+            "move it away, or use another --workdir."
+        )
+    return journal.Journal(book, identity=_identity)
 
 
 def run(
@@ -106,21 +123,30 @@ def run(
       folder: the work folder.
       checkpoint_path: of the model; None takes the folder's own of the first seed.
       norm: statistics of a BatchNorm model, ``"running"`` or the batch's.
-      domains: corruptions.
+      domains: corruptions, each once.
       num_images: of the test split, at least 2; a smaller split is used whole.
 
     Returns:
-      A row per domain, those of earlier runs first.
+      A row per domain, those of earlier runs with the same options first.
 
     Raises:
-      UserError: a model without features, an unknown domain or norm, the batch's statistics for a
-        model without BatchNorm, or too few images.
+      UserError: a model without features, an unknown domain or norm, a choice that is empty or
+        doubled, the batch's statistics for a model without BatchNorm, or too few images.
     """
-    launch.chosen("norm", [norm], NORMS)
-    launch.chosen("domain", domains, data.corruptions.CORRUPTIONS)
+    launch.check_seeds(config)
+    launch.chosen("--norm value", [norm], NORMS)
+    launch.chosen("--domains value", domains, data.corruptions.CORRUPTIONS)
+    seed, severity = config.seeds[0], config.adapt.severity
+    data.corruptions.check_name(domains[0], severity)
     if num_images < 2:
         raise launch.UserError(f"--num_images must be at least 2; got {num_images}.")
     test, train = (problem_lib.load_data(config, split) for split in ("test", "train"))
+    count = min(num_images, len(test))
+    if count < 2:
+        raise launch.UserError(
+            f"data.test must have at least 2 images; {config.data.test!r} has {count}. Take more, "
+            "as --config.data.test='test'."
+        )
     problem = problem_lib.build(config, test, shared_kernels=True)
     plain = problem.model(norm).features
     if plain is None:
@@ -132,34 +158,40 @@ def run(
             "--norm=batch is for a model with BatchNorm, and this one has none; use --norm=running."
         )
     workdir = launch.open_workdir(folder)
-    seed, severity = config.seeds[0], config.adapt.severity
     path = checkpoint_path or problem_lib.checkpoint_path(workdir, seed)
     pristine = problem_lib.load_checkpoint(path, problem, config)
     features = jax.jit(plain)
-    count = min(num_images, len(test))
-    same = {"num_examples": count, "norm": norm, "dataset": test.title, "seed": seed}
-    same["checkpoint"] = pristine.fingerprint
-    target = workdir / "feature_shift.json"
+    same = {
+        "num_examples": count,
+        "norm": norm,
+        "dataset": test.title,
+        "seed": seed,
+        "checkpoint": pristine.fingerprint,
+        "config": journal.made_with(config, _MADE_WITH),
+    }
     with launch.locked(workdir):
-        rows = _kept(target, same)
-        there = {(row["domain"], row["severity"]) for row in rows}
+        book = _opened(workdir)
         wanted = [("clean", 0), *((domain, severity) for domain in domains)]
-        todo = [cell for cell in wanted if cell not in there]
+        cells = [{"domain": domain, "severity": level} for domain, level in wanted]
+        todo = [cell for cell in cells if book.get(**cell, **same) is None]
         if todo:
             everything = _batches(train, np.arange(len(train)))
             source = moments_of(features, pristine.params, everything)
-        for domain, level in todo:
-            plan = data.streams.shuffled(test, seed=seed, domain=domain, severity=level)
-            plan = data.streams.Plan(*(column[:count] for column in plan))
-            loader = data.Loader(test, plan, batch_size=count, seed=config.adapt.corruption_seed)
-            corrupted = np.asarray(next(iter(loader)).image)
-            parts = iter(np.array_split(corrupted, -(-count // _BATCH)))
+        for cell in todo:
+            batch = trials_lib.first_images(config, test, **cell, count=count, seed=seed)
+            parts = iter(np.array_split(batch.image, -(-count // _BATCH)))
             found = moments_of(features, pristine.params, parts)
             covariance, mean = distances(source, found, count)
-            row = {"domain": domain, "severity": level, "mean": mean, "covariance": covariance}
-            rows.append(row | same)
-            record = launch.provenance(config) | {"rows": rows}
-            launch.write_json(target, record)
+            measured = {"mean": mean, "covariance": covariance, "status": "ok"}
+            book.add(cell | measured | same)
+        rows = [
+            row
+            for row in book.rows()
+            if row["severity"] in (0, severity) and {name: row[name] for name in _SAME} == same
+        ]
+        launch.write_json(
+            workdir / "feature_shift.json", launch.provenance(config) | {"rows": rows}
+        )
     for row in rows:
         where = f"{row['domain']:18} {row['severity']}"
         print(f"{where}  mean {row['mean']:9.1f}  covariance {row['covariance']:9.1f}")

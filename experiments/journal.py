@@ -1,18 +1,43 @@
-"""``results.jsonl``: one row per trial, appended whole, never lost and never doubled."""
+"""Rows in a file of JSON lines: appended whole, never lost and never doubled.
+
+``results.jsonl`` has one per trial; the diagnostics have files of their own.
+"""
 
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import ml_collections
 
 from experiments import launch
 
 KEY = ("method", "dataset", "domain", "severity", "seed", "split_role")
 
 
-def read(path: pathlib.Path) -> tuple[list[dict[str, Any]], bool]:
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What identifies a row of :data:`KEY`."""
+    return tuple(row[name] for name in KEY)
+
+
+def made_with(config: ml_collections.ConfigDict, names: Sequence[str]) -> dict[str, Any]:
+    """Values of a config by dotted key, as JSON has them: what a row says it was made with.
+
+    A key that the config leaves out has its default, so that saying it changes no row.
+    """
+    values = launch.DEFAULTS | {"model.dtype": "float32"} | launch.flat(config)
+    return json.loads(json.dumps({name: values[name] for name in names}))
+
+
+def read(
+    path: pathlib.Path, key: Callable[[dict[str, Any]], tuple[Any, ...]] = key_of
+) -> tuple[list[dict[str, Any]], bool]:
     """The rows of a file, which is left as it is; whether its last line is whole.
+
+    Args:
+      path: of the file.
+      key: what identifies a row.
 
     Raises:
       UserError: a line that is no row.
@@ -23,7 +48,7 @@ def read(path: pathlib.Path) -> tuple[list[dict[str, Any]], bool]:
     for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), start=1):
         try:
             row = json.loads(line)
-            hash(tuple(row[name] for name in KEY))
+            hash(key(row))
         except (ValueError, KeyError, TypeError) as error:
             raise launch.UserError(
                 f"{path}, line {number}: not a result row ({error!r}). Remove the line, "
@@ -40,32 +65,35 @@ class Journal:
     that these trials run again. The rows of a trial are one ``write``, flushed to the disk.
 
     Of several processes one alone opens the file; the others are given the rows that it had.
+    ``identity`` is what identifies a row, where that is not :data:`KEY`.
     """
 
-    def __init__(self, path: pathlib.Path, rows: Iterable[dict[str, Any]] | None = None):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        rows: Iterable[dict[str, Any]] | None = None,
+        *,
+        identity: Callable[[dict[str, Any]], tuple[Any, ...]] = key_of,
+    ):
         self.path = path
+        self._identity = identity
         self.failed: list[dict[str, Any]] = []
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         if rows is not None:
-            self._rows = {self.key(row): row for row in rows}
+            self._rows = {identity(row): row for row in rows}
         elif path.exists():
             self._load()
 
     def _load(self) -> None:
-        found, whole = read(self.path)
-        self._rows = {self.key(row): row for row in found if row.get("status") == "ok"}
+        found, whole = read(self.path, self._identity)
+        self._rows = {self._identity(row): row for row in found if row.get("status") == "ok"}
         if not whole or any(row.get("status") != "ok" for row in found):
             lines = [json.dumps(row) + "\n" for row in self._rows.values()]
             launch.write_atomically(self.path, "".join(lines))
 
-    @staticmethod
-    def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        """What identifies a row."""
-        return tuple(row[name] for name in KEY)
-
     def get(self, **fields: Any) -> dict[str, Any] | None:
         """The finished row with these key fields, if there is one; other fields are ignored."""
-        return self._rows.get(self.key(fields))
+        return self._rows.get(self._identity(fields))
 
     def rows(self) -> list[dict[str, Any]]:
         """All finished rows."""
@@ -74,7 +102,7 @@ class Journal:
     def add(self, *rows: dict[str, Any]) -> None:
         """Appends rows in one write; a second one of the same key is a programming error."""
         for row in rows:
-            if (key := self.key(row)) in self._rows:
+            if (key := self._identity(row)) in self._rows:
                 raise RuntimeError(f"the row {key} is already in {self.path}")
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
         with launch.writing(self.path):
@@ -92,6 +120,6 @@ class Journal:
                 os.close(descriptor)
         for row in rows:
             if row["status"] == "ok":
-                self._rows[self.key(row)] = row
+                self._rows[self._identity(row)] = row
             else:
                 self.failed.append(row)

@@ -180,7 +180,7 @@ def merged(parts: Sequence[Part]) -> tuple[ranges.Range, list[dict[str, Any]]]:
     found: dict[tuple[Any, ...], list[tuple[Part, dict[str, Any]]]] = {}
     for part in parts:
         for row in part.rows:
-            found.setdefault(journal.Journal.key(row), []).append((part, row))
+            found.setdefault(journal.key_of(row), []).append((part, row))
     rows = []
     for key, here in found.items():
         try:
@@ -234,8 +234,8 @@ def _require_more(
             f"{workdir} has rows that experiments.merge did not make; choose another --workdir."
         )
     old = read(workdir)
-    new = {journal.Journal.key(row) for row in rows}
-    lost = [row for row in old.rows if journal.Journal.key(row) not in new]
+    new = {journal.key_of(row) for row in rows}
+    lost = [row for row in old.rows if journal.key_of(row) not in new]
     if lost or ranges.over([old.images, images]) != images:
         raise launch.UserError(
             f"{workdir} is a table of {old.images} with {len(old.rows)} rows, {len(lost)} of which "

@@ -47,7 +47,12 @@ def _score(tried: dict[str, Any]) -> tuple[float, float]:
     return tried["error"], loss if np.isfinite(loss) else np.inf
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """``selection.json``.
+
+    Raises:
+      UserError: it is damaged.
+    """
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         if not isinstance(record["chosen"], dict) or not isinstance(record["tried"], list):
@@ -118,7 +123,7 @@ def choose(
         "tried": [],
     }
     if team.index == 0 and path.exists():
-        record = _read(path)
+        record = read(path)
         _require_model(path, record, runner, methods)
     record = team_lib.agreed(team, record)
 

@@ -144,7 +144,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The section of the results page: correlation, and means per severity, in MyST."""
+    """What a page shows of a record, in MyST: correlation, plot, means per severity."""
     rows, r = record["rows"], correlation(record["rows"])
     found = "undefined" if r is None else f"{r:.2f}"
     share = noise_share(rows)
@@ -155,10 +155,8 @@ def markdown(record: dict[str, Any]) -> str:
         f"itself keeps r below about {max(0.0, 1 - share) ** 0.5:.2f}. "
     )
     lines = [
-        "## Gradient alignment against gain",
-        "",
         f"Over {len(rows)} sets of {rows[0]['dataset']}, {rows[0]['num_examples']} images each, "
-        "the mean inner product of the main and the rotation gradient (shared encoder parameters "
+        "the mean inner product of the main and the auxiliary gradient (shared encoder parameters "
         f"that adapt) and the gain of `{rows[0]['method']}` correlate with r = {found}. "
         f"{noise}{PUBLISHED} Computed from `{record['command']}` on "
         f"{record['device_count']} x {record['device']}, commit {record['commit']}; see "

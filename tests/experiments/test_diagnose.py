@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import ttt_jax as ttt
-from experiments import diagnose, diagnosis, launch, problem, train
-from experiments.reporting import alignment
+from experiments import diagnose, diagnosis, journal, launch, problem, train, trials
+from experiments.reporting import alignment, committed
 from tests.experiments import tiny_config, tiny_model
 from ttt_jax import checkpoint, data, models
 
@@ -168,6 +168,10 @@ def test_errors_gain_and_monitors_by_hand(diagnosed, by_hand):
         classes = np.exp(-(mean * np.log(mean)).sum())
         assert row["effective_classes_map"][1][place] == pytest.approx(classes, rel=1e-4)
     assert row["effective_classes_after"] == pytest.approx(classes, rel=1e-4)
+    for name, logits in (("before", before), ("after", after)):
+        shares = np.unique(logits.argmax(-1), return_counts=True)[1] / len(labels)
+        expected = np.exp(-(shares * np.log(shares)).sum())
+        assert row[f"predicted_classes_{name}"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_choices_come_from_the_maps(diagnosed):
@@ -200,26 +204,110 @@ def test_smoothness_of_a_quadratic():
 def test_only_what_both_heads_read_is_compared():
     net = models.ResNet(depth=8, width=8, groups=4, num_classes=3)
     built = problem.Problem(net, *[None] * 4, (8, 8, 1), 0.75)
-    encoder = diagnosis.shared_encoder(built, {"select": "all"})
+    images = jax.ShapeDtypeStruct((1, 8, 8, 1), np.float32)
+    task = diagnosis.Task(None, models.ResNet.rotation, (images,))
+    encoder = diagnosis.shared_encoder(built, {"select": "all"}, task)
     paths = ttt.select.describe(encoder, problem.shapes(built)).paths
     assert {path.split("/")[1] for path in paths} == {"conv1", "layer1", "layer2"}
-    norms = diagnosis.shared_encoder(built, {"select": "norm"})
+    norms = diagnosis.shared_encoder(built, {"select": "norm"}, task)
     assert set(ttt.select.describe(norms, problem.shapes(built)).paths) < set(paths)
     with pytest.raises(ValueError, match=r"select='\.\*rotation_fc.*' adapts no parameter that"):
-        diagnosis.shared_encoder(built, {"select": ".*rotation_fc.*"})
+        diagnosis.shared_encoder(built, {"select": ".*rotation_fc.*"}, task)
+    main = diagnosis.Task(None, models.ResNet.__call__, (images,))
+    everything = diagnosis.shared_encoder(built, {"select": "all"}, main)
+    paths = ttt.select.describe(everything, problem.shapes(built)).paths
+    assert any(path.startswith("params/fc/") for path in paths)
+    assert not any("rotation_" in path for path in paths)
+
+
+def test_another_method_has_rows_of_its_own(diagnosed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(diagnosed[0], folder)
+    config = get_config()
+    memo = {
+        "num_views": 2,
+        "num_steps": 1,
+        "learning_rate": (0.03,),
+        "select": "all",
+        "prior": PRIOR,
+    }
+    config.methods.memo = ml_collections.ConfigDict(memo)
+    config.adapt.corruption_seed = 7  # another method's rows may be about other images
+    before = (folder / "diagnostics.jsonl").read_text()
+    record = diagnose.run(config, str(folder), OPTIONS._replace(method="memo", severities=(5,)))
+    assert [row["method"] for row in record["rows"]] == ["memo", "memo"]
+    assert "auxiliary_accuracy_after" not in record["rows"][0]
+    # Two sets are too few; with the four of rotation there would be a correlation.
+    assert record["correlation"] == {"inner_product_and_gain": None, "sets": 2}
+    after = (folder / "diagnostics.jsonl").read_text()
+    assert after.startswith(before) and len(after.splitlines()) == 6
+    # And the record of the first method can be had again.
+    assert diagnose.run(get_config(), str(folder), OPTIONS)["rows"] == diagnosed[1]["rows"]
+    assert (folder / "diagnostics.jsonl").read_text() == after
+
+
+def test_other_names_of_a_method_have_its_task(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    config = get_config()
+    common = {"num_steps": 1, "learning_rate": 0.03, "select": "all", "prior": PRIOR}
+    tiny_config.with_methods(
+        config,
+        rotation_tuned={**common, "copies": 2},
+        memo_augmix={**common, "num_views": 2, "views": "augmix"},
+    )
+    few = OPTIONS._replace(severities=(5,), corruptions=("fog",), learning_rates=(0.03,))
+    (tuned,), (augmix,) = (
+        diagnose.run(config, str(folder), few._replace(method=name))["rows"]
+        for name in ("rotation_tuned", "memo_augmix")
+    )
+    assert tuned["settings"]["copies"] == 2 and tuned["auxiliary_accuracy_after"] is not None
+    assert augmix["settings"]["views"] == "augmix" and "auxiliary_accuracy_after" not in augmix
+    assert tuned["source_error"] == augmix["source_error"] and augmix["aux_norm"] > 0
+
+
+def test_masked_reconstruction_is_aligned_in_the_encoder(tmp_path):
+    config = tiny_config.get_mae_config()
+    config.methods.mae.learning_rate = (0.03,)
+    train.run(config, str(tmp_path))
+    options = diagnose.Options(
+        method="mae", severities=(5,), corruptions=("fog",), num_images=2, learning_rates=(0.03,)
+    )
+    (row,) = diagnose.run(config, str(tmp_path), options)["rows"]
+    source = problem.load_data(config, "test")
+    model = problem.build(config, source).model()
+    variables = checkpoint.load(tmp_path / "checkpoints" / "seed_0").params
+    batch = trials.first_images(config, source, "fog", 5, count=2, seed=0)
+    inner = []
+    for image, label, number in zip(batch.image, batch.label, batch.id, strict=True):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), number), 0)
+
+        def reconstruct(params, image=image, key=key):
+            loss = ttt.losses.masked_reconstruction(
+                model.reconstruct, patch=4, mask_ratio=0.5, num_masks=2
+            )
+            return loss(params, image, key)
+
+        def main(params, image=image, label=label):
+            return -jax.nn.log_softmax(model.classify(params, image[None])[0])[label]
+
+        grads = [jax.grad(loss)(variables)["params"]["encoder"] for loss in (reconstruct, main)]
+        inner.append(sum(jax.tree.leaves(jax.tree.map(lambda a, b: (a * b).sum(), *grads))))
+    assert row["inner_product"] == pytest.approx(float(np.mean(inner)), rel=1e-3)
+    assert row["ttt_error"] is not None and "auxiliary_accuracy_before" not in row
 
 
 def test_finished_cells_are_skipped(diagnosed, trained, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(diagnosed[0], folder)
     made = []
-    images_of = diagnose.images_of
+    first_images = trials.first_images
 
-    def counted(source, domain, severity, *rest):
+    def counted(config, source, domain, severity, *rest):
         made.append((domain, severity))
-        return images_of(source, domain, severity, *rest)
+        return first_images(config, source, domain, severity, *rest)
 
-    monkeypatch.setattr(diagnose, "images_of", counted)
+    monkeypatch.setattr(trials, "first_images", counted)
     path = folder / "diagnostics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:40])
@@ -240,36 +328,120 @@ def test_rows_of_other_options_are_refused(diagnosed):
         diagnose.run(get_config(), str(folder), OPTIONS._replace(num_images=2))
 
 
+@pytest.mark.parametrize("corruptions", [("fog",), ("snow",)])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data.test", "test[1:30]", r"data\.test was 'test\[:30\]', now 'test\[1:30\]'"),
+        ("adapt.corruption_seed", 7, r"adapt\.corruption_seed was 0, now 7"),
+        ("views.padding", 0, r"views\.padding was 1, now 0"),
+        ("methods.rotation.num_steps", 1, r"settings\.num_steps was 2, now 1"),
+        ("methods.rotation.momentum", 0.9, r"settings\.momentum was None, now 0\.9"),
+    ],
+)
+def test_rows_made_otherwise_are_refused(diagnosed, corruptions, key, value, message):
+    """The cells that are there, and others: one record is about one thing."""
+    folder, record = diagnosed
+    before = (folder / "diagnostics.jsonl").read_text()
+    config = get_config()
+    with config.unlocked():
+        section = config
+        for name in key.split(".")[:-1]:
+            section = section[name]
+        section[key.split(".")[-1]] = value
+    with pytest.raises(launch.UserError, match=rf"rows made otherwise: {message}\. Use another"):
+        diagnose.run(config, str(folder), OPTIONS._replace(corruptions=corruptions))
+    assert (folder / "diagnostics.jsonl").read_text() == before
+    assert json.loads((folder / "diagnostics.json").read_text()) == record
+
+
+def test_rows_of_the_other_split_are_asked_for_what_both_share(diagnosed, tmp_path):
+    """The record has both, with one config."""
+    config = get_config()
+    book = journal.Journal(tmp_path / "diagnostics.jsonl")
+    fields = diagnosed[1]["rows"][0]
+    other = {"split_role": "validation", "num_examples": 2, "learning_rates": [0.03]}
+    other["config"] = diagnose.made_with(config, "validation")
+    book.add(fields | other)
+    diagnose.require_same(book, fields, config)
+    config.data.validation = "train[1260:1277]"
+    with pytest.raises(launch.UserError, match=r"otherwise: data\.validation was 'train\[1257:12"):
+        diagnose.require_same(book, fields, config)
+
+
+def test_rows_that_do_not_say_what_made_them_are_refused(diagnosed, tmp_path):
+    book = journal.Journal(tmp_path / "diagnostics.jsonl")
+    fields = diagnosed[1]["rows"][0]
+    book.add({name: value for name, value in fields.items() if name != "config"})
+    with pytest.raises(launch.UserError, match=r"data\.test was None, now 'test\[:30\]'"):
+        diagnose.require_same(book, fields, get_config())
+
+
+def test_the_committed_rows_are_readable():
+    record = committed.read("alignment_cifar10c")
+    assert len(record["rows"]) == 75 and "config" not in record["rows"][0]
+    assert "r = 0.91" in alignment.markdown(record) and "r = 0.91" in alignment.render(record)
+
+
 def test_several_candidates_need_the_choice_of_adapt(tmp_path):
     config = tiny_config.get_config()
+    built = problem.build(config, problem.load_data(config, "test"))
+    method = diagnose.method_of(config, "rotation", built)
     with pytest.raises(launch.UserError, match=r"2 candidates.*run experiments\.adapt"):
-        diagnose.settings_of(config, tmp_path, "rotation")
+        diagnose.settings_of(tmp_path, "rotation", method.grid)
     chosen = {"copies": 2, "num_steps": 2, "learning_rate": 0.01, "prior": 16, "select": "all"}
-    (tmp_path / "selection.json").write_text(json.dumps({"chosen": {"rotation": chosen}}))
-    assert diagnose.settings_of(config, tmp_path, "rotation") == chosen
-    with pytest.raises(launch.UserError, match=r"\(rotation\); got 'rotation_jump'"):
-        diagnose.settings_of(config, tmp_path, "rotation_jump")
+    (tmp_path / "selection.json").write_text(json.dumps({"chosen": {"rotation": chosen}, "tried": []}))
+    assert diagnose.settings_of(tmp_path, "rotation", method.grid) == chosen
+
+
+@pytest.mark.parametrize("name", ["rotation_jump", "source", "rotation_online"])
+def test_a_method_that_does_not_fit_is_refused(name):
+    config = tiny_config.get_config()
+    built = problem.build(config, problem.load_data(config, "test"))
+    with pytest.raises(launch.UserError, match=rf"\(rotation\); got '{name}'"):
+        diagnose.method_of(config, name, built)
 
 
 def test_the_map_always_has_the_learning_rate_of_the_config():
     settings = {"learning_rate": 0.001}
     assert diagnose.rates_of(settings, None) == (0.0003, 0.001, 0.003, 0.01)
     assert diagnose.rates_of(settings, (0.1,)) == (0.001, 0.1)
-    with pytest.raises(launch.UserError, match=r"must be positive; got \[0\.0, 0\.1\]"):
-        diagnose.rates_of(settings, (0.0, 0.1))
+
+
+def test_numbers_may_come_as_text():
+    options = diagnose.checked(OPTIONS._replace(severities=["5", "1"], learning_rates=["1e-3"]))
+    assert options.severities == (5, 1) and options.learning_rates == (0.001,)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"num_images": 0}, "--num_images must be at least 1; got 0"),
-        ({"corruptions": ("fogg",)}, "no corruption called 'fogg'; did you mean fog"),
-        ({"severities": (6,)}, "6"),
+        ({"corruptions": ("fogg",)}, "unknown --corruptions value 'fogg'; choose from"),
+        ({"corruptions": ()}, "unknown --corruptions value ''; choose from"),
+        ({"corruptions": ("fog", "fog")}, "--corruptions value 'fog' is there twice"),
+        ({"severities": (6,)}, "unknown --severities value '6'; choose from 1, 2"),
+        ({"severities": ["a"]}, "unknown --severities value 'a'; choose from 1, 2"),
+        ({"severities": ()}, "unknown --severities value ''; choose from 1, 2"),
+        ({"severities": (1, 1)}, "--severities value '1' is there twice"),
+        ({"learning_rates": ["abc"]}, "--learning_rates must .* each once; got 'abc'"),
+        ({"learning_rates": []}, "--learning_rates must list at least one .* got ''"),
+        ({"learning_rates": ["nan", "0.1"]}, "--learning_rates must .* got 'nan,0.1'"),
+        ({"learning_rates": (0.0, 0.1)}, "--learning_rates must .* got '0.0,0.1'"),
+        ({"learning_rates": (0.1, 0.1)}, "--learning_rates must .* got '0.1,0.1'"),
     ],
 )
 def test_impossible_options_are_refused(tmp_path, changed, message):
-    with pytest.raises((launch.UserError, ValueError), match=message):
+    with pytest.raises(launch.UserError, match=message):
         diagnose.run(get_config(), str(tmp_path / "W"), OPTIONS._replace(**changed))
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_seeds_are_refused(tmp_path):
+    config = get_config()
+    config.seeds = ()
+    with pytest.raises(launch.UserError, match=r"config\.seeds must list .* got \(\)"):
+        diagnose.run(config, str(tmp_path / "W"), OPTIONS)
     assert not list(tmp_path.iterdir())
 
 

@@ -76,11 +76,55 @@ def test_the_program(model, tmp_path, capsys):
     assert capsys.readouterr().out.count("covariance") == 2
     # What is there stays, and of other images nothing is taken over.
     assert run("contrast", "fog")[:2] == first
-    assert [row["domain"] for row in run("fog")] == ["clean", "contrast", "fog"]
+    three = run("fog")
+    assert [row["domain"] for row in three] == ["clean", "contrast", "fog"]
     other = feature_shift.run(
         config, str(tmp_path), checkpoint_path=path, domains=("fog",), num_images=20
     )
     assert [(row["domain"], row["num_examples"]) for row in other] == [("clean", 20), ("fog", 20)]
+    # Nor is it lost: the record is of the options at hand, the lines are of all.
+    assert json.loads((tmp_path / "feature_shift.json").read_text())["rows"] == other
+    lines = (tmp_path / "feature_shift.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == three + other
+    assert run("fog") == three
+    assert json.loads((tmp_path / "feature_shift.json").read_text())["rows"] == three
+    assert (tmp_path / "feature_shift.jsonl").read_text().splitlines() == lines
+
+
+def test_a_row_is_of_the_images_that_it_says(tmp_path, monkeypatch):
+    """A changed config gives the rows that a folder of its own gives."""
+    tiny_model.install(monkeypatch)
+    config = tiny_config.get_batch_norm_config()
+    problem = problem_lib.build(config, problem_lib.load_data(config, "test"))
+    metadata = problem_lib.checkpoint_metadata(config)
+    path = tmp_path / "seed_0"
+    checkpoint.save(path, problem_lib.initial(problem, 0), metadata=metadata)
+
+    def run(folder, **changes):
+        changed = tiny_config.get_batch_norm_config()
+        changed.update_from_flattened_dict(changes)
+        made = {"checkpoint_path": str(path), "domains": ("shot_noise",), "num_images": 9}
+        return feature_shift.run(changed, str(tmp_path / folder), **made)
+
+    first = run("shared")
+    for key, value in (
+        ("adapt.corruption_seed", 7),
+        ("data.train", "train[:500]"),
+        ("data.test", "test[20:70]"),
+        ("adapt.severity", 3),
+    ):
+        again = run("shared", **{key: value})
+        assert again == run(key, **{key: value})
+        assert again[1]["mean"] != first[1]["mean"]
+    assert run("shared") == first
+
+
+def test_the_record_of_an_older_program_is_not_replaced(model, tmp_path):
+    config, path = model
+    (tmp_path / "feature_shift.json").write_text('{"rows": []}')
+    with pytest.raises(launch.UserError, match=r"has rows that .*jsonl lacks.*move it away"):
+        feature_shift.run(config, str(tmp_path), checkpoint_path=path, num_images=2)
+    assert (tmp_path / "feature_shift.json").read_text() == '{"rows": []}'
 
 
 def test_the_statistics_of_a_batch(tmp_path, monkeypatch):
@@ -101,13 +145,31 @@ def test_the_statistics_of_a_batch(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "mine"}, "unknown norm 'mine'"),
+        ({"norm": "mine"}, "unknown --norm value 'mine'"),
         ({"norm": "batch"}, "this one has none; use --norm=running"),
-        ({"domains": ("rain",)}, "unknown domain 'rain'"),
+        ({"domains": ("rain",)}, "unknown --domains value 'rain'"),
+        ({"domains": ()}, "unknown --domains value ''"),
+        ({"domains": ("fog", "fog")}, "--domains value 'fog' is there twice"),
         ({"num_images": 1}, "at least 2; got 1"),
     ],
 )
 def test_refusals(model, tmp_path, options, message):
     with pytest.raises(launch.UserError, match=message):
         feature_shift.run(model[0], str(tmp_path / "w"), checkpoint_path=model[1], **options)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": ()}, r"config\.seeds must list .* got \(\)"),
+        ({"data.test": "test[:1]"}, r"at least 2 images; 'test\[:1\]' has 1"),
+        ({"adapt.severity": 6}, "from 1 .* to 5"),
+    ],
+)
+def test_refusals_of_a_config(model, tmp_path, change, message):
+    config = model[0].copy_and_resolve_references()
+    config.update_from_flattened_dict(change)
+    with pytest.raises((launch.UserError, ValueError), match=message):
+        feature_shift.run(config, str(tmp_path / "w"), checkpoint_path=model[1])
     assert not (tmp_path / "w").exists()

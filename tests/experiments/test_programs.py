@@ -39,7 +39,7 @@ def without_timing(rows):
 def assert_equal_rows(left, right):
     """Equal but for timing; probes may differ by rounding, as programs are compiled anew."""
     left, right = (
-        sorted(without_timing(rows), key=lambda row: str(journal.Journal.key(row)))
+        sorted(without_timing(rows), key=lambda row: str(journal.key_of(row)))
         for rows in (left, right)
     )
     assert len(left) == len(right)
@@ -90,7 +90,7 @@ def adapted(trained, tmp_path_factory):
 def test_one_row_per_trial_with_the_whole_schema(adapted):
     rows = rows_of(adapted)
     assert len(rows) == 3 * (16 + 4)
-    assert len({journal.Journal.key(row) for row in rows}) == len(rows)
+    assert len({journal.key_of(row) for row in rows}) == len(rows)
     for row in rows:
         assert [key for key in REQUIRED if key not in row] == []
         assert 0 <= row["error"] <= 1

@@ -238,7 +238,7 @@ def in_sequence(trained, tmp_path_factory):
 
 def test_a_sequence_gives_a_row_per_domain(in_sequence):
     _, _, rows = in_sequence
-    assert len({journal.Journal.key(row) for row in rows}) == len(rows) == 4 * (16 + 4)
+    assert len({journal.key_of(row) for row in rows}) == len(rows) == 4 * (16 + 4)
     how = {
         row["method"]: (row["scope"], row["reset"], row["predict"])
         for row in rows
@@ -290,11 +290,11 @@ def test_what_keeps_no_state_does_not_mind_the_order(in_sequence, trained, tmp_p
     config, _, rows = in_sequence
     mixed = config.copy_and_resolve_references()
     mixed.adapt.sequence = "mixed"
-    other = {journal.Journal.key(row): row for row in adapted(mixed, trained, tmp_path / "mixed")}
+    other = {journal.key_of(row): row for row in adapted(mixed, trained, tmp_path / "mixed")}
     assert len(other) == len(rows)
     differing = set()
     for row in rows:
-        found = other[journal.Journal.key(row)]
+        found = other[journal.key_of(row)]
         if found["error"] != row["error"]:
             differing.add(row["method"])
     assert differing <= {"tent", "tent_online"} and differing
