@@ -57,10 +57,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
       ValueError: an unknown ``adapt.stream``, ``adapt.sequence`` or ``adapt.corruptions``, two
         that exclude each other, a severity that there is not, or fewer than one of
-        ``adapt.batch_size``, ``adapt.chunk_size``, ``adapt.parallel_streams`` or
-        ``adapt.selection_passes``.
+        ``adapt.batch_size``, ``adapt.parallel_streams`` or ``adapt.selection_passes``.
     """
-    for name, least in (("batch_size", 1), ("chunk_size", 1), ("corruption_seed", 0)):
+    for name, least in (("batch_size", 1), ("chunk_size", 0), ("corruption_seed", 0)):
         if config.adapt[name] < least:
             raise ValueError(f"adapt.{name} must be at least {least}; got {config.adapt[name]}.")
     corruptions = launch.setting(config, "adapt.corruptions")

@@ -390,7 +390,9 @@ def test_several_candidates_need_the_choice_of_adapt(tmp_path):
     with pytest.raises(launch.UserError, match=r"2 candidates.*run experiments\.adapt"):
         diagnose.settings_of(tmp_path, "rotation", method.grid)
     chosen = {"copies": 2, "num_steps": 2, "learning_rate": 0.01, "prior": 16, "select": "all"}
-    (tmp_path / "selection.json").write_text(json.dumps({"chosen": {"rotation": chosen}, "tried": []}))
+    (tmp_path / "selection.json").write_text(
+        json.dumps({"chosen": {"rotation": chosen}, "tried": []})
+    )
     assert diagnose.settings_of(tmp_path, "rotation", method.grid) == chosen
 
 
