@@ -2,13 +2,23 @@
 
 The arithmetic is that of the block written with flax layers: statistics and sums in float32,
 feature maps rounded to the compute dtype after each convolution.
+
+Gradients are of every order in reverse mode, under ``vmap`` and ``scan`` too: the first is the
+kernels', and the derivatives of that one are those of the block in XLA's form. Forward mode
+(``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) has no rule here and JAX refuses it; a product with a
+Hessian is the gradient of ``vdot(grad(f)(p), v)``, and ``ResNet(conv="lax")`` takes every mode.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from ttt_jax.models import fused_limits as limits
+from ttt_jax.models.conv import conv3x3
 
 _EPSILON = 1e-5
 
@@ -45,6 +55,25 @@ class Layer(NamedTuple):
     kernel: jax.Array
 
 
+class _Size(NamedTuple):
+    """What is static about a block; ``height`` and ``width`` are its input's."""
+
+    height: int
+    width: int
+    stride: int = 1
+    groups: int = 1
+
+    def first(self) -> dict[str, Any]:
+        """How a kernel is called on the block's first convolution."""
+        size = {"height": self.height, "width": self.width, "stride": self.stride}
+        return size | {"interpret": _interpret()}
+
+    def second(self) -> dict[str, Any]:
+        """How a kernel is called on the block's second convolution."""
+        height, width = self.height // self.stride, self.width // self.stride
+        return {"height": height, "width": width, "interpret": _interpret()}
+
+
 def supported(image_shape: tuple[int, ...], width: int, groups: int, dtype: Any) -> bool:
     """Whether the kernels serve a ResNet of this width on images ``[H, W, C]`` on this machine."""
     if jax.default_backend() != "gpu" or jax.devices()[0].platform == "rocm":
@@ -53,16 +82,25 @@ def supported(image_shape: tuple[int, ...], width: int, groups: int, dtype: Any)
 
 
 def fits(image_shape: tuple[int, ...], width: int, groups: int, dtype: Any) -> bool:
-    """Whether sizes and dtype suit the kernels, whatever the machine."""
+    """Whether sizes and dtype suit the kernels, whatever the machine.
+
+    Args:
+      image_shape: ``[H, W, C]``: sides that are powers of two, from 16 x 16 to 32 x 32 positions
+        in all (the most that was timed), C <= 16.
+      width: of the ResNet, 16.
+      groups: of its GroupNorms; divides ``width`` by a power of two.
+      dtype: the compute dtype, float32 or bfloat16.
+    """
     height, columns, channels = image_shape
-    sizes = (height, columns, width // groups)
     return (
         width == _SMALLEST
-        and all(size > 0 and size & (size - 1) == 0 for size in sizes)
+        and groups > 0
         and width % groups == 0
+        and all(map(limits.power_of_two, (height, columns, width // groups)))
         and (height // 4) * (columns // 4) >= _SMALLEST
+        and height * columns <= limits.MOST_POSITIONS
         and channels <= _SMALLEST
-        and jnp.dtype(dtype) in (jnp.dtype("float32"), jnp.dtype("bfloat16"))
+        and jnp.dtype(dtype) in limits.DTYPES
     )
 
 
@@ -118,6 +156,27 @@ def _shortcut_gradient(
     return spread.reshape(count, height * width, channels)
 
 
+def _by_kernels(kernels: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernels(size, *arrays)``, with the derivatives of ``plain(size, *arrays)``, its XLA form.
+
+    Kernels have no derivatives, but a gradient that they compute is differentiated again where an
+    outer gradient goes through inner steps.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def run(size: _Size, *arrays: Any) -> Any:
+        return kernels(size, *arrays)
+
+    def forward(size: _Size, *arrays: Any) -> Any:
+        return run(size, *arrays), arrays
+
+    def backward(size: _Size, arrays: Any, cotangents: Any) -> Any:
+        return jax.vjp(functools.partial(plain, size), *arrays)[1](cotangents)
+
+    run.defvjp(forward, backward)
+    return run
+
+
 def block(maps: Maps, first: Layer, second: Layer, *, stride: int, groups: int) -> Maps:
     """norm, relu, conv, norm, relu, conv, plus the shortcut of the pre-activation ResNet.
 
@@ -130,60 +189,107 @@ def block(maps: Maps, first: Layer, second: Layer, *, stride: int, groups: int) 
 
     Returns:
       The block's output, O channels.
+
+    Raises:
+      ValueError: what :mod:`ttt_jax.models.fused_limits` excludes.
     """
-    size = (maps.height, maps.width, stride, groups)
-    values, sums = _block((first, second), maps.values, maps.sums, *size)
+    size = _Size(maps.height, maps.width, stride, groups)
+    layers = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (first, second))
+    (values, sums), _ = _block(size, layers, maps.values, maps.sums)
     return Maps(values, sums, maps.height // stride, maps.width // stride)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _block(layers, x, sums, height, width, stride, groups):
-    return _block_forward(layers, x, sums, height, width, stride, groups)[0]
+class _Inner(NamedTuple):
+    """What a block's gradient reads; a function of the block's arguments.
+
+    ``h``: the map after the first convolution; ``one`` and ``two``: of each GroupNorm, as from
+    :func:`_affine`; ``w1`` and ``w2``: ``[9, C, O]``.
+    """
+
+    h: jax.Array
+    w1: jax.Array
+    one: tuple[jax.Array, ...]
+    w2: jax.Array
+    two: tuple[jax.Array, ...]
 
 
-def _block_forward(layers, x, sums, height, width, stride, groups):
-    kernels, interpret = _kernels(), _interpret()
-    first, second = layers
-    positions, outputs = x.shape[1], first.kernel.shape[-1]
-    shortcut = _shortcut(x, height, width, stride, outputs)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _block(size, layers, x, sums):
+    forward, (first, second) = _kernels().forward, layers
+    shortcut = _shortcut(x, size.height, size.width, size.stride, first.kernel.shape[-1])
     w1, w2 = _flat(first.kernel, x.dtype), _flat(second.kernel, x.dtype)
-    one = _affine(sums, first, positions, groups)
-    h, h_sums = kernels.forward(
-        x, *one[:2], w1, None, height=height, width=width, stride=stride, interpret=interpret
-    )
-    two = _affine(h_sums, second, h.shape[1], groups)
-    out = {"height": height // stride, "width": width // stride}
-    y, y_sums = kernels.forward(h, *two[:2], w2, shortcut, **out, interpret=interpret)
-    return (y, y_sums), (x, h, (first.scale, w1, one), (second.scale, w2, two))
+    one = _affine(sums, first, x.shape[1], size.groups)
+    h, h_sums = forward(x, *one[:2], w1, None, **size.first())
+    two = _affine(h_sums, second, h.shape[1], size.groups)
+    result = forward(h, *two[:2], w2, shortcut, **size.second())
+    return result, _Inner(h, w1, one, w2, two)
 
 
-def _block_backward(height, width, stride, groups, saved, cotangents):
-    kernels, interpret = _kernels(), _interpret()
-    x, h, (scale1, w1, one), (scale2, w2, two) = saved
-    dy, _ = cotangents
-    inner = {"height": height // stride, "width": width // stride, "interpret": interpret}
-    outer = {"height": height, "width": width, "stride": stride, "interpret": interpret}
-    dw2 = kernels.weight_gradient(h, *two[:2], dy, **inner)
-    dh, d2 = kernels.input_gradient(dy, w2, h, two, scale2, None, groups=groups, **inner)
-    dw1 = kernels.weight_gradient(x, *one[:2], dh, **outer)
-    skip = _shortcut_gradient(dy, height, width, stride, x.shape[-1])
-    dx, d1 = kernels.input_gradient(
-        dh, w1, x, one, scale1, skip.astype(x.dtype), groups=groups, **outer
-    )
+def _block_forward(size, layers, x, sums):
+    # The block itself and not its kernels: an outer gradient differentiates this call again.
+    result, inner = _block(size, layers, x, sums)
+    return (result, inner), (layers, x, inner)
+
+
+def _block_backward(size, saved, cotangents):
+    # All that is derived from the maps, sums and inner values, has its part in their gradient, of
+    # every order: what comes back to it by itself is dropped.
+    (dy, _), _ = cotangents
+    layers, x, inner = saved
+    dlayers, dx = _block_gradient(size, layers, x, inner, dy)
+    return dlayers, dx, None
+
+
+def _gradient_by_kernels(size, layers, x, inner, dy):
+    kernels, (first, second) = _kernels(), layers
+    h, w1, one, w2, two = inner
+    groups = {"groups": size.groups}
+    dw2 = kernels.weight_gradient(h, *two[:2], dy, **size.second())
+    dh, d2 = kernels.input_gradient(dy, w2, h, two, second.scale, None, **groups, **size.second())
+    dw1 = kernels.weight_gradient(x, *one[:2], dh, **size.first())
+    skip = _shortcut_gradient(dy, size.height, size.width, size.stride, x.shape[-1])
+    skip = skip.astype(x.dtype)
+    dx, d1 = kernels.input_gradient(dh, w1, x, one, first.scale, skip, **groups, **size.first())
 
     def gradients(moments: jax.Array, dw: jax.Array) -> Layer:
         scale, bias = moments.sum(axis=0)
         return Layer(scale, bias, dw.reshape(3, 3, *dw.shape[1:]))
 
-    sums = jnp.zeros((len(x), 2, x.shape[-1]), jnp.float32)
-    return (gradients(d1, dw1), gradients(d2, dw2)), dx, sums
+    return (gradients(d1, dw1), gradients(d2, dw2)), dx
 
 
+def _plain_gradient(size, layers, x, inner, dy):
+    return jax.vjp(functools.partial(_plain, size), layers, x)[1](dy)
+
+
+def _plain(size: _Size, layers: tuple[Layer, Layer], x: jax.Array) -> jax.Array:
+    """The block in XLA's form: ``[N, P, C] -> [N, P / stride^2, O]``."""
+    height, width, stride, groups = size
+    shortcut = _shortcut(x, height, width, stride, layers[0].kernel.shape[-1])
+    for layer, step in zip(layers, (stride, 1), strict=True):
+        wide = x.astype(jnp.float32)
+        sums = jnp.stack([wide.sum(axis=1), (wide * wide).sum(axis=1)], axis=1)
+        a, b, *_ = _affine(sums, layer, x.shape[1], groups)
+        x = jax.nn.relu(a[:, None] * wide + b[:, None]).astype(x.dtype)
+        x = _plain_conv(x, layer.kernel, height, width, step)
+        height, width = height // step, width // step
+    return x + shortcut
+
+
+def _plain_conv(
+    x: jax.Array, kernel: jax.Array, height: int, width: int, stride: int = 1
+) -> jax.Array:
+    images = x.reshape(len(x), height, width, -1)
+    y = conv3x3(images, kernel.astype(x.dtype), stride=stride)
+    return y.reshape(len(x), -1, y.shape[-1])
+
+
+_block_gradient = _by_kernels(_gradient_by_kernels, _plain_gradient)
 _block.defvjp(_block_forward, _block_backward)
 
 
 def stem(images: jax.Array, kernel: jax.Array) -> Maps:
-    """The first convolution: ``[N, H, W, C]`` with C <= 16; no gradient in the images.
+    """The first convolution: ``[N, H, W, C]`` with C <= 16.
 
     Args:
       images: of the compute dtype.
@@ -191,34 +297,65 @@ def stem(images: jax.Array, kernel: jax.Array) -> Maps:
 
     Returns:
       O feature maps of the size of the images.
+
+    Raises:
+      ValueError: what :mod:`ttt_jax.models.fused_limits` excludes.
     """
     count, height, width, channels = images.shape
     flat = images.reshape(count, height * width, channels)
     padded = jnp.pad(flat, ((0, 0), (0, 0), (0, _SMALLEST - channels)))
+    kernel = kernel.astype(jnp.float32)
     widened = jnp.pad(kernel, ((0, 0), (0, 0), (0, _SMALLEST - channels), (0, 0)))
-    values, sums = _stem(widened, jax.lax.stop_gradient(padded), height, width)
+    values, sums = _stem(_Size(height, width))(widened, padded)
     return Maps(values, sums, height, width)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _stem(kernel, x, height, width):
-    return _stem_forward(kernel, x, height, width)[0]
 
 
 def _unused(x: jax.Array) -> jax.Array:
     return jnp.zeros((len(x), x.shape[-1]), jnp.float32)
 
 
-def _stem_forward(kernel, x, height, width):
-    size = {"height": height, "width": width, "activate": False, "interpret": _interpret()}
-    w = _flat(kernel, x.dtype)
-    return _kernels().forward(x, _unused(x), _unused(x), w, None, **size), x
+@functools.cache
+def _stem(size: _Size) -> Callable[..., Any]:
+    """``(kernel, x) -> (values, sums)``, with a gradient in ``x`` only where it is asked for.
+
+    For a size each: symbolic zeros, which tell that, and static arguments may exclude each other.
+    """
+
+    @jax.custom_vjp
+    def run(kernel: jax.Array, x: jax.Array) -> Any:
+        w, kernels = _flat(kernel, x.dtype), _kernels()
+        unused = _unused(x), _unused(x)
+        return kernels.forward(x, *unused, w, None, activate=False, **size.first())
+
+    def forward(kernel: Any, x: Any) -> Any:
+        needed = kernel.value if x.perturbed else None
+        return run(kernel.value, x.value), (needed, x.value)
+
+    def backward(saved: Any, cotangents: Any) -> Any:
+        kernel, x = saved
+        dy, _ = cotangents
+        if isinstance(dy, SymbolicZero):
+            return None, None
+        dkernel = _stem_gradient(size, x, dy)
+        if kernel is None:
+            return dkernel, None
+        # A convolution's transpose is the one with its taps turned and its channels exchanged.
+        turned = kernel[::-1, ::-1].swapaxes(2, 3)
+        return dkernel, _plain_conv(dy, turned, size.height, size.width)
+
+    run.defvjp(forward, backward, symbolic_zeros=True)
+    return run
 
 
-def _stem_backward(height, width, x, cotangents):
-    size = {"height": height, "width": width, "activate": False, "interpret": _interpret()}
-    dw = _kernels().weight_gradient(x, _unused(x), _unused(x), cotangents[0], **size)
-    return dw.reshape(3, 3, *dw.shape[1:]), jnp.zeros_like(x)
+def _stem_by_kernels(size, x, dy):
+    gradient = _kernels().weight_gradient
+    dw = gradient(x, _unused(x), _unused(x), dy, activate=False, **size.first())
+    return dw.reshape(3, 3, *dw.shape[1:])
 
 
-_stem.defvjp(_stem_forward, _stem_backward)
+def _plain_stem_gradient(size, x, dy):
+    kernel = jnp.zeros((3, 3, x.shape[-1], dy.shape[-1]), jnp.float32)
+    return jax.vjp(lambda k: _plain_conv(x, k, size.height, size.width), kernel)[1](dy)[0]
+
+
+_stem_gradient = _by_kernels(_stem_by_kernels, _plain_stem_gradient)

@@ -7,6 +7,7 @@ gradient alone takes half of an inner step (``experiments/results/bench_vision.j
 
 Written in Pallas for its Triton backend. Arrays are ``[N, P, C]``, P = height * width positions
 row by row; the N images share one kernel, and ``vmap`` adds instances with kernels of their own.
+The kernels have no derivatives; :mod:`ttt_jax.models.fused_block` gives them theirs.
 """
 
 import functools
@@ -18,73 +19,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-TAPS = 9
+from ttt_jax.models import fused_limits as limits, fused_places as at
 
-# From timings on an H100 (bfloat16 and float32, 128 instances of 32 images of 32 x 32). Per number
-# of outputs: the most positions per program, and warps.
-_FORWARD = {16: (64, 2), 32: (128, 4), 64: (64, 4)}
+CHANNELS, TAPS = limits.CHANNELS, limits.TAPS
 
-# Per number of channels, the larger of both maps': the most images per program, positions per
-# step, taps per program and warps.
-_WEIGHT_GRADIENT = {16: (8, 32, 9, 1), 32: (16, 64, 3, 2), 64: (32, 64, 1, 4)}
-
-# More images than an instance has copies: a training batch, which alone must fill the card.
-_ONE_INSTANCE = 64
-_PROGRAMS = 512
-
-CHANNELS = tuple(_WEIGHT_GRADIENT)
-"""The numbers of channels that the kernels are tuned for."""
-
-
-def _places(positions: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    """Row and column of positions."""
-    return jax.lax.div(positions, jnp.int32(width)), jax.lax.rem(positions, jnp.int32(width))
-
-
-def _gather(
-    ref: Any, rows: jax.Array, columns: jax.Array, inside: jax.Array, width: int, base: Any = 0
-) -> tuple[jax.Array, jax.Array]:
-    """Rows of ``ref`` at some places, zeros outside; and where it is inside."""
-    places = base + jnp.where(inside, rows * width + columns, 0)
-    mask = jnp.broadcast_to(inside[:, None], (rows.shape[0], ref.shape[-1]))
-    return plgpu.load(ref.at[_rows(places, ref.shape[-1])], mask=mask, other=0), mask
-
-
-def _rows(places: jax.Array, channels: int) -> tuple[jax.Array, jax.Array]:
-    """The indices of all channels at some places."""
-    shape = (places.shape[0], channels)
-    return jnp.broadcast_to(places[:, None], shape), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-
-
-def _sources(
-    rows: jax.Array, columns: jax.Array, tap: Any, height: int, width: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The outputs of stride 1 that read the given inputs through a tap, and if there is one."""
-    down, right = _offsets(tap)
-    r, c = rows - down, columns - right
-    return r, c, (r >= 0) & (c >= 0) & (r < height) & (c < width)
-
-
-def _offsets(tap: Any) -> tuple[Any, Any]:
-    """How far below and to the right of an output's own place a tap reads; of a traced tap too."""
-    tap = jnp.int32(tap)
-    return jax.lax.div(tap, jnp.int32(3)) - 1, jax.lax.rem(tap, jnp.int32(3)) - 1
+# Other tiles are tried by changing these.
+_FORWARD, _WEIGHT_GRADIENT = limits.FORWARD, limits.WEIGHT_GRADIENT
 
 
 def _activated(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.maximum(a[None] * x.astype(jnp.float32) + b[None], 0.0)
-
-
-def _image(positions: int, channels: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, positions, channels), lambda n, *_: (n, 0, 0))
-
-
-def _vector(channels: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, channels), lambda n, *_: (n, 0))
-
-
-def _taps(channels: int, outputs: int) -> pl.BlockSpec:
-    return pl.BlockSpec((TAPS, channels, outputs), lambda *_: (0, 0, 0))
 
 
 def _forward_kernel(
@@ -93,13 +37,13 @@ def _forward_kernel(
     x_ref, a_ref, b_ref, w_ref = refs[:4]
     y_ref, sums_ref = refs[4 + residual :]
     start = pl.program_id(1) * chunk
-    i, j = _places(start + jax.lax.broadcasted_iota(jnp.int32, (chunk,), 0), width // stride)
+    i, j = at.places(start + jax.lax.broadcasted_iota(jnp.int32, (chunk,), 0), width // stride)
     a, b = a_ref[...], b_ref[...]
     y = jnp.zeros((chunk, w_ref.shape[-1]), jnp.float32)
     for tap in range(TAPS):
         r, c = i * stride + (tap // 3 - 1), j * stride + (tap % 3 - 1)
         inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
-        x, mask = _gather(x_ref, r, c, inside, width)
+        x, mask = at.gather(x_ref, r, c, inside, width)
         if activate:
             # Padding comes after the activation: it is zero, not relu(b).
             x = jnp.where(mask, _activated(x, a, b), 0.0).astype(x.dtype)
@@ -144,17 +88,23 @@ def forward(
     Returns:
       ``y [N, P / stride^2, O]``, and float32 ``[N, 2, O]``, its sums and sums of squares over
       positions.
+
+    Raises:
+      ValueError: no image, sides that are no powers of two, more than 1024 positions, channels
+        other than 16, 32 or 64, another stride or dtype, or arrays of other shapes.
     """
+    arrays = {"a": a, "b": b, "w": w, "residual": residual}
+    limits.check("forward", x, w.shape[-1], (height, width), stride, arrays)
     count, positions, channels = x.shape
     outputs, out_positions = w.shape[-1], positions // stride**2
     most, warps = _FORWARD[outputs]
     chunk = math.gcd(most, out_positions)
     chunks = out_positions // chunk
-    inputs, specs = [x, a, b, w], [_image(positions, channels)] + [_vector(channels)] * 2
-    specs.append(_taps(channels, outputs))
+    inputs, specs = [x, a, b, w], [at.image(positions, channels)] + [at.vector(channels)] * 2
+    specs.append(at.taps(channels, outputs))
     if residual is not None:
         inputs.append(residual)
-        specs.append(_image(out_positions, outputs))
+        specs.append(at.image(out_positions, outputs))
     y, sums = pl.pallas_call(
         functools.partial(
             _forward_kernel,
@@ -168,7 +118,7 @@ def forward(
         grid=(count, chunks),
         in_specs=specs,
         out_specs=[
-            _image(out_positions, outputs),
+            at.image(out_positions, outputs),
             pl.BlockSpec((None, None, 2, outputs), lambda n, k: (n, k, 0, 0)),
         ],
         out_shape=[
@@ -188,7 +138,7 @@ def _input_gradient_kernel(
     dy_ref, w_ref, x_ref, a_ref, b_ref, mean_ref, rstd_ref, gamma_ref = refs[:8]
     dx_ref, moments_ref = refs[8 + residual :]
     channels, out = w_ref.shape[1], (height // stride, width // stride)
-    i, j = _places(jax.lax.broadcasted_iota(jnp.int32, (out[0] * out[1],), 0), out[1])
+    i, j = at.places(jax.lax.broadcasted_iota(jnp.int32, (out[0] * out[1],), 0), out[1])
     a, b, mean, rstd = (ref[...][None] for ref in (a_ref, b_ref, mean_ref, rstd_ref))
     gamma = gamma_ref[...]
     everywhere = i >= 0
@@ -197,7 +147,7 @@ def _input_gradient_kernel(
         """Every ``stride``-th place of a map, from that row and column on."""
         if stride == 1:
             return ref[...]
-        return _gather(ref, i * stride + down, j * stride + right, everywhere, width)[0]
+        return at.gather(ref, i * stride + down, j * stride + right, everywhere, width)[0]
 
     # With a stride, inputs of one phase are read through the same taps, at most four of nine.
     parts = []
@@ -211,7 +161,7 @@ def _input_gradient_kernel(
                     continue
                 r, c = i + below // stride, j + beside // stride
                 inside = (r >= 0) & (c >= 0) & (r < out[0]) & (c < out[1])
-                dy, _ = _gather(dy_ref, r, c, inside, out[1])
+                dy, _ = at.gather(dy_ref, r, c, inside, out[1])
                 contract = (((1,), (1,)), ((), ()))
                 dh += jax.lax.dot_general(
                     dy, w_ref[tap], contract, preferred_element_type=jnp.float32
@@ -240,7 +190,7 @@ def _input_gradient_kernel(
             dx_ref[...] = dx.astype(dx_ref.dtype)
         else:
             places = (i * stride + down) * width + j * stride + right
-            plgpu.store(dx_ref.at[_rows(places, channels)], dx.astype(dx_ref.dtype))
+            plgpu.store(dx_ref.at[at.indices(places, channels)], dx.astype(dx_ref.dtype))
 
 
 def input_gradient(
@@ -274,15 +224,27 @@ def input_gradient(
 
     Returns:
       ``dx [N, P, C]``, and float32 ``[N, 2, C]``, the gradients in scale and bias per image.
+
+    Raises:
+      ValueError: no image, sides that are no powers of two, more than 1024 positions, channels
+        other than 16, 32 or 64, another stride or dtype, other groups, or arrays of other shapes.
     """
+    arrays = {"dy": dy, "w": w, "gamma": gamma, "residual": residual}
+    arrays |= dict(zip(("a", "b", "mean", "rstd"), affine, strict=True))
+    size = (height, width)
+    limits.check("input_gradient", x, dy.shape[-1], size, stride, arrays, groups)
     count, positions, channels = x.shape
     outputs = dy.shape[-1]
     inputs = [dy, w, x, *affine, gamma]
-    specs = [_image(dy.shape[1], outputs), _taps(channels, outputs), _image(positions, channels)]
-    specs += [_vector(channels)] * 4 + [pl.BlockSpec((channels,), lambda *_: (0,))]
+    specs = [
+        at.image(dy.shape[1], outputs),
+        at.taps(channels, outputs),
+        at.image(positions, channels),
+    ]
+    specs += [at.vector(channels)] * 4 + [pl.BlockSpec((channels,), lambda *_: (0,))]
     if residual is not None:
         inputs.append(residual)
-        specs.append(_image(positions, channels))
+        specs.append(at.image(positions, channels))
     # All of a map is on chip: in float32 it needs the registers of more warps.
     narrow = stride == 2 and x.dtype.itemsize == 2
     warps = 8 if positions >= 1024 and not narrow else 4
@@ -297,7 +259,7 @@ def input_gradient(
         ),
         grid=(count,),
         in_specs=specs,
-        out_specs=[_image(positions, channels), _image(2, channels)],
+        out_specs=[at.image(positions, channels), at.image(2, channels)],
         out_shape=[
             jax.ShapeDtypeStruct((count, positions, channels), x.dtype),
             jax.ShapeDtypeStruct((count, 2, channels), jnp.float32),
@@ -333,7 +295,7 @@ def _weight_gradient_kernel(
     def accumulate(step: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         step = jnp.int32(step)
         n, start = jax.lax.div(step, chunks), jax.lax.rem(step, chunks) * chunk
-        i, j = _places(start + jax.lax.broadcasted_iota(jnp.int32, (chunk,), 0), out[1])
+        i, j = at.places(start + jax.lax.broadcasted_iota(jnp.int32, (chunk,), 0), out[1])
         here = pl.ds(n * out_positions + start, chunk)
         if stride == 1:
             x = x_ref[here, :]
@@ -344,13 +306,13 @@ def _weight_gradient_kernel(
         results = []
         for k, total in enumerate(sums):
             if stride == 1:
-                r, c, inside = _sources(i, j, first + k, *out)
-                dy, _ = _gather(dy_ref, r, c, inside, out[1], n * out_positions)
+                r, c, inside = at.sources(i, j, first + k, *out)
+                dy, _ = at.gather(dy_ref, r, c, inside, out[1], n * out_positions)
             else:
-                down, right = _offsets(first + k)
+                down, right = at.offsets(first + k)
                 r, c = i * stride + down, j * stride + right
                 inside = (r >= 0) & (c >= 0) & (r < height) & (c < width)
-                x, mask = _gather(x_ref, r, c, inside, width, n * positions)
+                x, mask = at.gather(x_ref, r, c, inside, width, n * positions)
                 if activate:
                     u = _activated(x, a_ref[n, :], b_ref[n, :])
                     x = jnp.where(mask, u, 0.0).astype(x.dtype)
@@ -392,13 +354,19 @@ def weight_gradient(
 
     Returns:
       float32 ``[9, C, O]``.
+
+    Raises:
+      ValueError: no image, sides that are no powers of two, more than 1024 positions, channels
+        other than 16, 32 or 64, another stride or dtype, or arrays of other shapes.
     """
+    arrays = {"a": a, "b": b, "dy": dy}
+    limits.check("weight_gradient", x, dy.shape[-1], (height, width), stride, arrays)
     count, positions, channels = x.shape
     out_positions, outputs = dy.shape[1:]
     most, chunk, taps, warps = _WEIGHT_GRADIENT[max(channels, outputs)]
     shares = TAPS // taps
-    if count > _ONE_INSTANCE:
-        most = max(1, min(most, count * shares // _PROGRAMS))
+    if count > limits.ONE_INSTANCE:
+        most = max(1, min(most, count * shares // limits.PROGRAMS))
     each = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
     chunk = math.gcd(chunk, out_positions)
     parts = count // each

@@ -133,8 +133,10 @@ class ResNet(nn.Module):
       conv: the form of the convolutions: ``"lax"`` or ``"patches"``
         (:func:`ttt_jax.models.conv.conv3x3`), ``"fused"`` (GPU kernels over whole blocks, see
         :mod:`ttt_jax.models.fused_block`; elsewhere the same kernels interpreted, slowly), or
-        ``"auto"``: fused where the kernels fit, otherwise that of ``conv3x3``. All give equal
-        results and have the same parameters.
+        ``"auto"``: fused where the kernels fit (:func:`ttt_jax.models.fused_block.fits`) and the
+        batch is not empty, otherwise that of ``conv3x3``. All have the same parameters and give
+        equal results and gradients, in parameters and images and of every order. Fused has them
+        in reverse mode only: ``jax.jvp`` and ``jax.hessian`` need ``"lax"`` or ``"patches"``.
       dtype: the compute dtype. Parameters, statistics and logits are float32.
 
     Raises:
@@ -252,7 +254,7 @@ class ResNet(nn.Module):
                 "ResNet takes images whose sides are multiples of 4, received shape "
                 f"{images.shape}: pad or resize them."
             )
-        if self._fused(images.shape[1:]):
+        if self._fused(images.shape[0], images.shape[1:]):
             kernel: jax.Array = self.get_variable("params", "conv1")["kernel"]
             x: Any = fused_block.stem(images.astype(self.dtype), kernel)
         else:
@@ -262,9 +264,12 @@ class ResNet(nn.Module):
         return x
 
     @nn.nowrap
-    def _fused(self, shape: tuple[int, ...]) -> bool:
+    def _fused(self, count: int, shape: tuple[int, ...]) -> bool:
         # Initialization takes the flax layers, whose shapes it records.
         if self.norm != "group" or self.conv not in ("auto", "fused") or self.is_initializing():
+            return False
+        # A kernel runs once per image: of an empty batch there is nothing to run.
+        if count == 0:
             return False
         options = (shape, self.width, self.groups, self.dtype)
         if self.conv == "auto":
@@ -272,8 +277,8 @@ class ResNet(nn.Module):
         if not fused_block.fits(*options):
             raise ValueError(
                 'conv="fused" takes width 16, float32 or bfloat16, images of at most 16 channels '
-                "whose sides are powers of two with 16 x 16 pixels or more; received width "
-                f'{self.width}, {jnp.dtype(self.dtype)} and images {shape}: use conv="auto".'
+                "whose sides are powers of two with 16 x 16 to 32 x 32 pixels in all; received "
+                f'width {self.width}, {jnp.dtype(self.dtype)} and images {shape}: use conv="auto".'
             )
         return True
 

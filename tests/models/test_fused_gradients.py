@@ -1,0 +1,199 @@
+"""What is differentiated through the fused kernels: images, gradients, adapted predictions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ttt_jax as ttt
+from ttt_jax.models import fused_block, resnet
+from ttt_jax.models.conv import conv3x3
+
+SHAPE = (8, 8, 3)
+BLOCKS = ((16, 1), (32, 2))
+
+
+def encode(form, params, images):
+    """The maps of the first convolution and of a block of each kind, on 8 x 8 pixels."""
+    kernel = params["conv1"].astype(images.dtype)
+    x = fused_block.stem(images, kernel) if form == "fused" else conv3x3(images, kernel, form=form)
+    for name, (features, stride) in zip(("same", "halved"), BLOCKS, strict=True):
+        if name in params:
+            plain = "lax" if form == "fused" else form
+            block = resnet._Block(features, stride, 8, "group", plain, images.dtype)
+            x = block.apply({"params": params[name]}, x, False)
+    return x.images() if form == "fused" else x
+
+
+def classify(form, params, images):
+    """``[N, 8, 8, 3] -> [N, 4]``."""
+    features = jnp.mean(encode(form, params, images), (1, 2))
+    return features @ params["fc"][: features.shape[-1]]
+
+
+def value(form, params, images):
+    """A scalar in which every output has a part of its own."""
+    y = encode(form, params, images).astype(jnp.float32)
+    return jnp.sum(jnp.sin(jnp.arange(y.size)).reshape(y.shape) * jnp.sin(y))
+
+
+def draw(*names):
+    """Parameters with those blocks; scales and biases away from 1 and 0."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32)  # noqa: E731
+    params = {"conv1": normal(3, 3, 3, 16), "fc": normal(32, 4)}
+    for name, (features, _) in zip(("same", "halved"), BLOCKS, strict=True):
+        if name in names:
+            params[name] = {}
+            for index, channels in ((1, 16), (2, features)):
+                params[name] |= {
+                    f"gn{index}": {"scale": 1 + normal(channels), "bias": normal(channels)},
+                    f"conv{index}": {"kernel": normal(3, 3, channels, features)},
+                }
+    return params
+
+
+def photos(*leading):
+    return jax.random.normal(jax.random.key(1), (*leading, *SHAPE))
+
+
+def assert_close(tree, due, limit=1e-4):
+    for part, wanted in zip(jax.tree.leaves(tree), jax.tree.leaves(due), strict=True):
+        assert jnp.linalg.norm(part - wanted) <= limit * jnp.linalg.norm(wanted)
+
+
+def private(params):
+    """Two instances, each with parameters of its own."""
+    return jax.tree.map(lambda leaf: jnp.stack([leaf, 1.1 * leaf]), params)
+
+
+def test_the_images_gradient_with_private_kernels():
+    params, images = draw("halved"), photos(2, 2)
+    ours, due = (
+        jax.jit(jax.vmap(jax.grad(functools.partial(value, form), argnums=1)))(
+            private(params), images
+        )
+        for form in ("fused", "lax")
+    )
+    assert float(jnp.linalg.norm(due)) > 1
+    assert_close(ours, due)
+
+
+def products(jaxpr):
+    """The matrix products and convolutions of a program, but those inside of the kernels."""
+    found = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            found += 1
+        elif equation.primitive.name != "pallas_call":
+            for inner in jax.tree.leaves(
+                tuple(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")
+            ):
+                inner = getattr(inner, "jaxpr", inner)
+                found += products(inner) if hasattr(inner, "eqns") else 0
+    return found
+
+
+def test_the_images_gradient_costs_nothing_where_it_is_not_asked_for():
+    """Not even dead code: an adaptation step runs the kernels alone."""
+    params, images = draw("same"), photos(2, 2)
+    fused = functools.partial(value, "fused")
+
+    def steps(params, images):
+        def step(params, _):
+            return jax.tree.map(jnp.add, params, jax.grad(fused)(params, images)), None
+
+        return jax.lax.scan(step, params, length=2)[0]
+
+    many = private(params)
+    assert products(jax.make_jaxpr(jax.vmap(steps))(many, images).jaxpr) == 0
+    training = jax.grad(lambda p, x: jax.vmap(fused)(p, x).sum())
+    assert products(jax.make_jaxpr(training)(many, images).jaxpr) == 0
+    both = jax.vmap(jax.grad(fused, argnums=(0, 1)))
+    assert products(jax.make_jaxpr(both)(many, images).jaxpr) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_second_derivatives(dtype):
+    # Interpreted kernels compile slowly: one block is enough for the rounding.
+    params = draw("halved") if dtype == "bfloat16" else draw("same", "halved")
+    images = photos(2)
+    params.pop("fc")
+    rng = np.random.default_rng(1)
+    along = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params)
+
+    def second(form, dtype):
+        def slope(params, images):
+            gradient = jax.grad(lambda p: value(form, p, images.astype(dtype)))(params)
+            return optax.tree.vdot(gradient, along)
+
+        return jax.jit(jax.grad(slope, argnums=(0, 1)))(params, images)
+
+    exact = second("lax", jnp.float32)
+    if dtype == "float32":
+        assert_close(second("fused", dtype), exact)
+        return
+    far = optax.tree.norm(jax.tree.map(jnp.subtract, second("lax", dtype), exact))
+    ours = optax.tree.norm(jax.tree.map(jnp.subtract, second("fused", dtype), exact))
+    assert 0 < ours < 1.5 * far
+
+
+def episodic(form, num_steps):
+    """``(params, image, key) -> (logits[4], info)`` after some steps of rotation."""
+    apply = functools.partial(classify, form)
+    adapter = ttt.gradient_adapter(
+        ttt.losses.rotation(apply), optax.sgd(0.1), select=ttt.select.everything()
+    )
+    return ttt.episodic(adapter, ttt.unbatched(apply), num_steps=num_steps)
+
+
+def test_an_outer_gradient_through_adaptation():
+    params, image = draw("same"), photos()
+
+    def outer(form):
+        predict = episodic(form, 2)
+
+        def loss(params):
+            return jnp.sum(jnp.sin(predict(params, image, jax.random.key(0))[0]))
+
+        return jax.jit(jax.grad(loss))(params)
+
+    assert_close(outer("fused"), outer("lax"))
+
+
+def test_adaptation_on_a_mesh_of_two_devices():
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    mesh = jax.make_mesh(
+        (2,), ("data",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    params, images = draw("halved"), photos(4)
+    keys = ttt.sample_keys(jax.random.key(0), np.arange(4))
+    predict = ttt.batched(episodic("fused", 1), mesh=mesh)
+    spread, info = jax.jit(predict)(params, images, keys)
+    alone, _ = jax.jit(ttt.batched(episodic("lax", 1)))(params, images, keys)
+    assert info.ok.all() and info.updated.all()
+    np.testing.assert_allclose(spread, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_narrower_than_float32():
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), draw("halved"))
+    gradient = jax.eval_shape(jax.grad(functools.partial(value, "fused")), params, photos(2))
+    assert jax.tree.map(lambda leaf: leaf.dtype, gradient) == jax.tree.map(
+        lambda leaf: leaf.dtype, params
+    )
+
+
+def test_the_sums_have_no_gradient_of_their_own():
+    kernel = draw()["conv1"]
+    gradient = jax.grad(lambda kernel: jnp.sum(fused_block.stem(photos(1), kernel).sums))(kernel)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_forward_mode_is_refused():
+    params, images = draw("same"), photos(1)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda p: value("fused", p, images), (params,), (params,))

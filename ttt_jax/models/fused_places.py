@@ -1,0 +1,60 @@
+"""Where the kernels of :mod:`ttt_jax.models.fused_conv` read and write: places and blocks."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from ttt_jax.models.fused_limits import TAPS
+
+
+def places(positions: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """Row and column of positions."""
+    return jax.lax.div(positions, jnp.int32(width)), jax.lax.rem(positions, jnp.int32(width))
+
+
+def gather(
+    ref: Any, rows: jax.Array, columns: jax.Array, inside: jax.Array, width: int, base: Any = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Rows of ``ref`` at some places, zeros outside; and where it is inside."""
+    places = base + jnp.where(inside, rows * width + columns, 0)
+    mask = jnp.broadcast_to(inside[:, None], (rows.shape[0], ref.shape[-1]))
+    return plgpu.load(ref.at[indices(places, ref.shape[-1])], mask=mask, other=0), mask
+
+
+def indices(places: jax.Array, channels: int) -> tuple[jax.Array, jax.Array]:
+    """The indices of all channels at some places."""
+    shape = (places.shape[0], channels)
+    return jnp.broadcast_to(places[:, None], shape), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def sources(
+    rows: jax.Array, columns: jax.Array, tap: Any, height: int, width: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The outputs of stride 1 that read the given inputs through a tap, and if there is one."""
+    down, right = offsets(tap)
+    r, c = rows - down, columns - right
+    return r, c, (r >= 0) & (c >= 0) & (r < height) & (c < width)
+
+
+def offsets(tap: Any) -> tuple[Any, Any]:
+    """How far below and to the right of an output's own place a tap reads; of a traced tap too."""
+    tap = jnp.int32(tap)
+    return jax.lax.div(tap, jnp.int32(3)) - 1, jax.lax.rem(tap, jnp.int32(3)) - 1
+
+
+def image(positions: int, channels: int) -> pl.BlockSpec:
+    """One image of maps ``[N, P, C]``, all of it."""
+    return pl.BlockSpec((None, positions, channels), lambda n, *_: (n, 0, 0))
+
+
+def vector(channels: int) -> pl.BlockSpec:
+    """One image's vector of ``[N, C]``."""
+    return pl.BlockSpec((None, channels), lambda n, *_: (n, 0))
+
+
+def taps(channels: int, outputs: int) -> pl.BlockSpec:
+    """All of a kernel ``[9, C, O]``."""
+    return pl.BlockSpec((TAPS, channels, outputs), lambda *_: (0, 0, 0))
