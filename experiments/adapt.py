@@ -32,6 +32,7 @@ from experiments import (
     outcome as outcome_lib,
     prefixes,
     problem as problem_lib,
+    provenance,
     rows as rows_lib,
     runner as runner_lib,
     selection,
@@ -69,10 +70,6 @@ def missing_methods(
         if None in rows:
             missing.append(name)
     return missing
-
-
-# A share of a method's images from which on a fallback to the source is said at the end.
-_MANY_LOST = 0.1
 
 
 class _Seen(NamedTuple):
@@ -278,7 +275,7 @@ def _run(
         groups = rows_lib.class_groups(labels, test.num_classes)
     # Once all is checked: a config that cannot be run must not keep the folder.
     if team.index == 0:
-        launch.claim(workdir, config, devices=devices.count, processes=team.count)
+        provenance.claim(workdir, config, devices=devices.count, processes=team.count)
         results = journal.Journal(workdir / "results.jsonl")
     rows = team_lib.agreed(team, results.rows() if team.index == 0 else None)
     if team.index:
@@ -329,38 +326,11 @@ def _run(
     if team.index:
         return int(failed > 0)
     print(f"{len(results.rows())} rows in {results.path}, {failed} failed trials")
-    for line in _not_adapted(results.rows()):
+    for line in rows_lib.not_adapted(results.rows()):
         print(line, file=sys.stderr)
     for row in results.failed:
         print(f"failed: {row['method']} on {row['domain']}: {row['message']}", file=sys.stderr)
     return 1 if results.failed else 0
-
-
-def _given(flag: str, names: list[str] | None) -> tuple[str, ...]:
-    """The names of a list flag, none where it was not given.
-
-    Raises:
-      UserError: it was given without a name.
-    """
-    if names is not None and not names:
-        raise launch.UserError(f"--{flag} was given without a name; leave it out for all.")
-    return tuple(names or ())
-
-
-def _not_adapted(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line per method that fell back to the source on many images."""
-    counts: dict[str, list[int]] = {}
-    for row in rows:
-        if row["status"] == "ok":
-            both = counts.setdefault(row["method"], [0, 0])
-            both[0] += row["non_finite"]
-            both[1] += row["num_examples"]
-    return [
-        f"{name}: steps were not finite on {lost} of {count} images, which were not adapted; lower "
-        f"methods.{name}.learning_rate."
-        for name, (lost, count) in counts.items()
-        if lost > _MANY_LOST * count
-    ]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -379,7 +349,9 @@ def main(argv: Sequence[str]) -> int:
             restore=_RESTORE.value,
             checkpoint_path=_CHECKPOINT.value,
             trackers=_TRACKERS.value,
-            part=Part(_given("methods", _METHODS.value), _given("domains", _DOMAINS.value)),
+            part=Part(
+                launch.given("methods", _METHODS.value), launch.given("domains", _DOMAINS.value)
+            ),
             devices=_DEVICES.value,
             team=team,
         )

@@ -20,7 +20,7 @@ import ml_collections
 from absl import flags
 
 import ttt_jax as ttt
-from experiments import kernels, launch, spread
+from experiments import kernels, launch, provenance, spread
 from experiments.bench_works import WORKS, ViTSizes
 from ttt_jax.models import attention as attention_lib
 
@@ -288,10 +288,10 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
             f"--devices takes numbers of at least 1; got {list(settings.devices)}."
         )
     spread.local(max(settings.devices))
-    record = {**launch.provenance(settings), "matmul": None, "rows": [], "failed": []}
+    record = {**provenance.of(settings), "matmul": None, "rows": [], "failed": []}
     for name, package in PACKAGES.items():
         if any(name in NEEDS.get(way, ()) for way in settings.ways):
-            record["versions"][package] = launch.metadata.version(package)
+            record["versions"][package] = provenance.version(package)
     todo = cases(settings)
     if not todo:
         raise launch.UserError(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 from absl import flags
 
-from experiments import launch
+from experiments import launch, provenance
 from ttt_jax.models import fused_conv
 
 GROUPS = 8
@@ -191,7 +191,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
                     )
                     at = ":".join(map(str, rows[-1]["tile"]))
                     print(f"{dtype:9} {layer!s:22} {name:15} {at:12} {ms:7.3f} ms", flush=True)
-    record = launch.provenance(settings) | {"instances": instances, "images": images, "rows": rows}
+    record = provenance.of(settings) | {"instances": instances, "images": images, "rows": rows}
     launch.write_json(out, record)
     return record
 

@@ -34,6 +34,7 @@ from experiments import (
     launch,
     methods as methods_lib,
     problem as problem_lib,
+    provenance,
     runner as runner_lib,
     selection,
     trials as trials_lib,
@@ -199,11 +200,16 @@ def require_same(
 
     def by_key(row: dict[str, Any]) -> dict[str, Any]:
         settings = {f"settings.{name}": value for name, value in row["settings"].items()}
-        return row | settings | row.get("config", {})
+        return row | settings | row["config"]
 
     for row in book.rows():
         if row["method"] != fields["method"]:
             continue
+        if "config" not in row:
+            raise launch.UserError(
+                f"{book.path} has rows that do not say what made them, of an older version. Use "
+                "another --workdir, or remove the file."
+            )
         now = {"config": made_with(config, split_of[row["split_role"]])}
         was, now = by_key(row), by_key(fields | now)
         names = [name for name in now | was if "." in name]
@@ -338,7 +344,7 @@ def _finish(
     reported = [row for row in rows if row["split_role"] == "reported"] or rows
     r = alignment.correlation(reported)
     record = {
-        **launch.provenance(config),
+        **provenance.of(config),
         "correlation": {"inner_product_and_gain": r, "sets": len(reported)},
         "rows": rows,
     }

@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 import ttt_jax as ttt
-from experiments import journal, launch, problem as problem_lib, trials as trials_lib
+from experiments import journal, launch, problem as problem_lib, provenance, trials as trials_lib
 from experiments.methods import contrastive
 from ttt_jax import data
 
@@ -189,9 +189,7 @@ def run(
             for row in book.rows()
             if row["severity"] in (0, severity) and {name: row[name] for name in _SAME} == same
         ]
-        launch.write_json(
-            workdir / "feature_shift.json", launch.provenance(config) | {"rows": rows}
-        )
+        launch.write_json(workdir / "feature_shift.json", provenance.of(config) | {"rows": rows})
     for row in rows:
         where = f"{row['domain']:18} {row['severity']}"
         print(f"{where}  mean {row['mean']:9.1f}  covariance {row['covariance']:9.1f}")

@@ -26,7 +26,7 @@ def made_with(config: ml_collections.ConfigDict, names: Sequence[str]) -> dict[s
 
     A key that the config leaves out has its default, so that saying it changes no row.
     """
-    values = launch.DEFAULTS | {"model.dtype": "float32"} | launch.flat(config)
+    values = launch.DEFAULTS | launch.flat(config)
     return json.loads(json.dumps({name: values[name] for name in names}))
 
 

@@ -1,7 +1,6 @@
-"""What every program shares: flags, the work folder, provenance, one-line errors."""
+"""What every program shares: flags, configs, files and the work folder, one-line errors."""
 
 import contextlib
-import datetime
 import difflib
 import errno
 import fcntl
@@ -10,12 +9,9 @@ import json
 import os
 import pathlib
 import re
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
 from typing import Any, NoReturn
 
 import ml_collections
@@ -38,6 +34,7 @@ DEFAULTS = {
     "adapt.sequence": "none",
     "adapt.parallel_streams": 16,
     "adapt.selection_passes": 1,
+    "model.dtype": "float32",
 }
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "digits.py"
@@ -229,8 +226,19 @@ def writing(path: os.PathLike[str] | str) -> Iterator[None]:
         ) from error
 
 
+def given(flag: str, names: list[str] | None) -> tuple[str, ...]:
+    """The names of a list flag, none where it was not given.
+
+    Raises:
+      UserError: it was given without a name.
+    """
+    if names is not None and not names:
+        raise UserError(f"--{flag} was given without a name; leave it out for all.")
+    return tuple(names or ())
+
+
 @contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A file beside ``path`` that takes its place at the end."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
@@ -243,7 +251,7 @@ def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Replaces a file as a whole, so that a killed run never leaves half of one."""
-    with _replacing(path) as draft:
+    with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
@@ -253,7 +261,7 @@ def write_npz(
     """Replaces an ``.npz`` file as a whole, and makes its folder."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as draft, draft.open("wb") as file:
+    with replacing(path) as draft, draft.open("wb") as file:
         (np.savez_compressed if compressed else np.savez)(file, **arrays)
 
 
@@ -297,103 +305,7 @@ def locked(folder: pathlib.Path, patience_s: float = 0.0) -> Iterator[None]:
         yield
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    root = pathlib.Path(__file__).resolve().parent.parent
-    try:
-        git = ["git", "-C", str(root)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        if head.returncode:
-            return None
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-        return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
-    except OSError:
-        return None
-
-
-def provenance(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Command, device, versions, commit and configuration of this run."""
-    import jax  # what only starts programs needs none
-
-    program = pathlib.Path(sys.argv[0]).stem
-    packages = ("ttt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {
-        "command": f"python -m experiments.{program} {shlex.join(sys.argv[1:])}".rstrip(),
-        "device": jax.devices()[0].device_kind,
-        "device_count": jax.device_count(),
-        "versions": {"python": sys.version.split()[0], **{p: _version(p) for p in packages}},
-        "commit": _commit(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "config": json.loads(config.to_json()),
-    }
-
-
 def fingerprint(config: ml_collections.ConfigDict, sections: Sequence[str]) -> str:
     """A digest of some sections of a config."""
     chosen = {name: json.loads(config.to_json())[name] for name in sections}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
-
-
-# What a folder holds once a configuration has made something of it.
-_MADE = ("results.jsonl", "selection.json", "checkpoints/*", "training/*/*")
-_ORIGIN = ("command", "device", "device_count", "versions", "commit", "started")
-
-
-def claim(
-    folder: pathlib.Path,
-    config: ml_collections.ConfigDict,
-    seeds_may_grow: bool = True,
-    **more: Any,
-):
-    """Writes ``run.json``, or refuses a folder whose results were made with another config.
-
-    The file is of the program that began the rows, or of the last one while there are none; its
-    ``runs`` says where each program ran that had the folder, in order. ``more`` is written too,
-    and need not stay the same.
-
-    Raises:
-      UserError: naming each differing key, its stored and its present value.
-    """
-    path = folder / "run.json"
-    record = provenance(config) | more
-    latest = _origin(record) | more
-    runs: list[dict[str, Any]] = []
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-            before = DEFAULTS | flat(ml_collections.ConfigDict(old["config"]))
-            runs = list(old.get("runs", [_origin(old)]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}). Use another --workdir.") from error
-        after = DEFAULTS | flat(ml_collections.ConfigDict(record["config"]))
-        free = {"seeds"} if seeds_may_grow else set()
-        changed = [
-            f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
-            for key in sorted({*before, *after} - free)
-            if before.get(key) != after.get(key)
-        ]
-        made = [found for pattern in _MADE for found in folder.glob(pattern)]
-        if changed and made:
-            raise UserError(
-                f"{folder} holds results of another configuration: {'; '.join(changed)}. Use "
-                "another --workdir, or the old values."
-            )
-        if (folder / "results.jsonl").exists():
-            record = old | {"config": record["config"]}
-    if not runs or _without_time(runs[-1]) != _without_time(latest):
-        runs.append(latest)
-    write_json(path, record | {"runs": runs})
-
-
-def _origin(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: record[name] for name in _ORIGIN if name in record}
-
-
-def _without_time(run: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in run.items() if name != "started"}

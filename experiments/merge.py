@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import ml_collections
 from absl import flags
 
-from experiments import journal, launch
+from experiments import journal, launch, provenance
 from experiments.merging import ranges, rows as rows_lib
 
 # Where a part may differ: its images and seeds, and what changes no result.
@@ -210,13 +210,13 @@ def _selection(parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def _origins(part: Part) -> list[dict[str, Any]]:
-    """Where the rows of a part were made; of a part that was merged, those of its parts."""
-    if "parts" in part.record:
-        nested: list[dict[str, Any]] = part.record["parts"]
+    """Where the rows of a part were made: of a merged one, its parts and what was added to it."""
+    nested: list[dict[str, Any]] = part.record.get("parts", [])
+    runs = {"runs": part.record["runs"]} if "runs" in part.record else {}
+    if nested and not runs:
         return nested
-    kept = ("command", "device", "device_count", "versions", "commit", "started", "runs")
-    origin = {name: part.record[name] for name in kept if name in part.record}
-    return [{"folder": str(part.folder), "test": str(part.images)} | origin]
+    own = {"folder": str(part.folder), "test": str(part.images)}
+    return [*nested, own | provenance.origin(part.record) | runs]
 
 
 def _require_more(
@@ -225,11 +225,11 @@ def _require_more(
     """Refuses to replace rows that were measured.
 
     Raises:
-      UserError: rows that are no merge's alone, or that the new table lacks.
+      UserError: rows that are no merge's, or that the new table lacks.
     """
     path = workdir / "run.json"
     record = _json(path) if path.exists() else {}
-    if "parts" not in record or "runs" in record:
+    if "parts" not in record:
         raise launch.UserError(
             f"{workdir} has rows that experiments.merge did not make; choose another --workdir."
         )

@@ -19,7 +19,7 @@ import ml_collections
 import pyarrow as pa
 from absl import flags
 
-from experiments import browser, launch, synthetic_sweep
+from experiments import browser, launch, provenance, synthetic_sweep
 
 REPEATS = 5
 
@@ -110,7 +110,7 @@ def run(out: str, trials: int, seed: int) -> dict[str, Any]:
     """Times everything, and writes the record into a new file."""
     launch.new_file(out)
     settings = ml_collections.ConfigDict({"trials": trials, "seed": seed, "repeats": REPEATS})
-    record = launch.provenance(settings)
+    record = provenance.of(settings)
     record["device"] = f"{_processor()}, {os.cpu_count()} cores"
     record["versions"]["pyarrow"] = pa.__version__
     program = browser.find()

@@ -1,6 +1,6 @@
 """From the outcome of a trial to its result rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,9 @@ import numpy as np
 from experiments.methods import Method
 from experiments.outcome import Outcome, predicted
 from experiments.trials import Trial
+
+# A share of a method's images from which on a fallback to the source is said at the end.
+_MANY_LOST = 0.1
 
 
 def class_groups(labels: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
@@ -31,6 +34,22 @@ def class_groups(labels: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
         "medium": order[third : num_classes - third],
         "few": order[num_classes - third :],
     }
+
+
+def not_adapted(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line per method that fell back to the source on many images."""
+    counts: dict[str, list[int]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            both = counts.setdefault(row["method"], [0, 0])
+            both[0] += row["non_finite"]
+            both[1] += row["num_examples"]
+    return [
+        f"{name}: steps were not finite on {lost} of {count} images, which were not adapted; a "
+        f"smaller methods.{name}.learning_rate may help."
+        for name, (lost, count) in counts.items()
+        if lost > _MANY_LOST * count
+    ]
 
 
 def make_rows(

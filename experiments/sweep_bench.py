@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import flags
 
-from experiments import launch
+from experiments import launch, provenance
 from experiments.sweeping import collect, progress
 
 TIMING = {"seconds", "compile_seconds", "samples_per_second"}
@@ -54,7 +54,7 @@ def run(out: str, config: str) -> dict[str, Any]:
       UserError: tables that differ, or an ``out`` that is there.
     """
     launch.new_file(out)
-    record = launch.provenance(ml_collections.ConfigDict({"config": config}))
+    record = provenance.of(ml_collections.ConfigDict({"config": config}))
     with tempfile.TemporaryDirectory() as place:
         folders = [pathlib.Path(place) / str(pack) for pack in PACKS]
         rows = [_sweep(config, folder, pack) for folder, pack in zip(folders, PACKS, strict=True)]

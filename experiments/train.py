@@ -25,7 +25,7 @@ import optax
 import tqdm
 
 import ttt_jax as ttt
-from experiments import auxiliary, launch, problem as problem_lib, writers
+from experiments import auxiliary, launch, problem as problem_lib, provenance, writers
 from experiments.methods import steps as steps_lib
 from ttt_jax import checkpoint, data, models
 
@@ -276,12 +276,14 @@ def train(
     )
     for done, state, parts in feed(step, begun, source, config, seed, start):
         progress.update(done - progress.n)
-        if done % config.train.log_every == 0 or done == total:
+        logged, saving = done % config.train.log_every == 0, done % config.train.save_every == 0
+        if logged or saving or done == total:
             losses = {name: float(value) for name, value in parts.items()}
             _require_finite(losses, done)
+        if logged or done == total:
             writer.scalars(done, {f"train/{name}_loss": loss for name, loss in losses.items()})
             progress.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()})
-        if done % config.train.save_every == 0 and done < total:
+        if saving and done < total:
             saved.save(done, state)
         variables = state[0]
     accuracy = _accuracy(problem, variables, problem_lib.load_data(config, "validation"))
@@ -307,7 +309,7 @@ def _require_finite(losses: dict[str, float], done: int) -> None:
         shown = ", ".join(f"{name} {loss}" for name, loss in losses.items())
         raise launch.UserError(
             f"the training diverged: after step {done} the losses are {shown}. Lower "
-            "train.learning_rate and use another --workdir."
+            "train.learning_rate, in another --workdir if this one has saved states."
         )
 
 
@@ -331,7 +333,7 @@ def run(config: ml_collections.ConfigDict, folder: str, *, trackers: Sequence[st
         launch.locked(workdir),
         writers.open_writer(workdir, trackers) as writer,
     ):
-        launch.claim(workdir, config)
+        provenance.claim(workdir, config)
         for seed in config.seeds:
             train(config, workdir, seed, writer)
 

@@ -19,8 +19,8 @@ stopped by test labels; the divisors of the distances are computed from the sour
 (``experiments/methods/contrastive.py``). The head stays fixed, as there. The step size is chosen
 among five on the validation corruptions, whose 1,000 images pass ten times, so that their streams
 are as long as the test's. The five were set after a grid from 0.001 to 0.01 had lost validation and
-test streams alike (``cifar10c_contrastive_first_grid.json``). Both were measured when the distance
-of the covariances weighed 1.7 times and that of the means 3.3 times as much as now.
+test streams alike (``cifar10c_contrastive_first_grid.json``). In the rows of both the
+distance of the covariances weighs 1.7 times and that of the means 3.3 times as much as here.
 """
 
 import ml_collections

@@ -51,6 +51,11 @@ def joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                     "range; cut by --domains instead"
                 )
             here, there = (name in one for one in (first, row))
+            if here != there and name in measured:
+                raise ValueError(
+                    f"one part lacks {name}, as made by another version of the program; run that "
+                    "part again"
+                )
             if here != there or (name not in measured and first[name] != row[name]):
                 raise ValueError(f"{name} is {first.get(name)!r} and {row.get(name)!r}")
     counts = [row["num_examples"] for row in rows]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from experiments import provenance
 from experiments.reporting import sections
 from experiments.reporting.rows import Row
 
@@ -99,9 +100,23 @@ def run_facts(run: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("commit", f"<code>{escape(str(run['commit']))}</code>"))
     if run.get("started"):
         facts.append(("started", escape(str(run["started"]))))
-    known = {"command", "device", "device_count", "versions", "commit", "started"}
+    for name in ("parts", "runs"):
+        if isinstance(run.get(name), list) and len(run[name]) > (name == "runs"):
+            facts.append((name, _origins(run[name])))
+    known = {*provenance.ORIGIN, "parts", "runs"}
     facts += [(escape(key), escape(_plain(v))) for key, v in run.items() if key not in known]
     return facts
+
+
+def _origins(origins: Sequence[Any]) -> str:
+    """Several programs as a list that opens: what each was, and where and when it ran."""
+    items = []
+    for one in origins:
+        if isinstance(one, dict):
+            names = ("folder", "test", "command", "device", "commit", "started")
+            shown = ", ".join(str(one[name]) for name in names if one.get(name))
+            items.append(f"<li>{escape(shown)}</li>")
+    return f"<details><summary>{len(items)}</summary><ul>{''.join(items)}</ul></details>"
 
 
 def facts_html(facts: Sequence[tuple[str, str]]) -> str:

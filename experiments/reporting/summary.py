@@ -217,6 +217,6 @@ def _collapses(grid: Grid) -> list[str]:
                 f"{method}: on {count} it predicts less than {COLLAPSED:.0%} of the classes that "
                 f"the unadapted model predicts (effective numbers; {worst.domain}: "
                 f"{worst.predicted_classes_after:.1f} of {worst.predicted_classes_before:.1f}): "
-                "its stream collapsed."
+                "its predictions collapsed."
             )
     return notes

@@ -1,7 +1,6 @@
 """The rows of all trials in one table."""
 
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -74,11 +73,6 @@ def table(found: Sequence[dict[str, Any]]) -> pa.Table:
 def write(workdir: pathlib.Path, found: Sequence[dict[str, Any]]) -> pathlib.Path:
     """Replaces ``results.parquet`` with the :func:`table` of some rows."""
     path = workdir / TABLE
-    draft = workdir / f".{TABLE}.{os.getpid()}"
-    with launch.writing(path):
-        try:
-            pq.write_table(table(found), draft)
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+    with launch.replacing(path) as draft:
+        pq.write_table(table(found), draft)
     return path

@@ -139,7 +139,6 @@ def test_views_are_images_that_follow_their_keys(name):
     assert views.min() >= 0 and views.max() <= 1 + 1e-6
     for view, key in zip(views[:8], keys, strict=False):
         np.testing.assert_allclose(view, view_of(image, key), atol=1e-6)
-        np.testing.assert_array_equal(view_of(image, key), view_of(image, key))
     assert len(np.unique(np.asarray(views).round(5), axis=0)) > 60
     # Everything but equalize and autocontrast hardly changes it.
     assert 1e-3 < np.median(np.abs(np.asarray(views) - np.asarray(image))) < 0.1

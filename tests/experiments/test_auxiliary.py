@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import augment, launch, problem, train
+from experiments import augment, launch, problem, provenance, train
 from tests.experiments import tiny_config, tiny_model
 from ttt_jax import checkpoint
 
@@ -113,11 +113,11 @@ def test_an_impossible_task_is_refused_and_leaves_the_folder_free(tmp_path, mode
 
 def test_a_missing_key_is_its_default_for_the_folder_too(tmp_path):
     config = tiny_config.get_config()
-    launch.claim(tmp_path, config)
+    provenance.claim(tmp_path, config)
     config.train.aux = "rotation"
     config.adapt.sequence = "none"
-    launch.claim(tmp_path, config)
+    provenance.claim(tmp_path, config)
     (tmp_path / "selection.json").write_text("{}")
     config.train.aux = "none"
     with pytest.raises(launch.UserError, match=r"train\.aux was 'rotation', now 'none'"):
-        launch.claim(tmp_path, config)
+        provenance.claim(tmp_path, config)

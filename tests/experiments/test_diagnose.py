@@ -373,7 +373,7 @@ def test_rows_that_do_not_say_what_made_them_are_refused(diagnosed, tmp_path):
     book = journal.Journal(tmp_path / "diagnostics.jsonl")
     fields = diagnosed[1]["rows"][0]
     book.add({name: value for name, value in fields.items() if name != "config"})
-    with pytest.raises(launch.UserError, match=r"data\.test was None, now 'test\[:30\]'"):
+    with pytest.raises(launch.UserError, match="rows that do not say what made them, of an older"):
         diagnose.require_same(book, fields, get_config())
 
 

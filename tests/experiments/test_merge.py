@@ -85,9 +85,15 @@ def test_a_merged_table_is_resumed_and_merged_again(table, trained, parts, tmp_p
     part = adapt.Part(domains=DOMAINS)
     assert adapt.run(config, str(folder), part=part, checkpoint_path=str(trained)) == 0
     assert_equal_rows(rows_of(folder), rows_of(pathlib.Path(table("whole"))))
-    # run.json is adapt's now, and the rows are no longer those of a merge alone.
-    with pytest.raises(launch.UserError, match="did not make; choose another --workdir"):
+    # These parts lack the rows that adapt added.
+    with pytest.raises(launch.UserError, match=r"these parts lack.*choose another --workdir"):
         merge.run(str(folder), parts[:3])
+    # What was made after the merge has an origin of its own beside those of the parts.
+    again = tmp_path / "copied"
+    merge.run(str(again), [str(folder)])
+    origins = json.loads((again / "run.json").read_text())["parts"]
+    assert [origin["folder"] for origin in origins] == [*parts[:3], str(folder)]
+    assert origins[-1]["runs"][-1]["devices"] >= 1
     other = tmp_path / "again"
     for _ in range(2):
         merge.run(str(other), parts[:3])
@@ -103,7 +109,9 @@ def test_a_merge_replaces_no_larger_table(parts, tmp_path):
     merge.run(str(whole), [str(half), parts[2]])
     origins = json.loads((whole / "run.json").read_text())["parts"]
     assert [origin["folder"] for origin in origins] == parts[:3]
-    assert all("experiments.adapt" in origin["command"] or origin["commit"] for origin in origins)
+    for origin, part in zip(origins, parts, strict=False):
+        own = json.loads((pathlib.Path(part) / "run.json").read_text())
+        assert origin["commit"] == own["commit"] and origin["runs"] == own["runs"]
     before = (whole / "results.jsonl").read_text()
     with pytest.raises(launch.UserError, match=r"is a table of test\[:30\].*Name all parts"):
         merge.run(str(whole), parts[:2])

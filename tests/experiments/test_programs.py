@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import adapt, journal, launch, problem, runner, train
+from experiments import adapt, journal, launch, problem, rows as rows_lib, runner, train
 from tests.experiments import tiny_config
 from ttt_jax import checkpoint, data
 
@@ -254,6 +254,7 @@ def test_a_missing_split_is_refused_before_the_training(tmp_path):
 def test_a_training_that_diverges_ends_and_says_so(tmp_path, per_call):
     config = tiny_config.get_config()
     config.train.learning_rate = 1e30
+    config.train.update({"log_every": 8, "save_every": 4})
     with config.unlocked():
         config.train.steps_per_call = per_call
     with pytest.raises(launch.UserError, match=r"diverged: after step 4 .* nan.*learning_rate"):
@@ -408,7 +409,7 @@ def test_a_method_that_could_not_adapt_is_named(capsys):
     def row(lost, method="rotation"):
         return {"method": method, "status": "ok", "non_finite": lost, "num_examples": 20}
 
-    (line,) = adapt._not_adapted([row(1), row(15), row(1, "memo"), row(1, "memo")])
+    (line,) = rows_lib.not_adapted([row(1), row(15), row(1, "memo"), row(1, "memo")])
     assert line.startswith("rotation: steps were not finite on 16 of 40 images")
 
 

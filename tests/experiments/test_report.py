@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from experiments import report
-from experiments.reporting import figures, rows, summary, svg, tables, terminal
+from experiments.reporting import figures, origin, rows, summary, svg, tables, terminal
 from experiments.reporting.rows import ReportError
 
 DOMAINS = [tables.CLEAN, *tables.CORRUPTIONS]
@@ -350,6 +350,16 @@ def test_several_severities_are_averaged_and_split(tmp_path):
     assert page.table(0)["memo"] == ["–", "–"]
     split = next(t for t in page.tables if "severity 1" in t[0])
     assert ["source", "20.0", "60.0"] in split and ["memo", "10.0", "–"] in split
+
+
+def test_programs_that_had_the_folder_are_a_list_that_opens(tmp_path):
+    parts = [{"folder": "runs/a", "test": "test[:5]", "command": "adapt <a>", "device": "cpu"}]
+    runs = [{"command": "train"}, {"command": "adapt", "versions": {"jax": "1"}}]
+    facts = dict(origin.run_facts({**RUN, "parts": parts, "runs": runs, "devices": 2}))
+    assert facts["parts"].count("<li>") == 1 and "adapt &lt;a&gt;, cpu" in facts["parts"]
+    assert facts["runs"].startswith("<details><summary>2</summary>") and facts["devices"] == "2"
+    assert "jax" not in facts["runs"]
+    assert "runs" not in dict(origin.run_facts({**RUN, "runs": runs[:1]}))
 
 
 def test_a_stream_that_collapsed_is_named():

@@ -12,7 +12,7 @@ import ttt_jax as ttt
 from experiments import adapt, methods, problem, rows, trials
 from tests.experiments import tiny_config, tiny_model
 from tests.experiments.test_batch_methods import Lab, close
-from ttt_jax import checkpoint, data, models
+from ttt_jax import checkpoint, data, diagnostics, models
 
 NORM = ttt.select.norm_affine()
 
@@ -185,6 +185,10 @@ def test_rows_say_how_long_the_source_statistics_took(lab):
     found = np.zeros(50, int)
     trial = trials.Trial("none", (plan,))
     (row,) = rows.make_rows(method, method.grid[0], trial, outcome, found, {}, {})
+    adapted = outcome.logits.argmax(-1)
+    assert row["agreement"] == (adapted == 0).mean() and row["predicted_classes_before"] == 1
+    named = diagnostics.predicted_classes(outcome.logits)
+    assert row["predicted_classes_after"] == pytest.approx(float(named), rel=1e-5)
     assert row["source_seconds"] == outcome.source_seconds > 0
     assert (row["scope"], row["reset"], row["predict"]) == ("stream", "per_domain", "after")
     assert (row["forwards_per_sample"], row["backwards_per_sample"]) == (2, 1)

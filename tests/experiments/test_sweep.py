@@ -7,7 +7,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from experiments import launch, sweep
+from experiments import launch, provenance, sweep
 from experiments.sweeping import (
     collect,
     job as job_lib,
@@ -241,7 +241,7 @@ def test_a_model_keeps_its_steps_when_its_trials_change(config, tmp_path):
     units = plan.units(plan.variants(path))
     place = units[0].folder(folder)
     place.mkdir(parents=True)
-    launch.claim(place, plan.variants(path)[0].config)
+    provenance.claim(place, plan.variants(path)[0].config)
     state_lib.write(place, state_lib.State("running", interruptions=3))
     other = config('add(domains=("fog",), **{"methods.rotation.learning_rate": (0.02,)})')
     assert plan.units(plan.variants(other))[0].id == units[0].id

@@ -148,6 +148,5 @@ def test_a_residual_has_the_shape_of_what_it_is_added_to():
 
 def test_limits_are_those_of_the_tiles():
     assert set(fused_limits.FORWARD) == set(fused_limits.CHANNELS)
-    assert fused_conv.CHANNELS == fused_limits.CHANNELS
     sizes = [size for size in range(70) if fused_limits.power_of_two(size)]
     np.testing.assert_array_equal(sizes, [1, 2, 4, 8, 16, 32, 64])

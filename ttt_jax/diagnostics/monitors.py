@@ -57,7 +57,7 @@ def predicted_classes(logits: Any) -> jax.Array:
     Examples:
       >>> import jax.numpy as jnp
       >>> unsure = jnp.array([[0.1, 0.0, 0.0], [0.2, 0.0, 0.1]])
-      >>> print(predicted_classes(unsure), effective_classes(unsure).round(2))
+      >>> print(predicted_classes(unsure), effective_classes(unsure).round(1))
       1.0 3.0
     """
     logits = _inputs.as_logits("predicted_classes", logits)

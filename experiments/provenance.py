@@ -1,0 +1,115 @@
+"""Where numbers come from, and which configuration a work folder belongs to."""
+
+import datetime
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+import ml_collections
+
+from experiments import launch
+
+ORIGIN = ("command", "device", "device_count", "versions", "commit", "started")
+
+
+def version(package: str) -> str | None:
+    """Of an installed package, None for one that is not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    root = pathlib.Path(__file__).resolve().parent.parent
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        if head.returncode:
+            return None
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+        return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
+    except OSError:
+        return None
+
+
+def of(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Command, device, versions, commit and configuration of this run."""
+    import jax  # what only starts programs needs none
+
+    program = pathlib.Path(sys.argv[0]).stem
+    packages = ("ttt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "command": f"python -m experiments.{program} {shlex.join(sys.argv[1:])}".rstrip(),
+        "device": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "versions": {"python": sys.version.split()[0], **{p: version(p) for p in packages}},
+        "commit": _commit(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "config": json.loads(config.to_json()),
+    }
+
+
+def origin(record: dict[str, Any]) -> dict[str, Any]:
+    """What of a record of :func:`of` says where it comes from: all but the configuration."""
+    return {name: record[name] for name in ORIGIN if name in record}
+
+
+# What a folder holds once a configuration has made something of it.
+_MADE = ("results.jsonl", "selection.json", "checkpoints/*", "training/*/*")
+
+
+def claim(
+    folder: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    seeds_may_grow: bool = True,
+    **more: Any,
+):
+    """Writes ``run.json``, or refuses a folder whose results were made with another config.
+
+    The file is of the program that began the rows, or of the last one while there are none. Its
+    ``runs`` are the origins of all that claimed the folder, in order, without those that differ
+    from the one before in their time alone. ``more`` is written too, and need not stay the same.
+
+    Raises:
+      launch.UserError: naming each differing key, its stored and its present value.
+    """
+    path = folder / "run.json"
+    record = of(config) | more
+    latest = origin(record) | more
+    runs: list[dict[str, Any]] = []
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+            before = launch.DEFAULTS | launch.flat(ml_collections.ConfigDict(old["config"]))
+            runs = list(old.get("runs", [origin(old) | {k: old[k] for k in more if k in old}]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise launch.UserError(
+                f"{path} is damaged ({error}). Use another --workdir."
+            ) from error
+        after = launch.DEFAULTS | launch.flat(ml_collections.ConfigDict(record["config"]))
+        free = {"seeds"} if seeds_may_grow else set()
+        changed = [
+            f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
+            for key in sorted({*before, *after} - free)
+            if before.get(key) != after.get(key)
+        ]
+        made = [found for pattern in _MADE for found in folder.glob(pattern)]
+        if changed and made:
+            raise launch.UserError(
+                f"{folder} holds results of another configuration: {'; '.join(changed)}. Use "
+                "another --workdir, or the old values."
+            )
+        if (folder / "results.jsonl").exists():
+            record = old | {"config": record["config"]}
+    if not runs or _without_time(runs[-1]) != _without_time(latest):
+        runs.append(latest)
+    launch.write_json(path, record | {"runs": runs})
+
+
+def _without_time(run: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in run.items() if name != "started"}
