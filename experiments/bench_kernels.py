@@ -5,7 +5,7 @@
 inner step of ``experiments.bench``'s ``rotation``: 128 instances with kernels of their own and 32
 images each. ``--tiles=forward:16:128:2`` times a result kernel of 16 outputs in programs of 128
 positions and two warps beside the module's own choice, ``--tiles=weights:16:8:64:9:1`` a weight
-gradient in tiles as in ``_WEIGHT_GRADIENT``; values are compared with the module's own.
+gradient in tiles as in ``fused_limits.WEIGHT_GRADIENT``; values are compared with the module's own.
 """
 
 import statistics
@@ -19,10 +19,11 @@ import ml_collections
 from absl import flags
 
 from experiments import launch, provenance
-from ttt_jax.models import fused_conv
+from ttt_jax.models import fused_conv, fused_limits as limits
 
 GROUPS = 8
-TABLES = {"forward": "_FORWARD", "weights": "_WEIGHT_GRADIENT"}
+# Other tiles are tried by changing these for a while.
+TABLES: dict[str, dict[int, Any]] = {"forward": limits.FORWARD, "weights": limits.WEIGHT_GRADIENT}
 
 
 class Layer(NamedTuple):
@@ -72,7 +73,7 @@ def operands(key: jax.Array, layer: Layer, instances: int, images: int, dtype: A
     shape = (instances, images, positions, layer.channels)
     x = jax.random.normal(keys[0], shape).astype(dtype)
     dy = jax.random.normal(keys[1], (*shape[:2], positions // layer.stride**2, layer.outputs))
-    w = jax.random.normal(keys[2], (instances, fused_conv.TAPS, layer.channels, layer.outputs))
+    w = jax.random.normal(keys[2], (instances, limits.TAPS, layer.channels, layer.outputs))
     gamma = 1 + jax.random.normal(keys[3], (instances, layer.channels)) / 10
     grouped = x.astype(jnp.float32).reshape(*shape[:3], GROUPS, -1)
     mean, rstd = grouped.mean((2, 4)), 1 / jnp.sqrt(grouped.var((2, 4)) + 1e-5)
@@ -102,18 +103,18 @@ def tile(text: str) -> tuple[str, int, tuple[int, ...]]:
         no power of two (the kernels would take a smaller one), or taps that are no divisor of 9.
     """
     kernel, *numbers = text.split(":")
-    table = getattr(fused_conv, TABLES.get(kernel, ""), None)
+    table = TABLES.get(kernel)
     try:
         channels, *sizes = map(int, numbers)
         if table is None or len(sizes) != len(table[channels]) or min(sizes) < 1:
             raise KeyError(kernel)
         positions, taps = (sizes[0], 1) if kernel == "forward" else sizes[1:3]
-        if positions & (positions - 1) or fused_conv.TAPS % taps:
+        if positions & (positions - 1) or limits.TAPS % taps:
             raise KeyError(kernel)
     except (ValueError, KeyError) as error:
         raise launch.UserError(
             "a tile is forward:OUTPUTS:POSITIONS:WARPS or weights:CHANNELS:IMAGES:POSITIONS:TAPS:"
-            f"WARPS, for channels among {fused_conv.CHANNELS}, positions a power of two, and 1, 3 "
+            f"WARPS, for channels among {limits.CHANNELS}, positions a power of two, and 1, 3 "
             f"or 9 taps; got {text!r}."
         ) from error
     return kernel, channels, tuple(sizes)
@@ -149,7 +150,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
       settings: ``dtypes``, ``tiles`` and ``smoke``.
 
     Raises:
-      UserError: no NVIDIA GPU, an unknown dtype, no folder for the file, or a tile that there is
+      UserError: no NVIDIA GPU, an unknown dtype, a file that is there, or a tile that there is
         not.
     """
     smoke = settings.smoke
@@ -173,7 +174,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
                 mine = [sizes for which, width, sizes in tiles if (which, width) == (name, wide)]
                 own = None
                 for sizes in (None, *mine):
-                    table = getattr(fused_conv, TABLES.get(name, ""), {})
+                    table = TABLES.get(name, {})
                     kept = table.get(wide)
                     try:
                         if sizes is not None:

@@ -14,8 +14,8 @@ from experiments.reporting.rows import ReportError
 from experiments.reporting.sweep import columns, gains, page, source, terminal
 from experiments.sweeping import progress, state as state_lib
 from experiments.sweeping.unit import Unit
+from tests.experiments.report_pages import run_program
 from tests.experiments.sweep_folders import failed, put, row
-from tests.experiments.test_report import run_program
 
 
 def read(folder):

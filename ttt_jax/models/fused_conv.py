@@ -21,11 +21,6 @@ from jax.experimental.pallas import triton as plgpu
 
 from ttt_jax.models import fused_limits as limits, fused_places as at
 
-CHANNELS, TAPS = limits.CHANNELS, limits.TAPS
-
-# Other tiles are tried by changing these.
-_FORWARD, _WEIGHT_GRADIENT = limits.FORWARD, limits.WEIGHT_GRADIENT
-
 
 def _activated(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.maximum(a[None] * x.astype(jnp.float32) + b[None], 0.0)
@@ -40,7 +35,7 @@ def _forward_kernel(
     i, j = at.places(start + jax.lax.broadcasted_iota(jnp.int32, (chunk,), 0), width // stride)
     a, b = a_ref[...], b_ref[...]
     y = jnp.zeros((chunk, w_ref.shape[-1]), jnp.float32)
-    for tap in range(TAPS):
+    for tap in range(limits.TAPS):
         r, c = i * stride + (tap // 3 - 1), j * stride + (tap % 3 - 1)
         inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
         x, mask = at.gather(x_ref, r, c, inside, width)
@@ -97,7 +92,7 @@ def forward(
     limits.check("forward", x, w.shape[-1], (height, width), stride, arrays)
     count, positions, channels = x.shape
     outputs, out_positions = w.shape[-1], positions // stride**2
-    most, warps = _FORWARD[outputs]
+    most, warps = limits.FORWARD[outputs]
     chunk = math.gcd(most, out_positions)
     chunks = out_positions // chunk
     inputs, specs = [x, a, b, w], [at.image(positions, channels)] + [at.vector(channels)] * 2
@@ -155,7 +150,7 @@ def _input_gradient_kernel(
     for down in range(stride):
         for right in range(stride):
             dh = jnp.zeros((out[0] * out[1], channels), jnp.float32)
-            for tap in range(TAPS):
+            for tap in range(limits.TAPS):
                 below, beside = down - tap // 3 + 1, right - tap % 3 + 1
                 if below % stride or beside % stride:
                     continue
@@ -287,7 +282,7 @@ def _weight_gradient_kernel(
     channels, outputs = x_ref.shape[-1], dy_ref.shape[-1]
     out = (height // stride, width // stride)
     positions, out_positions = height * width, out[0] * out[1]
-    first = jax.lax.rem(pl.program_id(0), jnp.int32(TAPS // taps)) * taps
+    first = jax.lax.rem(pl.program_id(0), jnp.int32(limits.TAPS // taps)) * taps
     # Both maps have this many places with stride 1, and then the input is read as it lies, so that
     # it is activated once and not once per tap. Otherwise the output, which is smaller, is.
     chunks = jnp.int32(out_positions // chunk)
@@ -363,8 +358,8 @@ def weight_gradient(
     limits.check("weight_gradient", x, dy.shape[-1], (height, width), stride, arrays)
     count, positions, channels = x.shape
     out_positions, outputs = dy.shape[1:]
-    most, chunk, taps, warps = _WEIGHT_GRADIENT[max(channels, outputs)]
-    shares = TAPS // taps
+    most, chunk, taps, warps = limits.WEIGHT_GRADIENT[max(channels, outputs)]
+    shares = limits.TAPS // taps
     if count > limits.ONE_INSTANCE:
         most = max(1, min(most, count * shares // limits.PROGRAMS))
     each = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
@@ -390,7 +385,7 @@ def weight_gradient(
         out_specs=pl.BlockSpec(
             (None, taps, channels, outputs), lambda g: (g // shares, g % shares, 0, 0)
         ),
-        out_shape=jax.ShapeDtypeStruct((parts, TAPS, channels, outputs), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((parts, limits.TAPS, channels, outputs), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=3),
         interpret=interpret,
         name="conv3x3_weight_gradient",

@@ -1,0 +1,130 @@
+"""Training: resuming, several steps per call, the schedule, and what is refused before it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import launch, problem, train
+from tests.experiments import tiny_config
+from ttt_jax import checkpoint, data
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train.run(tiny_config.get_config(), str(folder))
+    return folder
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAtEight:
+    def scalars(self, step, values):
+        if step == 8:
+            raise Stop
+
+
+def assert_same_parameters(folder, other):
+    both = (checkpoint.load(at / "checkpoints" / "seed_0").params for at in (folder, other))
+    for a, b in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_interrupted_training_resumes_to_the_same_parameters(trained, tmp_path):
+    with pytest.raises(Stop):
+        train.train(tiny_config.get_config(), tmp_path, 0, StopAtEight())
+    assert (tmp_path / "training" / "seed_0" / "step_5").is_dir()
+    train.run(tiny_config.get_config(), str(tmp_path))
+    assert_same_parameters(trained, tmp_path)
+
+
+def test_many_steps_per_call_equal_the_loop(tmp_path):
+    config = tiny_config.get_config()
+    config.train.steps_per_call = 6
+    config.train.save_every = 4
+    with pytest.raises(Stop):
+        train.train(config, tmp_path / "killed", 0, StopAtEight())
+    assert (tmp_path / "killed" / "training" / "seed_0" / "step_4").is_dir()
+    for name in ("killed", "whole"):
+        train.run(config, str(tmp_path / name))
+    assert_same_parameters(tmp_path / "whole", tmp_path / "killed")
+
+    source = problem.load_data(config, "train")
+    step, optimizer = train.make_step(problem.build(config, source), config)
+    variables = problem.initial(problem.build(config, source), 0)
+    state, run = (variables, optimizer.init(variables["params"])), jax.jit(step)
+    places = data.training_places(source, batch_size=config.train.batch_size, seed=0)
+    for number, where in zip(range(config.train.num_steps), places, strict=False):
+        batch = source.take(where)
+        key = jax.random.fold_in(jax.random.key(0), number)
+        *state, _ = run(*state, batch.image, batch.label, key)
+    trained = checkpoint.load(tmp_path / "whole" / "checkpoints" / "seed_0").params
+    for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(state[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_step_schedule_ends_at_a_hundredth():
+    config = tiny_config.get_config()
+    config.train.schedule = "step"
+    config.train.update({"weight_decay": 0.0, "momentum": 0.0, "learning_rate": 0.5})
+    optimizer = train.optimizer(config)
+    state, rates = optimizer.init(jnp.ones(())), []
+    for _ in range(config.train.num_steps):
+        update, state = optimizer.update(jnp.ones(()), state, jnp.ones(()))
+        rates.append(-float(update))
+    np.testing.assert_allclose(rates, [0.5] * 6 + [0.05] * 4 + [0.005] * 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("schedule", "stairs", "train.schedule must be one of"),
+        ("steps_per_call", 0, r"train\.steps_per_call must be at least 1; got 0"),
+        ("log_every", 0, r"train\.log_every must be at least 1; got 0"),
+        ("save_every", 0, r"train\.save_every must be at least 1; got 0"),
+        ("num_steps", 0, r"train\.num_steps must be at least 1; got 0"),
+        ("main_select", "head(", "train.main_select: .* is not one"),
+        ("main_select", "params/haed.*", "train.main_select: .* matches none"),
+        ("main_select", None, "must be 'all' or a pattern .*; got None"),
+    ],
+)
+def test_impossible_training(tmp_path, key, value, message):
+    config = tiny_config.get_config()
+    with config.unlocked():
+        config.train[key] = value
+    with pytest.raises(ValueError, match=message):
+        train.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_split_is_refused_before_the_training(tmp_path):
+    config = tiny_config.get_config()
+    config.data.validation = "validation"
+    with pytest.raises(ValueError, match="no split called 'validation'"):
+        train.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("per_call", [1, 4])
+def test_a_training_that_diverges_ends_and_says_so(tmp_path, per_call):
+    config = tiny_config.get_config()
+    config.train.learning_rate = 1e30
+    config.train.update({"log_every": 8, "save_every": 4})
+    with config.unlocked():
+        config.train.steps_per_call = per_call
+    with pytest.raises(launch.UserError, match=r"diverged: after step 4 .* nan.*learning_rate"):
+        train.run(config, str(tmp_path / "run"))
+    assert not list((tmp_path / "run").rglob("step_*"))
+    # Nothing was made of it: the folder is free for another rate.
+    config.train.learning_rate = 0.1
+    train.run(config, str(tmp_path / "run"))
+
+
+def test_what_nothing_would_train(tmp_path):
+    config = tiny_config.get_config()
+    config.train.update({"aux": "none", "main_select": "params/head.*"})
+    with pytest.raises(ValueError, match="leaves the other parameters to an auxiliary task"):
+        train.run(config, str(tmp_path / "run"))
