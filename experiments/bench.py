@@ -197,7 +197,7 @@ def cases(settings: ml_collections.ConfigDict) -> list[Case]:
                 )
                 for dtype in work.dtypes
                 if not settings.dtypes or dtype in settings.dtypes
-                for steps in work.num_steps[: None if ours and not settings.smoke else 1]
+                for steps in work.num_steps[: 1 if settings.smoke else None]
                 if not settings.num_steps or steps in settings.num_steps
                 for count in counts
                 for form in forms
