@@ -3,9 +3,10 @@
 ``python -m experiments.bench_kernels --out=kernels.json`` times the three kernels of
 :mod:`ttt_jax.models.fused_conv` on the layers of a ResNet of width 16, each on the work of one
 inner step of ``experiments.bench``'s ``rotation``: 128 instances with kernels of their own and 32
-images each. ``--tiles=forward:16:128:2`` times a result kernel of 16 outputs in programs of 128
-positions and two warps beside the module's own choice, ``--tiles=weights:16:8:64:9:1`` a weight
-gradient in tiles as in ``fused_limits.WEIGHT_GRADIENT``; values are compared with the module's own.
+images each. ``--tiles=forward:16:16:1:taps:128:2,weights:16:32:2:patches:2:8:64:2:4`` times other
+tiles beside the module's own choice: the kernel, the layer's channels, outputs and stride, the
+form, and the fields of that form's class in ``ttt_jax/models/fused_tiles.py``. Values are compared
+with those of the module's own choice.
 """
 
 import statistics
@@ -19,11 +20,24 @@ import ml_collections
 from absl import flags
 
 from experiments import launch, provenance
-from ttt_jax.models import fused_conv, fused_limits as limits
+from ttt_jax.models import fused_cuts, fused_patches, fused_taps, fused_tiles
 
 GROUPS = 8
-# Other tiles are tried by changing these for a while.
-TABLES: dict[str, dict[int, Any]] = {"forward": limits.FORWARD, "weights": limits.WEIGHT_GRADIENT}
+# By kernel: its name in the modules of both forms, and the tiles of each form.
+KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "forward": (
+        "forward",
+        {"patches": fused_tiles.ForwardPatches, "taps": fused_tiles.ForwardTaps},
+    ),
+    "input": (
+        "input_gradient",
+        {"patches": fused_tiles.InputPatches, "taps": fused_tiles.InputTaps},
+    ),
+    "weights": (
+        "weight_gradient",
+        {"patches": fused_tiles.WeightPatches, "taps": fused_tiles.WeightTaps},
+    ),
+}
 
 
 class Layer(NamedTuple):
@@ -73,7 +87,7 @@ def operands(key: jax.Array, layer: Layer, instances: int, images: int, dtype: A
     shape = (instances, images, positions, layer.channels)
     x = jax.random.normal(keys[0], shape).astype(dtype)
     dy = jax.random.normal(keys[1], (*shape[:2], positions // layer.stride**2, layer.outputs))
-    w = jax.random.normal(keys[2], (instances, limits.TAPS, layer.channels, layer.outputs))
+    w = jax.random.normal(keys[2], (instances, fused_tiles.TAPS, layer.channels, layer.outputs))
     gamma = 1 + jax.random.normal(keys[3], (instances, layer.channels)) / 10
     grouped = x.astype(jnp.float32).reshape(*shape[:3], GROUPS, -1)
     mean, rstd = grouped.mean((2, 4)), 1 / jnp.sqrt(grouped.var((2, 4)) + 1e-5)
@@ -82,42 +96,57 @@ def operands(key: jax.Array, layer: Layer, instances: int, images: int, dtype: A
     return Operands(x, dy.astype(dtype), w.astype(dtype) / 10, gamma, (a, -mean * a, mean, rstd))
 
 
-def kernels(layer: Layer, interpret: bool) -> dict[str, Callable[[Operands], Any]]:
-    """The three kernels of a layer, as functions of one instance's operands."""
+def own(kernel: str, layer: Layer, dtype: Any) -> Any:
+    """The tile that the module chooses."""
+    shape = jax.ShapeDtypeStruct((1, layer.side**2, layer.channels), dtype)
+    choose = getattr(fused_tiles, KERNELS[kernel][0])
+    return choose(shape, layer.outputs, layer.stride, (layer.side, layer.side))
+
+
+def call(kernel: str, layer: Layer, chosen: Any, interpret: bool) -> Callable[[Operands], Any]:
+    """A kernel of a layer in a tile, as a function of one instance's operands."""
+    name, forms = KERNELS[kernel]
+    module = fused_patches if isinstance(chosen, forms["patches"]) else fused_taps
+    run = getattr(module, name)
     size = {"height": layer.side, "width": layer.side, "stride": layer.stride}
     size["interpret"] = interpret
-    return {
-        "forward": lambda o: fused_conv.forward(o.x, *o.affine[:2], o.w, None, **size),
-        "input gradient": lambda o: fused_conv.input_gradient(
-            o.dy, o.w, o.x, o.affine, o.gamma, None, groups=GROUPS, **size
-        ),
-        "weights": lambda o: fused_conv.weight_gradient(o.x, *o.affine[:2], o.dy, **size),
-    }
+    if kernel == "forward":
+        return lambda o: run(o.x, *o.affine[:2], o.w, None, chosen, activate=True, **size)
+    if kernel == "weights":
+        return lambda o: run(o.x, *o.affine[:2], o.dy, chosen, activate=True, **size)
+    return lambda o: run(o.dy, o.w, o.x, o.affine, o.gamma, None, chosen, groups=GROUPS, **size)
 
 
-def tile(text: str) -> tuple[str, int, tuple[int, ...]]:
-    """``KERNEL:CHANNELS:N:...`` as the kernel, its channels and its tile.
+def tile(text: str) -> tuple[str, tuple[int, int, int], Any]:
+    """``KERNEL:CHANNELS:OUTPUTS:STRIDE:FORM:N:...`` as the kernel, the layer and its tile.
 
     Raises:
-      UserError: an unknown kernel, unknown channels, a tile of the wrong length, positions that are
-        no power of two (the kernels would take a smaller one), or taps that are no divisor of 9.
+      UserError: an unknown kernel, layer or form, another number of fields, or fields that the
+        kernels do not take: positions and cells that are no powers of two (they would take fewer),
+        taps that do not divide 9, runs that do not divide a window's rows.
     """
-    kernel, *numbers = text.split(":")
-    table = TABLES.get(kernel)
     try:
-        channels, *sizes = map(int, numbers)
-        if table is None or len(sizes) != len(table[channels]) or min(sizes) < 1:
-            raise KeyError(kernel)
-        positions, taps = (sizes[0], 1) if kernel == "forward" else sizes[1:3]
-        if positions & (positions - 1) or limits.TAPS % taps:
-            raise KeyError(kernel)
-    except (ValueError, KeyError) as error:
+        kernel, channels, outputs, stride, form, *numbers = text.split(":")
+        layer = (int(channels), int(outputs), int(stride))
+        chosen = KERNELS[kernel][1][form](*map(int, numbers))
+        fields = chosen._asdict()
+        ahead = fields.pop("ahead", 0)
+        powers = [fields.get(name, 1) for name in ("rows", "cells", "positions")]
+        if layer not in {one[1:] for one in LAYERS} or min(fields.values()) < 1 or ahead < 0:
+            raise KeyError(text)
+        if any(n & (n - 1) for n in powers) or fields.get("rows", 1) > 2:
+            raise KeyError(text)
+        window = fused_cuts.of_inputs(layer[2], fields.get("rows", 1)).window[0]
+        if fused_tiles.TAPS % fields.get("taps", 1) or window % fields.get("runs", 1):
+            raise KeyError(text)
+    except (ValueError, KeyError, TypeError) as error:
         raise launch.UserError(
-            "a tile is forward:OUTPUTS:POSITIONS:WARPS or weights:CHANNELS:IMAGES:POSITIONS:TAPS:"
-            f"WARPS, for channels among {limits.CHANNELS}, positions a power of two, and 1, 3 "
-            f"or 9 taps; got {text!r}."
+            "a tile is KERNEL:CHANNELS:OUTPUTS:STRIDE:FORM:N:..., a kernel among "
+            f"{', '.join(KERNELS)}, a layer of a ResNet of width 16, patches or taps, and the "
+            "fields of that form in ttt_jax/models/fused_tiles.py, those of positions and cells "
+            f"powers of two; got {text!r}."
         ) from error
-    return kernel, channels, tuple(sizes)
+    return kernel, layer, chosen
 
 
 def measure(program: Any, arguments: Operands, repeats: int) -> tuple[Any, float]:
@@ -169,29 +198,20 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
             # An interpreted kernel of the true side would take minutes.
             timed = layer._replace(side=2 * layer.stride * 2) if smoke else layer
             arguments = operands(jax.random.key(0), timed, instances, images, jnp.dtype(dtype))
-            for name, kernel in kernels(timed, smoke).items():
-                wide = layer.outputs if name == "forward" else max(layer.channels, layer.outputs)
-                mine = [sizes for which, width, sizes in tiles if (which, width) == (name, wide)]
-                own = None
-                for sizes in (None, *mine):
-                    table = TABLES.get(name, {})
-                    kept = table.get(wide)
-                    try:
-                        if sizes is not None:
-                            table[wide] = sizes
-                        program = jax.jit(jax.vmap(kernel)).lower(arguments).compile()
-                    finally:
-                        if kept is not None:
-                            table[wide] = kept
+            for kernel in KERNELS:
+                mine = [form for which, at, form in tiles if (which, at) == (kernel, layer[1:])]
+                due = None
+                for chosen in (own(kernel, layer, jnp.dtype(dtype)), *mine):
+                    function = call(kernel, timed, chosen, smoke)
+                    program = jax.jit(jax.vmap(function)).lower(arguments).compile()
                     result, ms = measure(program, arguments, repeats)
-                    own = result if own is None else own
+                    first, due = due is None, result if due is None else due
+                    form = f"{type(chosen).__name__}{tuple(chosen)}"
                     rows.append(
-                        {"layer": str(layer), "kernel": name, "compute_dtype": dtype, "ms": ms}
-                        | {"tile": list(sizes or kept or ()), "chosen": sizes is None}
-                        | {"distance": distance(result, own)}
+                        {"layer": str(layer), "kernel": kernel, "compute_dtype": dtype, "ms": ms}
+                        | {"tile": form, "chosen": first, "distance": distance(result, due)}
                     )
-                    at = ":".join(map(str, rows[-1]["tile"]))
-                    print(f"{dtype:9} {layer!s:22} {name:15} {at:12} {ms:7.3f} ms", flush=True)
+                    print(f"{dtype:9} {layer!s:22} {kernel:8} {form:32} {ms:7.3f} ms", flush=True)
     record = provenance.of(settings) | {"instances": instances, "images": images, "rows": rows}
     launch.write_json(out, record)
     return record

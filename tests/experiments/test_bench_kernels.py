@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import bench_kernels, launch
-from ttt_jax.models import fused_conv
+from ttt_jax.models import fused_patches, fused_taps, fused_tiles
 
 
 def settings(**options):
@@ -18,31 +18,36 @@ def settings(**options):
 
 def test_all_kernels_and_other_tiles(tmp_path, capsys, monkeypatch):
     built = []
-    for name in ("_forward_kernel", "_weight_gradient_kernel"):
-        kernel = getattr(fused_conv, name)
+    for module in (fused_taps, fused_patches):
+        for name in ("_forward_kernel", "_weight_gradient_kernel"):
+            kernel = getattr(module, name)
 
-        def spied(*refs, kernel=kernel, **sizes):
-            built.append((sizes["chunk"], sizes.get("taps")))
-            return kernel(*refs, **sizes)
+            def spied(*refs, kernel=kernel, **sizes):
+                built.append((kernel.__module__, sizes["chunk"], sizes.get("taps")))
+                return kernel(*refs, **sizes)
 
-        monkeypatch.setattr(fused_conv, name, spied)
-    tables = {name: dict(table) for name, table in bench_kernels.TABLES.items()}
-    tiles = ("forward:16:8:1", "weights:16:2:8:3:1")
-    record = bench_kernels.run(str(tmp_path / "k.json"), settings(tiles=tiles))
+            monkeypatch.setattr(module, name, spied)
+    given = ("forward:16:16:1:patches:2:4:1:0", "weights:16:16:1:taps:2:8:3:1")
+    record = bench_kernels.run(str(tmp_path / "k.json"), settings(tiles=given))
     assert json.loads((tmp_path / "k.json").read_text())["rows"] == record["rows"]
     own = [row for row in record["rows"] if row["chosen"]]
     assert len(own) == 3 * len(bench_kernels.LAYERS)
     assert all(row["ms"] > 0 and row["distance"] == 0 for row in own)
     others = [row for row in record["rows"] if not row["chosen"]]
     assert [(row["layer"], row["kernel"], row["tile"]) for row in others] == [
-        ("16 to 16 at 32", "forward", [8, 1]),
-        ("16 to 16 at 32", "weights", [2, 8, 3, 1]),
+        ("16 to 16 at 32", "forward", "ForwardPatches(2, 4, 1, 0)"),
+        ("16 to 16 at 32", "weights", "WeightTaps(2, 8, 3, 1)"),
     ]
     assert all(row["distance"] < 1e-5 for row in others)
-    assert {(8, None), (8, 3)} <= set(built)
-    # What was tried does not stay.
-    assert bench_kernels.TABLES == tables
+    assert {(fused_patches.__name__, 4, None), (fused_taps.__name__, 8, 3)} <= set(built)
     assert capsys.readouterr().out.count(" ms") == len(record["rows"])
+
+
+def test_the_modules_own_tile():
+    layer = bench_kernels.Layer(32, 16, 16, 1)
+    assert bench_kernels.own("forward", layer, jnp.bfloat16) == fused_tiles.forward(
+        jnp.zeros((1, 1024, 16), jnp.bfloat16), 16, 1, (32, 32)
+    )
 
 
 def test_operands_are_normalized():
@@ -57,11 +62,24 @@ def test_operands_are_normalized():
 
 @pytest.mark.parametrize(
     "text",
-    ["backward:16:8:1", "forward:24:8:1", "forward:16:8", "weights:x", "weights:16:2:8:4:1"]
-    + ["forward:16:100:2", "weights:16:2:12:3:1", "forward:16:0:1"],
+    [
+        "backward:16:16:1:taps:8:1",
+        "forward:16:24:1:taps:8:1",
+        "forward:16:16:2:taps:8:1",
+        "forward:16:16:1:rows:8:1",
+        "forward:16:16:1:taps:8",
+        "forward:16:16:1:taps:100:2",
+        "forward:16:16:1:taps:0:1",
+        "forward:16:16:1:patches:4:64:4:1",
+        "forward:16:16:1:patches:2:64:4:-1",
+        "weights:x",
+        "weights:16:16:1:taps:2:8:4:1",
+        "weights:16:16:1:patches:2:8:64:3:4",
+        "weights:16:32:2:patches:2:8:12:2:4",
+    ],
 )
 def test_tiles_that_there_are_not(tmp_path, text):
-    with pytest.raises(launch.UserError, match=r"a tile is forward:OUTPUTS:POSITIONS:WARPS"):
+    with pytest.raises(launch.UserError, match=f"a tile is KERNEL:CHANNELS.*got '{text}'"):
         bench_kernels.run(str(tmp_path / "k.json"), settings(tiles=(text,)))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ttt_jax import models
-from ttt_jax.models import fused_block, fused_conv, fused_limits
+from ttt_jax.models import fused_block, fused_conv, fused_limits, fused_tiles
 
 
 @pytest.fixture
@@ -147,6 +147,13 @@ def test_a_residual_has_the_shape_of_what_it_is_added_to():
 
 
 def test_limits_are_those_of_the_tiles():
-    assert set(fused_limits.FORWARD) == set(fused_limits.CHANNELS)
+    assert set(fused_tiles.FORWARD_TAPS) == set(fused_limits.CHANNELS)
+    for table in (
+        fused_tiles.FORWARD_PATCHES,
+        fused_tiles.INPUT_PATCHES,
+        fused_tiles.WEIGHT_PATCHES,
+    ):
+        assert {key[:2] for key in table} <= {(c, o) for c in (16, 32, 64) for o in (16, 32, 64)}
+        assert all(tile.rows in (1, 2) for tile in table.values())
     sizes = [size for size in range(70) if fused_limits.power_of_two(size)]
     np.testing.assert_array_equal(sizes, [1, 2, 4, 8, 16, 32, 64])

@@ -5,52 +5,22 @@ convolution, the residual sum and the statistics of the next normalization touch
 once. Under ``vmap`` over parameters XLA writes a grouped convolution instead, whose weight
 gradient alone takes half of an inner step (``experiments/results/bench_vision.json``).
 
-Written in Pallas for its Triton backend. Arrays are ``[N, P, C]``, P = height * width positions
-row by row; the N images share one kernel, and ``vmap`` adds instances with kernels of their own.
-The kernels have no derivatives; :mod:`ttt_jax.models.fused_block` gives them theirs.
+Written in Pallas for its Triton backend, in two forms: by patches
+(:mod:`ttt_jax.models.fused_patches`) where channels are few, else tap by tap
+(:mod:`ttt_jax.models.fused_taps`); :mod:`ttt_jax.models.fused_tiles` says which, and how each
+cuts its work. Arrays are ``[N, P, C]``, P = height * width positions row by row; the N images share
+one kernel, and ``vmap`` adds instances with kernels of their own. The kernels have no derivatives;
+:mod:`ttt_jax.models.fused_block` gives them theirs.
 """
 
-import functools
-import math
-from typing import Any
-
 import jax
-import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-from ttt_jax.models import fused_limits as limits, fused_places as at
-
-
-def _activated(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.maximum(a[None] * x.astype(jnp.float32) + b[None], 0.0)
-
-
-def _forward_kernel(
-    *refs: Any, height: int, width: int, stride: int, activate: bool, residual: bool, chunk: int
-) -> None:
-    x_ref, a_ref, b_ref, w_ref = refs[:4]
-    y_ref, sums_ref = refs[4 + residual :]
-    start = pl.program_id(1) * chunk
-    i, j = at.places(start + jax.lax.broadcasted_iota(jnp.int32, (chunk,), 0), width // stride)
-    a, b = a_ref[...], b_ref[...]
-    y = jnp.zeros((chunk, w_ref.shape[-1]), jnp.float32)
-    for tap in range(limits.TAPS):
-        r, c = i * stride + (tap // 3 - 1), j * stride + (tap % 3 - 1)
-        inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
-        x, mask = at.gather(x_ref, r, c, inside, width)
-        if activate:
-            # Padding comes after the activation: it is zero, not relu(b).
-            x = jnp.where(mask, _activated(x, a, b), 0.0).astype(x.dtype)
-        y += jnp.dot(x, w_ref[tap], preferred_element_type=jnp.float32)
-    here = pl.ds(start, chunk)
-    if residual:
-        y += refs[4][here, :].astype(jnp.float32)
-    rounded = y.astype(y_ref.dtype)
-    y_ref[here, :] = rounded
-    y = rounded.astype(jnp.float32)
-    sums_ref[0, :] = jnp.sum(y, axis=0)
-    sums_ref[1, :] = jnp.sum(y * y, axis=0)
+from ttt_jax.models import (
+    fused_limits as limits,
+    fused_patches as patches,
+    fused_taps as taps,
+    fused_tiles as tiles,
+)
 
 
 def forward(
@@ -90,102 +60,10 @@ def forward(
     """
     arrays = {"a": a, "b": b, "w": w, "residual": residual}
     limits.check("forward", x, w.shape[-1], (height, width), stride, arrays)
-    count, positions, channels = x.shape
-    outputs, out_positions = w.shape[-1], positions // stride**2
-    most, warps = limits.FORWARD[outputs]
-    chunk = math.gcd(most, out_positions)
-    chunks = out_positions // chunk
-    inputs, specs = [x, a, b, w], [at.image(positions, channels)] + [at.vector(channels)] * 2
-    specs.append(at.taps(channels, outputs))
-    if residual is not None:
-        inputs.append(residual)
-        specs.append(at.image(out_positions, outputs))
-    y, sums = pl.pallas_call(
-        functools.partial(
-            _forward_kernel,
-            height=height,
-            width=width,
-            stride=stride,
-            activate=activate,
-            residual=residual is not None,
-            chunk=chunk,
-        ),
-        grid=(count, chunks),
-        in_specs=specs,
-        out_specs=[
-            at.image(out_positions, outputs),
-            pl.BlockSpec((None, None, 2, outputs), lambda n, k: (n, k, 0, 0)),
-        ],
-        out_shape=[
-            jax.ShapeDtypeStruct((count, out_positions, outputs), x.dtype),
-            jax.ShapeDtypeStruct((count, chunks, 2, outputs), jnp.float32),
-        ],
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
-        interpret=interpret,
-        name="conv3x3_forward",
-    )(*inputs)
-    return y, sums.sum(axis=1)
-
-
-def _input_gradient_kernel(
-    *refs: Any, height: int, width: int, stride: int, groups: int, residual: bool
-) -> None:
-    dy_ref, w_ref, x_ref, a_ref, b_ref, mean_ref, rstd_ref, gamma_ref = refs[:8]
-    dx_ref, moments_ref = refs[8 + residual :]
-    channels, out = w_ref.shape[1], (height // stride, width // stride)
-    i, j = at.places(jax.lax.broadcasted_iota(jnp.int32, (out[0] * out[1],), 0), out[1])
-    a, b, mean, rstd = (ref[...][None] for ref in (a_ref, b_ref, mean_ref, rstd_ref))
-    gamma = gamma_ref[...]
-    everywhere = i >= 0
-
-    def phase(ref: Any, down: int, right: int) -> jax.Array:
-        """Every ``stride``-th place of a map, from that row and column on."""
-        if stride == 1:
-            return ref[...]
-        return at.gather(ref, i * stride + down, j * stride + right, everywhere, width)[0]
-
-    # With a stride, inputs of one phase are read through the same taps, at most four of nine.
-    parts = []
-    dgamma, dbeta = jnp.zeros((channels,), jnp.float32), jnp.zeros((channels,), jnp.float32)
-    for down in range(stride):
-        for right in range(stride):
-            dh = jnp.zeros((out[0] * out[1], channels), jnp.float32)
-            for tap in range(limits.TAPS):
-                below, beside = down - tap // 3 + 1, right - tap % 3 + 1
-                if below % stride or beside % stride:
-                    continue
-                r, c = i + below // stride, j + beside // stride
-                inside = (r >= 0) & (c >= 0) & (r < out[0]) & (c < out[1])
-                dy, _ = at.gather(dy_ref, r, c, inside, out[1])
-                contract = (((1,), (1,)), ((), ()))
-                dh += jax.lax.dot_general(
-                    dy, w_ref[tap], contract, preferred_element_type=jnp.float32
-                )
-            x = phase(x_ref, down, right).astype(jnp.float32)
-            du = jnp.where(a * x + b > 0, dh, 0.0)
-            normal = (x - mean) * rstd
-            dgamma += jnp.sum(du * normal, axis=0)
-            dbeta += jnp.sum(du, axis=0)
-            parts.append((down, right, du, normal))
-    moments_ref[0, :] = dgamma
-    moments_ref[1, :] = dbeta
-    # Means over a group, spread over its channels: one small product with a block matrix.
-    size = channels // groups
-    shift = size.bit_length() - 1
-    row = jax.lax.broadcasted_iota(jnp.int32, (channels, channels), 0) >> shift
-    column = jax.lax.broadcasted_iota(jnp.int32, (channels, channels), 1) >> shift
-    same = jnp.where(row == column, 1.0 / (size * height * width), 0.0)
-    first = jnp.sum(same * (gamma * dbeta)[:, None], axis=0)
-    second = jnp.sum(same * (gamma * dgamma)[:, None], axis=0)
-    for down, right, du, normal in parts:
-        dx = rstd * (du * gamma[None] - first[None] - normal * second[None])
-        if residual:
-            dx += phase(refs[8], down, right).astype(jnp.float32)
-        if stride == 1:
-            dx_ref[...] = dx.astype(dx_ref.dtype)
-        else:
-            places = (i * stride + down) * width + j * stride + right
-            plgpu.store(dx_ref.at[at.indices(places, channels)], dx.astype(dx_ref.dtype))
+    tile = tiles.forward(x, w.shape[-1], stride, (height, width))
+    form = patches if isinstance(tile, tiles.ForwardPatches) else taps
+    size = {"height": height, "width": width, "stride": stride}
+    return form.forward(x, a, b, w, residual, tile, **size, activate=activate, interpret=interpret)
 
 
 def input_gradient(
@@ -226,100 +104,13 @@ def input_gradient(
     """
     arrays = {"dy": dy, "w": w, "gamma": gamma, "residual": residual}
     arrays |= dict(zip(("a", "b", "mean", "rstd"), affine, strict=True))
-    size = (height, width)
-    limits.check("input_gradient", x, dy.shape[-1], size, stride, arrays, groups)
-    count, positions, channels = x.shape
-    outputs = dy.shape[-1]
-    inputs = [dy, w, x, *affine, gamma]
-    specs = [
-        at.image(dy.shape[1], outputs),
-        at.taps(channels, outputs),
-        at.image(positions, channels),
-    ]
-    specs += [at.vector(channels)] * 4 + [pl.BlockSpec((channels,), lambda *_: (0,))]
-    if residual is not None:
-        inputs.append(residual)
-        specs.append(at.image(positions, channels))
-    # All of a map is on chip: in float32 it needs the registers of more warps.
-    narrow = stride == 2 and x.dtype.itemsize == 2
-    warps = 8 if positions >= 1024 and not narrow else 4
-    return pl.pallas_call(
-        functools.partial(
-            _input_gradient_kernel,
-            height=height,
-            width=width,
-            stride=stride,
-            groups=groups,
-            residual=residual is not None,
-        ),
-        grid=(count,),
-        in_specs=specs,
-        out_specs=[at.image(positions, channels), at.image(2, channels)],
-        out_shape=[
-            jax.ShapeDtypeStruct((count, positions, channels), x.dtype),
-            jax.ShapeDtypeStruct((count, 2, channels), jnp.float32),
-        ],
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
-        interpret=interpret,
-        name="conv3x3_input_gradient",
-    )(*inputs)
-
-
-def _weight_gradient_kernel(
-    x_ref: Any,
-    a_ref: Any,
-    b_ref: Any,
-    dy_ref: Any,
-    dw_ref: Any,
-    *,
-    height: int,
-    width: int,
-    stride: int,
-    activate: bool,
-    taps: int,
-    chunk: int,
-) -> None:
-    channels, outputs = x_ref.shape[-1], dy_ref.shape[-1]
-    out = (height // stride, width // stride)
-    positions, out_positions = height * width, out[0] * out[1]
-    first = jax.lax.rem(pl.program_id(0), jnp.int32(limits.TAPS // taps)) * taps
-    # Both maps have this many places with stride 1, and then the input is read as it lies, so that
-    # it is activated once and not once per tap. Otherwise the output, which is smaller, is.
-    chunks = jnp.int32(out_positions // chunk)
-
-    def accumulate(step: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        step = jnp.int32(step)
-        n, start = jax.lax.div(step, chunks), jax.lax.rem(step, chunks) * chunk
-        i, j = at.places(start + jax.lax.broadcasted_iota(jnp.int32, (chunk,), 0), out[1])
-        here = pl.ds(n * out_positions + start, chunk)
-        if stride == 1:
-            x = x_ref[here, :]
-            if activate:
-                x = _activated(x, a_ref[n, :], b_ref[n, :]).astype(x.dtype)
-        else:
-            dy = dy_ref[here, :]
-        results = []
-        for k, total in enumerate(sums):
-            if stride == 1:
-                r, c, inside = at.sources(i, j, first + k, *out)
-                dy, _ = at.gather(dy_ref, r, c, inside, out[1], n * out_positions)
-            else:
-                down, right = at.offsets(first + k)
-                r, c = i * stride + down, j * stride + right
-                inside = (r >= 0) & (c >= 0) & (r < height) & (c < width)
-                x, mask = at.gather(x_ref, r, c, inside, width, n * positions)
-                if activate:
-                    u = _activated(x, a_ref[n, :], b_ref[n, :])
-                    x = jnp.where(mask, u, 0.0).astype(x.dtype)
-            contract = (((0,), (0,)), ((), ()))
-            product = jax.lax.dot_general(x, dy, contract, preferred_element_type=jnp.float32)
-            results.append(total + product)
-        return tuple(results)
-
-    zeros = tuple(jnp.zeros((channels, outputs), jnp.float32) for _ in range(taps))
-    steps = x_ref.shape[0] // positions * (out_positions // chunk)
-    for k, total in enumerate(jax.lax.fori_loop(0, steps, accumulate, zeros)):
-        dw_ref[k] = total
+    limits.check("input_gradient", x, dy.shape[-1], (height, width), stride, arrays, groups)
+    tile = tiles.input_gradient(x, dy.shape[-1], stride, (height, width))
+    form = patches if isinstance(tile, tiles.InputPatches) else taps
+    size = {"height": height, "width": width, "stride": stride}
+    return form.input_gradient(
+        dy, w, x, affine, gamma, residual, tile, **size, groups=groups, interpret=interpret
+    )
 
 
 def weight_gradient(
@@ -356,38 +147,7 @@ def weight_gradient(
     """
     arrays = {"a": a, "b": b, "dy": dy}
     limits.check("weight_gradient", x, dy.shape[-1], (height, width), stride, arrays)
-    count, positions, channels = x.shape
-    out_positions, outputs = dy.shape[1:]
-    most, chunk, taps, warps = limits.WEIGHT_GRADIENT[max(channels, outputs)]
-    shares = limits.TAPS // taps
-    if count > limits.ONE_INSTANCE:
-        most = max(1, min(most, count * shares // limits.PROGRAMS))
-    each = max(d for d in range(1, min(most, count) + 1) if count % d == 0)
-    chunk = math.gcd(chunk, out_positions)
-    parts = count // each
-    partial = pl.pallas_call(
-        functools.partial(
-            _weight_gradient_kernel,
-            height=height,
-            width=width,
-            stride=stride,
-            activate=activate,
-            taps=taps,
-            chunk=chunk,
-        ),
-        grid=(parts * shares,),
-        in_specs=[
-            pl.BlockSpec((each * positions, channels), lambda g: (g // shares, 0)),
-            pl.BlockSpec((each, channels), lambda g: (g // shares, 0)),
-            pl.BlockSpec((each, channels), lambda g: (g // shares, 0)),
-            pl.BlockSpec((each * out_positions, outputs), lambda g: (g // shares, 0)),
-        ],
-        out_specs=pl.BlockSpec(
-            (None, taps, channels, outputs), lambda g: (g // shares, g % shares, 0, 0)
-        ),
-        out_shape=jax.ShapeDtypeStruct((parts, limits.TAPS, channels, outputs), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=3),
-        interpret=interpret,
-        name="conv3x3_weight_gradient",
-    )(x.reshape(count * positions, channels), a, b, dy.reshape(count * out_positions, outputs))
-    return partial.sum(axis=0)
+    tile = tiles.weight_gradient(x, dy.shape[-1], stride, (height, width))
+    form = patches if isinstance(tile, tiles.WeightPatches) else taps
+    size = {"height": height, "width": width, "stride": stride}
+    return form.weight_gradient(x, a, b, dy, tile, **size, activate=activate, interpret=interpret)

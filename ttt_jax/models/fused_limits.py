@@ -1,4 +1,4 @@
-"""Sizes that the kernels of :mod:`ttt_jax.models.fused_conv` take, and how they cut their work.
+"""Sizes that the kernels of :mod:`ttt_jax.models.fused_conv` take.
 
 Free of Pallas: a machine without its Triton backend may ask as well.
 """
@@ -8,21 +8,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-TAPS = 9
+from ttt_jax.models.fused_tiles import TAPS, WEIGHT_TAPS
 
-# From timings on an H100 (bfloat16 and float32, 128 instances of 32 images of 32 x 32). Per number
-# of outputs: the most positions per program, and warps.
-FORWARD = {16: (64, 2), 32: (128, 4), 64: (64, 4)}
-
-# Per number of channels, the larger of both maps': the most images per program, positions per
-# step, taps per program and warps.
-WEIGHT_GRADIENT = {16: (8, 32, 9, 1), 32: (16, 64, 3, 2), 64: (32, 64, 1, 4)}
-
-# More images than an instance has copies: a training batch, which alone must fill the card.
-ONE_INSTANCE = 64
-PROGRAMS = 512
-
-CHANNELS = tuple(WEIGHT_GRADIENT)
+CHANNELS = tuple(WEIGHT_TAPS)
 """The numbers of channels that the kernels are tuned for."""
 
 MOST_POSITIONS = 32 * 32

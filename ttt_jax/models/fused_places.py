@@ -1,4 +1,4 @@
-"""Where the kernels of :mod:`ttt_jax.models.fused_conv` read and write: places and blocks."""
+"""Where the kernels of :mod:`ttt_jax.models.fused_taps` read and write: places and blocks."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ttt_jax.models.fused_limits import TAPS
+from ttt_jax.models.fused_tiles import TAPS
 
 
 def places(positions: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,328 @@
+"""The kernels of :mod:`ttt_jax.models.fused_conv` by patches, for few channels.
+
+A patch of one map goes with a window of the other: outputs with the inputs that they read, or
+inputs with the outputs that read them. A window's row is a run of contiguous values, so one load
+and one product of a wider kernel do what the taps of that row do one by one in
+:mod:`ttt_jax.models.fused_taps`: values are activated once per row that holds them, and products
+have as many rows and columns as the matrix units want. The wider kernel is zero where no tap leads
+from a place of the window to a place of the patch; its products with zeros are the price.
+
+Maps are ``[N, P * C]`` here; ``cells`` are patches.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from ttt_jax.models import fused_cuts as cuts, fused_tiles as tiles
+
+
+def _repeated(ref: Any, count: int, *image: Any) -> jax.Array:
+    """A vector of channels for each of ``count`` places, ``[1, count * C]``."""
+    channels = ref.shape[-1]
+    e = jax.lax.broadcasted_iota(jnp.int32, (count * channels,), 0)
+    which = (*(jnp.broadcast_to(n, e.shape) for n in image), jax.lax.rem(e, jnp.int32(channels)))
+    return plgpu.load(ref.at[which])[None]
+
+
+def _window(
+    ref: Any, cell: Any, cut: cuts.Cut, size: tuple[int, int], channels: int, ahead: int
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """The rows of windows and what is inside, each read ``ahead`` rows before its use."""
+    read: list[tuple[jax.Array, jax.Array]] = []
+    for r in range(cut.window[0]):
+        while len(read) < min(r + 1 + ahead, cut.window[0]):
+            run, inside = cuts.run(cell, len(read), cut, size, channels)
+            read.append((plgpu.load(ref.at[run], mask=inside, other=0), inside))
+        yield read[r]
+
+
+def _product(a: jax.Array, b: jax.Array, over: int = 1) -> jax.Array:
+    dimensions = (((over,), (0,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _activated(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.maximum(a * x.astype(jnp.float32) + b, 0.0)
+
+
+def _one(size: int) -> pl.BlockSpec:
+    """One image's part of ``[N, size]``."""
+    return pl.BlockSpec((None, size), lambda n, *_: (n, 0))
+
+
+def _all(*shape: int) -> pl.BlockSpec:
+    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+
+
+def _forward_kernel(
+    *refs: Any,
+    cut: cuts.Cut,
+    size: tuple[int, int],
+    out: tuple[int, int],
+    activate: bool,
+    residual: bool,
+    chunk: int,
+    ahead: int,
+) -> None:
+    x_ref, a_ref, b_ref, w_ref = refs[:4]
+    y_ref, sums_ref = refs[4 + residual :]
+    channels, outputs = a_ref.shape[-1], sums_ref.shape[-1]
+    cell = cuts.positions(pl.program_id(1) * chunk, chunk, cut, out[1])
+    a, b = (_repeated(ref, cut.window[1]) for ref in (a_ref, b_ref))
+    y = jnp.zeros((chunk, w_ref.shape[-1]), jnp.float32)
+    for r, (x, inside) in enumerate(_window(x_ref, cell, cut, size, channels, ahead)):
+        if activate:
+            # Padding comes after the activation: it is zero, not relu(b).
+            x = jnp.where(inside, _activated(x, a, b), 0.0).astype(x.dtype)
+        y += _product(x, w_ref[r])
+    here = cuts.patch(cell, cut, out[1], outputs)
+    if residual:
+        y += plgpu.load(refs[4].at[here]).astype(jnp.float32)
+    rounded = y.astype(y_ref.dtype)
+    plgpu.store(y_ref.at[here], rounded)
+    y = rounded.astype(jnp.float32)
+    for k, values in enumerate((y, y * y)):
+        # A patch's places first: one thread has several of them.
+        by_place = values.reshape(chunk, cut.places, outputs)
+        sums_ref[k, :] = jnp.sum(jnp.sum(by_place, axis=1), axis=0)
+
+
+def forward(
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    w: jax.Array,
+    residual: jax.Array | None,
+    tile: tiles.ForwardPatches,
+    *,
+    height: int,
+    width: int,
+    stride: int,
+    activate: bool,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """:func:`ttt_jax.models.fused_conv.forward` by patches in this tile."""
+    (count, positions, channels), outputs = x.shape, w.shape[-1]
+    cut, out = cuts.of_outputs(stride, tile.rows), (height // stride, width // stride)
+    chunk = math.gcd(tile.cells, cut.cells(out))
+    chunks = cut.cells(out) // chunk
+    wide = cuts.widen(w, cut)
+    inputs = [x.reshape(count, -1), a, b, wide]
+    specs = [_one(positions * channels), _one(channels), _one(channels), _all(*wide.shape)]
+    result = (count, positions // stride**2 * outputs)
+    if residual is not None:
+        inputs.append(residual.reshape(result))
+        specs.append(_one(result[1]))
+    y, sums = pl.pallas_call(
+        functools.partial(
+            _forward_kernel,
+            cut=cut,
+            size=(height, width),
+            out=out,
+            activate=activate,
+            residual=residual is not None,
+            chunk=chunk,
+            ahead=tile.ahead,
+        ),
+        grid=(count, chunks),
+        in_specs=specs,
+        out_specs=[
+            _one(result[1]),
+            pl.BlockSpec((None, None, 2, outputs), lambda n, k: (n, k, 0, 0)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(result, x.dtype),
+            jax.ShapeDtypeStruct((count, chunks, 2, outputs), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
+        interpret=interpret,
+        name="patches_forward",
+    )(*inputs)
+    return y.reshape(count, -1, outputs), sums.sum(axis=1)
+
+
+def _input_gradient_kernel(
+    *refs: Any,
+    cut: cuts.Cut,
+    size: tuple[int, int],
+    out: tuple[int, int],
+    groups: int,
+    residual: bool,
+    ahead: int,
+) -> None:
+    dy_ref, w_ref, x_ref, a_ref, b_ref, mean_ref, rstd_ref, gamma_ref = refs[:8]
+    dx_ref, moments_ref = refs[8 + residual :]
+    channels, outputs, wide = gamma_ref.shape[0], w_ref.shape[1] // cut.window[1], w_ref.shape[2]
+    cell = cuts.positions(0, cut.cells(size), cut, size[1])
+    dh = jnp.zeros((cut.cells(size), wide), jnp.float32)
+    for r, (dy, _) in enumerate(_window(dy_ref, cell, cut, out, outputs, ahead)):
+        dh += _product(dy, w_ref[r])
+    a, b, mean, rstd, gamma = (
+        _repeated(ref, cut.places) for ref in (a_ref, b_ref, mean_ref, rstd_ref, gamma_ref)
+    )
+    here = cuts.patch(cell, cut, size[1], channels)
+    x = plgpu.load(x_ref.at[here]).astype(jnp.float32)
+    du = jnp.where(a * x + b > 0, dh, 0.0)
+    normal = (x - mean) * rstd
+    dgamma, dbeta = jnp.sum(du * normal, axis=0), jnp.sum(du, axis=0)
+    moments_ref[0, :] = dgamma
+    moments_ref[1, :] = dbeta
+    # Means over a group, spread over its channels at all places: a product with a block matrix.
+    members = channels // groups
+    shift = members.bit_length() - 1
+    row, column = (
+        jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (wide, wide), k), jnp.int32(channels))
+        for k in (0, 1)
+    )
+    same = jnp.where(row >> shift == column >> shift, 1.0 / (members * size[0] * size[1]), 0.0)
+    first = jnp.sum(same * (gamma[0] * dbeta)[:, None], axis=0)
+    second = jnp.sum(same * (gamma[0] * dgamma)[:, None], axis=0)
+    dx = rstd * (du * gamma - first[None] - normal * second[None])
+    if residual:
+        dx += plgpu.load(refs[8].at[here]).astype(jnp.float32)
+    plgpu.store(dx_ref.at[here], dx.astype(dx_ref.dtype))
+
+
+def input_gradient(
+    dy: jax.Array,
+    w: jax.Array,
+    x: jax.Array,
+    affine: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    gamma: jax.Array,
+    residual: jax.Array | None,
+    tile: tiles.InputPatches,
+    *,
+    height: int,
+    width: int,
+    stride: int,
+    groups: int,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """:func:`ttt_jax.models.fused_conv.input_gradient` by patches in this tile."""
+    (count, positions, channels), outputs = x.shape, dy.shape[-1]
+    cut = cuts.of_inputs(stride, tile.rows)
+    turned = cuts.widen(w.swapaxes(1, 2), cut)
+    flat, wide = positions * channels, cut.places * channels
+    inputs = [dy.reshape(count, -1), turned, x.reshape(count, -1), *affine, gamma]
+    specs = [_one(dy.shape[1] * outputs), _all(*turned.shape), _one(flat)]
+    specs += [_one(channels)] * 4 + [_all(channels)]
+    if residual is not None:
+        inputs.append(residual.reshape(count, -1))
+        specs.append(_one(flat))
+    dx, moments = pl.pallas_call(
+        functools.partial(
+            _input_gradient_kernel,
+            cut=cut,
+            size=(height, width),
+            out=(height // stride, width // stride),
+            groups=groups,
+            residual=residual is not None,
+            ahead=tile.ahead,
+        ),
+        grid=(count,),
+        in_specs=specs,
+        out_specs=[_one(flat), pl.BlockSpec((None, 2, wide), lambda n: (n, 0, 0))],
+        out_shape=[
+            jax.ShapeDtypeStruct((count, flat), x.dtype),
+            jax.ShapeDtypeStruct((count, 2, wide), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=1),
+        interpret=interpret,
+        name="patches_input_gradient",
+    )(*inputs)
+    return dx.reshape(x.shape), moments.reshape(count, 2, cut.places, channels).sum(axis=2)
+
+
+def _weight_gradient_kernel(
+    x_ref: Any,
+    a_ref: Any,
+    b_ref: Any,
+    dy_ref: Any,
+    dw_ref: Any,
+    *,
+    cut: cuts.Cut,
+    size: tuple[int, int],
+    out: tuple[int, int],
+    activate: bool,
+    runs: int,
+    chunk: int,
+) -> None:
+    channels, outputs = a_ref.shape[-1], dw_ref.shape[-1] // cut.window[1]
+    flat, out_flat = size[0] * size[1] * channels, out[0] * out[1] * outputs
+    first = jax.lax.rem(pl.program_id(0), jnp.int32(cut.window[0] // runs)) * runs
+    chunks = jnp.int32(cut.cells(size) // chunk)
+
+    def accumulate(step: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        step = jnp.int32(step)
+        n, start = jax.lax.div(step, chunks), jax.lax.rem(step, chunks) * chunk
+        cell = cuts.positions(start, chunk, cut, size[1])
+        # Patches of inputs, so that each is activated once.
+        x = plgpu.load(x_ref.at[n * flat + cuts.patch(cell, cut, size[1], channels)])
+        if activate:
+            a, b = (_repeated(ref, cut.places, n) for ref in (a_ref, b_ref))
+            x = _activated(x, a, b).astype(x.dtype)
+        results = []
+        for k, total in enumerate(sums):
+            run, inside = cuts.run(cell, first + k, cut, out, outputs)
+            dy = plgpu.load(dy_ref.at[n * out_flat + run], mask=inside, other=0)
+            results.append(total + _product(x, dy, over=0))
+        return tuple(results)
+
+    zeros = tuple(jnp.zeros(dw_ref.shape[1:], jnp.float32) for _ in range(runs))
+    steps = x_ref.shape[0] // flat * (cut.cells(size) // chunk)
+    for k, total in enumerate(jax.lax.fori_loop(0, steps, accumulate, zeros)):
+        dw_ref[k] = total
+
+
+def weight_gradient(
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    dy: jax.Array,
+    tile: tiles.WeightPatches,
+    *,
+    height: int,
+    width: int,
+    stride: int,
+    activate: bool,
+    interpret: bool,
+) -> jax.Array:
+    """:func:`ttt_jax.models.fused_conv.weight_gradient` by patches in this tile."""
+    (count, positions, channels), outputs = x.shape, dy.shape[-1]
+    cut, size = cuts.of_inputs(stride, tile.rows), (height, width)
+    shares = cut.window[0] // tile.runs
+    each = tiles.images_per_program(tile.images, count, shares)
+    parts = count // each
+    shape = (tile.runs, cut.places * channels, cut.window[1] * outputs)
+    whole = (parts, cut.window[0], *shape[1:])
+    partial = pl.pallas_call(
+        functools.partial(
+            _weight_gradient_kernel,
+            cut=cut,
+            size=size,
+            out=(height // stride, width // stride),
+            activate=activate,
+            runs=tile.runs,
+            chunk=math.gcd(tile.cells, cut.cells(size)),
+        ),
+        grid=(parts * shares,),
+        in_specs=[
+            pl.BlockSpec((each * positions * channels,), lambda g: (g // shares,)),
+            pl.BlockSpec((each, channels), lambda g: (g // shares, 0)),
+            pl.BlockSpec((each, channels), lambda g: (g // shares, 0)),
+            pl.BlockSpec((each * dy.shape[1] * outputs,), lambda g: (g // shares,)),
+        ],
+        out_specs=pl.BlockSpec((None, *shape), lambda g: (g // shares, g % shares, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct(whole, jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=3),
+        interpret=interpret,
+        name="patches_weight_gradient",
+    )(x.reshape(-1), a, b, dy.reshape(-1))
+    return cuts.narrow(partial.sum(axis=0), cut)
