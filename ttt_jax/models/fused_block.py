@@ -78,6 +78,9 @@ def supported(image_shape: tuple[int, ...], width: int, groups: int, dtype: Any)
     """Whether the kernels serve a ResNet of this width on images ``[H, W, C]`` on this machine."""
     if jax.default_backend() != "gpu" or jax.devices()[0].platform == "rocm":
         return False
+    # Conversions and products of bfloat16 came with compute capability 8.
+    if jnp.dtype(dtype) == jnp.bfloat16 and float(jax.devices()[0].compute_capability) < 8:
+        return False
     return fits(image_shape, width, groups, dtype) and _kernels() is not None
 
 

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ttt_jax.models import fused_cuts as cuts, fused_tiles as tiles
+from ttt_jax.models.fused_activation import activated, rounded
 
 
 def _repeated(ref: Any, count: int, *image: Any) -> jax.Array:
@@ -48,10 +49,6 @@ def _product(a: jax.Array, b: jax.Array, over: int = 1) -> jax.Array:
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _activated(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.maximum(a * x.astype(jnp.float32) + b, 0.0)
-
-
 def _one(size: int) -> pl.BlockSpec:
     """One image's part of ``[N, size]``."""
     return pl.BlockSpec((None, size), lambda n, *_: (n, 0))
@@ -70,6 +67,7 @@ def _forward_kernel(
     residual: bool,
     chunk: int,
     ahead: int,
+    compiled: bool,
 ) -> None:
     x_ref, a_ref, b_ref, w_ref = refs[:4]
     y_ref, sums_ref = refs[4 + residual :]
@@ -80,17 +78,17 @@ def _forward_kernel(
     for r, (x, inside) in enumerate(_window(x_ref, cell, cut, size, channels, ahead)):
         if activate:
             # Padding comes after the activation: it is zero, not relu(b).
-            x = jnp.where(inside, _activated(x, a, b), 0.0).astype(x.dtype)
+            x = activated(x, a, b, inside, compiled)
         y += _product(x, w_ref[r])
     here = cuts.patch(cell, cut, out[1], outputs)
     if residual:
         y += plgpu.load(refs[4].at[here]).astype(jnp.float32)
-    rounded = y.astype(y_ref.dtype)
-    plgpu.store(y_ref.at[here], rounded)
-    y = rounded.astype(jnp.float32)
-    for k, values in enumerate((y, y * y)):
+    values = rounded(y, y_ref.dtype, compiled)
+    plgpu.store(y_ref.at[here], values)
+    y = values.astype(jnp.float32)
+    for k, summed in enumerate((y, y * y)):
         # A patch's places first: one thread has several of them.
-        by_place = values.reshape(chunk, cut.places, outputs)
+        by_place = summed.reshape(chunk, cut.places, outputs)
         sums_ref[k, :] = jnp.sum(jnp.sum(by_place, axis=1), axis=0)
 
 
@@ -130,6 +128,7 @@ def forward(
             residual=residual is not None,
             chunk=chunk,
             ahead=tile.ahead,
+            compiled=not interpret,
         ),
         grid=(count, chunks),
         in_specs=specs,
@@ -253,6 +252,7 @@ def _weight_gradient_kernel(
     activate: bool,
     runs: int,
     chunk: int,
+    compiled: bool,
 ) -> None:
     channels, outputs = a_ref.shape[-1], dw_ref.shape[-1] // cut.window[1]
     flat, out_flat = size[0] * size[1] * channels, out[0] * out[1] * outputs
@@ -267,7 +267,7 @@ def _weight_gradient_kernel(
         x = plgpu.load(x_ref.at[n * flat + cuts.patch(cell, cut, size[1], channels)])
         if activate:
             a, b = (_repeated(ref, cut.places, n) for ref in (a_ref, b_ref))
-            x = _activated(x, a, b).astype(x.dtype)
+            x = activated(x, a, b, None, compiled)
         results = []
         for k, total in enumerate(sums):
             run, inside = cuts.run(cell, first + k, cut, out, outputs)
@@ -311,6 +311,7 @@ def weight_gradient(
             activate=activate,
             runs=tile.runs,
             chunk=math.gcd(tile.cells, cut.cells(size)),
+            compiled=not interpret,
         ),
         grid=(parts * shares,),
         in_specs=[

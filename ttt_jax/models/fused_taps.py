@@ -10,20 +10,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ttt_jax.models import fused_places as at, fused_tiles as tiles
-
-
-def _activated(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.maximum(a[None] * x.astype(jnp.float32) + b[None], 0.0)
+from ttt_jax.models.fused_activation import activated, rounded
 
 
 def _forward_kernel(
-    *refs: Any, height: int, width: int, stride: int, activate: bool, residual: bool, chunk: int
+    *refs: Any,
+    height: int,
+    width: int,
+    stride: int,
+    activate: bool,
+    residual: bool,
+    chunk: int,
+    compiled: bool,
 ) -> None:
     x_ref, a_ref, b_ref, w_ref = refs[:4]
     y_ref, sums_ref = refs[4 + residual :]
     start = pl.program_id(1) * chunk
     i, j = at.places(start + jax.lax.broadcasted_iota(jnp.int32, (chunk,), 0), width // stride)
-    a, b = a_ref[...], b_ref[...]
+    a, b = a_ref[...][None], b_ref[...][None]
     y = jnp.zeros((chunk, w_ref.shape[-1]), jnp.float32)
     for tap in range(tiles.TAPS):
         r, c = i * stride + (tap // 3 - 1), j * stride + (tap % 3 - 1)
@@ -31,14 +35,14 @@ def _forward_kernel(
         x, mask = at.gather(x_ref, r, c, inside, width)
         if activate:
             # Padding comes after the activation: it is zero, not relu(b).
-            x = jnp.where(mask, _activated(x, a, b), 0.0).astype(x.dtype)
+            x = activated(x, a, b, mask, compiled)
         y += jnp.dot(x, w_ref[tap], preferred_element_type=jnp.float32)
     here = pl.ds(start, chunk)
     if residual:
         y += refs[4][here, :].astype(jnp.float32)
-    rounded = y.astype(y_ref.dtype)
-    y_ref[here, :] = rounded
-    y = rounded.astype(jnp.float32)
+    values = rounded(y, y_ref.dtype, compiled)
+    y_ref[here, :] = values
+    y = values.astype(jnp.float32)
     sums_ref[0, :] = jnp.sum(y, axis=0)
     sums_ref[1, :] = jnp.sum(y * y, axis=0)
 
@@ -76,6 +80,7 @@ def forward(
             activate=activate,
             residual=residual is not None,
             chunk=chunk,
+            compiled=not interpret,
         ),
         grid=(count, chunks),
         in_specs=specs,
@@ -218,6 +223,7 @@ def _weight_gradient_kernel(
     activate: bool,
     taps: int,
     chunk: int,
+    compiled: bool,
 ) -> None:
     channels, outputs = x_ref.shape[-1], dy_ref.shape[-1]
     out = (height // stride, width // stride)
@@ -235,7 +241,7 @@ def _weight_gradient_kernel(
         if stride == 1:
             x = x_ref[here, :]
             if activate:
-                x = _activated(x, a_ref[n, :], b_ref[n, :]).astype(x.dtype)
+                x = activated(x, a_ref[n, :][None], b_ref[n, :][None], None, compiled)
         else:
             dy = dy_ref[here, :]
         results = []
@@ -249,8 +255,7 @@ def _weight_gradient_kernel(
                 inside = (r >= 0) & (c >= 0) & (r < height) & (c < width)
                 x, mask = at.gather(x_ref, r, c, inside, width, n * positions)
                 if activate:
-                    u = _activated(x, a_ref[n, :], b_ref[n, :])
-                    x = jnp.where(mask, u, 0.0).astype(x.dtype)
+                    x = activated(x, a_ref[n, :][None], b_ref[n, :][None], mask, compiled)
             contract = (((0,), (0,)), ((), ()))
             product = jax.lax.dot_general(x, dy, contract, preferred_element_type=jnp.float32)
             results.append(total + product)
@@ -291,6 +296,7 @@ def weight_gradient(
             activate=activate,
             taps=taps,
             chunk=chunk,
+            compiled=not interpret,
         ),
         grid=(parts * shares,),
         in_specs=[
