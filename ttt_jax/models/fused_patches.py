@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ttt_jax.models import fused_cuts as cuts, fused_tiles as tiles
+from ttt_jax.models import fused_cuts as cuts, fused_places as at, fused_tiles as tiles
 from ttt_jax.models.fused_activation import activated, rounded
 
 
@@ -36,12 +36,12 @@ def _window(
     ref: Any, cell: Any, cut: cuts.Cut, size: tuple[int, int], channels: int, ahead: int
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """The rows of windows and what is inside, each read ``ahead`` rows before its use."""
-    read: list[tuple[jax.Array, jax.Array]] = []
-    for r in range(cut.window[0]):
-        while len(read) < min(r + 1 + ahead, cut.window[0]):
-            run, inside = cuts.run(cell, len(read), cut, size, channels)
-            read.append((plgpu.load(ref.at[run], mask=inside, other=0), inside))
-        yield read[r]
+
+    def read(r: int) -> tuple[jax.Array, jax.Array]:
+        run, inside = cuts.run(cell, r, cut, size, channels)
+        return plgpu.load(ref.at[run], mask=inside, other=0), inside
+
+    return at.early(cut.window[0], read, ahead)
 
 
 def _product(a: jax.Array, b: jax.Array, over: int = 1) -> jax.Array:

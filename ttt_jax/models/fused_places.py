@@ -1,6 +1,7 @@
 """Where the kernels of :mod:`ttt_jax.models.fused_taps` read and write: places and blocks."""
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ttt_jax.models.fused_tiles import TAPS
+
+_Read = TypeVar("_Read")
 
 
 def places(positions: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
@@ -22,6 +25,15 @@ def gather(
     places = base + jnp.where(inside, rows * width + columns, 0)
     mask = jnp.broadcast_to(inside[:, None], (rows.shape[0], ref.shape[-1]))
     return plgpu.load(ref.at[indices(places, ref.shape[-1])], mask=mask, other=0), mask
+
+
+def early(count: int, read: Callable[[int], _Read], ahead: int) -> Iterator[_Read]:
+    """``read(0)`` to ``read(count - 1)``, each done ``ahead`` steps before it is used."""
+    done: list[_Read] = []
+    for k in range(count):
+        while len(done) < min(k + 1 + ahead, count):
+            done.append(read(len(done)))
+        yield done[k]
 
 
 def indices(places: jax.Array, channels: int) -> tuple[jax.Array, jax.Array]:

@@ -21,6 +21,7 @@ def _forward_kernel(
     activate: bool,
     residual: bool,
     chunk: int,
+    ahead: int,
     compiled: bool,
 ) -> None:
     x_ref, a_ref, b_ref, w_ref = refs[:4]
@@ -29,10 +30,13 @@ def _forward_kernel(
     i, j = at.places(start + jax.lax.broadcasted_iota(jnp.int32, (chunk,), 0), width // stride)
     a, b = a_ref[...][None], b_ref[...][None]
     y = jnp.zeros((chunk, w_ref.shape[-1]), jnp.float32)
-    for tap in range(tiles.TAPS):
+
+    def read(tap: int) -> tuple[jax.Array, jax.Array]:
         r, c = i * stride + (tap // 3 - 1), j * stride + (tap % 3 - 1)
         inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
-        x, mask = at.gather(x_ref, r, c, inside, width)
+        return at.gather(x_ref, r, c, inside, width)
+
+    for tap, (x, mask) in enumerate(at.early(tiles.TAPS, read, ahead)):
         if activate:
             # Padding comes after the activation: it is zero, not relu(b).
             x = activated(x, a, b, mask, compiled)
@@ -80,6 +84,7 @@ def forward(
             activate=activate,
             residual=residual is not None,
             chunk=chunk,
+            ahead=tile.ahead,
             compiled=not interpret,
         ),
         grid=(count, chunks),
@@ -100,7 +105,13 @@ def forward(
 
 
 def _input_gradient_kernel(
-    *refs: Any, height: int, width: int, stride: int, groups: int, residual: bool
+    *refs: Any,
+    height: int,
+    width: int,
+    stride: int,
+    groups: int,
+    residual: bool,
+    ahead: int,
 ) -> None:
     dy_ref, w_ref, x_ref, a_ref, b_ref, mean_ref, rstd_ref, gamma_ref = refs[:8]
     dx_ref, moments_ref = refs[8 + residual :]
@@ -122,17 +133,21 @@ def _input_gradient_kernel(
     for down in range(stride):
         for right in range(stride):
             dh = jnp.zeros((out[0] * out[1], channels), jnp.float32)
-            for tap in range(tiles.TAPS):
-                below, beside = down - tap // 3 + 1, right - tap % 3 + 1
-                if below % stride or beside % stride:
-                    continue
-                r, c = i + below // stride, j + beside // stride
+            leading = [
+                (tap, (down - tap // 3 + 1) // stride, (right - tap % 3 + 1) // stride)
+                for tap in range(tiles.TAPS)
+                if (down - tap // 3 + 1) % stride == (right - tap % 3 + 1) % stride == 0
+            ]
+
+            def read(k: int, leading: Any = leading) -> jax.Array:
+                r, c = i + leading[k][1], j + leading[k][2]
                 inside = (r >= 0) & (c >= 0) & (r < out[0]) & (c < out[1])
-                dy, _ = at.gather(dy_ref, r, c, inside, out[1])
+                return at.gather(dy_ref, r, c, inside, out[1])[0]
+
+            for k, dy in enumerate(at.early(len(leading), read, ahead)):
+                w = w_ref[leading[k][0]]
                 contract = (((1,), (1,)), ((), ()))
-                dh += jax.lax.dot_general(
-                    dy, w_ref[tap], contract, preferred_element_type=jnp.float32
-                )
+                dh += jax.lax.dot_general(dy, w, contract, preferred_element_type=jnp.float32)
             x = phase(x_ref, down, right).astype(jnp.float32)
             du = jnp.where(a * x + b > 0, dh, 0.0)
             normal = (x - mean) * rstd
@@ -196,6 +211,7 @@ def input_gradient(
             stride=stride,
             groups=groups,
             residual=residual is not None,
+            ahead=tile.ahead,
         ),
         grid=(count,),
         in_specs=specs,

@@ -18,16 +18,18 @@ _MOST_ROWS = 2
 
 
 class ForwardTaps(NamedTuple):
-    """A result tap by tap: positions per program, and warps."""
+    """A result tap by tap: positions per program, warps, and taps read before their use."""
 
     positions: int
     warps: int
+    ahead: int = 0
 
 
 class InputTaps(NamedTuple):
-    """An input gradient tap by tap, a map per program: warps."""
+    """An input gradient tap by tap, a map per program: warps, and taps read before their use."""
 
     warps: int
+    ahead: int = 0
 
 
 class WeightTaps(NamedTuple):
