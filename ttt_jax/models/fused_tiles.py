@@ -55,11 +55,15 @@ class ForwardPatches(NamedTuple):
 
 
 class InputPatches(NamedTuple):
-    """An input gradient by patches, a map per program; as :class:`ForwardPatches`."""
+    """An input gradient by patches, a map per program; as :class:`ForwardPatches`.
+
+    ``early``: the convolution's input is read before the products.
+    """
 
     rows: int
     warps: int
     ahead: int
+    early: bool = False
 
 
 class WeightPatches(NamedTuple):
