@@ -25,11 +25,11 @@ from ttt_jax.models.fused_activation import activated, rounded
 
 
 def _repeated(ref: Any, count: int, *image: Any) -> jax.Array:
-    """A vector of channels for each of ``count`` places, ``[1, count * C]``."""
+    """A vector of channels for each of ``count`` places, ``[count * C]``."""
     channels = ref.shape[-1]
     e = jax.lax.broadcasted_iota(jnp.int32, (count * channels,), 0)
     which = (*(jnp.broadcast_to(n, e.shape) for n in image), jax.lax.rem(e, jnp.int32(channels)))
-    return plgpu.load(ref.at[which])[None]
+    return plgpu.load(ref.at[which])
 
 
 def _window(
@@ -78,7 +78,7 @@ def _forward_kernel(
     for r, (x, inside) in enumerate(_window(x_ref, cell, cut, size, channels, ahead)):
         if activate:
             # Padding comes after the activation: it is zero, not relu(b).
-            x = activated(x, a, b, inside, compiled)
+            x = activated(x, a[None], b[None], inside, compiled)
         y += _product(x, w_ref[r])
     here = cuts.patch(cell, cut, out[1], outputs)
     if residual:
@@ -170,22 +170,22 @@ def _input_gradient_kernel(
         _repeated(ref, cut.places) for ref in (a_ref, b_ref, mean_ref, rstd_ref, gamma_ref)
     )
     x = (plgpu.load(x_ref.at[here]) if x is None else x).astype(jnp.float32)
-    du = jnp.where(a * x + b > 0, dh, 0.0)
-    normal = (x - mean) * rstd
+    du = jnp.where(a[None] * x + b[None] > 0, dh, 0.0)
+    normal = (x - mean[None]) * rstd[None]
     dgamma, dbeta = jnp.sum(du * normal, axis=0), jnp.sum(du, axis=0)
     moments_ref[0, :] = dgamma
     moments_ref[1, :] = dbeta
     # Means over a group, spread over its channels at all places: a product with a block matrix.
     members = channels // groups
-    shift = members.bit_length() - 1
+    bits = members.bit_length() - 1
     row, column = (
         jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (wide, wide), k), jnp.int32(channels))
         for k in (0, 1)
     )
-    same = jnp.where(row >> shift == column >> shift, 1.0 / (members * size[0] * size[1]), 0.0)
-    first = jnp.sum(same * (gamma[0] * dbeta)[:, None], axis=0)
-    second = jnp.sum(same * (gamma[0] * dgamma)[:, None], axis=0)
-    dx = rstd * (du * gamma - first[None] - normal * second[None])
+    same = jnp.where(row >> bits == column >> bits, 1.0 / (members * size[0] * size[1]), 0.0)
+    first = jnp.sum(same * (gamma * dbeta)[:, None], axis=0)
+    second = jnp.sum(same * (gamma * dgamma)[:, None], axis=0)
+    dx = rstd[None] * (du * gamma[None] - first[None] - normal * second[None])
     if residual:
         dx += plgpu.load(refs[8].at[here]).astype(jnp.float32)
     plgpu.store(dx_ref.at[here], dx.astype(dx_ref.dtype))
@@ -270,7 +270,7 @@ def _weight_gradient_kernel(
         x = plgpu.load(x_ref.at[n * flat + cuts.patch(cell, cut, size[1], channels)])
         if activate:
             a, b = (_repeated(ref, cut.places, n) for ref in (a_ref, b_ref))
-            x = activated(x, a, b, None, compiled)
+            x = activated(x, a[None], b[None], None, compiled)
         results = []
         for k, total in enumerate(sums):
             run, inside = cuts.run(cell, first + k, cut, out, outputs)
