@@ -3,7 +3,7 @@
 ``python -m experiments.bench_kernels --out=kernels.json`` times the three kernels of
 :mod:`ttt_jax.models.fused_conv` on the layers of a ResNet of width 16, each on the work of one
 inner step of ``experiments.bench``'s ``rotation``: 128 instances with kernels of their own and 32
-images each. ``--tiles=forward:16:16:1:taps:128:2,weights:16:32:2:patches:2:8:64:2:4`` times other
+images each. ``--tiles=forward:16:16:1:taps:128:2:1,weights:16:32:2:taps:8:64:9:1:3`` times other
 tiles beside the module's own choice: the kernel, the layer's channels, outputs and stride, the
 form, and the fields of that form's class in ``ttt_jax/models/fused_tiles.py``. Values are compared
 with those of the module's own choice.
@@ -98,9 +98,9 @@ def operands(key: jax.Array, layer: Layer, instances: int, images: int, dtype: A
 
 def own(kernel: str, layer: Layer, dtype: Any) -> Any:
     """The tile that the module chooses."""
-    shape = jax.ShapeDtypeStruct((1, layer.side**2, layer.channels), dtype)
-    choose = getattr(fused_tiles, KERNELS[kernel][0])
-    return choose(shape, layer.outputs, layer.stride, (layer.side, layer.side))
+    side, *key = layer
+    three = fused_tiles.choose(*key, jnp.dtype(dtype).itemsize, (side, side))
+    return getattr(three, KERNELS[kernel][0])
 
 
 def call(kernel: str, layer: Layer, chosen: Any, interpret: bool) -> Callable[[Operands], Any]:

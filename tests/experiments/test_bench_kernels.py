@@ -27,7 +27,7 @@ def test_all_kernels_and_other_tiles(tmp_path, capsys, monkeypatch):
                 return kernel(*refs, **sizes)
 
             monkeypatch.setattr(module, name, spied)
-    given = ("forward:16:16:1:patches:2:4:1:0", "weights:16:16:1:taps:2:8:3:1")
+    given = ("forward:16:16:1:patches:2:4:1:0", "weights:16:16:1:taps:2:8:3:1:2")
     record = bench_kernels.run(str(tmp_path / "k.json"), settings(tiles=given))
     assert json.loads((tmp_path / "k.json").read_text())["rows"] == record["rows"]
     own = [row for row in record["rows"] if row["chosen"]]
@@ -36,7 +36,7 @@ def test_all_kernels_and_other_tiles(tmp_path, capsys, monkeypatch):
     others = [row for row in record["rows"] if not row["chosen"]]
     assert [(row["layer"], row["kernel"], row["tile"]) for row in others] == [
         ("16 to 16 at 32", "forward", "ForwardPatches(2, 4, 1, 0)"),
-        ("16 to 16 at 32", "weights", "WeightTaps(2, 8, 3, 1)"),
+        ("16 to 16 at 32", "weights", "WeightTaps(2, 8, 3, 1, 2)"),
     ]
     assert all(row["distance"] < 1e-5 for row in others)
     assert {(fused_patches.__name__, 4, None), (fused_taps.__name__, 8, 3)} <= set(built)
@@ -45,9 +45,9 @@ def test_all_kernels_and_other_tiles(tmp_path, capsys, monkeypatch):
 
 def test_the_modules_own_tile():
     layer = bench_kernels.Layer(32, 16, 16, 1)
-    assert bench_kernels.own("forward", layer, jnp.bfloat16) == fused_tiles.forward(
-        jnp.zeros((1, 1024, 16), jnp.bfloat16), 16, 1, (32, 32)
-    )
+    for kernel, field in (("forward", "forward"), ("weights", "weight_gradient")):
+        due = getattr(fused_tiles.TIMED[16, 16, 1, 2], field)
+        assert bench_kernels.own(kernel, layer, jnp.bfloat16) == due
 
 
 def test_operands_are_normalized():
@@ -63,19 +63,19 @@ def test_operands_are_normalized():
 @pytest.mark.parametrize(
     "text",
     [
-        "backward:16:16:1:taps:8:1",
-        "forward:16:24:1:taps:8:1",
-        "forward:16:16:2:taps:8:1",
-        "forward:16:16:1:rows:8:1",
-        "forward:16:16:1:taps:8",
-        "forward:16:16:1:taps:100:2",
-        "forward:16:16:1:taps:0:1",
+        "backward:16:16:1:taps:8:1:0",
+        "forward:16:24:1:taps:8:1:0",
+        "forward:16:16:2:taps:8:1:0",
+        "forward:16:16:1:rows:8:1:0",
+        "forward:16:16:1:taps:8:1",
+        "forward:16:16:1:taps:100:2:0",
+        "forward:16:16:1:taps:0:1:0",
         "forward:16:16:1:patches:4:64:4:1",
         "forward:16:16:1:patches:2:64:4:-1",
         "weights:x",
-        "weights:16:16:1:taps:2:8:4:1",
-        "weights:16:16:1:patches:2:8:64:3:4",
-        "weights:16:32:2:patches:2:8:12:2:4",
+        "weights:16:16:1:taps:2:8:4:1:3",
+        "weights:16:16:1:patches:2:8:64:3:4:3",
+        "weights:16:32:2:patches:2:8:12:2:4:3",
     ],
 )
 def test_tiles_that_there_are_not(tmp_path, text):

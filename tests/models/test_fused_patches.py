@@ -47,11 +47,11 @@ def test_both_forms_are_equal(layer, size, rows):
     for activate, residual in ((True, after), (False, None)):
         more = given | {"activate": activate}
         found = patches.forward(x, a, b, w, residual, tiles.ForwardPatches(rows, 4, 1, 1), **more)
-        assert_equal(found, taps.forward(x, a, b, w, residual, tiles.ForwardTaps(4, 1), **more))
-        wanted = taps.weight_gradient(x, a, b, dy, tiles.WeightTaps(3, 4, 9, 1), **more)
+        assert_equal(found, taps.forward(x, a, b, w, residual, tiles.ForwardTaps(4, 1, 2), **more))
+        wanted = taps.weight_gradient(x, a, b, dy, tiles.WeightTaps(3, 4, 9, 1, 3), **more)
         window = cuts.of_inputs(layer[2], rows).window[0]
         for images, runs in ((1, 1), (3, window)):
-            tile = tiles.WeightPatches(rows, images, 2, runs, 1)
+            tile = tiles.WeightPatches(rows, images, 2, runs, 1, 3)
             assert_equal(patches.weight_gradient(x, a, b, dy, tile, **more), wanted)
     more = given | {"groups": 8}
     for residual in (before, None):
@@ -84,40 +84,36 @@ def test_every_tap_of_every_place_is_in_its_window():
         assert [sorted(row[row < 9]) for row in found] == due
 
 
-@pytest.mark.parametrize(
-    "key", sorted({*tiles.FORWARD_PATCHES, *tiles.INPUT_PATCHES, *tiles.WEIGHT_PATCHES})
-)
-def test_the_chosen_forms(key):
+# The maps of a ResNet of width 16 on images of 16 x 16 and of 32 x 32.
+@pytest.mark.parametrize("side", [16] if INTERPRET else [16, 32])
+@pytest.mark.parametrize("key", sorted(tiles.TIMED))
+def test_the_chosen_tiles(key, side):
     channels, outputs, stride, itemsize = key
-    dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
-    size = (16, 16)
-    x, dy, w, affine, gamma, before, after = operands(size, key[:3], dtype)
-    given = {"height": 16, "width": 16, "stride": stride, "interpret": INTERPRET}
+    side //= channels // 16
+    x, dy, w, affine, gamma, before, after = operands(
+        (side, side), key[:3], jnp.bfloat16 if itemsize == 2 else jnp.float32
+    )
+    given = {"height": side, "width": side, "stride": stride, "interpret": INTERPRET}
     a, b = affine[:2]
     plain = given | {"activate": True}
-    limit = 1e-2
+    other, limit = tiles.OTHERS[outputs], 1e-2
     found = fused_conv.forward(x, a, b, w, after, **given)
-    form = tiles.FORWARD_TAPS[outputs]
-    assert_equal(found, taps.forward(x, a, b, w, after, form, **plain), limit)
+    assert_equal(found, taps.forward(x, a, b, w, after, other.forward, **plain), limit)
     found = fused_conv.weight_gradient(x, a, b, dy, **given)
-    form = tiles.WEIGHT_TAPS[max(channels, outputs)]
-    assert_equal(found, taps.weight_gradient(x, a, b, dy, form, **plain), limit)
+    wanted = taps.weight_gradient(x, a, b, dy, other.weight_gradient, **plain)
+    assert_equal(found, wanted, limit)
     found = fused_conv.input_gradient(dy, w, x, affine, gamma, before, groups=8, **given)
     wanted = taps.input_gradient(
-        dy, w, x, affine, gamma, before, tiles.InputTaps(4), groups=8, **given
+        dy, w, x, affine, gamma, before, other.input_gradient, groups=8, **given
     )
     assert_equal(found, wanted, limit)
 
 
 def test_maps_of_one_row_go_by_taps():
-    x = jnp.zeros((1, 16, 16), jnp.bfloat16)
-    for choose, form in (
-        (tiles.forward, tiles.ForwardTaps),
-        (tiles.input_gradient, tiles.InputTaps),
-        (tiles.weight_gradient, tiles.WeightTaps),
-    ):
-        assert isinstance(choose(x, 16, 1, (1, 16)), form)
-        assert isinstance(choose(x, 16, 1, (16, 1)), form)
+    assert tiles.choose(16, 16, 1, 2, (2, 16)) == tiles.TIMED[16, 16, 1, 2]
+    for size in ((1, 16), (16, 1)):
+        assert tiles.choose(16, 16, 1, 2, size) == tiles.OTHERS[16]
+    assert tiles.choose(64, 16, 1, 2, (16, 16)) == tiles.OTHERS[64]
     row = {"height": 1, "width": 16, "interpret": INTERPRET}
     if INTERPRET:
         x, dy, w, affine, *_ = operands((1, 16), (16, 16, 1), jnp.bfloat16)

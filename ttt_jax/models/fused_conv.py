@@ -23,6 +23,10 @@ from ttt_jax.models import (
 )
 
 
+def _tiles(x: jax.Array, outputs: int, stride: int, size: tuple[int, int]) -> tiles.Tiles:
+    return tiles.choose(x.shape[-1], outputs, stride, x.dtype.itemsize, size)
+
+
 def forward(
     x: jax.Array,
     a: jax.Array,
@@ -60,7 +64,7 @@ def forward(
     """
     arrays = {"a": a, "b": b, "w": w, "residual": residual}
     limits.check("forward", x, w.shape[-1], (height, width), stride, arrays)
-    tile = tiles.forward(x, w.shape[-1], stride, (height, width))
+    tile = _tiles(x, w.shape[-1], stride, (height, width)).forward
     form = patches if isinstance(tile, tiles.ForwardPatches) else taps
     size = {"height": height, "width": width, "stride": stride}
     return form.forward(x, a, b, w, residual, tile, **size, activate=activate, interpret=interpret)
@@ -105,7 +109,7 @@ def input_gradient(
     arrays = {"dy": dy, "w": w, "gamma": gamma, "residual": residual}
     arrays |= dict(zip(("a", "b", "mean", "rstd"), affine, strict=True))
     limits.check("input_gradient", x, dy.shape[-1], (height, width), stride, arrays, groups)
-    tile = tiles.input_gradient(x, dy.shape[-1], stride, (height, width))
+    tile = _tiles(x, dy.shape[-1], stride, (height, width)).input_gradient
     form = patches if isinstance(tile, tiles.InputPatches) else taps
     size = {"height": height, "width": width, "stride": stride}
     return form.input_gradient(
@@ -147,7 +151,7 @@ def weight_gradient(
     """
     arrays = {"a": a, "b": b, "dy": dy}
     limits.check("weight_gradient", x, dy.shape[-1], (height, width), stride, arrays)
-    tile = tiles.weight_gradient(x, dy.shape[-1], stride, (height, width))
+    tile = _tiles(x, dy.shape[-1], stride, (height, width)).weight_gradient
     form = patches if isinstance(tile, tiles.WeightPatches) else taps
     size = {"height": height, "width": width, "stride": stride}
     return form.weight_gradient(x, a, b, dy, tile, **size, activate=activate, interpret=interpret)

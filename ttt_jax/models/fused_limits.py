@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.models.fused_tiles import TAPS, WEIGHT_TAPS
+from ttt_jax.models.fused_tiles import OTHERS, TAPS
 
-CHANNELS = tuple(WEIGHT_TAPS)
+CHANNELS = tuple(OTHERS)
 """The numbers of channels that the kernels are tuned for."""
 
 MOST_POSITIONS = 32 * 32

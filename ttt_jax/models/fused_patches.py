@@ -155,21 +155,19 @@ def _input_gradient_kernel(
     groups: int,
     residual: bool,
     ahead: int,
-    early: bool,
 ) -> None:
     dy_ref, w_ref, x_ref, a_ref, b_ref, mean_ref, rstd_ref, gamma_ref = refs[:8]
     dx_ref, moments_ref = refs[8 + residual :]
     channels, outputs, wide = gamma_ref.shape[0], w_ref.shape[1] // cut.window[1], w_ref.shape[2]
     cell = cuts.positions(0, cut.cells(size), cut, size[1])
     here = cuts.patch(cell, cut, size[1], channels)
-    x = plgpu.load(x_ref.at[here]) if early else None
     dh = jnp.zeros((cut.cells(size), wide), jnp.float32)
     for r, (dy, _) in enumerate(_window(dy_ref, cell, cut, out, outputs, ahead)):
         dh += _product(dy, w_ref[r])
     a, b, mean, rstd, gamma = (
         _repeated(ref, cut.places) for ref in (a_ref, b_ref, mean_ref, rstd_ref, gamma_ref)
     )
-    x = (plgpu.load(x_ref.at[here]) if x is None else x).astype(jnp.float32)
+    x = plgpu.load(x_ref.at[here]).astype(jnp.float32)
     du = jnp.where(a[None] * x + b[None] > 0, dh, 0.0)
     normal = (x - mean[None]) * rstd[None]
     dgamma, dbeta = jnp.sum(du * normal, axis=0), jnp.sum(du, axis=0)
@@ -226,7 +224,6 @@ def input_gradient(
             groups=groups,
             residual=residual is not None,
             ahead=tile.ahead,
-            early=tile.early,
         ),
         grid=(count,),
         in_specs=specs,
@@ -325,7 +322,7 @@ def weight_gradient(
         ],
         out_specs=pl.BlockSpec((None, *shape), lambda g: (g // shares, g % shares, 0, 0)),
         out_shape=jax.ShapeDtypeStruct(whole, jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="patches_weight_gradient",
     )(x.reshape(-1), a, b, dy.reshape(-1))

@@ -111,7 +111,6 @@ def _input_gradient_kernel(
     stride: int,
     groups: int,
     residual: bool,
-    ahead: int,
 ) -> None:
     dy_ref, w_ref, x_ref, a_ref, b_ref, mean_ref, rstd_ref, gamma_ref = refs[:8]
     dx_ref, moments_ref = refs[8 + residual :]
@@ -139,13 +138,11 @@ def _input_gradient_kernel(
                 if (down - tap // 3 + 1) % stride == (right - tap % 3 + 1) % stride == 0
             ]
 
-            def read(k: int, leading: Any = leading) -> jax.Array:
-                r, c = i + leading[k][1], j + leading[k][2]
+            for tap, r, c in leading:
+                r, c = i + r, j + c
                 inside = (r >= 0) & (c >= 0) & (r < out[0]) & (c < out[1])
-                return at.gather(dy_ref, r, c, inside, out[1])[0]
-
-            for k, dy in enumerate(at.early(len(leading), read, ahead)):
-                w = w_ref[leading[k][0]]
+                dy, _ = at.gather(dy_ref, r, c, inside, out[1])
+                w = w_ref[tap]
                 contract = (((1,), (1,)), ((), ()))
                 dh += jax.lax.dot_general(dy, w, contract, preferred_element_type=jnp.float32)
             x = phase(x_ref, down, right).astype(jnp.float32)
@@ -211,7 +208,6 @@ def input_gradient(
             stride=stride,
             groups=groups,
             residual=residual is not None,
-            ahead=tile.ahead,
         ),
         grid=(count,),
         in_specs=specs,
@@ -325,7 +321,7 @@ def weight_gradient(
             (None, taps, channels, outputs), lambda g: (g // shares, g % shares, 0, 0)
         ),
         out_shape=jax.ShapeDtypeStruct((parts, tiles.TAPS, channels, outputs), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="taps_weight_gradient",
     )(x.reshape(count * positions, channels), a, b, dy.reshape(count * out_positions, outputs))

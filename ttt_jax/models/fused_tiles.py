@@ -5,8 +5,6 @@ The timed work: 128 instances of 32 images of 32 x 32 (``experiments.bench_kerne
 
 from typing import NamedTuple
 
-import jax
-
 TAPS = 9
 
 # More images than an instance has copies: a training batch, which alone must fill the card.
@@ -22,23 +20,27 @@ class ForwardTaps(NamedTuple):
 
     positions: int
     warps: int
-    ahead: int = 0
+    ahead: int
 
 
 class InputTaps(NamedTuple):
-    """An input gradient tap by tap, a map per program: warps, and taps read before their use."""
+    """An input gradient tap by tap, a map per program: warps."""
 
     warps: int
-    ahead: int = 0
 
 
 class WeightTaps(NamedTuple):
-    """A weight gradient tap by tap: the most images, positions per step, taps, and warps."""
+    """A weight gradient tap by tap.
+
+    The most ``images``; ``positions`` per step; ``taps`` per program; ``warps``; ``stages``, how
+    many steps' loads are in flight.
+    """
 
     images: int
     positions: int
     taps: int
     warps: int
+    stages: int
 
 
 class ForwardPatches(NamedTuple):
@@ -55,22 +57,19 @@ class ForwardPatches(NamedTuple):
 
 
 class InputPatches(NamedTuple):
-    """An input gradient by patches, a map per program; as :class:`ForwardPatches`.
-
-    ``early``: the convolution's input is read before the products.
-    """
+    """An input gradient by patches, a map per program; as :class:`ForwardPatches`."""
 
     rows: int
     warps: int
     ahead: int
-    early: bool = False
 
 
 class WeightPatches(NamedTuple):
     """A weight gradient by patches.
 
     ``rows`` of a patch, where the stride is 1; the most ``images``; ``cells``, patches per step;
-    ``runs``, rows of a window per program; ``warps``.
+    ``runs``, rows of a window per program; ``warps``; ``stages``, how many steps' loads are in
+    flight.
     """
 
     rows: int
@@ -78,71 +77,58 @@ class WeightPatches(NamedTuple):
     cells: int
     runs: int
     warps: int
+    stages: int
 
 
-# By channels, outputs, stride and bytes of a value.
-FORWARD_PATCHES: dict[tuple[int, int, int, int], ForwardPatches] = {
-    (16, 16, 1, 2): ForwardPatches(2, 64, 4, 1),
-    (16, 32, 2, 2): ForwardPatches(2, 64, 4, 1),
-    (32, 32, 1, 2): ForwardPatches(1, 64, 4, 1),
+class Tiles(NamedTuple):
+    """Of the three kernels of one convolution."""
+
+    forward: ForwardPatches | ForwardTaps
+    input_gradient: InputPatches | InputTaps
+    weight_gradient: WeightPatches | WeightTaps
+
+
+# The fastest measured, by channels, outputs, stride and bytes of a value.
+TIMED: dict[tuple[int, int, int, int], Tiles] = {
+    (16, 16, 1, 2): Tiles(
+        ForwardPatches(2, 64, 4, 1), InputPatches(2, 8, 3), WeightPatches(1, 8, 16, 3, 1, 4)
+    ),
+    (16, 32, 2, 2): Tiles(
+        ForwardPatches(2, 128, 4, 1), InputPatches(2, 8, 0), WeightTaps(8, 32, 9, 1, 3)
+    ),
+    (32, 32, 1, 2): Tiles(
+        ForwardTaps(128, 4, 1), InputPatches(1, 4, 3), WeightTaps(8, 16, 9, 2, 4)
+    ),
+    (32, 64, 2, 2): Tiles(
+        ForwardTaps(64, 4, 1), InputPatches(2, 4, 3), WeightTaps(32, 64, 3, 2, 4)
+    ),
+    (64, 64, 1, 2): Tiles(ForwardTaps(64, 4, 1), InputTaps(4), WeightTaps(32, 64, 9, 8, 2)),
+    (16, 16, 1, 4): Tiles(
+        ForwardPatches(1, 128, 4, 1), InputPatches(2, 8, 0), WeightPatches(1, 8, 16, 3, 2, 3)
+    ),
+    (16, 32, 2, 4): Tiles(
+        ForwardTaps(128, 4, 1), InputPatches(2, 8, 1), WeightTaps(8, 32, 9, 1, 3)
+    ),
+    (32, 32, 1, 4): Tiles(ForwardTaps(64, 4, 0), InputTaps(8), WeightTaps(16, 16, 9, 2, 4)),
+    (32, 64, 2, 4): Tiles(ForwardTaps(64, 2, 0), InputTaps(4), WeightTaps(32, 64, 1, 2, 3)),
+    (64, 64, 1, 4): Tiles(ForwardTaps(32, 4, 1), InputTaps(4), WeightTaps(16, 32, 1, 1, 3)),
 }
-INPUT_PATCHES: dict[tuple[int, int, int, int], InputPatches] = {
-    (16, 16, 1, 2): InputPatches(2, 8, 3),
-    (16, 32, 2, 2): InputPatches(2, 8, 3),
-    (32, 32, 1, 2): InputPatches(1, 4, 3),
-    (32, 64, 2, 2): InputPatches(2, 4, 3),
-}
-WEIGHT_PATCHES: dict[tuple[int, int, int, int], WeightPatches] = {
-    (16, 16, 1, 2): WeightPatches(1, 8, 64, 3, 4),
-    (16, 32, 2, 2): WeightPatches(2, 8, 64, 2, 4),
-    (32, 32, 1, 2): WeightPatches(1, 8, 64, 1, 4),
-}
 
-# By outputs.
-FORWARD_TAPS = {16: ForwardTaps(64, 2), 32: ForwardTaps(128, 4), 64: ForwardTaps(64, 4)}
-# By channels, the larger of both maps'.
-WEIGHT_TAPS = {
-    16: WeightTaps(8, 32, 9, 1),
-    32: WeightTaps(16, 64, 3, 2),
-    64: WeightTaps(32, 64, 1, 4),
+# Of other convolutions and of the smallest maps, by the larger of both maps' channels.
+OTHERS = {
+    16: Tiles(ForwardTaps(64, 2, 0), InputTaps(8), WeightTaps(8, 32, 9, 1, 3)),
+    32: Tiles(ForwardTaps(128, 4, 0), InputTaps(8), WeightTaps(16, 64, 3, 2, 3)),
+    64: Tiles(ForwardTaps(64, 4, 0), InputTaps(8), WeightTaps(32, 64, 1, 4, 3)),
 }
 
 
-def _key(
-    x: jax.Array, outputs: int, stride: int, size: tuple[int, int]
-) -> tuple[int, int, int, int] | None:
-    """Of a table of patches; None where patches of some rows would not fill a map."""
-    if stride == 1 and min(size) < _MOST_ROWS:
-        return None
-    return x.shape[-1], outputs, stride, x.dtype.itemsize
-
-
-def forward(
-    x: jax.Array, outputs: int, stride: int, size: tuple[int, int]
-) -> ForwardPatches | ForwardTaps:
-    """The tile of a result for ``x [N, P, C]``, images of ``size``."""
-    key = _key(x, outputs, stride, size)
-    return FORWARD_PATCHES[key] if key in FORWARD_PATCHES else FORWARD_TAPS[outputs]
-
-
-def input_gradient(
-    x: jax.Array, outputs: int, stride: int, size: tuple[int, int]
-) -> InputPatches | InputTaps:
-    """The tile of a gradient in ``x [N, P, C]``, images of ``size``."""
-    key = _key(x, outputs, stride, size)
-    if key in INPUT_PATCHES:
-        return INPUT_PATCHES[key]
-    narrow = stride == 2 and x.dtype.itemsize == 2
-    # All of a map is on chip: in float32 it needs the registers of more warps.
-    return InputTaps(8 if x.shape[1] >= 1024 and not narrow else 4)
-
-
-def weight_gradient(
-    x: jax.Array, outputs: int, stride: int, size: tuple[int, int]
-) -> WeightPatches | WeightTaps:
-    """The tile of a gradient in the kernel that convolves ``x [N, P, C]``, images of ``size``."""
-    key = _key(x, outputs, stride, size)
-    return WEIGHT_PATCHES[key] if key in WEIGHT_PATCHES else WEIGHT_TAPS[max(x.shape[-1], outputs)]
+def choose(channels: int, outputs: int, stride: int, itemsize: int, size: tuple[int, int]) -> Tiles:
+    """The tiles of a convolution of images of ``size``, in values of ``itemsize`` bytes."""
+    key = channels, outputs, stride, itemsize
+    # Patches of the most rows would not fill a map of fewer.
+    if key in TIMED and min(size) >= stride * _MOST_ROWS:
+        return TIMED[key]
+    return OTHERS[max(channels, outputs)]
 
 
 def images_per_program(most: int, count: int, shares: int) -> int:
