@@ -41,8 +41,10 @@ def activated(
       ``[M, K]`` of the dtype of ``x``.
     """
     if not compiled or x.dtype != jnp.bfloat16:
-        u = jnp.maximum(a * x.astype(jnp.float32) + b, 0.0)
-        return (u if inside is None else jnp.where(inside, u, 0.0)).astype(x.dtype)
+        u = a * x.astype(jnp.float32) + b
+        # Not a maximum: a GPU's takes the other value where one is not a number.
+        zero = u < 0 if inside is None else (u < 0) | ~inside
+        return jnp.where(zero, 0.0, u).astype(x.dtype)
     a, b = jnp.broadcast_to(a, x.shape), jnp.broadcast_to(b, x.shape)
     bits = jnp.full(x.shape, -1, jnp.int16)
     if inside is not None:
