@@ -74,15 +74,17 @@ def _forward_kernel(
     channels, outputs = a_ref.shape[-1], sums_ref.shape[-1]
     cell = cuts.positions(pl.program_id(1) * chunk, chunk, cut, out[1])
     a, b = (_repeated(ref, cut.window[1]) for ref in (a_ref, b_ref))
+    here = cuts.patch(cell, cut, out[1], outputs)
+    # Before the products, so that it arrives while they run.
+    added = plgpu.load(refs[4].at[here]) if residual else None
     y = jnp.zeros((chunk, w_ref.shape[-1]), jnp.float32)
     for r, (x, inside) in enumerate(_window(x_ref, cell, cut, size, channels, ahead)):
         if activate:
             # Padding comes after the activation: it is zero, not relu(b).
             x = activated(x, a[None], b[None], inside, compiled)
         y += _product(x, w_ref[r])
-    here = cuts.patch(cell, cut, out[1], outputs)
-    if residual:
-        y += plgpu.load(refs[4].at[here]).astype(jnp.float32)
+    if added is not None:
+        y += added.astype(jnp.float32)
     values = rounded(y, y_ref.dtype, compiled)
     plgpu.store(y_ref.at[here], values)
     y = values.astype(jnp.float32)

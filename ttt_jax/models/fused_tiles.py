@@ -91,7 +91,7 @@ class Tiles(NamedTuple):
 # The fastest measured, by channels, outputs, stride and bytes of a value.
 TIMED: dict[tuple[int, int, int, int], Tiles] = {
     (16, 16, 1, 2): Tiles(
-        ForwardPatches(2, 64, 4, 1), InputPatches(2, 8, 3), WeightPatches(1, 8, 16, 3, 1, 4)
+        ForwardPatches(2, 128, 4, 1), InputPatches(2, 8, 3), WeightPatches(1, 8, 16, 3, 1, 4)
     ),
     (16, 32, 2, 2): Tiles(
         ForwardPatches(2, 128, 4, 1), InputPatches(2, 8, 0), WeightTaps(8, 32, 9, 1, 3)
