@@ -34,9 +34,15 @@ def settings(**changed):
     return ml_collections.ConfigDict(values | changed)
 
 
+def restore_environment(monkeypatch):
+    """Puts back afterwards what a run sets."""
+    for name, value in (("PREALLOCATE", "false"), ("MEM_FRACTION", "0.95")):
+        monkeypatch.setenv(f"XLA_PYTHON_CLIENT_{name}", value)
+
+
 def test_a_smoke_run_writes_its_rows(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "util", types.SimpleNamespace(find_spec=lambda name: None))
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # put back afterwards
+    restore_environment(monkeypatch)
     # One step has no loop to compile.
     work = bench.WORKS["ttt_mae"]._replace(num_steps=(1,))
     monkeypatch.setitem(bench.WORKS, "ttt_mae", work)
@@ -66,7 +72,7 @@ def test_a_smoke_run_writes_its_rows(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.cpu
 def test_several_devices_have_as_many_images_each(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # put back afterwards
+    restore_environment(monkeypatch)
     work = bench.WORKS["ttt_mae"]._replace(num_steps=(1,))
     monkeypatch.setitem(bench.WORKS, "ttt_mae", work)
     spread_over = []
@@ -96,7 +102,7 @@ def test_several_devices_have_as_many_images_each(tmp_path, capsys, monkeypatch)
     ],
 )
 def test_impossible_devices(tmp_path, monkeypatch, devices, message):
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # put back afterwards
+    restore_environment(monkeypatch)
     with pytest.raises(launch.UserError, match=message):
         bench.run(tmp_path / "bench.json", settings(devices=devices))
     assert not list(tmp_path.iterdir())
