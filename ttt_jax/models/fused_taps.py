@@ -138,8 +138,8 @@ def _input_gradient_kernel(
                 if (down - tap // 3 + 1) % stride == (right - tap % 3 + 1) % stride == 0
             ]
 
-            for tap, r, c in leading:
-                r, c = i + r, j + c
+            for tap, below, beside in leading:
+                r, c = i + below, j + beside
                 inside = (r >= 0) & (c >= 0) & (r < out[0]) & (c < out[1])
                 dy, _ = at.gather(dy_ref, r, c, inside, out[1])
                 w = w_ref[tap]
