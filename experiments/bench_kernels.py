@@ -20,7 +20,7 @@ import ml_collections
 from absl import flags
 
 from experiments import launch, provenance
-from ttt_jax.models import fused_cuts, fused_patches, fused_taps, fused_tiles
+from ttt_jax.models import fused_patches, fused_taps, fused_tiles
 
 GROUPS = 8
 # By kernel: its name in the modules of both forms, and the tiles of each form.
@@ -123,7 +123,7 @@ def tile(text: str) -> tuple[str, tuple[int, int, int], Any]:
     Raises:
       UserError: an unknown kernel, layer or form, another number of fields, or fields that the
         kernels do not take: positions and cells that are no powers of two (they would take fewer),
-        taps that do not divide 9, runs that do not divide a window's rows.
+        taps that do not divide 9.
     """
     try:
         kernel, channels, outputs, stride, form, *numbers = text.split(":")
@@ -136,8 +136,7 @@ def tile(text: str) -> tuple[str, tuple[int, int, int], Any]:
             raise KeyError(text)
         if any(n & (n - 1) for n in powers) or fields.get("rows", 1) > 2:
             raise KeyError(text)
-        window = fused_cuts.of_inputs(layer[2], fields.get("rows", 1)).window[0]
-        if fused_tiles.TAPS % fields.get("taps", 1) or window % fields.get("runs", 1):
+        if fused_tiles.TAPS % fields.get("taps", 1):
             raise KeyError(text)
     except (ValueError, KeyError, TypeError) as error:
         raise launch.UserError(

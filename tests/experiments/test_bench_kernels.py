@@ -74,8 +74,7 @@ def test_operands_are_normalized():
         "forward:16:16:1:patches:2:64:4:-1",
         "weights:x",
         "weights:16:16:1:taps:2:8:4:1:3",
-        "weights:16:16:1:patches:2:8:64:3:4:3",
-        "weights:16:32:2:patches:2:8:12:2:4:3",
+        "weights:16:32:2:patches:2:8:12:4:3",
     ],
 )
 def test_tiles_that_there_are_not(tmp_path, text):

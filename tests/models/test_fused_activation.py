@@ -9,6 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from ttt_jax import models
 from ttt_jax.models import fused_activation, fused_block, fused_conv
 
 GPU = jax.default_backend() == "gpu"
@@ -83,3 +84,9 @@ def test_bfloat16_needs_a_card_that_has_it(monkeypatch, capability, dtype, due):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda *_: [Card()])
     assert fused_block.supported((32, 32, 3), 16, 8, dtype) is due
+    net = models.ResNet(depth=8, conv="fused", dtype=dtype).bind({"params": {}})
+    if due:
+        assert net._fused(1, (32, 32, 3))
+    else:
+        with pytest.raises(ValueError, match=f"8 or more, received {capability}: use float32"):
+            net._fused(1, (32, 32, 3))

@@ -78,10 +78,17 @@ def supported(image_shape: tuple[int, ...], width: int, groups: int, dtype: Any)
     """Whether the kernels serve a ResNet of this width on images ``[H, W, C]`` on this machine."""
     if jax.default_backend() != "gpu" or jax.devices()[0].platform == "rocm":
         return False
-    # Conversions and products of bfloat16 came with compute capability 8.
-    if jnp.dtype(dtype) == jnp.bfloat16 and float(jax.devices()[0].compute_capability) < 8:
-        return False
-    return fits(image_shape, width, groups, dtype) and _kernels() is not None
+    fitting = fits(image_shape, width, groups, dtype) and computes(dtype)
+    return fitting and _kernels() is not None
+
+
+def computes(dtype: Any) -> bool:
+    """Whether a GPU of this machine has the dtype; without a GPU kernels are interpreted."""
+    if jnp.dtype(dtype) != jnp.bfloat16 or jax.default_backend() != "gpu":
+        return True
+    # Conversions and products of bfloat16 came with compute capability 8; ROCm's has another form.
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return not capability[:1].isdigit() or float(capability) >= 8
 
 
 def fits(image_shape: tuple[int, ...], width: int, groups: int, dtype: Any) -> bool:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttt_jax.models.fused_places import places
 from ttt_jax.models.fused_tiles import TAPS
 
 _NONE = TAPS
@@ -108,8 +109,7 @@ def narrow(wide: jax.Array, cut: Cut) -> jax.Array:
 def positions(start: Any, count: int, cut: Cut, width: int) -> tuple[jax.Array, jax.Array]:
     """Row and column, in patches, of some patches of a map of this width."""
     k = start + jax.lax.broadcasted_iota(jnp.int32, (count,), 0)
-    columns = jnp.int32(width // cut.patch[1])
-    return jax.lax.div(k, columns), jax.lax.rem(k, columns)
+    return places(k, width // cut.patch[1])
 
 
 def run(

@@ -3,9 +3,10 @@
 A patch of one map goes with a window of the other: outputs with the inputs that they read, or
 inputs with the outputs that read them. A window's row is a run of contiguous values, so one load
 and one product of a wider kernel do what the taps of that row do one by one in
-:mod:`ttt_jax.models.fused_taps`: values are activated once per row that holds them, and products
-have as many rows and columns as the matrix units want. The wider kernel is zero where no tap leads
-from a place of the window to a place of the patch; its products with zeros are the price.
+:mod:`ttt_jax.models.fused_taps`: values are activated once for each row of a window, not for each
+tap, and products have as many rows and columns as the matrix units want. The wider kernel is zero
+where no tap leads from a place of the window to a place of the patch; its products with zeros are
+the price.
 
 Maps are ``[N, P * C]`` here; ``cells`` are patches.
 """
@@ -20,7 +21,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ttt_jax.models import fused_cuts as cuts, fused_places as at, fused_tiles as tiles
+from ttt_jax.models import (
+    fused_cuts as cuts,
+    fused_norm as norm,
+    fused_places as at,
+    fused_tiles as tiles,
+)
 from ttt_jax.models.fused_activation import activated, rounded
 
 
@@ -47,15 +53,6 @@ def _window(
 def _product(a: jax.Array, b: jax.Array, over: int = 1) -> jax.Array:
     dimensions = (((over,), (0,)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
-
-
-def _one(size: int) -> pl.BlockSpec:
-    """One image's part of ``[N, size]``."""
-    return pl.BlockSpec((None, size), lambda n, *_: (n, 0))
-
-
-def _all(*shape: int) -> pl.BlockSpec:
-    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
 
 
 def _forward_kernel(
@@ -115,11 +112,16 @@ def forward(
     chunks = cut.cells(out) // chunk
     wide = cuts.widen(w, cut)
     inputs = [x.reshape(count, -1), a, b, wide]
-    specs = [_one(positions * channels), _one(channels), _one(channels), _all(*wide.shape)]
+    specs = [
+        at.vector(positions * channels),
+        at.vector(channels),
+        at.vector(channels),
+        at.whole(*wide.shape),
+    ]
     result = (count, positions // stride**2 * outputs)
     if residual is not None:
         inputs.append(residual.reshape(result))
-        specs.append(_one(result[1]))
+        specs.append(at.vector(result[1]))
     y, sums = pl.pallas_call(
         functools.partial(
             _forward_kernel,
@@ -135,7 +137,7 @@ def forward(
         grid=(count, chunks),
         in_specs=specs,
         out_specs=[
-            _one(result[1]),
+            at.vector(result[1]),
             pl.BlockSpec((None, None, 2, outputs), lambda n, k: (n, k, 0, 0)),
         ],
         out_shape=[
@@ -175,16 +177,8 @@ def _input_gradient_kernel(
     dgamma, dbeta = jnp.sum(du * normal, axis=0), jnp.sum(du, axis=0)
     moments_ref[0, :] = dgamma
     moments_ref[1, :] = dbeta
-    # Means over a group, spread over its channels at all places: a product with a block matrix.
-    members = channels // groups
-    bits = members.bit_length() - 1
-    row, column = (
-        jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (wide, wide), k), jnp.int32(channels))
-        for k in (0, 1)
-    )
-    same = jnp.where(row >> bits == column >> bits, 1.0 / (members * size[0] * size[1]), 0.0)
-    first = jnp.sum(same * (gamma * dbeta)[:, None], axis=0)
-    second = jnp.sum(same * (gamma * dgamma)[:, None], axis=0)
+    whole = size[0] * size[1]
+    first, second = norm.means((dgamma, dbeta), gamma, channels, groups, whole)
     dx = rstd[None] * (du * gamma[None] - first[None] - normal * second[None])
     if residual:
         dx += plgpu.load(refs[8].at[here]).astype(jnp.float32)
@@ -212,11 +206,11 @@ def input_gradient(
     turned = cuts.widen(w.swapaxes(1, 2), cut)
     flat, wide = positions * channels, cut.places * channels
     inputs = [dy.reshape(count, -1), turned, x.reshape(count, -1), *affine, gamma]
-    specs = [_one(dy.shape[1] * outputs), _all(*turned.shape), _one(flat)]
-    specs += [_one(channels)] * 4 + [_all(channels)]
+    specs = [at.vector(dy.shape[1] * outputs), at.whole(*turned.shape), at.vector(flat)]
+    specs += [at.vector(channels)] * 4 + [at.whole(channels)]
     if residual is not None:
         inputs.append(residual.reshape(count, -1))
-        specs.append(_one(flat))
+        specs.append(at.vector(flat))
     dx, moments = pl.pallas_call(
         functools.partial(
             _input_gradient_kernel,
@@ -229,7 +223,7 @@ def input_gradient(
         ),
         grid=(count,),
         in_specs=specs,
-        out_specs=[_one(flat), pl.BlockSpec((None, 2, wide), lambda n: (n, 0, 0))],
+        out_specs=[at.vector(flat), pl.BlockSpec((None, 2, wide), lambda n: (n, 0, 0))],
         out_shape=[
             jax.ShapeDtypeStruct((count, flat), x.dtype),
             jax.ShapeDtypeStruct((count, 2, wide), jnp.float32),
@@ -252,13 +246,11 @@ def _weight_gradient_kernel(
     size: tuple[int, int],
     out: tuple[int, int],
     activate: bool,
-    runs: int,
     chunk: int,
     compiled: bool,
 ) -> None:
     channels, outputs = a_ref.shape[-1], dw_ref.shape[-1] // cut.window[1]
     flat, out_flat = size[0] * size[1] * channels, out[0] * out[1] * outputs
-    first = jax.lax.rem(pl.program_id(0), jnp.int32(cut.window[0] // runs)) * runs
     chunks = jnp.int32(cut.cells(size) // chunk)
 
     def accumulate(step: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -272,12 +264,12 @@ def _weight_gradient_kernel(
             x = activated(x, a[None], b[None], None, compiled)
         results = []
         for k, total in enumerate(sums):
-            run, inside = cuts.run(cell, first + k, cut, out, outputs)
+            run, inside = cuts.run(cell, k, cut, out, outputs)
             dy = plgpu.load(dy_ref.at[n * out_flat + run], mask=inside, other=0)
             results.append(total + _product(x, dy, over=0))
         return tuple(results)
 
-    zeros = tuple(jnp.zeros(dw_ref.shape[1:], jnp.float32) for _ in range(runs))
+    zeros = tuple(jnp.zeros(dw_ref.shape[1:], jnp.float32) for _ in range(cut.window[0]))
     steps = x_ref.shape[0] // flat * (cut.cells(size) // chunk)
     for k, total in enumerate(jax.lax.fori_loop(0, steps, accumulate, zeros)):
         dw_ref[k] = total
@@ -299,11 +291,9 @@ def weight_gradient(
     """:func:`ttt_jax.models.fused_conv.weight_gradient` by patches in this tile."""
     (count, positions, channels), outputs = x.shape, dy.shape[-1]
     cut, size = cuts.of_inputs(stride, tile.rows), (height, width)
-    shares = cut.window[0] // tile.runs
-    each = tiles.images_per_program(tile.images, count, shares)
+    each = tiles.images_per_program(tile.images, count, 1)
     parts = count // each
-    shape = (tile.runs, cut.places * channels, cut.window[1] * outputs)
-    whole = (parts, cut.window[0], *shape[1:])
+    shape = (cut.window[0], cut.places * channels, cut.window[1] * outputs)
     partial = pl.pallas_call(
         functools.partial(
             _weight_gradient_kernel,
@@ -311,19 +301,18 @@ def weight_gradient(
             size=size,
             out=(height // stride, width // stride),
             activate=activate,
-            runs=tile.runs,
             chunk=math.gcd(tile.cells, cut.cells(size)),
             compiled=not interpret,
         ),
-        grid=(parts * shares,),
+        grid=(parts,),
         in_specs=[
-            pl.BlockSpec((each * positions * channels,), lambda g: (g // shares,)),
-            pl.BlockSpec((each, channels), lambda g: (g // shares, 0)),
-            pl.BlockSpec((each, channels), lambda g: (g // shares, 0)),
-            pl.BlockSpec((each * dy.shape[1] * outputs,), lambda g: (g // shares,)),
+            pl.BlockSpec((each * positions * channels,), lambda g: (g,)),
+            pl.BlockSpec((each, channels), lambda g: (g, 0)),
+            pl.BlockSpec((each, channels), lambda g: (g, 0)),
+            pl.BlockSpec((each * dy.shape[1] * outputs,), lambda g: (g,)),
         ],
-        out_specs=pl.BlockSpec((None, *shape), lambda g: (g // shares, g % shares, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct(whole, jnp.float32),
+        out_specs=pl.BlockSpec((None, *shape), lambda g: (g, 0, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((parts, *shape), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
         name="patches_weight_gradient",

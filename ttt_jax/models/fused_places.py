@@ -1,4 +1,4 @@
-"""Where the kernels of :mod:`ttt_jax.models.fused_taps` read and write: places and blocks."""
+"""Where and when the kernels of :mod:`ttt_jax.models.fused_conv` read: places, blocks, order."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-
-from ttt_jax.models.fused_tiles import TAPS
 
 _Read = TypeVar("_Read")
 
@@ -63,10 +61,10 @@ def image(positions: int, channels: int) -> pl.BlockSpec:
 
 
 def vector(channels: int) -> pl.BlockSpec:
-    """One image's vector of ``[N, C]``."""
+    """One image's part of ``[N, C]``."""
     return pl.BlockSpec((None, channels), lambda n, *_: (n, 0))
 
 
-def taps(channels: int, outputs: int) -> pl.BlockSpec:
-    """All of a kernel ``[9, C, O]``."""
-    return pl.BlockSpec((TAPS, channels, outputs), lambda *_: (0, 0, 0))
+def whole(*shape: int) -> pl.BlockSpec:
+    """All of an array."""
+    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))

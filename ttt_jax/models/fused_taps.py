@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ttt_jax.models import fused_places as at, fused_tiles as tiles
+from ttt_jax.models import fused_norm as norm, fused_places as at, fused_tiles as tiles
 from ttt_jax.models.fused_activation import activated, rounded
 
 
@@ -71,7 +71,7 @@ def forward(
     chunk = math.gcd(tile.positions, out_positions)
     chunks = out_positions // chunk
     inputs, specs = [x, a, b, w], [at.image(positions, channels)] + [at.vector(channels)] * 2
-    specs.append(at.taps(channels, outputs))
+    specs.append(at.whole(tiles.TAPS, channels, outputs))
     if residual is not None:
         inputs.append(residual)
         specs.append(at.image(out_positions, outputs))
@@ -153,14 +153,7 @@ def _input_gradient_kernel(
             parts.append((down, right, du, normal))
     moments_ref[0, :] = dgamma
     moments_ref[1, :] = dbeta
-    # Means over a group, spread over its channels: one small product with a block matrix.
-    size = channels // groups
-    shift = size.bit_length() - 1
-    row = jax.lax.broadcasted_iota(jnp.int32, (channels, channels), 0) >> shift
-    column = jax.lax.broadcasted_iota(jnp.int32, (channels, channels), 1) >> shift
-    same = jnp.where(row == column, 1.0 / (size * height * width), 0.0)
-    first = jnp.sum(same * (gamma * dbeta)[:, None], axis=0)
-    second = jnp.sum(same * (gamma * dgamma)[:, None], axis=0)
+    first, second = norm.means((dgamma, dbeta), gamma, channels, groups, height * width)
     for down, right, du, normal in parts:
         dx = rstd * (du * gamma[None] - first[None] - normal * second[None])
         if residual:
@@ -193,10 +186,10 @@ def input_gradient(
     inputs = [dy, w, x, *affine, gamma]
     specs = [
         at.image(dy.shape[1], outputs),
-        at.taps(channels, outputs),
+        at.whole(tiles.TAPS, channels, outputs),
         at.image(positions, channels),
     ]
-    specs += [at.vector(channels)] * 4 + [pl.BlockSpec((channels,), lambda *_: (0,))]
+    specs += [at.vector(channels)] * 4 + [at.whole(channels)]
     if residual is not None:
         inputs.append(residual)
         specs.append(at.image(positions, channels))

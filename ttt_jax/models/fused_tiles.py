@@ -11,12 +11,12 @@ TAPS = 9
 _ONE_INSTANCE = 64
 _PROGRAMS = 512
 
-# Sides of maps are powers of two, and so are the rows of a patch, at most this many.
-_MOST_ROWS = 2
+# Of a map that is cut into patches of 2 x 2: a patch, and the 16 of them that a product wants.
+_ROWS, _POSITIONS = 2, 64
 
 
 class ForwardTaps(NamedTuple):
-    """A result tap by tap: positions per program, warps, and taps read before their use."""
+    """A result tap by tap: the most positions per program, warps, taps read before their use."""
 
     positions: int
     warps: int
@@ -32,8 +32,8 @@ class InputTaps(NamedTuple):
 class WeightTaps(NamedTuple):
     """A weight gradient tap by tap.
 
-    The most ``images``; ``positions`` per step; ``taps`` per program; ``warps``; ``stages``, how
-    many steps' loads are in flight.
+    The most ``images``; the most ``positions`` per step; ``taps`` per program; ``warps``;
+    ``stages``, how many steps' loads are in flight.
     """
 
     images: int
@@ -46,7 +46,7 @@ class WeightTaps(NamedTuple):
 class ForwardPatches(NamedTuple):
     """A result by patches.
 
-    ``rows`` of a patch, where the stride is 1; ``cells``, patches per program; ``warps``;
+    ``rows`` of a patch, where the stride is 1; the most ``cells``, patches per program; ``warps``;
     ``ahead``, how many rows of a window are read before their use.
     """
 
@@ -67,15 +67,13 @@ class InputPatches(NamedTuple):
 class WeightPatches(NamedTuple):
     """A weight gradient by patches.
 
-    ``rows`` of a patch, where the stride is 1; the most ``images``; ``cells``, patches per step;
-    ``runs``, rows of a window per program; ``warps``; ``stages``, how many steps' loads are in
-    flight.
+    ``rows`` of a patch, where the stride is 1; the most ``images``; the most ``cells``, patches per
+    step; ``warps``; ``stages``, how many steps' loads are in flight.
     """
 
     rows: int
     images: int
     cells: int
-    runs: int
     warps: int
     stages: int
 
@@ -91,7 +89,7 @@ class Tiles(NamedTuple):
 # The fastest measured, by channels, outputs, stride and bytes of a value.
 TIMED: dict[tuple[int, int, int, int], Tiles] = {
     (16, 16, 1, 2): Tiles(
-        ForwardPatches(2, 128, 4, 1), InputPatches(2, 8, 3), WeightPatches(1, 8, 16, 3, 1, 4)
+        ForwardPatches(2, 128, 4, 1), InputPatches(2, 8, 3), WeightPatches(1, 8, 16, 1, 4)
     ),
     (16, 32, 2, 2): Tiles(
         ForwardPatches(2, 128, 4, 1), InputPatches(2, 8, 0), WeightTaps(8, 32, 9, 1, 3)
@@ -104,7 +102,7 @@ TIMED: dict[tuple[int, int, int, int], Tiles] = {
     ),
     (64, 64, 1, 2): Tiles(ForwardTaps(64, 4, 1), InputTaps(4), WeightTaps(32, 64, 9, 8, 2)),
     (16, 16, 1, 4): Tiles(
-        ForwardPatches(1, 128, 4, 1), InputPatches(2, 8, 0), WeightPatches(1, 8, 16, 3, 2, 3)
+        ForwardPatches(1, 128, 4, 1), InputPatches(2, 8, 0), WeightPatches(1, 8, 16, 2, 3)
     ),
     (16, 32, 2, 4): Tiles(
         ForwardTaps(128, 4, 1), InputPatches(2, 8, 1), WeightTaps(8, 32, 9, 1, 3)
@@ -125,8 +123,7 @@ OTHERS = {
 def choose(channels: int, outputs: int, stride: int, itemsize: int, size: tuple[int, int]) -> Tiles:
     """The tiles of a convolution of images of ``size``, in values of ``itemsize`` bytes."""
     key = channels, outputs, stride, itemsize
-    # Patches of the most rows would not fill a map of fewer.
-    if key in TIMED and min(size) >= stride * _MOST_ROWS:
+    if key in TIMED and min(size) >= _ROWS and size[0] * size[1] >= _POSITIONS:
         return TIMED[key]
     return OTHERS[max(channels, outputs)]
 

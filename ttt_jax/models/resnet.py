@@ -280,6 +280,11 @@ class ResNet(nn.Module):
                 "whose sides are powers of two with 16 x 16 to 32 x 32 pixels in all; received "
                 f'width {self.width}, {jnp.dtype(self.dtype)} and images {shape}: use conv="auto".'
             )
+        if not fused_block.computes(self.dtype):
+            raise ValueError(
+                'conv="fused" in bfloat16 takes a GPU of compute capability 8 or more, received '
+                f'{jax.devices()[0].compute_capability}: use float32, or conv="auto".'
+            )
         return True
 
     @nn.nowrap
