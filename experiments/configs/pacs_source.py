@@ -6,7 +6,7 @@ data are those of ``pacs.py``, the work folder is its own.
 
 Cost: an estimate: a minute of training per seed on one H100.
 
-Expect: unknown; no result is committed. ``docs/results.md`` has the joint model.
+Expect: unknown; no result is committed. ``docs/results_other.md`` has the joint model.
 """
 
 import ml_collections

@@ -1,11 +1,14 @@
 """Every config can be read, says what it costs and shows, and builds its methods."""
 
 import pathlib
+import re
 
 import numpy as np
 import pytest
 
+import ttt_jax as ttt
 from experiments import launch, methods, problem
+from experiments.methods import steps
 
 CONFIGS = sorted((pathlib.Path(launch.__file__).parent / "configs").glob("[!_]*.py"))
 
@@ -19,6 +22,16 @@ def stand_in(config, folder):
         config.data.name = f"npz:{folder}/{{split}}.npz"
 
 
+def assert_selects(text, selection, shapes):
+    """A selection adapts some of the parameters, and something by each name in its pattern."""
+    chosen = ttt.select.describe(selection, shapes)
+    assert chosen.paths and (text == "all") == (chosen.num_elements == chosen.total_elements)
+    for names in re.findall(r"\(([^()]+)\)", text):
+        for name in names.split("|"):
+            found = [path for path in chosen.paths if re.search(rf"(^|/){name}(/|$)", path)]
+            assert found, f"{text} adapts nothing by the name {name}"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config(path, tmp_path):
     text = path.read_text()
@@ -30,8 +43,14 @@ def test_config(path, tmp_path):
     built = problem.build(config, source)
     plain = problem.build(config, source, shared_kernels=True)
     made = methods.build(config, built, plain)
+    shapes = {"params": problem.shapes(built)["params"]}
     assert set(made) == set(config.methods)
     for method in made.values():
         for settings in method.grid:
             forwards, backwards = method.cost(settings)
             assert forwards >= 1 and backwards >= 0
+            if backwards and "select" in settings:
+                assert_selects(settings["select"], steps.selection(settings), shapes)
+    chosen = launch.setting(config, "train.main_select")
+    if chosen != "all":
+        assert_selects(chosen, ttt.select.paths(chosen), shapes)
