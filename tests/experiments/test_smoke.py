@@ -37,6 +37,10 @@ def test_every_config_becomes_tiny_and_reads_noise(tmp_path, monkeypatch):
             # A long tail takes some of the training images away.
             assert len(sets[role]) == most or (role == "train" and "imbalance" in config.data)
         problem.shapes(problem.build(config, sets["test"]))
+    # What diagnose and feature_shift take is there, and no earlier config took the method away.
+    kept = {part.name: part.config().methods for part in parts}
+    assert all(method in kept[name] for name, method in smoke.DIAGNOSED.items())
+    assert smoke.SHIFTED in kept
     assert lines
     for line in lines:
         assert re.match(r"noise  \w+: its data are absent; they are made by: python -m exp", line)
