@@ -59,6 +59,8 @@ def build(
         "rotation_norm": (per_sample.rotation, problem),
         "rotation_biases": (per_sample.rotation, problem),
         "rotation_blocks": (per_sample.rotation, problem),
+        # Running statistics that follow the copies, without a gradient: a step size of 0.
+        "rotation_statistics": (per_sample.rotation, problem),
         "rotation_neighbors": (nearby.rotation_neighbors, problem),
         "memo": (per_sample.memo, problem),
         # The same loss over other views: a name for a row whose `views` differ.

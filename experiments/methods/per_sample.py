@@ -7,7 +7,7 @@ import jax
 
 import ttt_jax as ttt
 from experiments import auxiliary
-from experiments.methods import outputs, steps
+from experiments.methods import outputs, steps, train_mode
 from experiments.methods.method import Method, Settings, with_defaults
 from experiments.problem import Problem
 
@@ -51,12 +51,19 @@ def augmented(grid: Any, problem: Problem) -> Method:
     return Method("per_sample", make, grid, lambda s: (s["num_views"], 0))
 
 
-def _traced(grid: Any, problem: Problem, loss: Callable[..., Any], probe: str) -> Method:
+Adapt = Callable[[Problem, Settings], ttt.Adapter]
+
+
+def _gradient(loss: Callable[[Problem, Settings], ttt.AuxLoss]) -> Adapt:
+    return lambda problem, settings: steps.adapter(loss(problem, settings), settings)
+
+
+def _traced(grid: Any, problem: Problem, adapt: Adapt, probe: str) -> Method:
     """An episodic method that predicts the plain image after every step."""
 
     def make(settings: Settings) -> ttt.Predictor:
-        adapter = steps.adapter(loss(problem, settings), settings)
         apply = outputs.plain(problem, settings, probe)
+        adapter = adapt(problem, settings)
         return ttt.episodic(adapter, apply, num_steps=settings["num_steps"], trace=True)
 
     def cost(settings: Settings) -> tuple[int, int]:
@@ -68,13 +75,22 @@ def _traced(grid: Any, problem: Problem, loss: Callable[..., Any], probe: str) -
 
 
 def rotation(grid: Any, problem: Problem) -> Method:
-    """Test-time training on rotation prediction (Sun et al. 2020)."""
-    return _traced(grid, problem, steps.rotation_loss, "rotation")
+    """Test-time training on rotation prediction (Sun et al. 2020).
+
+    With ``statistics_momentum`` the model adapts in training mode.
+    """
+
+    def adapt(problem: Problem, settings: Settings) -> ttt.Adapter:
+        if "statistics_momentum" in settings:
+            return train_mode.rotation_adapter(problem, settings)
+        return _gradient(steps.rotation_loss)(problem, settings)
+
+    return _traced(grid, problem, adapt, "rotation")
 
 
 def memo(grid: Any, problem: Problem) -> Method:
     """Marginal entropy over views (Zhang et al. 2022). The probe's views are crops in any case."""
-    return _traced(grid, problem, steps.memo_loss, "memo")
+    return _traced(grid, problem, _gradient(steps.memo_loss), "memo")
 
 
 def mae(grid: Any, problem: Problem) -> Method:
@@ -85,7 +101,7 @@ def mae(grid: Any, problem: Problem) -> Method:
     """
     auxiliary.require_reconstruction(problem.module, "methods.mae")
     grid = with_defaults(grid, mask_ratio=problem.mask_ratio, num_masks=1)
-    return _traced(grid, problem, steps.mae_loss, "mae")
+    return _traced(grid, problem, _gradient(steps.mae_loss), "mae")
 
 
 def rotation_memo_augmented(grid: Any, problem: Problem) -> Method:
