@@ -9,15 +9,30 @@ import jax.numpy as jnp
 Augment = Callable[[Any, jax.Array], Any]
 
 
-def shift(padding: int) -> Augment:
-    """Random crop of the edge-padded image: a shift by up to ``padding`` pixels.
+# What lies beyond the image: its edge repeated, or black, as in torchvision's RandomCrop.
+_RIMS = {"edge": "edge", "black": "constant"}
 
-    The edge is repeated rather than filled with black: on a brightened or low-contrast image a
-    black rim would be the strongest edge there is.
+
+def _padder(padding: int, rim: str) -> Callable[[jax.Array], jax.Array]:
+    if rim not in _RIMS:
+        raise ValueError(f"The rim of views must be one of {sorted(_RIMS)}; got {rim!r}.")
+    widths = ((padding, padding), (padding, padding), (0, 0))
+    return lambda image: jnp.pad(image, widths, mode=_RIMS[rim])
+
+
+def shift(padding: int, rim: str = "edge") -> Augment:
+    """Random crop of the padded image: a shift by up to ``padding`` pixels.
+
+    By default the edge is repeated rather than filled with black: on a brightened or low-contrast
+    image a black rim would be the strongest edge there is.
+
+    Raises:
+      ValueError: a ``rim`` that is not ``edge`` or ``black``.
     """
+    pad = _padder(padding, rim)
 
     def augment(image: jax.Array, key: jax.Array) -> jax.Array:
-        padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="edge")
+        padded = pad(image)
         offset = jax.random.randint(key, (2,), 0, 2 * padding + 1)
         return jax.lax.dynamic_slice(padded, (offset[0], offset[1], 0), image.shape)
 
@@ -111,17 +126,17 @@ def simclr() -> Augment:
     return chain(resized_crop(0.2), flip, color_jitter(0.4, 0.8), grayscale(0.2))
 
 
-def every_view(padding: int, flipped: bool) -> Callable[[jax.Array], jax.Array]:
+def every_view(padding: int, flipped: bool, rim: str = "edge") -> Callable[[jax.Array], jax.Array]:
     """All the views that :func:`shift` and, if asked, :func:`flip` can draw.
 
     Returns:
       ``image[H, W, C] -> [V, H, W, C]`` with ``V = (2 * padding + 1)^2``, twice that if flipped.
     """
-    offsets = range(2 * padding + 1)
+    offsets, pad = range(2 * padding + 1), _padder(padding, rim)
 
     def views(image: jax.Array) -> jax.Array:
         height, width, _ = image.shape
-        padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="edge")
+        padded = pad(image)
         shifted = [padded[i : i + height, j : j + width] for i in offsets for j in offsets]
         mirrored = [view[:, ::-1] for view in shifted] if flipped else []
         return jnp.stack(shifted + mirrored)

@@ -23,6 +23,7 @@ from ml_collections import config_flags
 DEFAULTS = {
     "data.domain": "clean",
     "data.imbalance": 1,
+    "views.rim": "edge",
     "train.aux": "rotation",
     "train.main_select": "all",
     "train.mask_ratio": 0.75,

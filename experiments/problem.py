@@ -92,7 +92,7 @@ def build(
         fit.
 
     Raises:
-      ValueError: an unknown model or view, or images without one fixed shape.
+      ValueError: an unknown model or rim of views, or images without one fixed shape.
     """
     if config.model.name not in MODELS:
         raise ValueError(f"model.name must be one of {sorted(MODELS)}; got {config.model.name!r}.")
@@ -135,13 +135,15 @@ def build(
         )
 
     padding, flip = config.views.padding, config.views.flip
-    steps = [augment.shift(padding), augment.flip] if flip else [augment.shift(padding)]
+    rim = launch.setting(config, "views.rim")
+    shift = augment.shift(padding, rim)
+    steps = [shift, augment.flip] if flip else [shift]
     return Problem(
         module=module,
         model=model,
         normalize=normalize,
         view=augment.chain(*steps),
-        every_view=augment.every_view(padding, flip),
+        every_view=augment.every_view(padding, flip, rim),
         image_shape=tuple(source.image_shape),
         mask_ratio=launch.setting(config, "train.mask_ratio"),
     )

@@ -16,13 +16,13 @@ rotation, 38.7 % online. The images here went through JPEG once, a mild corrupti
 training is shorter: compare gains, not levels.
 
 The network, the auxiliary task and the test-time settings are the paper's, but for the rim of
-crops, which repeats the edge where the authors fill with black: ResNet-26, GroupNorm with 8 groups,
-32 copies per step, step size 0.001 for 10 steps, or 0.01 for one ("jump"); MEMO's step size is
-0.005 (Zhang et al. 2022), its views here are crops and flips. The validation corruptions choose the
-step sizes of ``rotation_tuned`` and ``rotation_online_tuned`` and the settings of
-``rotation_memo_augmented_online``, which collapses on streams longer than those that chose it; for
-all other methods they are only reported. ``rotation_augmented_online`` leaves its entropy out; it
-became a method after the test rows of the former had been seen.
+crops, which repeats the edge where the authors fill with black (``views.rim``): ResNet-26,
+GroupNorm with 8 groups, 32 copies per step, step size 0.001 for 10 steps, or 0.01 for one ("jump");
+MEMO's step size is 0.005 (Zhang et al. 2022), its views here are crops and flips. The validation
+corruptions choose the step sizes of ``rotation_tuned`` and ``rotation_online_tuned`` and the
+settings of ``rotation_memo_augmented_online``, which collapses on streams longer than those that
+chose it; for all other methods they are only reported. ``rotation_augmented_online`` leaves its
+entropy out; it became a method after the test rows of the former had been seen.
 """
 
 import ml_collections
@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
         {"name": "resnet", "depth": 26, "width": 16, "norm": "group", "groups": 8, "branch": 2}
     )
     config.model.dtype = "bfloat16"
-    config.views = ml_collections.ConfigDict({"padding": 4, "flip": True})
+    config.views = ml_collections.ConfigDict({"padding": 4, "flip": True, "rim": "edge"})
     config.train = ml_collections.ConfigDict(
         {
             "aux": "rotation",

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import augment
+from experiments import augment, problem
+from tests.experiments import tiny_config
 
 
 def test_factors_by_hand():
@@ -53,3 +54,45 @@ def test_crops_have_the_share_that_was_asked_for():
     shares = np.ptp(views, axis=(1, 2)) * 15 / 16
     assert (shares.prod(1) > 0.1).all() and shares.prod(1).min() < 0.35
     assert shares.prod(1).max() > 0.8
+
+
+def test_the_rim_repeats_the_edge_or_is_black():
+    image = jnp.array([[0.2, 0.4], [0.6, 0.8]])[..., None]
+    edge, black = (
+        np.asarray(augment.every_view(1, False, rim)(image)) for rim in ("edge", "black")
+    )
+    # Of the nine shifts the first is up and to the left, the middle one none.
+    np.testing.assert_allclose(edge[0, ..., 0], [[0.2, 0.2], [0.2, 0.2]])
+    np.testing.assert_allclose(black[0, ..., 0], [[0.0, 0.0], [0.0, 0.2]])
+    np.testing.assert_array_equal(edge[4], image)
+    np.testing.assert_array_equal(black[4], image)
+
+
+@pytest.mark.parametrize("rim", ["edge", "black"])
+def test_a_shift_draws_every_view(rim):
+    image = jax.random.uniform(jax.random.key(0), (3, 3, 1))
+    keys = jax.random.split(jax.random.key(1), 200)
+    drawn = jax.vmap(augment.shift(1, rim), (None, 0))(image, keys)
+    drawn, every = (
+        {bytes(view) for view in np.asarray(views)}
+        for views in (drawn, augment.every_view(1, False, rim)(image))
+    )
+    assert drawn == every and len(every) == 9
+
+
+def test_another_rim_is_named():
+    config = tiny_config.get_config()
+    config.views.rim = "white"
+    with pytest.raises(ValueError, match=r"rim of views must be one of .*edge.*got 'white'"):
+        problem.build(config, problem.load_data(config, "test"))
+
+
+def test_views_of_a_config_have_its_rim():
+    config = tiny_config.get_config()
+    config.views.rim = "black"
+    made = problem.build(config, problem.load_data(config, "test"))
+    white = jnp.ones(made.image_shape)
+    corner = made.every_view(white)[0]
+    assert corner[0].max() == 0 and corner[1:, 1:].min() == 1
+    drawn = jax.vmap(made.view, (None, 0))(white, jax.random.split(jax.random.key(0), 50))
+    assert drawn.min() == 0
