@@ -48,8 +48,14 @@ def task_of(name: str, problem: Problem, settings: Settings) -> Task:
     """The task of a name in :data:`TASKS` under the settings of a method.
 
     Raises:
-      ValueError: masked reconstruction for a model that cannot reconstruct.
+      ValueError: masked reconstruction for a model that cannot reconstruct, or statistics that
+        follow the views: they move the prediction without a gradient.
     """
+    if "statistics_momentum" in settings:
+        raise ValueError(
+            "statistics_momentum moves running statistics beside the weights, and what is diagnosed "
+            f"is steps of the weights alone; got {settings['statistics_momentum']!r}. Leave it out."
+        )
     kind = type(problem.module)
     images = jax.ShapeDtypeStruct((1, *problem.image_shape), jnp.float32)
     if name == "mae":

@@ -5,7 +5,8 @@ Command: ``python -m experiments.train --workdir=B
 data are those of ``cifar10c_level5.py``, the work folder is its own.
 
 Cost: about eight minutes of training on one H100, beside other work, nine for the ten steps of
-``rotation``, as many for ``rotation_statistics``, and a few for the rest, most of it compiling.
+``rotation``, and a few for the rest, most of it compiling; ``rotation_statistics``, which takes the
+same steps as ``rotation``, has not been run.
 
 Expect: 39.8 % mean error of the model as it is, 23.4 with batch statistics, 22.1 for Tent and 21.9
 for EATA online, 23.1 for SAR and 27.6 for ActMAD (``cifar10c_level5.json``); 31.2 instead of 41.4

@@ -8,7 +8,7 @@ unpacked in C), or ``experiments.train`` first; the data are those of ``cifar10c
 Cost: on one H100 in bfloat16 five minutes of adapting beside other work, compilation included.
 
 Expect: under corruption 12 % (relative) below the model without the auxiliary task over AugMix
-views, 8 % over crops and flips and for ``augmented``. The authors' program runs over all five
+views, 8 % over crops and flips and 7 % for ``augmented``. The authors' program runs over all five
 severities of lossless images, with a model of their own: compare gains, not levels.
 
 ``memo_augmix`` is the published method (Zhang et al. 2022; github.com/zhangmarvin/memo): 32 AugMix

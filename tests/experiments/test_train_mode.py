@@ -2,11 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
+from flax import traverse_util
 
 import ttt_jax as ttt
-from experiments import methods, problem
+from experiments import diagnosis, methods, problem
+from experiments.methods import train_mode
 from tests.experiments import tiny_config, tiny_model
 
 EPSILON = 1e-5
@@ -72,7 +75,6 @@ def by_hand(made, variables, image, key, num_steps, learning_rate, momentum):
         def loss(params, seen=seen, i=i):
             def apply(params, images):
                 logits, seen["mean"], seen["var"] = rotation_logits(params, images)
-                seen["images"] = images
                 return logits
 
             drawn = ttt.losses.rotation(apply, copies=3, augment=made.view)
@@ -107,6 +109,12 @@ def test_two_steps_are_those_written_out_by_hand(lab):
         np.testing.assert_allclose(output["aux"][steps], probe(adapted, image), rtol=2e-4)
 
 
+def test_the_pass_that_collects_statistics_is_counted(lab):
+    method = lab[1]
+    # Two steps of three copies, twice, and the prediction; backwards once.
+    assert method.cost(dict(method.grid[0])) == (2 * 6 + 1, 6)
+
+
 def test_a_step_size_of_zero_moves_the_statistics_alone(lab):
     _, _, variables, image = lab
     method = build(config(learning_rate=0.0))[1]
@@ -135,3 +143,44 @@ def test_a_model_without_batch_norm_is_named():
     plain = tiny_config.with_methods(small, rotation={**SETTINGS, "select": "all"})
     with pytest.raises(ValueError, match=r"methods\.rotation: statistics_momentum needs a model"):
         build(plain)
+
+
+def test_statistics_on_the_path_of_the_rotation_head_move_the_class():
+    """Both heads read the norms of the first two layers; each has those of a last layer alone."""
+    small = config(learning_rate=0.0, num_steps=1, select=".*rotation_fc/.*")
+    small.model = ml_collections.ConfigDict(
+        {"name": "resnet", "depth": 8, "width": 4, "norm": "batch", "branch": 2}
+    )
+    made, method = build(small)
+    variables = problem.initial(made, 0)
+    settings = dict(method.grid[0])
+    image = np.random.default_rng(0).uniform(size=made.image_shape).astype(np.float32)
+    key = jax.random.key(3)
+
+    def adapted(params, image, key):
+        adapter = train_mode.rotation_adapter(made, settings)
+        state, _ = adapter.step(params, adapter.init(params), image, key)
+        output, _ = method.build(settings)(params, image, key)
+        return adapter.merge(params, state), output["logits"]
+
+    after, logits = jax.jit(adapted)(variables, image, key)
+    jax.tree.map(np.testing.assert_array_equal, after["params"], variables["params"])
+    assert np.abs(logits[1] - logits[0]).max() > 1e-3
+    means = {
+        path: (old, new)
+        for (path, old), new in zip(
+            traverse_util.flatten_dict(variables["batch_stats"], sep="/").items(),
+            traverse_util.flatten_dict(after["batch_stats"], sep="/").values(),
+            strict=True,
+        )
+    }
+    stayed = {path.split("/")[0] for path, (old, new) in means.items() if (old == new).all()}
+    moved = {path.split("/")[0] for path, (old, new) in means.items() if (old != new).any()}
+    assert moved == {"layer1", "layer2", "rotation_layer3", "rotation_bn"} and not moved & stayed
+    assert stayed == {"layer3", "bn"}
+
+
+def test_it_is_not_diagnosed_as_steps_of_the_weights_alone(lab):
+    made, method, _, _ = lab
+    with pytest.raises(ValueError, match="statistics_momentum moves running statistics"):
+        diagnosis.task_of("rotation", made, dict(method.grid[0]))
