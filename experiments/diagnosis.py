@@ -53,8 +53,8 @@ def task_of(name: str, problem: Problem, settings: Settings) -> Task:
     """
     if "statistics_momentum" in settings:
         raise ValueError(
-            "statistics_momentum moves running statistics beside the weights; only steps of weights "
-            f"are diagnosed; got {settings['statistics_momentum']!r}. Leave it out."
+            "statistics_momentum moves running statistics beside the weights; only steps of the "
+            f"weights are diagnosed; got {settings['statistics_momentum']!r}. Leave it out."
         )
     kind = type(problem.module)
     images = jax.ShapeDtypeStruct((1, *problem.image_shape), jnp.float32)
