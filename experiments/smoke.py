@@ -122,18 +122,20 @@ def leave_out(config: ml_collections.ConfigDict, seen: set[tuple[str, ...]]) -> 
 
     Args:
       config: is changed.
-      seen: (model, normalization, method) that ran; those of this config are added.
+      seen: (model, normalization, method, its options' names) that ran; those of this config are
+        added. Another option may be another program.
 
     Returns:
       The names that were removed.
     """
     kind = (config.model.name, str(config.model.get("norm", "")))
     names = list(config.methods)
-    known = [name for name in names if (*kind, name) in seen]
+    programs = {name: (*kind, name, *sorted(config.methods[name])) for name in names}
+    known = [name for name in names if programs[name] in seen]
     removed = known[1:] if len(known) == len(names) else known
     for name in removed:
         del config.methods[name]
-    seen.update((*kind, name) for name in names)
+    seen.update(programs.values())
     return removed
 
 

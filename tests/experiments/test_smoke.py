@@ -72,6 +72,13 @@ def test_a_method_runs_once_per_kind_of_network():
     # Every config runs: one whose methods all ran keeps one.
     third = config("group", "joint", "memo")
     assert smoke.leave_out(third, seen) == ["memo"] and list(third.methods) == ["joint"]
+    # Another option may be another program; another value is not.
+    fourth = config("group", "joint", "rotation", "memo")
+    fourth.methods.rotation.momentum = 0.9
+    assert smoke.leave_out(fourth, seen) == ["joint", "memo"]
+    fifth = config("group", "rotation", "source")
+    fifth.methods.rotation.momentum = 0.5
+    assert smoke.leave_out(fifth, seen) == ["rotation"]
 
 
 def write_npz_config(folder, name, doc):
