@@ -67,9 +67,7 @@ def _traced(grid: Any, problem: Problem, adapt: Adapt, probe: str) -> Method:
         return ttt.episodic(adapter, apply, num_steps=settings["num_steps"], trace=True)
 
     def cost(settings: Settings) -> tuple[int, int]:
-        # Statistics that follow the views are collected by a pass of their own.
-        passes = 2 if "statistics_momentum" in settings else 1
-        return passes * steps.work(settings) + 1, steps.work(settings)
+        return steps.work(settings) + 1, steps.work(settings)
 
     return Method(
         "per_sample", make, grid, cost, probe, traced=True, reset="episodic", predict="after"

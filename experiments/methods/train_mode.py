@@ -35,22 +35,22 @@ def rotation_adapter(problem: Problem, settings: Settings) -> ttt.Adapter:
             "statistics_momentum needs a model with BatchNorm; this one has no running "
             "statistics. Leave the option out."
         )
-    rotation = problem.model("batch").rotation
-    collect = models.linen_statistics(problem.module, "rotation")
-    follow = ttt.statistics_adapter(collect, momentum=momentum)
+    forward = models.linen_statistics(problem.module, "rotation", outputs=True)
+    # What it collects is what the pass of the loss has seen.
+    follow = ttt.statistics_adapter(lambda params, seen: seen, momentum=momentum)
 
     def value(params: Any, memory: Any, image: jax.Array, key: jax.Array) -> Any:
-        seen = []
+        passes = []
 
-        def watched(params: Any, images: jax.Array) -> jax.Array:
-            seen.append(images)
-            return rotation(params, images)
+        def rotation(params: Any, images: jax.Array) -> jax.Array:
+            logits, seen = forward(params, problem.normalize(images))
+            passes.append(seen)
+            return logits
 
-        copies = settings["copies"]
-        loss = ttt.losses.rotation(watched, copies=copies, augment=problem.view)(params, image, key)
-        (images,) = seen
-        held = jax.lax.stop_gradient(params)
-        memory, _ = follow.step(held, memory, problem.normalize(images), key)
+        descend = ttt.losses.rotation(rotation, copies=settings["copies"], augment=problem.view)
+        loss = descend(params, image, key)
+        (seen,) = passes
+        memory, _ = follow.step(params, memory, seen, key)
         return loss, memory
 
     loss = ttt.StatefulLoss(follow.init, value, after=lambda adapted, memory: memory)

@@ -109,12 +109,6 @@ def test_two_steps_are_those_written_out_by_hand(lab):
         np.testing.assert_allclose(output["aux"][steps], probe(adapted, image), rtol=2e-4)
 
 
-def test_the_pass_that_collects_statistics_is_counted(lab):
-    method = lab[1]
-    # Two steps of three copies, twice, and the prediction; backwards once.
-    assert method.cost(dict(method.grid[0])) == (2 * 6 + 1, 6)
-
-
 def test_a_step_size_of_zero_moves_the_statistics_alone(lab):
     _, _, variables, image = lab
     method = build(config(learning_rate=0.0))[1]

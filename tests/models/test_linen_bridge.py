@@ -218,15 +218,24 @@ def test_subclasses_and_lifted_transformations():
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_outputs_of_the_pass_that_collects(net):
+    outputs, statistics = linen_statistics(Net(), outputs=True)(net, X)
+    np.testing.assert_array_equal(outputs, from_linen(Net(), norm="batch")(net, X))
+    alone = linen_statistics(Net())(net, X)
+    jax.tree.map(np.testing.assert_array_equal, statistics, alone)
+
+
 def test_gradients_flow_as_in_training(net):
     def grad(fn):
         return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(fn({**net, "params": p})))))(
             net["params"]
         )
 
-    mine = grad(lambda v: from_linen(Net(), norm="batch")(v, X))
-    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(grad(_train)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    theirs = jax.tree.leaves(grad(_train))
+    forward = linen_statistics(Net(), outputs=True)
+    for fn in (lambda v: from_linen(Net(), norm="batch")(v, X), lambda v: forward(v, X)[0]):
+        for a, b in zip(jax.tree.leaves(grad(fn)), theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", ["batch", 0])

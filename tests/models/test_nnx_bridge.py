@@ -328,6 +328,13 @@ def test_statistics_agree_with_linen(net):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_outputs_of_the_pass_that_collects(net):
+    apply, params = from_nnx(net, norm="batch")
+    outputs, statistics = nnx_statistics(net, outputs=True)(params, X)
+    np.testing.assert_array_equal(outputs, apply(params, X))
+    jax.tree.map(np.testing.assert_array_equal, statistics, nnx_statistics(net)(params, X))
+
+
 def test_mistakes_are_named(net):
     apply, params = from_nnx(net)
     with pytest.raises(ValueError, match="no method 'feature'; did you mean 'features'"):

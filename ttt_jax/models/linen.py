@@ -82,6 +82,7 @@ def linen_statistics(
     method: str | Callable[..., Any] | None = None,
     *,
     kwargs: Mapping[str, Any] | None = None,
+    outputs: bool = False,
 ) -> Callable[[Any, Any], Any]:
     """Builds the function that collects a batch's normalization statistics.
 
@@ -93,11 +94,13 @@ def linen_statistics(
       module: an unbound ``flax.linen.Module`` with ``nn.BatchNorm`` layers.
       method: the method that is run; ``None`` for ``__call__``.
       kwargs: further keyword arguments of the call.
+      outputs: whether the outputs of the same pass come back too, for an adaptation in training
+        mode; gradients flow through the statistics, as in :func:`from_linen`.
 
     Returns:
       ``collect(params, x[N, ...]) -> statistics``: shaped like ``params``, with the batch's
       mean and (biased) variance in ``batch_stats`` and ``None`` everywhere else, the layout of
-      ``ttt_jax.select.statistics()``.
+      ``ttt_jax.select.statistics()``. With ``outputs``: ``(outputs, statistics)``.
 
     Raises:
       TypeError: ``module`` is no Linen module.
@@ -115,12 +118,12 @@ def linen_statistics(
             )
         serve = _interceptor("batch", batch_size(x, "linen_statistics"), calls={})
         with nn.intercept_methods(serve):
-            _, updated = module.apply(params, x, method=method, mutable=["batch_stats"], **fixed)
+            made, updated = module.apply(params, x, method=method, mutable=["batch_stats"], **fixed)
         holes = {name: jax.tree.map(lambda _: None, params[name]) for name in params}
         holes["batch_stats"] = jax.tree.map(
             lambda new, old: new.astype(old.dtype), updated["batch_stats"], params["batch_stats"]
         )
-        return holes
+        return (made, holes) if outputs else holes
 
     return collect
 

@@ -77,7 +77,11 @@ def from_nnx(
 
 
 def nnx_statistics(
-    module: nnx.Module, method: str = "__call__", *, kwargs: Mapping[str, Any] | None = None
+    module: nnx.Module,
+    method: str = "__call__",
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    outputs: bool = False,
 ) -> Callable[[Any, Any], Any]:
     """Builds the function that collects a batch's normalization statistics.
 
@@ -88,10 +92,11 @@ def nnx_statistics(
       module: any ``nnx.Module`` with ``nnx.BatchNorm`` layers; it is not changed.
       method: the method that is run.
       kwargs: further keyword arguments of the call.
+      outputs: whether the outputs of the same pass come back too.
 
     Returns:
       ``collect(params, x[N, ...]) -> statistics``: shaped like ``params``, ``None`` outside of
-      ``batch_stats``.
+      ``batch_stats``. With ``outputs``: ``(outputs, statistics)``.
 
     Raises:
       TypeError: ``module`` is no NNX module.
@@ -106,11 +111,11 @@ def nnx_statistics(
         )
 
     def collect(params: Any, x: Any) -> Any:
-        _, model = run(params, None, "batch", True, x)
+        made, model = run(params, None, "batch", True, x)
         new = nnx.to_flat_state(nnx.as_pure(nnx.state(model, nnx.BatchStat)))
         statistics = jax.tree.map(lambda _: None, dict(params))
         statistics["batch_stats"] = _nest({path: value for path, value in new})
-        return statistics
+        return (made, statistics) if outputs else statistics
 
     return collect
 
