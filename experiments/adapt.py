@@ -41,6 +41,7 @@ from experiments import (
     trials as trials_lib,
     writers,
 )
+from experiments.methods import steps
 from ttt_jax import checkpoint, data
 
 
@@ -132,7 +133,8 @@ def evaluate(
                 for one in some
                 for domain, severity in one.trial.cells
             ]
-        rows = [{"method": name, **fields, **row} for row in rows]
+        counts = steps.parameter_counts(settings, runner.shapes)
+        rows = [{"method": name, **fields, **row, **counts} for row in rows]
         # Of several rows that were cut off while they were written, some are there already.
         results.add(*(row for row in rows if results.get(**row) is None))
         for row in rows:

@@ -203,8 +203,8 @@ def mae_flop(sizes: ViTSizes, num_steps: int) -> int:
 class Work(NamedTuple):
     """A work: its sizes, its program, its FLOP per image, and what is timed.
 
-    Peers are timed at the first entry of ``num_steps``; ``samples`` says with how many images per
-    call each way is timed; ``options`` are those of XLA for ttt_jax on a GPU, as pairs.
+    ``num_steps`` are the numbers of steps that each way is timed at; ``samples`` says with how many
+    images per call; ``options`` are those of XLA for ttt_jax on a GPU, as pairs.
     """
 
     sizes: Any

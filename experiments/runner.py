@@ -24,7 +24,7 @@ from experiments import (
     team as team_lib,
 )
 from experiments.outcome import Outcome
-from experiments.problem import Problem
+from experiments.problem import Problem, shapes
 from experiments.trials import Trial
 from ttt_jax import checkpoint, data
 
@@ -85,6 +85,7 @@ class Runner:
         self._pristine = pristine
         self._restore = restore
         self.seed = seed
+        self.shapes = shapes(plain)
         self.fingerprint = pristine.fingerprint
         self._key = jax.random.key(seed)
         self._source = source_data.SourceData(config, pristine, seed=seed)

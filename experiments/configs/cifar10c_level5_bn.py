@@ -9,7 +9,7 @@ Cost: about eight minutes of training on one H100, beside other work, nine each 
 
 Expect: 39.8 % mean error of the model as it is, 23.4 with batch statistics, 22.1 for Tent and 21.9
 for EATA online, 23.1 for SAR and 27.6 for ActMAD (``cifar10c_level5.json``); 30.4 with ten steps
-of rotation for each image, of which the statistics alone give 30.8
+of rotation for each image, 30.8 with their statistics alone
 (``cifar10c_level5_bn_rotation.json``). Published at level 5, mean error in percent, on other
 networks: 43.5 source, 20.4 batch statistics and 18.6 Tent (WRN-28-10, DequanWang/tent); 20.0 Tent,
 17.9 EATA and 20.4 SAR without a pause between corruptions (WRN-28-10, mariodoebler/test-time-

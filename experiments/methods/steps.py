@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 
 import ttt_jax as ttt
@@ -47,6 +48,23 @@ def selection(settings: Settings) -> ttt.Selection:
     }
     chosen = settings["select"]
     return named[chosen]() if chosen in named else ttt.select.paths(chosen)
+
+
+def parameter_counts(settings: Settings, shapes: Any) -> dict[str, int]:
+    """How many parameters some settings adapt, 0 where no gradient is taken, and of how many.
+
+    Args:
+      settings: of a method.
+      shapes: the variables of the model, ``{"params": ...}``, or their shapes.
+    """
+    learned = {"params": shapes["params"]}
+    if "select" not in settings:
+        return {
+            "adapted_parameters": 0,
+            "total_parameters": sum(leaf.size for leaf in jax.tree.leaves(learned)),
+        }
+    chosen = ttt.select.describe(selection(settings), learned)
+    return {"adapted_parameters": chosen.num_elements, "total_parameters": chosen.total_elements}
 
 
 def rotation_loss(problem: Problem, settings: Settings, *, batch: bool = False) -> ttt.AuxLoss:

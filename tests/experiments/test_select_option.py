@@ -1,5 +1,7 @@
 """The option ``select``: which parameters a method's steps change."""
 
+import math
+
 import jax
 import pytest
 
@@ -31,6 +33,23 @@ def test_the_fast_parameters(built, select):
     fast = adapter.init(params).fast
     found = {path for path, _ in jax.tree_util.tree_flatten_with_path(fast)[0]}
     assert {jax.tree_util.keystr(path, simple=True, separator="/") for path in found} == expected
+
+
+@pytest.mark.parametrize("select", CHOSEN)
+def test_counts(built, select):
+    shapes = problem.shapes(built)
+    leaves = jax.tree_util.tree_flatten_with_path(shapes["params"])[0]
+    sizes = {
+        "params/" + jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(leaf.shape)
+        for path, leaf in leaves
+    }
+    total = sum(sizes.values())
+    adapted = sum(size for path, size in sizes.items() if CHOSEN[select](path))
+    assert 0 < adapted <= total
+    found = steps.parameter_counts({"select": select}, shapes)
+    assert found == {"adapted_parameters": adapted, "total_parameters": total}
+    found = steps.parameter_counts({"num_views": 4}, shapes)
+    assert found == {"adapted_parameters": 0, "total_parameters": total}
 
 
 def test_subsets_side_by_side(built):

@@ -250,6 +250,8 @@ def test_a_sequence_gives_a_row_per_domain(in_sequence):
         "tent": ("batch", "episodic", "after"),
         "tent_online": ("stream", "per_sequence", "after"),
     }
+    adapted = {row["method"]: row["adapted_parameters"] for row in rows}
+    assert adapted["source"] == 0 < adapted["tent"] == adapted["tent_online"] < adapted["mae"]
     for row in rows:
         clean = row["domain"] == "clean"
         assert row["sequence"] == ("none" if clean else "domains")
