@@ -1,13 +1,18 @@
 """How fast is Vision test-time training, beside PyTorch, in one run on one device or on several?
 
-``python -m experiments.bench --out=bench.json`` times the works of
+``python -m experiments.bench --out=runs/bench.json`` times the works of
 :mod:`experiments.bench_works`: copies of a network that adapt to their image, or to a batch, and
 then classify it. Compilation is apart, one call warms up, and a row holds the median of the timed
-calls. The device's rate on large square matrix products, measured in the same run, stands beside.
+calls. The device's rate on large square matrix products, measured once per file, stands beside.
 ``--devices=1,2`` times ``ttt_jax`` on so many devices of this machine, with as many images on each.
+
+Each row is written as soon as it is measured. The same command again, or one that asks for other
+rows, goes on: rows of the file are kept and skipped, failed ones run again. Another commit, device,
+version or way of measuring is refused.
 """
 
 import os
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +25,7 @@ import ml_collections
 from absl import flags
 
 import ttt_jax as ttt
-from experiments import kernels, launch, provenance, spread
+from experiments import bench_record, kernels, launch, provenance, spread
 from experiments.bench_works import WORKS, ViTSizes
 from ttt_jax.models import attention as attention_lib
 
@@ -129,40 +134,43 @@ def time_jax(case: Case, repeats: int, options: dict[str, Any], trace: str) -> T
     return Timing(seconds, compile_seconds, peak, jax_precision(case.dtype))
 
 
+def identity(case: Case) -> dict[str, Any]:
+    """The fields that tell the row of a case from the others of a file."""
+    attention = getattr(case.sizes, "attention", None)
+    if attention and case.way == "ttt_jax":
+        attention = attention_lib.form_of(attention, case.dtype)
+    elif attention:
+        from experiments import bench_torch
+
+        attention = bench_torch.ATTENTION[case.way]
+    same = (case.num_steps, case.sizes.copies, case.sizes.batch, case.samples, case.devices)
+    values = (case.work, case.way, case.dtype, attention, *same)
+    return dict(zip(bench_record.KEY, values, strict=True))
+
+
 def measure(
     case: Case, settings: ml_collections.ConfigDict, rates: dict[str, float]
 ) -> dict[str, Any]:
     """The row of a case; ``rates`` holds the matmul rate of each dtype in TFLOP/s."""
-    attention = getattr(case.sizes, "attention", None)
     options: dict[str, Any] = {}
     if case.way == "ttt_jax":
         if jax.default_backend() == "gpu":
             options |= dict(WORKS[case.work].options)
         options |= compiler_options(settings.compiler_options)
         timing = time_jax(case, settings.repeats, options, settings.trace)
-        attention = attention and attention_lib.form_of(attention, case.dtype)
     else:
         from experiments import bench_torch
 
         timing = Timing(
             *bench_torch.measure(case, lambda call: median_seconds(call, settings.repeats))
         )
-        attention = attention and bench_torch.ATTENTION[case.way]
     flop = WORKS[case.work].flop(case.sizes, case.num_steps) * case.samples
     tflops = flop / timing.seconds / 1e12
     return {
-        "work": case.work,
-        "way": case.way,
-        "compute_dtype": case.dtype,
+        **identity(case),
         "param_dtype": "float32",
         "precision": timing.precision,
-        "attention": attention,
         "compiler_options": options,
-        "num_steps": case.num_steps,
-        "copies": case.sizes.copies,
-        "batch": case.sizes.batch,
-        "samples": case.samples,
-        "devices": case.devices,
         "sample_steps_per_second": case.samples * case.num_steps / timing.seconds,
         "tflops": tflops,
         "matmul_share": tflops / (rates[case.dtype] * case.devices),
@@ -262,23 +270,24 @@ def runnable(ways: Iterable[str]) -> tuple[str, ...]:
 
 
 def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Measures every case and rewrites ``out``, a new file, after each.
+    """Measures every case that has no row yet and rewrites ``out`` after each.
 
     Args:
-      out: the JSON file.
+      out: the JSON file, new or of an earlier call.
       settings: ``works``, ``ways``, ``dtypes``, ``num_steps``, ``samples``, ``attention``,
         ``compiler_options``, ``repeats``, ``devices``, ``trace`` and ``smoke``, as the flags of the
         same names.
 
     Raises:
       launch.UserError: an unknown work, way or form of attention, more devices than there are, or a
-        file that cannot be written.
+        file that cannot be written or holds something else.
     """
     launch.chosen("work", settings.works, WORKS)
     launch.chosen("way", settings.ways, WAYS)
     compiler_options(settings.compiler_options)
     launch.chosen("attention", settings.attention, attention_lib.FORMS)
-    path = launch.new_file(out)
+    path = pathlib.Path(out)
+    launch.open_workdir(str(path.parent))
     with settings.unlocked():
         settings.ways = runnable(settings.ways)
     # Both libraries share the device: jax must not reserve most of its memory at the start.
@@ -290,36 +299,44 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
             f"--devices takes numbers of at least 1; got {list(settings.devices)}."
         )
     spread.local(max(settings.devices))
-    record = {**provenance.of(settings), "matmul": None, "rows": [], "failed": []}
-    for name, package in PACKAGES.items():
-        if any(name in NEEDS.get(way, ()) for way in settings.ways):
-            record["versions"][package] = provenance.version(package)
-    todo = cases(settings)
-    if not todo:
+    made = cases(settings)
+    if not made:
         raise launch.UserError(
             f"nothing to measure: no work has dtypes {list(settings.dtypes)} and num_steps "
             f"{list(settings.num_steps)}."
         )
     size = 64 if settings.smoke else MATMUL_SIZE
-    rates = {
-        dtype: matmul_rate(size, dtype, settings.repeats)
-        for dtype in sorted({case.dtype for case in todo})
-    }
-    record["matmul"] = {"size": size, "tflops": rates}
-    for case in todo:
-        name = " ".join(map(str, case[:3])) + f" steps={case.num_steps} samples={case.samples}"
-        name += f" devices={case.devices}" if case.devices > 1 else ""
-        try:
-            row = measure(case, settings, rates)
-        except RuntimeError as error:  # out of memory, in both libraries
-            named = {**case._asdict(), "sizes": case.sizes._asdict()}
-            record["failed"].append({**named, "message": str(error)[:500]})
-            print(f"{name}: failed: {str(error).splitlines()[0][:200]}", flush=True)
-        else:
-            record["rows"].append(row)
-            speed = f"{row['sample_steps_per_second']:.1f} sample-steps/s"
-            print(f"{name}: {speed}, {row['tflops']:.2f} TFLOP/s", flush=True)
-        launch.write_json(path, record)
+    matmul = {"size": size, "precision": jax_precision("float32"), "tflops": {}}
+    new = {**provenance.of(settings), "runs": [], "matmul": matmul, "rows": [], "failed": []}
+    for name, package in PACKAGES.items():
+        if any(name in NEEDS.get(way, ()) for way in settings.ways):
+            new["versions"][package] = provenance.version(package)
+    with bench_record.opened(path, new) as record:
+        # Two forms of attention may be one here.
+        wanted = {tuple(identity(case).values()): case for case in made}
+        done = {bench_record.key_of(row) for row in record["rows"]}
+        todo = {key: case for key, case in wanted.items() if key not in done}
+        if len(todo) < len(wanted):
+            print(f"{len(wanted) - len(todo)} of {len(wanted)} rows are in {path} already.")
+        if todo:
+            record["runs"].append(provenance.origin(new))
+        rates = record["matmul"]["tflops"]
+        for dtype in sorted({case.dtype for case in todo.values()} - rates.keys()):
+            rates[dtype] = matmul_rate(size, dtype, settings.repeats)
+        for key, case in todo.items():
+            name = " ".join(map(str, case[:3])) + f" steps={case.num_steps} samples={case.samples}"
+            name += f" devices={case.devices}" if case.devices > 1 else ""
+            record["failed"] = [one for one in record["failed"] if bench_record.key_of(one) != key]
+            try:
+                row = measure(case, settings, rates)
+            except RuntimeError as error:  # out of memory, in both libraries
+                record["failed"].append({**identity(case), "message": str(error)[:500]})
+                print(f"{name}: failed: {str(error).splitlines()[0][:200]}", flush=True)
+            else:
+                record["rows"].append(row)
+                speed = f"{row['sample_steps_per_second']:.1f} sample-steps/s"
+                print(f"{name}: {speed}, {row['tflops']:.2f} TFLOP/s", flush=True)
+            launch.write_json(path, record)
     print(table(record["rows"]))
     return record
 
@@ -341,7 +358,7 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     _FLAGS = {
-        "out": flags.DEFINE_string("out", None, "The JSON file to write."),
+        "out": flags.DEFINE_string("out", None, "The JSON file to write, or to go on with."),
         "works": flags.DEFINE_list("works", list(WORKS), "Which works."),
         "ways": flags.DEFINE_list("ways", list(WAYS), "Which ways."),
         "dtypes": flags.DEFINE_list("dtypes", [], "Only these compute dtypes; empty: all."),

@@ -12,8 +12,8 @@ import pytest
 from experiments import bench, bench_works, launch
 
 FIELDS = (
-    "work way compute_dtype param_dtype precision attention compiler_options num_steps copies "
-    "batch samples devices sample_steps_per_second tflops matmul_share peak_gib compile_seconds"
+    "work way compute_dtype attention num_steps copies batch samples devices param_dtype precision "
+    "compiler_options sample_steps_per_second tflops matmul_share peak_gib compile_seconds"
 ).split()
 
 
