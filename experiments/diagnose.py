@@ -10,6 +10,7 @@ after, monitors of collapse and harm, a map over learning rates and steps. At th
 ``W/diagnostics.json`` holds all rows of the method with their origin and the correlation between
 mean inner product and gain, ``W/diagnostics.html`` their scatter plot. Run it again to resume. Rows
 of a method in a work folder are about the same images, settings and model: others are refused.
+``experiments.merge --program=diagnose`` joins work folders that have cells of their own.
 """
 
 import functools
@@ -29,6 +30,7 @@ from absl import flags
 import ttt_jax as ttt
 from experiments import (
     chunks,
+    diagnose_record,
     diagnosis,
     journal,
     launch,
@@ -39,7 +41,6 @@ from experiments import (
     selection,
     trials as trials_lib,
 )
-from experiments.reporting import alignment
 from ttt_jax import data
 
 # Of the learning rate of the config.
@@ -48,7 +49,6 @@ CORRUPTIONS = {
     "test": data.corruptions.CORRUPTIONS,
     "validation": data.corruptions.VALIDATION_CORRUPTIONS,
 }
-ROLES = {"test": "reported", "validation": "validation"}
 
 
 class Options(NamedTuple):
@@ -168,66 +168,6 @@ class _Measure:
         return row | {"seconds": done - compiled, "compile_seconds": compiled - start}
 
 
-def made_with(config: ml_collections.ConfigDict, split: str) -> dict[str, Any]:
-    """What of a config a row depends on beside its settings, its cell and the model's parameters.
-
-    Args:
-      config: see ``experiments/configs``.
-      split: ``test`` or ``validation``.
-    """
-    views = [name for name in launch.flat(config) if name.startswith("views.")]
-    images = ("data.name", f"data.{split}", "adapt.corruption_seed")
-    return journal.made_with(config, (*images, "model.dtype", *views))
-
-
-def require_same(
-    book: journal.Journal, fields: dict[str, Any], config: ml_collections.ConfigDict
-) -> None:
-    """Refuses rows of the method that were made otherwise than those to come.
-
-    They are in one record, under one config, and in one correlation. Of the other split, the number
-    of images and the learning rates may differ.
-
-    Args:
-      book: the rows.
-      fields: of the rows to come, of one seed.
-      config: what they are made with.
-
-    Raises:
-      UserError: naming each field that differs, its stored and its present value.
-    """
-    split_of = {role: split for split, role in ROLES.items()}
-
-    def by_key(row: dict[str, Any]) -> dict[str, Any]:
-        settings = {f"settings.{name}": value for name, value in row["settings"].items()}
-        return row | settings | row["config"]
-
-    for row in book.rows():
-        if row["method"] != fields["method"]:
-            continue
-        if "config" not in row:
-            raise launch.UserError(
-                f"{book.path} has rows that do not say what made them, of an older version. Use "
-                "another --workdir, or remove the file."
-            )
-        now = {"config": made_with(config, split_of[row["split_role"]])}
-        was, now = by_key(row), by_key(fields | now)
-        names = [name for name in now | was if "." in name]
-        if row["split_role"] == fields["split_role"]:
-            names += ["dataset", "num_examples", "learning_rates"]
-            names += ["checkpoint"] if row["seed"] == fields["seed"] else []
-        changed = [
-            f"{name} was {was.get(name)!r}, now {now.get(name)!r}"
-            for name in names
-            if was.get(name) != now.get(name)
-        ]
-        if changed:
-            raise launch.UserError(
-                f"{book.path} has rows made otherwise: {'; '.join(changed)}. Use another "
-                "--workdir, or remove the file."
-            )
-
-
 def checked(options: Options) -> Options:
     """The options, with numbers for what the command line gives as text.
 
@@ -294,6 +234,7 @@ def run(
     where = cells_of(config, options)
     workdir = launch.open_workdir(folder)
     with launch.locked(workdir):
+        diagnose_record.require_own(workdir)
         source = problem_lib.load_data(config, options.split)
         problem = problem_lib.build(config, source)
         method = method_of(config, options.method, problem)
@@ -310,14 +251,14 @@ def run(
                 "method": options.method,
                 "dataset": source.title,
                 "seed": seed,
-                "split_role": ROLES[options.split],
+                "split_role": diagnose_record.ROLES[options.split],
                 "checkpoint": pristine.fingerprint,
                 "num_examples": count,
                 "settings": settings,
                 "learning_rates": list(rates),
-                "config": made_with(config, options.split),
+                "config": diagnose_record.made_with(config, options.split),
             }
-            require_same(book, fields, config)
+            diagnose_record.require_same(book, fields, config)
             cells = [{"domain": name, "severity": severity, **fields} for name, severity in where]
             todo = [cell for cell in cells if book.get(**cell) is None]
 
@@ -333,27 +274,8 @@ def run(
             for cell, batch in bar:
                 row = measure(pristine.restore("memory"), batch, seed)
                 book.add({**cell, "status": "ok", **row})
-        return _finish(config, workdir, book, options.method)
-
-
-def _finish(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, book: journal.Journal, method: str
-) -> dict[str, Any]:
-    """Writes the record of one method and its page, each as a whole."""
-    rows = [row for row in book.rows() if row["method"] == method]
-    reported = [row for row in rows if row["split_role"] == "reported"] or rows
-    r = alignment.correlation(reported)
-    record = {
-        **provenance.of(config),
-        "correlation": {"inner_product_and_gain": r, "sets": len(reported)},
-        "rows": rows,
-    }
-    launch.write_json(workdir / "diagnostics.json", record)
-    page = alignment.render({**record, "rows": reported})
-    launch.write_atomically(workdir / "diagnostics.html", page)
-    shown = "undefined" if r is None else f"{r:.3f}"
-    print(f"{len(rows)} rows of {method} in {book.path}; inner product and gain: r = {shown}")
-    return record
+        rows = [row for row in book.rows() if row["method"] == options.method]
+        return diagnose_record.write(workdir, provenance.of(config), rows)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -371,7 +293,7 @@ if __name__ == "__main__":
     )
     _FLAGS = {
         "method": flags.DEFINE_string("method", "rotation", "Whose settings to use."),
-        "split": flags.DEFINE_enum("split", "test", list(ROLES), "Which images."),
+        "split": flags.DEFINE_enum("split", "test", list(diagnose_record.ROLES), "Which images."),
         "severities": flags.DEFINE_list("severities", ["1", "2", "3", "4", "5"], "Severities."),
         "corruptions": flags.DEFINE_list("corruptions", None, "Default: those of the split."),
         "num_images": flags.DEFINE_integer("num_images", 1000, "Images per cell, at most."),

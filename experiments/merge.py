@@ -17,6 +17,9 @@ overlap, rows that differ where they should not: each is refused, and nothing is
 
 Settings with candidates are chosen once: parts of other seeds begin with the ``selection.json`` of
 the first part in their work folder, as one run over all seeds takes the choice of its first one.
+
+With ``--program=diagnose`` a part is the work folder of an ``experiments.diagnose``, over some
+corruptions, severities or seeds; the record of all and its page are made from the rows.
 """
 
 import json
@@ -31,7 +34,7 @@ import ml_collections
 from absl import flags
 
 from experiments import journal, launch, provenance
-from experiments.merging import ranges, rows as rows_lib
+from experiments.merging import diagnostics, ranges, records, rows as rows_lib
 
 # Where a part may differ: its images and seeds, and what changes no result.
 _FREE = ("data.test", "seeds", "data.dir", "data.in_memory")
@@ -56,18 +59,6 @@ class Part(NamedTuple):
     selection: dict[str, Any]
 
 
-def _json(path: pathlib.Path, **keys: type) -> dict[str, Any]:
-    """A file that has some keys, with values of some types."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        for key, kind in keys.items():
-            if not isinstance(record[key], kind):
-                raise TypeError(f"{key} is {record[key]!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise launch.UserError(f"{path} is damaged ({error!r}); run that part again.") from error
-    return record
-
-
 def read(folder: pathlib.Path) -> Part:
     """A part, all of whose rows are finished.
 
@@ -77,7 +68,8 @@ def read(folder: pathlib.Path) -> Part:
     for name in ("results.jsonl", "run.json", "selection.json"):
         if not (folder / name).exists():
             raise launch.UserError(
-                f"a part is the work folder of experiments.adapt; {folder} has no {name}."
+                f"a part is the work folder of experiments.adapt; {folder} has no {name}. "
+                "With parts of experiments.diagnose say --program=diagnose."
             )
     rows, _ = journal.read(folder / "results.jsonl")
     failed = [row for row in rows if row.get("status") != "ok"]
@@ -85,7 +77,7 @@ def read(folder: pathlib.Path) -> Part:
         raise launch.UserError(
             f"{folder} has {len(failed)} failed of {len(rows)} rows; run that part again first."
         )
-    record = _json(folder / "run.json", config=dict)
+    record = records.read(folder / "run.json", config=dict)
     try:
         images = ranges.range_of(record["config"]["data"]["test"])
         list(record["config"]["seeds"])
@@ -94,7 +86,11 @@ def read(folder: pathlib.Path) -> Part:
             f"{folder / 'run.json'} is damaged ({error!r}); run that part again."
         ) from error
     return Part(
-        folder, images, rows, record, _json(folder / "selection.json", chosen=dict, tried=list)
+        folder,
+        images,
+        rows,
+        record,
+        records.read(folder / "selection.json", chosen=dict, tried=list),
     )
 
 
@@ -228,7 +224,7 @@ def _require_more(
       UserError: rows that are no merge's, or that the new table lacks.
     """
     path = workdir / "run.json"
-    record = _json(path) if path.exists() else {}
+    record = records.read(path) if path.exists() else {}
     if "parts" not in record:
         raise launch.UserError(
             f"{workdir} has rows that experiments.merge did not make; choose another --workdir."
@@ -243,26 +239,9 @@ def _require_more(
         )
 
 
-def run(folder: str, parts: Sequence[str]) -> int:
-    """Writes the table of some parts into a work folder; returns the exit status.
-
-    Args:
-      folder: the work folder to write, new or of an earlier merge.
-      parts: the work folders to read.
-
-    Raises:
-      UserError: as :func:`merged`, or the folder has rows that were not merged.
-    """
-    if len(set(parts)) < len(parts) or not parts:
-        raise launch.UserError(
-            f"--parts lists the work folders, each once; got {', '.join(parts) or 'none'}."
-        )
-    target = pathlib.Path(folder)
-    if target.exists() and any(target.samefile(part) for part in parts if os.path.exists(part)):
-        raise launch.UserError(
-            f"{target} is one of --parts, which a merge reads only; choose another --workdir."
-        )
-    read_parts = [read(pathlib.Path(part)) for part in parts]
+def _write_table(folder: str, folders: Sequence[pathlib.Path]) -> int:
+    """As :func:`run`, of work folders of ``experiments.adapt``."""
+    read_parts = [read(part) for part in folders]
     images, rows = merged(read_parts)
     workdir = launch.open_workdir(folder)
     with launch.locked(workdir):
@@ -282,17 +261,44 @@ def run(folder: str, parts: Sequence[str]) -> int:
         launch.write_json(path, record)
         launch.write_json(workdir / "selection.json", _selection(read_parts))
         launch.write_atomically(results, "".join(json.dumps(row) + "\n" for row in rows))
-    print(f"{len(rows)} rows of {len(parts)} parts in {results}")
+    print(f"{len(rows)} rows of {len(folders)} parts in {results}")
     return 0
+
+
+PROGRAMS = {"adapt": _write_table, "diagnose": diagnostics.run}
+
+
+def run(folder: str, parts: Sequence[str], program: str = "adapt") -> int:
+    """Writes what some parts have together into a work folder; returns the exit status.
+
+    Args:
+      folder: the work folder to write, new or of an earlier merge.
+      parts: the work folders to read.
+      program: what made them, one of :data:`PROGRAMS`.
+
+    Raises:
+      UserError: parts that do not belong together, or the folder has rows that were not merged.
+    """
+    if len(set(parts)) < len(parts) or not parts:
+        raise launch.UserError(
+            f"--parts lists the work folders, each once; got {', '.join(parts) or 'none'}."
+        )
+    target = pathlib.Path(folder)
+    if target.exists() and any(target.samefile(part) for part in parts if os.path.exists(part)):
+        raise launch.UserError(
+            f"{target} is one of --parts, which a merge reads only; choose another --workdir."
+        )
+    return PROGRAMS[program](folder, [pathlib.Path(part) for part in parts])
 
 
 def main(argv: Sequence[str]) -> int:
     """The program."""
     del argv
-    return run(_WORKDIR.value, _PARTS.value)
+    return run(_WORKDIR.value, _PARTS.value, _PROGRAM.value)
 
 
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "The work folder to write.", required=True)
     _PARTS = flags.DEFINE_list("parts", None, "The work folders to read.", required=True)
+    _PROGRAM = flags.DEFINE_enum("program", "adapt", list(PROGRAMS), "What made the parts.")
     launch.run(main)

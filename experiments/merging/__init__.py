@@ -1,1 +1,1 @@
-"""The pieces of :mod:`experiments.merge`: ranges of a split, rows of several ranges as one."""
+"""The pieces of :mod:`experiments.merge`: ranges of a split, rows and records of parts as one."""

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from experiments import diagnose, journal, launch, trials
+from experiments import diagnose, diagnose_record, journal, launch, trials
 from tests.experiments import tiny_model
 from tests.experiments.diagnosed import OPTIONS, get_config, make, train_in
 
@@ -82,12 +82,12 @@ def test_rows_of_the_other_split_are_asked_for_what_both_share(diagnosed, tmp_pa
     book = journal.Journal(tmp_path / "diagnostics.jsonl")
     fields = diagnosed[1]["rows"][0]
     other = {"split_role": "validation", "num_examples": 2, "learning_rates": [0.03]}
-    other["config"] = diagnose.made_with(config, "validation")
+    other["config"] = diagnose_record.made_with(config, "validation")
     book.add(fields | other)
-    diagnose.require_same(book, fields, config)
+    diagnose_record.require_same(book, fields, config)
     config.data.validation = "train[1260:1277]"
     with pytest.raises(launch.UserError, match=r"otherwise: data\.validation was 'train\[1257:12"):
-        diagnose.require_same(book, fields, config)
+        diagnose_record.require_same(book, fields, config)
 
 
 def test_rows_that_do_not_say_what_made_them_are_refused(diagnosed, tmp_path):
@@ -95,4 +95,4 @@ def test_rows_that_do_not_say_what_made_them_are_refused(diagnosed, tmp_path):
     fields = diagnosed[1]["rows"][0]
     book.add({name: value for name, value in fields.items() if name != "config"})
     with pytest.raises(launch.UserError, match="rows that do not say what made them, of an older"):
-        diagnose.require_same(book, fields, get_config())
+        diagnose_record.require_same(book, fields, get_config())
