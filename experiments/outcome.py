@@ -27,6 +27,8 @@ class Outcome(NamedTuple):
       compile_seconds: time to trace and compile, 0 where the program was there already.
       source_seconds: time to measure the source statistics, which is done once for every seed;
         0 where the method needs none.
+      drift: how far the parameters of a stream are from the pristine ones at its end; 0 where they
+        do not stay.
       program_steps: the inner steps of the longer program whose beginning this is, and whose time
         it has a share of, by passes through the model; 0 where it has a program of its own.
     """
@@ -41,6 +43,7 @@ class Outcome(NamedTuple):
     seconds: float
     compile_seconds: float
     source_seconds: float = 0.0
+    drift: float = 0.0
     program_steps: int = 0
 
     @property
@@ -75,7 +78,7 @@ def predicted(logits: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(logits).any(-1), -1, logits.argmax(-1))
 
 
-_NUMBERS = ("seconds", "compile_seconds", "source_seconds", "program_steps")
+_NUMBERS = ("seconds", "compile_seconds", "source_seconds", "drift", "program_steps")
 
 
 class Clock:

@@ -135,6 +135,8 @@ def _measured(
         # Not a mean over images, so that ranges of them could not be joined.
         row["predicted_classes_before"] = _classes(source_class)
         row["predicted_classes_after"] = _classes(found)
+    if method.scope == "stream":
+        row["drift"] = outcome.drift
     if outcome.program_steps:
         row["program_steps"] = outcome.program_steps
     if method.measurement is not None:

@@ -26,7 +26,7 @@ from experiments import (
 from experiments.outcome import Outcome
 from experiments.problem import Problem, shapes
 from experiments.trials import Trial
-from ttt_jax import checkpoint, data
+from ttt_jax import checkpoint, data, diagnostics
 
 
 class ShareError(RuntimeError):
@@ -41,6 +41,12 @@ TRIAL_ERRORS = (
     jax.errors.JaxRuntimeError,
     ShareError,
 )
+
+
+@jax.jit
+def _drifts(start: Any, ends: Any) -> jax.Array:
+    """How far the parameters of each stream went from where all began."""
+    return jax.vmap(lambda end: diagnostics.drift(start, end, ttt.select.everything()))(ends)
 
 
 def ahead(make: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
@@ -270,9 +276,10 @@ class Runner:
             for place, result in enumerate(results):
                 output, info = jax.tree.map(lambda leaf, i=place: leaf[i], told)
                 result.append((output, outcome_lib.flags(info, len(batches[0].id))))
+        drifts = np.asarray(_drifts(init(params).state.fast, carry.state.fast))[: len(trials)]
         return [
-            outcome_lib.of_batches(result, batches, clock, len(trials))
-            for result, batches in zip(results, trials, strict=True)
+            outcome_lib.of_batches(result, batches, clock, len(trials))._replace(drift=float(drift))
+            for result, batches, drift in zip(results, trials, drifts, strict=True)
         ]
 
     def _call(

@@ -11,7 +11,8 @@ _SUMS = ("num_examples", "seconds", "non_finite", "resets")
 # Of work that ranges do at different times, or each for itself.
 _LONGEST = ("compile_seconds", "source_seconds")
 _TIMES = ("seconds", "samples_per_second", "compile_seconds", "source_seconds")
-# Mean losses of two machines differ by rounding.
+# What differs by rounding on two machines.
+_ROUNDED = (*_MEANS, "drift")
 _ROUNDING = 1e-4
 
 
@@ -86,7 +87,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> tuple[str, Any, An
     """A field in which two rows of the same images differ, and both values; times apart."""
     for name in sorted({*one, *other} - {*_TIMES}):
         mine, theirs = one.get(name), other.get(name)
-        if mine != theirs and not (name in _MEANS and _close(mine, theirs)):
+        if mine != theirs and not (name in _ROUNDED and _close(mine, theirs)):
             return name, mine, theirs
     return None
 

@@ -171,12 +171,18 @@ def test_a_stream_goes_on_from_domain_to_domain(trained, source):
     images = np.concatenate([batch.image for batch in batches])
     ids = np.concatenate([batch.id for batch in batches])
     params = pristine.restore("memory")
-    _, (expected, _) = jax.jit(
+    end, (expected, _) = jax.jit(
         lambda *pairs: jax.lax.scan(
             lambda carry, pair: stream.step(params, carry, *pair), stream.init(params), pairs
         )
     )(images, ttt.sample_keys(jax.random.key(0), ids))
     np.testing.assert_allclose(outcome.logits, expected["logits"], rtol=1e-4, atol=1e-5)
+    went, were = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(carry.state.fast)])
+        for carry in (end, stream.init(params))
+    )
+    drift = np.linalg.norm(went - were) / np.linalg.norm(were)
+    assert outcome.drift == pytest.approx(drift, rel=1e-3) and drift > 1e-3
     snow = run.run("rotation_online", method, options, batches[2:])
     assert np.abs(snow.logits - outcome.logits[30:]).max() > 1e-2
     assert outcome.cells()["snow", 5].tolist() == [False] * 30 + [True] * 30
@@ -211,6 +217,8 @@ def test_streams_side_by_side_equal_each_alone(trained, source, name):
         np.testing.assert_allclose(outcome.logits, alone.logits, rtol=1e-4, atol=1e-5)
         assert outcome.domain.tolist() == alone.domain.tolist()
         assert outcome.seconds > 0
+        assert outcome.drift == pytest.approx(alone.drift, rel=1e-3)
+    assert together[2].drift != pytest.approx(together[0].drift, rel=1e-2)
     assert np.abs(together[0].logits - together[1].logits).max() > 1e-2
 
 
@@ -257,6 +265,7 @@ def test_a_sequence_gives_a_row_per_domain(in_sequence):
         assert row["sequence"] == ("none" if clean else "domains")
         assert row["num_examples"] == (30 if row["split_role"] == "reported" else 20)
         assert row["seconds"] > 0
+        assert ("drift" in row) == row["method"].endswith("_online")
         if clean and row["method"] == "tent_online":
             assert row["reset"] == "per_domain"
 
