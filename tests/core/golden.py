@@ -1,4 +1,4 @@
-"""Four methods in NumPy: models, losses, gradients and optimizers written out by hand.
+"""Methods in NumPy: models, losses, gradients and optimizers written out by hand.
 
 All in float64 and from the papers' formulas; nothing here knows of jax or of the library.
 Parameters are flat dicts, ``"module/leaf" -> array``. A loss returns its value and its gradient
@@ -41,15 +41,21 @@ def classify(p, images):
     return dense(p, "classes", shared(p, images))
 
 
-def through_head(p, head, images, slope):
-    """Gradient of a head and of the shared layer, from that of the head's logits."""
-    hidden = shared(p, images)
-    below = (slope @ p[f"{head}/kernel"].T) * (1 - hidden**2)
+def through_shared(p, images, slope):
+    """Gradient of the shared layer, from that of its output."""
+    below = slope * (1 - shared(p, images) ** 2)
     return {
-        f"{head}/kernel": hidden.T @ slope,
-        f"{head}/bias": slope.sum(axis=0),
         "shared/kernel": images.reshape(len(images), -1).T @ below,
         "shared/bias": below.sum(axis=0),
+    }
+
+
+def through_head(p, head, images, slope):
+    """Gradient of a head and of the shared layer, from that of the head's logits."""
+    return {
+        f"{head}/kernel": shared(p, images).T @ slope,
+        f"{head}/bias": slope.sum(axis=0),
+        **through_shared(p, images, slope @ p[f"{head}/kernel"].T),
     }
 
 
@@ -153,13 +159,21 @@ def entropy(p, rows):
 
 
 class SGD:
-    def __init__(self, rate, momentum=0.0):
+    """As PyTorch has it: decay adds to the gradient, and momentum takes in both."""
+
+    def __init__(self, rate, momentum=0.0, nesterov=False, decay=0.0):
         self.rate, self.momentum, self.velocity = rate, momentum, {}
+        self.nesterov, self.decay = nesterov, decay
 
     def step(self, p, gradient):
+        moved = {}
         for name, slope in gradient.items():
-            self.velocity[name] = self.momentum * self.velocity.get(name, 0.0) + slope
-        return p | {name: p[name] - self.rate * self.velocity[name] for name in gradient}
+            slope = slope + self.decay * p[name]
+            velocity = self.momentum * self.velocity.get(name, 0.0) + slope
+            self.velocity[name] = velocity
+            ahead = slope + self.momentum * velocity if self.nesterov else velocity
+            moved[name] = p[name] - self.rate * ahead
+        return p | moved
 
 
 class Adam:

@@ -90,6 +90,17 @@ def reconstruct(params: dict, images: jax.Array, keep: jax.Array) -> jax.Array:
     return flat.reshape(count, PATCHES, PIXELS)
 
 
+def decode(params: dict, images: jax.Array) -> jax.Array:
+    """The decoder over every patch, as images: ``[N, 6, 6, 1] -> [N, 6, 6, 1]``."""
+    flat = features(params, images) @ params["params"]["decoder"]["kernel"]
+    return flat.reshape(images.shape)
+
+
+def activations(params: dict, images: jax.Array) -> dict:
+    """The first layer before its normalization and after it: two layers ``[N, WIDTH]``."""
+    return {"hidden": hidden(params, images), "features": features(params, images)}
+
+
 def batch_moments(params: dict, images: jax.Array) -> dict:
     """Statistics of the first layer over a batch, in the layout of ``select.statistics()``."""
     values = hidden(params, images)

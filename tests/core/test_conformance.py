@@ -22,10 +22,28 @@ PRISTINE = models.snapshot(PARAMS)
 KEYS = ttt.sample_keys(jax.random.key(0), jnp.arange(N))
 IMAGES = models.make_images(N)
 BATCHES = models.make_images(N, batch=2)
+TRAINING = models.make_images(8, seed=2)
 
 LOSSES = {
     "rotation": losses.rotation(models.turn),
     "masked_reconstruction": losses.masked_reconstruction(models.reconstruct, patch=models.PATCH),
+    "denoising": losses.denoising(models.decode, noise=0.3, num_copies=2),
+    "contrastive": losses.contrastive(
+        models.features, models.jitter, bank=models.features(PARAMS, TRAINING)
+    ),
+    "activation_matching": losses.activation_matching(
+        models.activations,
+        losses.activation_moments(models.activations)(PARAMS, TRAINING),
+        augment=models.jitter,
+        num_views=2,
+    ),
+    "moment_matching": losses.moment_matching(
+        models.features,
+        losses.feature_moments(models.features)(PARAMS, TRAINING),
+        mean_weight=1.0,
+        covariance_weight=1.0,
+        queue=3,
+    ),
     "entropy": losses.entropy(models.classify),
     "marginal_entropy": losses.marginal_entropy(models.classify, models.jitter, num_views=2),
     "pseudo_label": losses.pseudo_label(models.classify, threshold=0.1),

@@ -10,6 +10,7 @@ import pytest
 
 import ttt_jax as ttt
 from experiments import adapt, methods, problem, rows, trials
+from tests.core import golden
 from tests.experiments import tiny_config, tiny_model
 from tests.experiments.test_batch_methods import Lab, close
 from ttt_jax import checkpoint, data, diagnostics, models
@@ -142,6 +143,65 @@ def test_actmad_is_the_library_with_the_moments_of_all_training_images(lab):
     expected, _ = streamed(lab, adapter, lab.classify("running"), predict="after")
     close(lab.run("actmad").logits, expected)
     assert np.abs(lab.run("source").logits - expected).max() > 1e-2
+
+
+# Behind the last normalization there is no gradient.
+FAST = ("encoder/kernel", "encoder/bias", "bn/scale", "bn/bias")
+
+
+def normalized(p, images, mean, var):
+    """``tiny_model`` up to its BatchNorm, in NumPy."""
+    flat = (np.asarray(images, np.float64).reshape(len(images), -1) - 0.5) / 0.5
+    rows = (golden.dense(p, "encoder", flat) - mean) / np.sqrt(var + golden.EPSILON)
+    return rows * p["bn/scale"] + p["bn/bias"]
+
+
+def views_of(lab, batch):
+    """The one random shift of each image of a batch that the loss draws."""
+    seen = []
+
+    def collect(params, images):
+        seen.append(images)
+        return {"images": images}
+
+    zeros = {"images": np.zeros(batch.image.shape[1:])}
+    source = {"mean": zeros, "square": zeros}
+    loss = ttt.losses.activation_matching(
+        collect, source, augment=lab.problem.view, num_views=1, batch=True
+    )
+    key = ttt.sample_keys(jax.random.key(0), batch.id)[0]
+    loss(None, batch.image, jax.random.fold_in(key, 0))
+    (views,) = seen
+    padded = np.pad(batch.image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    shifts = [padded[:, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
+    assert np.all(np.any([np.all(views == s, axis=(1, 2, 3)) for s in shifts], axis=0))
+    return views
+
+
+def test_actmad_by_its_formulas(lab):
+    """The stream in NumPy: Nesterov's momentum and weight decay on central differences."""
+    pristine = lab.pristine.restore("memory")
+    p = golden.flat(pristine["params"])
+    running = [np.asarray(pristine["batch_stats"]["bn"][name]) for name in ("mean", "var")]
+    source = normalized(p, training_images(lab), *running)
+    expected, nearest = [], []
+
+    def loss(p, views):
+        rows = normalized(p, views, *running)
+        off = rows.mean(axis=0) - source.mean(axis=0)
+        gap = rows.var(axis=0, ddof=1) - source.var(axis=0)
+        nearest.append(np.abs([off, gap]).min())
+        return (np.abs(off).mean() + np.abs(gap).mean()) / 2, None
+
+    optimizer = golden.SGD(0.1, momentum=0.9, nesterov=True, decay=5e-4)
+    for batch in lab.batches:
+        p = optimizer.step(p, golden.slopes(loss, p, FAST, views_of(lab, batch)))
+        features = np.maximum(normalized(p, batch.image, *running), 0)
+        expected.append(golden.dense(p, "fc", features))
+    # No sign changes within a difference, nor by rounding.
+    assert min(nearest) > 1e-4
+    outcome = lab.run("actmad", learning_rate=0.1, select="params/(encoder|bn)/.*")
+    close(outcome.logits, np.concatenate(expected))
 
 
 def test_candidates_that_differ_in_traced_settings_share_a_measurement(lab, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import ttt_jax as ttt
 from experiments import augment, methods, problem
 from experiments.methods import contrastive
+from tests.core import golden
 from tests.experiments import tiny_config, tiny_model
 from tests.experiments.test_batch_methods import Lab, close
 from ttt_jax import data
@@ -108,6 +109,83 @@ def test_the_stream_is_the_library(tmp_path, monkeypatch):
 
 def images_of(lab):
     return np.concatenate([batch.image for batch in lab.batches])
+
+
+def batch_normalized(p, images):
+    """``tiny_model`` up to its features, with the statistics of the batch, in NumPy."""
+    flat = (np.asarray(images, np.float64).reshape(len(images), -1) - 0.5) / 0.5
+    rows, _ = golden.standardize(golden.dense(p, "encoder", flat))
+    return np.maximum(rows * p["bn/scale"] + p["bn/bias"], 0)
+
+
+def at_both_places(p, images):
+    features = batch_normalized(p, images)
+    return [features, golden.dense(p, "projection_out", features)]
+
+
+def nt_xent(vectors, temperature):
+    """The mean over all views of the cross-entropy to the other view of the image."""
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    powers = np.exp(unit @ unit.T / temperature) * (1 - np.eye(len(unit)))
+    places = np.arange(len(unit))
+    return -np.log(powers[places, places ^ 1] / powers.sum(axis=1)).mean()
+
+
+def in_units_of_the_source(rows, mean, covariance, count):
+    """Both distances over what they are between two sets of normal source features."""
+    width, trace = len(mean), np.trace(covariance)
+    coral = np.square(np.cov(rows.T) - covariance).sum() / (4 * width**2)
+    off = np.square(rows.mean(axis=0) - mean).mean()
+    of_coral = 2 * (np.square(covariance).sum() + trace**2) / (count - 1) / (4 * width**2)
+    return coral / of_coral + 0.5 * off / (2 * trace / (count * width))
+
+
+def views_of(batch):
+    """The two views of each image of a batch that the loss draws."""
+    seen = []
+
+    def apply(params, images):
+        seen.append(images)
+        return images.reshape(len(images), -1)
+
+    key = jax.random.fold_in(ttt.sample_keys(jax.random.key(0), batch.id)[0], 0)
+    # It is the first of the terms.
+    ttt.losses.contrastive(apply, augment.simclr(), batch=True)(
+        None, batch.image, jax.random.fold_in(key, 0)
+    )
+    return seen[0]
+
+
+def test_the_stream_by_its_formulas(tmp_path, monkeypatch):
+    """Two batches in NumPy: all three terms, the queues, momentum on central differences."""
+    tiny_model.install(monkeypatch)
+    lab = Lab(get_config(), tmp_path)
+    p = golden.flat(lab.pristine.restore("memory")["params"])
+    fast = ("encoder/kernel", "encoder/bias", "bn/scale", "bn/bias")
+    train = problem.load_data(lab.config, "train")
+    order = data.streams.shuffled(train, seed=0).index
+    images = np.stack([train[int(index)].image for index in order])
+    parts = [at_both_places(p, images[n : n + 500]) for n in range(0, len(images), 500)]
+    sources = [np.concatenate(rows) for rows in zip(*parts, strict=True)]
+    moments = [(rows.mean(axis=0), np.cov(rows.T, ddof=0)) for rows in sources]
+
+    def loss(p, views, images, queues):
+        value = nt_xent(at_both_places(p, views)[1], 0.5)
+        found = at_both_places(p, images)
+        for weight, queue, rows, source in zip((0.05, 0.2), queues, found, moments, strict=True):
+            rows = np.concatenate([queue, rows])
+            value += weight * in_units_of_the_source(rows, *source, count=50)
+        return value, None
+
+    optimizer, expected = golden.SGD(0.05, momentum=0.9), []
+    queues = [rows[:0] for rows in sources]
+    for batch in lab.batches:
+        slopes = golden.slopes(loss, p, fast, views_of(batch), batch.image, queues, width=1e-6)
+        found = at_both_places(p, batch.image)
+        queues = [np.concatenate(pair)[-30:] for pair in zip(queues, found, strict=True)]
+        p = optimizer.step(p, slopes)
+        expected.append(golden.dense(p, "fc", batch_normalized(p, batch.image)))
+    close(lab.run("ttt_plus").logits, np.concatenate(expected))
 
 
 def test_impossible_options_are_refused(monkeypatch):

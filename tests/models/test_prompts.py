@@ -63,23 +63,44 @@ def gelu(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def classified(params, patches):
-    """Logits of one image's patches ``[P, 8]`` with a sequence of prompts, then patches."""
-    encoder = params["encoder"]
-    patches = dense(patches, encoder["patch_embed"]) + sincos_positions(4, 4, 16)
-    x = np.concatenate([encoder["prompt"], patches])
-    block = encoder["block_0"]
+def mixed(x, block):
     x = x + attended(normed(x, block["norm1"]), block["attention"])
-    x = x + dense(gelu(dense(normed(x, block["norm2"]), block["up"])), block["down"])
-    return dense(normed(x, encoder["norm"])[3:].mean(0), params["head"])
+    return x + dense(gelu(dense(normed(x, block["norm2"]), block["up"])), block["down"])
+
+
+def encoded(encoder, patches, places):
+    """Tokens of some of one image's patches ``[K, 8]``: a sequence of prompts, then patches."""
+    tokens = dense(patches, encoder["patch_embed"]) + sincos_positions(4, 4, 16)[places]
+    x = mixed(np.concatenate([encoder["prompt"], tokens]), encoder["block_0"])
+    return normed(x, encoder["norm"])[3:]
+
+
+def classified(params, patches):
+    """Logits of one image's patches ``[16, 8]``."""
+    return dense(encoded(params["encoder"], patches, np.arange(16)).mean(0), params["head"])
+
+
+def reconstruction(params, patches, keep):
+    """Mean squared error at the hidden patches, each with mean 0 and variance 1 over n - 1."""
+    decoder = params["decoder"]
+    x = np.tile(decoder["mask_token"], (16, 1))
+    x[keep] = dense(encoded(params["encoder"], patches[keep], keep), decoder["embed"])
+    x = mixed(x + sincos_positions(4, 4, 8), decoder["block_0"])
+    output = dense(normed(x, decoder["norm"]), decoder["pixels"])
+    target = patches - patches.mean(axis=1, keepdims=True)
+    target /= np.sqrt(patches.var(axis=1, ddof=1, keepdims=True) + 1e-6)
+    return np.square(np.delete(output - target, keep, axis=0)).mean()
+
+
+def exactly(variables):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
 
 
 def test_classification_by_hand(prompted):
     module, variables, images = prompted
     found = jax.jit(module.apply)(variables, images)
-    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
     patches = np.asarray(patchify(images, 2), np.float64)
-    expected = [classified(params, one) for one in patches]
+    expected = [classified(exactly(variables), one) for one in patches]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -118,24 +139,47 @@ def test_reconstruction_keeps_patch_indices(prompted):
 
 
 def test_only_the_prompts_adapt(prompted):
-    """One masked-reconstruction step: the prompts minus rate times gradient, and no other leaf."""
+    """A masked-reconstruction step and its prediction, by central differences of the loss."""
     module, variables, images = prompted
     described = ttt.select.describe(PROMPT, variables)
     assert described.paths == ("params/encoder/prompt",) and described.num_elements == 3 * 16
-    loss = ttt.losses.masked_reconstruction(from_linen(module, "reconstruct"), patch=2)
+    reconstruct, classify = from_linen(module, "reconstruct"), from_linen(module)
+    seen = []
+
+    def recorded(params, images, keep):
+        seen.append(keep)
+        return reconstruct(params, images, keep)
+
+    loss = ttt.losses.masked_reconstruction(recorded, patch=2)
     adapter = ttt.gradient_adapter(loss, optax.sgd(0.5), select=PROMPT)
-    key = jax.random.key(3)
 
-    def both(variables, image):
-        state, _ = adapter.step(variables, adapter.init(variables), image, key)
-        return adapter.merge(variables, state), jax.grad(loss)(variables, image, key)
+    def step(variables, image):
+        state, info = adapter.step(variables, adapter.init(variables), image, jax.random.key(3))
+        adapted = adapter.merge(variables, state)
+        return adapted, info, classify(adapted, image[None])[0], seen[0]
 
-    adapted, gradient = jax.jit(both)(variables, images[0])
-    expected = jax.tree.map(np.array, variables)
-    moved = 0.5 * gradient["params"]["encoder"]["prompt"]
-    assert np.abs(moved).max() > 1e-3
-    expected["params"]["encoder"]["prompt"] -= moved
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), adapted, expected)
+    adapted, info, logits, keep = jax.jit(step)(variables, images[0])
+    params, patches = exactly(variables), np.asarray(patchify(images[:1], 2)[0], np.float64)
+    (keep,) = np.asarray(keep)
+    assert len(keep) == 4
+    prompt, gradient = params["encoder"]["prompt"], np.zeros((3, 16))
+
+    def value(prompt):
+        return reconstruction(
+            {**params, "encoder": params["encoder"] | {"prompt": prompt}}, patches, keep
+        )
+
+    for place in np.ndindex(gradient.shape):
+        nudge = np.zeros((3, 16))
+        nudge[place] = 1e-5
+        gradient[place] = (value(prompt + nudge) - value(prompt - nudge)) / 2e-5
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(info.loss, value(prompt))
+    close(info.grad_norm, np.linalg.norm(gradient))
+    assert np.abs(gradient).max() > 1e-2
+    params["encoder"]["prompt"] = prompt - 0.5 * gradient
+    jax.tree.map(close, adapted["params"], params)
+    close(logits, classified(params, patches))
 
 
 def test_weights_stay_shared(filled):
