@@ -18,10 +18,10 @@ _MOMENTS_BATCH = 500
 def ttt_plus(grid: Any, problem: Problem) -> Method:
     """Contrastive loss and moment matching over a stream of batches (Liu et al. 2021).
 
-    ``NT-Xent + encoder_weight * d(features) + head_weight * d(projections)`` with d as in
-    :func:`matching`, over the batch and the ``queue`` feature vectors before it; set ``count`` to
-    the sum of both. One pass over
-    the stream, the last iterate counts; the authors pass up to 500 times and stop by test labels.
+    ``contrastive_weight * NT-Xent + encoder_weight * d(features) + head_weight * d(projections)``
+    with d as in :func:`matching`, over the batch and the ``queue`` feature vectors before it; set
+    ``count`` to the sum of both. One pass over the stream, the last iterate counts; the authors
+    pass up to 500 times and stop by test labels.
 
     Raises:
       ValueError: a model without a projection head.
@@ -55,7 +55,8 @@ def ttt_plus(grid: Any, problem: Problem) -> Method:
             )
             for place, apply in places(settings).items()
         ]
-        loss = ttt.losses.weighted((1.0, auxiliary.contrastive(model)), *terms)
+        alone = auxiliary.contrastive(model)
+        loss = ttt.losses.weighted((settings["contrastive_weight"], alone), *terms)
         return whole_batch.online(steps.adapter(loss, settings), model.classify, settings)
 
     def cost(settings: Settings) -> tuple[int, int]:
@@ -65,6 +66,8 @@ def ttt_plus(grid: Any, problem: Problem) -> Method:
     # The weights and the rule of vita-epfl/ttt-plus-plus; its batches have 256 images.
     published = {"optimizer": "sgd", "momentum": 0.9, "num_steps": 1, "predict": "after"}
     published |= {"encoder_weight": 0.05, "head_weight": 0.2}
+    # Its NT-Xent (SupConLoss) is the usual one times the temperature over a base of 0.07.
+    published |= {"contrastive_weight": auxiliary.TEMPERATURE / 0.07}
     published |= {"queue": 1280, "count": 1536}
     return Method(
         "stream",
