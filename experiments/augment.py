@@ -120,8 +120,9 @@ def grayscale(probability: float) -> Augment:
 def simclr() -> Augment:
     """The views of contrastive training on small images (Chen et al. 2020, appendix B.9).
 
-    Crop and resize, flip, color jitter of strength 0.5 (0.4 for each factor, in 4 of 5 images)
-    and gray in one of 5. Left out are blur, as there, and the shift of the hue.
+    Crop and resize (a fifth of the area at least, as in TTT++), flip, color jitter of strength 0.5
+    (0.4 for each factor, in 4 of 5 images) and gray in one of 5. Left out are blur, as there, and
+    the shift of the hue.
     """
     return chain(resized_crop(0.2), flip, color_jitter(0.4, 0.8), grayscale(0.2))
 

@@ -53,7 +53,7 @@ class SourceData:
         return self._measured[where]
 
     def _loader(self, wanted: methods_lib.Measurement) -> data.Loader:
-        """Training images in random order, as they are: neither corrupted nor augmented."""
+        """Training images in random order, neither corrupted nor augmented."""
         if self._images is None:
             self._images = problem_lib.load_data(self._config, "train")
         plan = data.streams.shuffled(self._images, seed=self._seed)

@@ -10,19 +10,22 @@ Expect: TTT++ 15 % (relative) below the model that it starts from, and step size
 above it, where NT-Xent has the weight 1 (``--config.methods.ttt_plus.contrastive_weight=1.0``), as
 in the committed rows; unknown with the weight of the authors' code, 0.5 / 0.07, which was found
 later. Published, on snow of lossless CIFAR-10-C with a ResNet-50 with BatchNorm, many passes over
-the test set: 21.9 % error without adaptation, 12.2 % with Tent, 9.8 % with TTT++ (Liu et al. 2021,
-as read in the README of TTAC).
+the test set: 21.9 % error without adaptation, 12.2 % with Tent, 9.8 % with TTT++ (README of
+vita-epfl/ttt-plus-plus).
 
 The loss is the paper's: NT-Xent at temperature 0.5, and covariance and mean of the features before
 the classifier and of the projections, matched with those of the training images, with its weights
 0.05 and 0.2. Other than there: ResNet-26 with GroupNorm; no shift of the hue among the views; one
 pass over a stream of batches of 250, with a queue of 1286 features, instead of up to 500 passes
-stopped by test labels; the divisors of the distances are computed from the source moments
+stopped by test labels; both parts of the loss from the first step and on the same images, where
+there the distances begin an epoch after the contrastive task, on images of their own and with a
+queue that counts once it is full; source moments of training images as they are, there of views of
+them; the divisors of the distances are computed from the source moments
 (``experiments/methods/contrastive.py``). The head stays fixed, as there. The step size is chosen
 among five on the validation corruptions, whose 1,000 images pass ten times, so that their streams
 are as long as the test's. The five were set after a grid from 0.001 to 0.01 had lost validation and
-test streams alike (``cifar10c_contrastive_first_grid.json``). In the rows of that grid the
-distance of the covariances weighs 1.7 times and that of the means 3.3 times as much as here.
+test streams alike (``cifar10c_contrastive_first_grid.json``). In the rows of that grid the distance
+of the covariances weighs 1.7 times and that of the means 3.3 times as much as here.
 """
 
 import ml_collections

@@ -79,7 +79,7 @@ def get_config() -> ml_collections.ConfigDict:
             "sequence": "none",
         }
     )
-    shared = {"copies": 32, "select": ".*(conv1|layer1|layer2|rotation_.*)/.*"}
+    shared = {"copies": 32, "select": "params/(conv1|layer1|layer2|rotation_.*)/.*"}
     config.methods = ml_collections.ConfigDict(
         {
             "joint": {},

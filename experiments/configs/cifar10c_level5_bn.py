@@ -18,8 +18,8 @@ by test labels: an oracle).
 
 The model is that of Table A1 in Sun et al. 2020, trained 75 epochs with rotation as auxiliary task
 (published at level 5: 46.6 joint, 35.9 with rotation; there the step size falls after 50 and 65
-epochs, here after 37 and 62). Settings, in batches of 200, each stream pristine where a
-corruption starts:
+epochs, here after 37 and 62; there the running statistics follow a training batch by a tenth, here
+by a twentieth). Settings, in batches of 200, each stream pristine where a corruption starts:
 
 - ``rotation``: ten steps in training mode, as in Table A1: the copies are normalised by their own
   statistics, which the running statistics follow by a tenth a step. ``rotation_statistics`` is the
@@ -27,13 +27,15 @@ corruption starts:
 - ``tent_online`` is Tent as published: Adam, 0.001, prediction before the update. ``tent`` forgets
   after every batch and predicts after the update.
 - ``eata``: as the public benchmark has it for CIFAR-10: Adam, 0.001, epsilon 0.4, Fisher weight 1,
-  2000 source images. (On ImageNet the authors use SGD, 0.00025, 0.05 and 2000.)
+  2000 source images, in batches of 64 as the authors have them, there of 200. (On ImageNet the
+  authors use SGD, 0.00025, 0.05 and 2000.)
 - ``sar``: published for ImageNet, at 0.00025 and 0.001. SGD with momentum, radius and margin are
   kept. Its step size, the layers (all norms, or without those of the last stage, as the authors do)
   and the threshold of its recovery (0.2, or scaled from ln 1000 to ln 10) are chosen on the four
   validation corruptions.
 - ``actmad``: SGD with Nesterov momentum, 0.01, weight decay 0.0005, crops and flips; the authors'
-  batches have 128 images.
+  batches have 128 images. Its committed rows have source moments of images as they are, and not of
+  crops and flips.
 - ``norm_prior`` blends the statistics of one image into the source's (a prior of 16), ``bn_adapt``
   takes those of the batch.
 
@@ -55,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.adapt.batch_size = 200
     rotation = {
         "copies": 32,
-        "select": ".*(conv1|layer1|layer2|rotation_.*)/.*",
+        "select": "params/(conv1|layer1|layer2|rotation_.*)/.*",
         # PyTorch's 0.1 is the weight of the new statistics.
         "statistics_momentum": 0.9,
     }

@@ -18,10 +18,11 @@ Published, on ImageNet-C with a ViT-L encoder, mean accuracy rises from 32.1 % t
 
 This is not the paper's set-up. There the encoder is a public masked autoencoder that stays frozen
 while a transformer head is trained on its features; here one small network learns both tasks from
-the start, on 49,000 images, and its head is linear on the mean of the tokens. The inner loop is
-the paper's: the encoder alone adapts, SGD with momentum 0.9 and a new state for every image, 20
-steps, three quarters of the patches hidden, targets normalized per patch; 32 masks a step instead
-of 128. The step size, 0.005 there, is chosen among three on the validation corruptions.
+the start, on 49,000 images, and its head is linear on the mean of the tokens. The inner loop is the
+paper's: the encoder alone adapts (there the mask token too), SGD with momentum 0.9 and a new state
+for every image, 20 steps, three quarters of the patches hidden, targets normalized per patch; 32
+masks a step instead of 128. The step size, 0.005 there, is chosen among three on the validation
+corruptions.
 """
 
 import ml_collections

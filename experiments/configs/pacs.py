@@ -44,7 +44,7 @@ def get_config(held_out: str = "sketch") -> ml_collections.ConfigDict:
     )
     config.train.update({"num_steps": 6000, "save_every": 3000})
     config.adapt.corruptions = "none"
-    shared = {"copies": 32, "select": ".*(conv1|layer1|layer2|rotation_.*)/.*"}
+    shared = {"copies": 32, "select": "params/(conv1|layer1|layer2|rotation_.*)/.*"}
     config.methods = ml_collections.ConfigDict(
         {
             "joint": {},

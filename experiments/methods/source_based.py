@@ -55,7 +55,9 @@ def actmad(grid: Any, problem: Problem) -> Method:
     """Matches the activations of every normalization layer with the source's (Mirza et al. 2023).
 
     BatchNorm keeps its running statistics throughout; the batch adapts on one random view of each
-    image and is predicted as it is. The prediction counted is the last iterate's, never the best.
+    image and is predicted as it is. The source's moments are those of views too, as moments differ
+    where views show what is beyond the image. The prediction counted is the last iterate's, never
+    the best.
     """
     raw = models.linen_activations(problem.module)
     apply = problem.model("running").classify
@@ -63,8 +65,13 @@ def actmad(grid: Any, problem: Problem) -> Method:
     def collect(params: Any, images: jax.Array) -> Any:
         return raw(params, problem.normalize(images))
 
+    def of_views(params: Any, images: jax.Array) -> Any:
+        # An image's view is drawn by its place in the batch.
+        keys = jax.random.split(jax.random.key(0), len(images))
+        return collect(params, jax.vmap(problem.view)(images, keys))
+
     def measurement(settings: Settings) -> Measurement:
-        return Measurement(ttt.losses.activation_moments(collect), _MOMENTS_BATCH)
+        return Measurement(ttt.losses.activation_moments(of_views), _MOMENTS_BATCH)
 
     def make(settings: Settings, moments: Any) -> ttt.Stream:
         loss = ttt.losses.activation_matching(

@@ -54,3 +54,16 @@ def test_config(path, tmp_path):
     chosen = launch.setting(config, "train.main_select")
     if chosen != "all":
         assert_selects(chosen, ttt.select.paths(chosen), shapes)
+
+
+@pytest.mark.parametrize("name", ["cifar10c_level5", "cifar10c_level5_bn", "pacs"])
+def test_rotation_leaves_the_main_branch_alone(name, tmp_path):
+    """Of its blocks and its classifier the auxiliary head reads nothing."""
+    config = launch.config_from(CONFIGS[0].parent / f"{name}.py")
+    stand_in(config, tmp_path)
+    built = problem.build(config, problem.load_data(config, "test"))
+    selection = steps.selection(config.methods.rotation)
+    paths = ttt.select.describe(selection, problem.shapes(built)).paths
+    parts = {path.split("/")[1] for path in paths}
+    shared = {"conv1", "layer1", "layer2"}
+    assert shared < parts and all(part.startswith("rotation_") for part in parts - shared)
