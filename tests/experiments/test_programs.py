@@ -33,15 +33,15 @@ def without_timing(rows):
 
 
 def assert_equal_rows(left, right):
-    """Equal but for timing; probes may differ by rounding, as programs are compiled anew."""
+    """Equal but for timing; probes and drift differ by rounding, as programs are compiled anew."""
     left, right = (
         sorted(without_timing(rows), key=lambda row: str(journal.key_of(row)))
         for rows in (left, right)
     )
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
-        for probe in {"aux_loss_before", "aux_loss_after"} & set(a):
-            assert a.pop(probe) == pytest.approx(b.pop(probe), rel=1e-4)
+        for name in {"aux_loss_before", "aux_loss_after", "drift"} & set(a):
+            assert a.pop(name) == pytest.approx(b.pop(name), rel=1e-4)
         assert a == b
 
 
