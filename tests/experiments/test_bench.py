@@ -233,8 +233,8 @@ def test_the_table_compares_equal_work():
     [
         (
             {"works": ("rotaton",)},
-            "unknown work 'rotaton'; choose from rotation, rotation_norm_only, "
-            "tent_batch, ttt_mae.",
+            "unknown work 'rotaton'; choose from ttt_mae, rotation, "
+            "rotation_norm_only, tent_batch.",
         ),
         (
             {"ways": ("torch",)},
