@@ -292,7 +292,7 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
         settings.ways = runnable(settings.ways)
     # Both libraries share the device: jax must not reserve most of its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    # jax's part by default, three quarters, has too little beside the half that one work takes.
+    # By default jax may take three quarters of the card; ttt_mae needs half of it in one piece.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     if min(settings.devices, default=0) < 1:
         raise launch.UserError(
