@@ -171,7 +171,9 @@ def distance(found: Any, wanted: Any) -> float:
 
 
 def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Times every kernel of every layer; writes and returns the record.
+    """Times every kernel of every layer; returns the record, which is written after each row.
+
+    A tile that cannot be run, such as one too large for the card, stands under ``failed``.
 
     Args:
       out: the JSON file.
@@ -191,7 +193,8 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
         )
     launch.new_file(out)
     instances, images, repeats = (2, 4, 1) if smoke else (128, 32, 10)
-    rows: list[dict[str, Any]] = []
+    record = provenance.of(settings) | {"instances": instances, "images": images}
+    record |= {"rows": [], "failed": []}
     for dtype in settings.dtypes:
         for layer in LAYERS:
             # An interpreted kernel of the true side would take minutes.
@@ -200,31 +203,31 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
             for kernel in KERNELS:
                 mine = [form for which, at, form in tiles if (which, at) == (kernel, layer[1:])]
                 due = None
-                for chosen in (own(kernel, layer, jnp.dtype(dtype)), *mine):
-                    function = call(kernel, timed, chosen, smoke)
-                    program = jax.jit(jax.vmap(function)).lower(arguments).compile()
-                    result, ms = measure(program, arguments, repeats)
-                    first, due = due is None, result if due is None else due
-                    form = f"{type(chosen).__name__}{tuple(chosen)}"
-                    rows.append(
-                        {"layer": str(layer), "kernel": kernel, "compute_dtype": dtype, "ms": ms}
-                        | {"tile": form, "chosen": first, "distance": distance(result, due)}
-                    )
-                    print(f"{dtype:9} {layer!s:22} {kernel:8} {form:32} {ms:7.3f} ms", flush=True)
-    record = provenance.of(settings) | {"instances": instances, "images": images, "rows": rows}
-    launch.write_json(out, record)
+                for number, one in enumerate((own(kernel, layer, jnp.dtype(dtype)), *mine)):
+                    form = f"{type(one).__name__}{tuple(one)}"
+                    row = {"layer": str(layer), "kernel": kernel, "compute_dtype": dtype}
+                    row |= {"tile": form, "chosen": number == 0}
+                    name = f"{dtype:9} {layer!s:22} {kernel:8} {form:32}"
+                    try:
+                        function = call(kernel, timed, one, smoke)
+                        program = jax.jit(jax.vmap(function)).lower(arguments).compile()
+                        result, ms = measure(program, arguments, repeats)
+                    except RuntimeError as error:
+                        record["failed"].append(row | {"message": str(error)[:500]})
+                        print(f"{name} failed: {str(error).splitlines()[0][:200]}", flush=True)
+                    else:
+                        due = result if due is None else due
+                        record["rows"].append(row | {"ms": ms, "distance": distance(result, due)})
+                        print(f"{name} {ms:7.3f} ms", flush=True)
+                    launch.write_json(out, record)
     return record
 
 
-def main(argv: Sequence[str]) -> None:
-    """The program."""
+def main(argv: Sequence[str]) -> int:
+    """The program; 1 where a tile failed."""
     del argv
-    run(
-        _OUT.value,
-        ml_collections.ConfigDict(
-            {"dtypes": tuple(_DTYPES.value), "tiles": tuple(_TILES.value), "smoke": _SMOKE.value}
-        ),
-    )
+    values = {"dtypes": tuple(_DTYPES.value), "tiles": tuple(_TILES.value), "smoke": _SMOKE.value}
+    return 1 if run(_OUT.value, ml_collections.ConfigDict(values))["failed"] else 0
 
 
 if __name__ == "__main__":

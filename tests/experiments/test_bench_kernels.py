@@ -43,6 +43,31 @@ def test_all_kernels_and_other_tiles(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count(" ms") == len(record["rows"])
 
 
+def test_what_is_timed_is_written_and_a_tile_that_fails_is_named(tmp_path, capsys, monkeypatch):
+    path, real, calls = tmp_path / "k.json", bench_kernels.measure, []
+
+    def breaking(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("out of resource: shared memory")
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(bench_kernels, "measure", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        bench_kernels.run(str(path), settings(tiles=("forward:16:16:1:patches:2:4:1:0",)))
+    record = json.loads(path.read_text())
+    assert [(row["kernel"], row["chosen"]) for row in record["rows"]] == [
+        ("forward", True),
+        ("input", True),
+    ]
+    [failed] = record["failed"]
+    assert (failed["kernel"], failed["tile"]) == ("forward", "ForwardPatches(2, 4, 1, 0)")
+    assert "shared memory" in failed["message"]
+    assert "failed: out of resource: shared memory" in capsys.readouterr().out
+
+
 def test_the_modules_own_tile():
     layer = bench_kernels.Layer(32, 16, 16, 1)
     for kernel, field in (("forward", "forward"), ("weights", "weight_gradient")):
