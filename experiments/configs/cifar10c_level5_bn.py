@@ -75,7 +75,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "reset_below": (0.2, 0.0667),
                 "select": ("norm", r".*/layer[12]/.*/(scale|bias)"),
             },
-            "actmad": {"learning_rate": 0.01},
+            # One candidate, to which the command line can add.
+            "actmad": {"learning_rate": (0.01,)},
         },
         convert_dict=True,
     )
