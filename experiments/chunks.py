@@ -25,7 +25,7 @@ def compiled(compile_for: Callable[[int], Any], chunk_size: int, most: int) -> A
     """
     if chunk_size:
         return compile_for(chunk_size)
-    found = ttt.memory.largest_chunk(compile_for, free_bytes(), most=most)
+    found = ttt.budget.largest_chunk(compile_for, free_bytes(), most=most)
     # Chunks of one size, of which the last would be padded to the others'.
     even = -(-most // -(-most // found.size))
     return found.compiled if even == found.size else compile_for(even)

@@ -1,60 +1,101 @@
 """Test-time training as pure functions in JAX.
 
-``import ttt_jax`` costs jax and optax. ``ttt_jax.models``, ``ttt_jax.data`` and
-``ttt_jax.checkpoint`` load flax, TFDS and orbax when they are first used.
+A step (what adapts, and on which loss):
+
+* :mod:`losses`, :mod:`select`, :func:`gradient_adapter`, :func:`sharpness_aware_adapter`,
+  :func:`statistics_adapter`, :func:`filtered`
+
+How it is run over instances:
+
+* :func:`source`, :func:`augmented`, :func:`episodic`, :func:`vote`: one instance at a time
+* :func:`online`, :func:`unroll`, :mod:`resets`: streams
+* :func:`batched`, :func:`unbatched`, :func:`sample_keys`, :func:`inner_loop`, :mod:`budget`
+
+What is asked about it:
+
+* :mod:`audit`, :mod:`diagnostics`, :func:`source_statistics`, :mod:`neighbors`
+
+Around it, each loaded when it is first used: :mod:`checkpoint`, :mod:`data` and :mod:`models`.
+
+``import ttt_jax`` costs jax and optax. The contract is in :mod:`ttt_jax.base`.
 """
 
 import importlib
 from typing import Any
 
-from ttt_jax import (
-    audit as audit,
-    diagnostics as diagnostics,
-    losses as losses,
-    memory as memory,
-    neighbors as neighbors,
-    resets as resets,
-    select as select,
-)
-from ttt_jax._version import __version__ as __version__
+from ttt_jax import audit, budget, diagnostics, losses, neighbors, resets, select
+from ttt_jax._version import __version__
 from ttt_jax.adapters import (
-    filtered as filtered,
-    gradient_adapter as gradient_adapter,
-    sharpness_aware_adapter as sharpness_aware_adapter,
-    statistics_adapter as statistics_adapter,
+    filtered,
+    gradient_adapter,
+    sharpness_aware_adapter,
+    statistics_adapter,
 )
 from ttt_jax.base import (
-    Adapter as Adapter,
-    AdapterState as AdapterState,
-    AuxLoss as AuxLoss,
-    Info as Info,
-    Predictor as Predictor,
-    Reset as Reset,
-    Selection as Selection,
-    StatefulLoss as StatefulLoss,
-    StepInfo as StepInfo,
-    Stream as Stream,
-    StreamInfo as StreamInfo,
+    Adapter,
+    AdapterState,
+    AuxLoss,
+    FromSource,
+    Info,
+    Predictor,
+    Reset,
+    Selection,
+    StatefulLoss,
+    StepInfo,
+    Stream,
+    StreamInfo,
 )
-from ttt_jax.batching import (
-    batched as batched,
-    sample_keys as sample_keys,
-    unbatched as unbatched,
-)
-from ttt_jax.inner import inner_loop as inner_loop
-from ttt_jax.predictors import (
-    augmented as augmented,
-    episodic as episodic,
-    source as source,
-    vote as vote,
-)
-from ttt_jax.statistics import (
-    SourceStatistics as SourceStatistics,
-    source_statistics as source_statistics,
-)
-from ttt_jax.streams import online as online
+from ttt_jax.batching import batched, sample_keys, unbatched
+from ttt_jax.inner import inner_loop
+
+# After the modules whose names they share: `ttt_jax.online` and `ttt_jax.source` are functions.
+from ttt_jax.source import SourceStatistics, source_statistics  # isort: skip
+from ttt_jax.online import online, unroll  # isort: skip
+from ttt_jax.predictors import augmented, episodic, source, vote  # isort: skip
 
 _ON_DEMAND = ("checkpoint", "data", "models")
+
+__all__ = [
+    "Adapter",
+    "AdapterState",
+    "AuxLoss",
+    "FromSource",
+    "Info",
+    "Predictor",
+    "Reset",
+    "Selection",
+    "SourceStatistics",
+    "StatefulLoss",
+    "StepInfo",
+    "Stream",
+    "StreamInfo",
+    "__version__",
+    "audit",
+    "augmented",
+    "batched",
+    "budget",
+    "checkpoint",
+    "data",
+    "diagnostics",
+    "episodic",
+    "filtered",
+    "gradient_adapter",
+    "inner_loop",
+    "losses",
+    "models",
+    "neighbors",
+    "online",
+    "resets",
+    "sample_keys",
+    "select",
+    "sharpness_aware_adapter",
+    "source",
+    "source_statistics",
+    "statistics_adapter",
+    "unbatched",
+    "unroll",
+    "vote",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -64,4 +105,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ON_DEMAND])
+    return sorted({*globals(), *_ON_DEMAND})

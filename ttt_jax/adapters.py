@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from ttt_jax import _trees, select as select_lib
 from ttt_jax.base import (
     Adapter,
     AdapterState,
+    Aux,
     AuxLoss,
     Key,
     Params,
@@ -24,6 +25,7 @@ from ttt_jax.base import (
 
 
 def _as_stateful(loss: AuxLoss | StatefulLoss) -> StatefulLoss:
+    """A loss with a memory, empty for a plain one; its value is whatever ``loss`` returns."""
     if isinstance(loss, StatefulLoss):
         return loss
     if not callable(loss):
@@ -56,6 +58,28 @@ def _warn_if_narrow(fast: PyTree) -> None:
     }
     if narrow:
         _warn_narrow(tuple(sorted(narrow)))
+
+
+def _with_aux(value: Any, has_aux: bool) -> tuple[jax.Array, Aux]:
+    """The scalar that a loss returned, and what it reports beside it."""
+    pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping)
+    if has_aux and not pair:
+        raise ValueError(
+            "A loss with has_aux=True must return (scalar, {name: array}); got "
+            f"{_described(value)}. Return a dict beside the scalar, or leave has_aux out."
+        )
+    if pair and not has_aux:
+        raise ValueError(
+            "An auxiliary loss must return a scalar; got (scalar, {name: array}). Give "
+            "has_aux=True to the factory of its adapter."
+        )
+    if not pair:
+        return _scalar(value), {}
+    return _scalar(value[0]), jax.tree.map(jnp.asarray, dict(value[1]))
+
+
+def _described(value: Any) -> str:
+    return f"shape {jnp.shape(value)}" if hasattr(value, "shape") else type(value).__name__
 
 
 def _scalar(value: Any) -> jax.Array:
@@ -102,11 +126,12 @@ def _gradient_step(
     select: Selection,
     anchor: PyTree,
     gradient: Callable[..., Any],
+    has_aux: bool,
 ) -> Adapter:
     """The adapter shared by all gradient methods; they differ in ``gradient`` only.
 
-    ``gradient(objective, fast, merge) -> ((value, memory), grads)``; ``objective(fast)`` is the
-    loss, or another one given with it, and ``merge(fast)`` the whole parameters.
+    ``gradient(objective, fast, merge) -> ((value, (memory, aux)), grads)``; ``objective(fast)`` is
+    the loss, or another one given with it, and ``merge(fast)`` the whole parameters.
     """
 
     def init(params: Params) -> AdapterState:
@@ -127,11 +152,12 @@ def _gradient_step(
     ) -> tuple[AdapterState, StepInfo]:
         fast0, frozen = select.split(params)
 
-        def objective(fast: PyTree, loss: StatefulLoss = loss) -> tuple[jax.Array, PyTree]:
+        def objective(fast: PyTree, loss: StatefulLoss = loss) -> tuple[jax.Array, Any]:
             value, memory = loss.value(select.merge(fast, frozen), state.memory, x, key)
-            return _scalar(value), memory
+            value, aux = _with_aux(value, has_aux)
+            return value, (memory, aux)
 
-        (value, memory), grads = gradient(
+        (value, (memory, aux)), grads = gradient(
             objective, state.fast, lambda fast: select.merge(fast, frozen)
         )
         # A loss whose gradient is exactly zero asked for no step: every weight of a filter was
@@ -162,7 +188,7 @@ def _gradient_step(
         finite &= ~_trees.spoiled(
             (state.memory, state.opt_state), (stepped.memory, stepped.opt_state)
         )
-        return stepped, StepInfo(loss=value, grad_norm=grad_norm, finite=finite)
+        return stepped, StepInfo(loss=value, grad_norm=grad_norm, finite=finite, aux=aux)
 
     return Adapter(init, step, merge)
 
@@ -173,6 +199,7 @@ def gradient_adapter(
     *,
     select: Selection,
     anchor: PyTree = 0.0,
+    has_aux: bool = False,
 ) -> Adapter:
     """Gradient steps on an auxiliary loss, on a private copy of the selected parameters.
 
@@ -187,6 +214,8 @@ def gradient_adapter(
       anchor: strength of the pull to the pristine parameters: a float, or a pytree shaped like
         ``fast`` such as a Fisher diagonal (EATA, Niu et al. 2022, Eq. 8). Counts in ``loss``
         and ``grad_norm``. May be traced.
+      has_aux: whether the loss returns ``(scalar, {name: array})``, as in ``jax.value_and_grad``;
+        the arrays become ``aux`` of every step's ``StepInfo``.
 
     Returns:
       An :class:`~ttt_jax.Adapter` whose state is an :class:`~ttt_jax.AdapterState`.
@@ -211,7 +240,12 @@ def gradient_adapter(
     """
     value_and_grad = functools.partial(jax.value_and_grad, has_aux=True)
     return _gradient_step(
-        _as_stateful(loss), optimizer, select, anchor, lambda f, fast, _: value_and_grad(f)(fast)
+        _as_stateful(loss),
+        optimizer,
+        select,
+        anchor,
+        lambda objective, fast, merge: value_and_grad(objective)(fast),
+        has_aux,
     )
 
 
@@ -222,6 +256,7 @@ def sharpness_aware_adapter(
     select: Selection,
     rho: float | jax.Array,
     peak_loss: Callable[[Params], AuxLoss] | None = None,
+    has_aux: bool = False,
 ) -> Adapter:
     """Steps along the gradient at the sharpest nearby point (SAM, as in SAR).
 
@@ -238,6 +273,7 @@ def sharpness_aware_adapter(
         parameters before the climb. With ``losses.reliable_entropy(..., reference=params)`` only
         instances that were reliable there count (SAR). Its value is then the loss reported.
         ``None``: the same loss.
+      has_aux: whether the losses return ``(scalar, {name: array})``, see :func:`gradient_adapter`.
 
     Returns:
       An :class:`~ttt_jax.Adapter`.
@@ -249,7 +285,7 @@ def sharpness_aware_adapter(
 
     def gradient(objective: Any, fast: PyTree, merge: Callable[[PyTree], Params]) -> Any:
         value_and_grad = jax.value_and_grad(objective, has_aux=True)
-        (value, memory), ascent = value_and_grad(fast)
+        (value, (memory, aux)), ascent = value_and_grad(fast)
         length = _trees.norm(ascent)
         # No direction, no climb: keeps a filtered-out batch at an exactly zero gradient.
         scale = jnp.where(length > 0, rho / jnp.where(length > 0, length, 1.0), 0.0)
@@ -257,10 +293,10 @@ def sharpness_aware_adapter(
         if peak_loss is None:
             _, grads = value_and_grad(peak)
         else:
-            (value, _), grads = value_and_grad(peak, _as_stateful(peak_loss(merge(fast))))
-        return (value, memory), grads
+            (value, (_, aux)), grads = value_and_grad(peak, _as_stateful(peak_loss(merge(fast))))
+        return (value, (memory, aux)), grads
 
-    return _gradient_step(_as_stateful(loss), optimizer, select, 0.0, gradient)
+    return _gradient_step(_as_stateful(loss), optimizer, select, 0.0, gradient, has_aux)
 
 
 def statistics_adapter(
@@ -362,6 +398,7 @@ def filtered(adapter: Adapter, keep: Callable[[Params, Any, Key], Any]) -> Adapt
             loss=jnp.where(wanted, info.loss, zero),
             grad_norm=jnp.where(wanted, info.grad_norm, zero),
             finite=info.finite | ~wanted,
+            aux=_trees.where(wanted, info.aux, jax.tree.map(jnp.zeros_like, info.aux)),
         )
 
     return adapter._replace(step=step)

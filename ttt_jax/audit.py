@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax import _trees, batching, predictors, resets, select as select_lib, streams
+from ttt_jax import _trees, batching, online as online_lib, predictors, resets, select as select_lib
 from ttt_jax.base import Adapter, Key, Params, Predictor, Selection
 
 
@@ -187,7 +187,7 @@ def adapter_differences(
 
     def run(variant: Any) -> Any:
         period, pairs = variant
-        stream = streams.online(adapter, apply, num_steps=num_steps, reset=resets.every(period))
+        stream = online_lib.online(adapter, apply, num_steps=num_steps, reset=resets.every(period))
 
         def step(carry: Any, pair: Any) -> Any:
             return stream.step(params, carry, *pair)

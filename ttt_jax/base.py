@@ -16,7 +16,7 @@ Conventions, valid for the whole library:
   learning rate, anchor, probability or radius, so those may be traced.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -25,8 +25,14 @@ PyTree: TypeAlias = Any
 Params: TypeAlias = Any
 Key: TypeAlias = jax.Array
 
+Aux: TypeAlias = Mapping[str, jax.Array]
+"""What a method reports of its own beside the loss, by name; empty for most."""
+
 AuxLoss: TypeAlias = Callable[[Params, Any, Key], jax.Array]
-"""``(params, x, key) -> scalar``: an auxiliary loss, differentiated in ``params``."""
+"""``(params, x, key) -> scalar``: an auxiliary loss, differentiated in ``params``.
+
+With ``has_aux=True`` in the factory of its adapter it returns ``(scalar, {name: array})``.
+"""
 
 Predictor: TypeAlias = Callable[[Params, Any, Key], tuple[Any, "Info"]]
 """``(params, x, key) -> (output, Info)``: every way to predict has this one signature."""
@@ -84,11 +90,14 @@ class StepInfo(NamedTuple):
       grad_norm: float32 scalar, the global norm of its gradient.
       finite: bool scalar, whether loss, gradient **and updated parameters** (and optimizer
         state and memory, where they were before) are finite.
+      aux: what the loss reports of its own, by name; empty unless the adapter was built with
+        ``has_aux=True``.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
     finite: jax.Array
+    aux: Aux = {}  # noqa: RUF012 (an empty tree, never written to)
 
 
 class Adapter(NamedTuple):
@@ -117,12 +126,15 @@ class Info(NamedTuple):
       ok: bool scalar; False when a step was not finite and its effect was discarded.
       updated: bool scalar; whether the prediction's state differs from the one it started
         from (False for a filtered instance, a zero-step and a failed one).
+      aux: what the method reports of its own, by name, arrays with a leading axis S; empty for
+        most.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
     ok: jax.Array
     updated: jax.Array
+    aux: Aux = {}  # noqa: RUF012 (an empty tree, never written to)
 
 
 class StreamInfo(NamedTuple):
@@ -133,6 +145,7 @@ class StreamInfo(NamedTuple):
     ok: jax.Array
     updated: jax.Array
     reset: jax.Array
+    aux: Aux = {}  # noqa: RUF012 (an empty tree, never written to)
 
 
 class Stream(NamedTuple):
@@ -158,3 +171,18 @@ class Reset(NamedTuple):
 
     init: Callable[[], PyTree]
     apply: Callable[..., tuple[PyTree, PyTree, jax.Array]]
+
+
+class FromSource(NamedTuple):
+    """A method that measures the source data before it sees a test instance.
+
+    Attributes:
+      measure: ``measure(params, x[N, ...]) -> statistics``: means over the N source instances, or
+        rows of a bank; see :func:`ttt_jax.source_statistics`.
+      reduce: ``"mean"`` or ``"concatenate"``: how the statistics of several batches are joined.
+      build: ``build(statistics) -> Predictor | Stream``.
+    """
+
+    measure: Callable[[Params, Any], PyTree]
+    reduce: str
+    build: Callable[[PyTree], "Predictor | Stream"]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ttt_jax import _trees
 from ttt_jax.base import Adapter, Key, Params, PyTree, StepInfo
-from ttt_jax.losses import _source
+from ttt_jax.source import value_of
 
 _METRICS = ("cosine", "euclidean")
 
@@ -105,7 +105,7 @@ def finder(
       ValueError: leaves of the pool whose leading axis is not that of the bank; when called: as
         in :func:`nearest`.
     """
-    rows = jnp.asarray(_source.value_of(bank))
+    rows = jnp.asarray(value_of(bank))
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(pool)}
     if lengths != {rows.shape[:1]}:
         raise ValueError(
@@ -121,7 +121,7 @@ def finder(
     return find
 
 
-def joined(adapter: Adapter, find: Callable[[Params, Any], PyTree]) -> Adapter:
+def with_neighbors(adapter: Adapter, find: Callable[[Params, Any], PyTree]) -> Adapter:
     """Adapts to an instance together with its neighbors, as one batch.
 
     Args:
@@ -147,7 +147,7 @@ def joined(adapter: Adapter, find: Callable[[Params, Any], PyTree]) -> Adapter:
         x, neighbors = jax.tree.map(jnp.asarray, (x, find(params, x)))
         if _kind(x, axes=0) != _kind(neighbors, axes=1):
             raise ValueError(
-                "neighbors.joined needs neighbors [k, ...] like the instance; got "
+                "neighbors.with_neighbors needs neighbors [k, ...] like the instance; got "
                 f"{_described(neighbors)} for {_described(x)}. Prepare the pool as the instances."
             )
         both = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), x, neighbors)

@@ -90,7 +90,7 @@ def episodic(
 
     An instance with a step that is not finite returns the pristine prediction with ``ok``
     False; the choice is made inside the traced code, on the fast parameters, before the one
-    prediction, so neighbours under ``vmap`` are bitwise untouched.
+    prediction, so neighbors under ``vmap`` are bitwise untouched.
 
     Args:
       adapter: what one inner step is.
@@ -122,7 +122,7 @@ def episodic(
         if not trace:
             outputs = apply(adapter.merge(params, kept), x)
         updated = ok & _trees.differs(pristine, state)
-        return outputs, Info(infos.loss, infos.grad_norm, ok, updated)
+        return outputs, Info(infos.loss, infos.grad_norm, ok, updated, infos.aux)
 
     def _traced(params: Params, pristine: PyTree, x: Any, key: Key) -> Any:
         # The flag rides in the state so that entry k knows of any failure up to step k.
@@ -156,8 +156,8 @@ def vote(predictor: Predictor, num_votes: int, *, combine: Callable[[Any], Any])
       combine: ``combine(outputs[V, ...]) -> output``, for instance a mean or a majority.
 
     Returns:
-      A predictor; its ``Info`` averages loss and gradient norm over the votes, ``ok`` if all
-      votes are, ``updated`` if any is.
+      A predictor; its ``Info`` averages loss, gradient norm and ``aux`` over the votes, ``ok`` if
+      all votes are, ``updated`` if any is.
 
     Raises:
       ValueError: ``num_votes`` < 1.
@@ -168,7 +168,13 @@ def vote(predictor: Predictor, num_votes: int, *, combine: Callable[[Any], Any])
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_votes))
         outputs, info = jax.vmap(predictor, in_axes=(None, None, 0))(params, x, keys)
-        merged = Info(info.loss.mean(0), info.grad_norm.mean(0), info.ok.all(), info.updated.any())
+        merged = Info(
+            loss=info.loss.mean(0),
+            grad_norm=info.grad_norm.mean(0),
+            ok=info.ok.all(),
+            updated=info.updated.any(),
+            aux=jax.tree.map(lambda leaf: leaf.astype(jnp.float32).mean(0), info.aux),
+        )
         return combine(outputs), merged
 
     return predict

@@ -43,7 +43,7 @@ def rotation_neighbors(grid: Any, problem: Problem) -> Method:
         find = ttt.neighbors.finder(features, pool["images"], pool["features"], k=settings["k"])
         alone = steps.adapter(steps.rotation_loss(problem, settings, batch=True), settings)
         return ttt.episodic(
-            ttt.neighbors.joined(alone, find),
+            ttt.neighbors.with_neighbors(alone, find),
             outputs.plain(problem, settings, "rotation"),
             num_steps=settings["num_steps"],
             trace=True,

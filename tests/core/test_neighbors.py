@@ -86,7 +86,7 @@ def moved_by(k, rate=0.1, metric="cosine"):
         select=select.everything(),
     )
     find = neighbors.finder(lambda w, x: x, BANK, BANK, k=k, metric=metric)
-    return ttt.episodic(neighbors.joined(adapter, find), lambda w, x: w, num_steps=1)
+    return ttt.episodic(neighbors.with_neighbors(adapter, find), lambda w, x: w, num_steps=1)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
@@ -108,7 +108,7 @@ def rotation_program(num_steps, **options):
 
     def run(pool, bank, params, xs, keys):
         find = neighbors.finder(models.features, pool, bank, k=3)
-        both = neighbors.joined(adapter, find)
+        both = neighbors.with_neighbors(adapter, find)
         predict = ttt.episodic(both, ttt.unbatched(models.classify), num_steps=num_steps)
         return ttt.batched(predict, **options)(params, xs, keys)
 
@@ -122,7 +122,7 @@ def test_keeps_the_promises_of_the_library():
 
     def measure(params, xs, keys):
         return ttt.audit.adapter_differences(
-            neighbors.joined(adapter, find),
+            neighbors.with_neighbors(adapter, find),
             ttt.unbatched(models.classify),
             params,
             xs,
@@ -147,7 +147,7 @@ def test_neighbors_are_those_of_the_pristine_model():
         optax.sgd(10.0),
         select=select.everything(),
     )
-    both, weights = neighbors.joined(adapter, find), jnp.ones(5)
+    both, weights = neighbors.with_neighbors(adapter, find), jnp.ones(5)
     state, _ = both.step(weights, both.init(weights), QUERIES[0], KEYS[0])
     assert (state.fast != weights).all()
     both.step(weights, state, QUERIES[0], KEYS[0])
@@ -224,7 +224,7 @@ class TestErrors:
             losses.rotation(models.turn, batch=True), optax.sgd(0.1), select=select.everything()
         )
         pool = np.zeros((4, 6, 6, 1), np.uint8)
-        both = neighbors.joined(adapter, lambda params, x: pool)
+        both = neighbors.with_neighbors(adapter, lambda params, x: pool)
         with raises(
             "neighbors .* like the instance", r"uint8\[4, 6, 6, 1\]", r"float32\[6, 6, 1\]"
         ):

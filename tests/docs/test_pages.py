@@ -51,7 +51,7 @@ def _public(module):
     [
         "ttt_jax",
         "ttt_jax.losses",
-        "ttt_jax.memory",
+        "ttt_jax.budget",
         "ttt_jax.neighbors",
         "ttt_jax.select",
         "ttt_jax.resets",

@@ -58,6 +58,6 @@ def test_rows_are_those_of_any_chunk(tmp_path, monkeypatch):
         seen.append(most)
         return types.SimpleNamespace(size=3, compiled=compile_for(3))
 
-    monkeypatch.setattr(chunks.ttt.memory, "largest_chunk", three)
+    monkeypatch.setattr(chunks.ttt.budget, "largest_chunk", three)
     assert rows("fitting", 0) == rows("two", 2)
     assert seen and 3 < max(seen) <= config.adapt.batch_size

@@ -5,17 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.statistics import SourceStatistics
+from ttt_jax.source import value_of
 
 
 def images_of(batch: Any) -> Any:
     """The images of a batch of ``ttt_jax.data`` (its attribute ``image``), or the batch itself."""
     return getattr(batch, "image", batch)
-
-
-def value_of(source: Any) -> Any:
-    """The statistics themselves, whether or not they still carry their split."""
-    return source.value if isinstance(source, SourceStatistics) else source
 
 
 def moments_of(name: str, source: Any, fields: tuple[str, str], maker: str) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs, _source
+from ttt_jax.source import value_of
 
 
 def _unit(vectors: jax.Array) -> jax.Array:
@@ -58,7 +59,7 @@ def contrastive(
             "losses.contrastive needs negatives for one instance; got bank = None. Pass stored "
             "source representations [M, D] as bank, or build the loss with batch=True."
         )
-    rows = None if bank is None else jnp.asarray(_source.value_of(bank))
+    rows = None if bank is None else jnp.asarray(value_of(bank))
     if rows is not None and (rows.ndim != 2 or rows.shape[0] < 1):
         raise ValueError(
             f"bank must hold source representations [M, D] with M >= 1; got shape {rows.shape}."

@@ -27,6 +27,11 @@ class SourceStatistics:
 jax.tree_util.register_dataclass(SourceStatistics, data_fields=["value"], meta_fields=["split"])
 
 
+def value_of(source: Any) -> Any:
+    """Statistics themselves, whether or not they still carry their split."""
+    return source.value if isinstance(source, SourceStatistics) else source
+
+
 def _is_test(split: str) -> bool:
     """Whether a split holds test data: ``test[:50%]``, ``train+test``, ``my_test``, ``all``."""
     words = re.findall(r"[a-z]+", split.lower())

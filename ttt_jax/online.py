@@ -4,9 +4,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ttt_jax import _trees, inner
-from ttt_jax.base import Adapter, Info, Key, Params, PyTree, Reset, Stream, StreamInfo
+from ttt_jax.base import (
+    Adapter,
+    Info,
+    Key,
+    Params,
+    Predictor,
+    PyTree,
+    Reset,
+    Stream,
+    StreamInfo,
+)
 
 # Inner step i uses fold_in(key, i); the reset must not meet any of those keys.
 _RESET_FOLD = 0x7FFFFFFF
@@ -69,6 +80,7 @@ def online(
             grad_norm=infos.grad_norm,
             ok=infos.finite.all(),
             updated=_trees.differs(before, state),
+            aux=infos.aux,
         )
         reset_carry, state, fired = reset.apply(
             carry.reset,
@@ -78,6 +90,51 @@ def online(
             info,
             jax.random.fold_in(key, _RESET_FOLD),
         )
-        return Carry(state, reset_carry), (output, StreamInfo(*info, reset=fired))
+        return Carry(state, reset_carry), (output, StreamInfo(**info._asdict(), reset=fired))
 
     return Stream(init, step)
+
+
+def unroll(stream: Stream) -> Predictor:
+    """A predictor that runs a stream, from pristine, along the leading axis of one instance.
+
+    A document is an instance ``x[T, ...]`` of T chunks. Chunk t is given ``fold_in(key, t)``, and
+    what was learned ends with the instance. Under :func:`~ttt_jax.batched` thousands of documents
+    go side by side.
+
+    Args:
+      stream: its instances are the chunks, for example :func:`online` with ``predict="before"``,
+        which scores a chunk before it learns from it.
+
+    Returns:
+      A predictor with output ``[T, ...]``. Its ``Info`` has the ``T * num_steps`` inner steps of
+      all chunks in a row; ``ok`` if all chunks are, ``updated`` if any is.
+
+    Raises:
+      ValueError: when called: leaves of ``x`` without one common leading axis T >= 1.
+    """
+
+    def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
+        num_chunks = _num_chunks(x)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_chunks))
+
+        def body(carry: PyTree, chunk: Any) -> Any:
+            return stream.step(params, carry, *chunk)
+
+        _, (outputs, info) = jax.lax.scan(body, stream.init(params), (x, keys))
+        loss, grad_norm, aux = jax.tree.map(
+            lambda leaf: leaf.reshape((-1,) + leaf.shape[2:]), (info.loss, info.grad_norm, info.aux)
+        )
+        return outputs, Info(loss, grad_norm, info.ok.all(), info.updated.any(), aux)
+
+    return predict
+
+
+def _num_chunks(x: Any) -> int:
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
+    if len(lengths) != 1 or lengths & {(), (0,)}:
+        raise ValueError(
+            "unroll needs an instance whose leaves share one leading axis of at least one chunk; "
+            f"got leading axes {sorted(lengths)}. Stack the chunks, and pad the last with a mask."
+        )
+    return int(next(iter(lengths))[0])

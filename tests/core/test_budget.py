@@ -10,7 +10,7 @@ import pytest
 
 import ttt_jax as ttt
 from tests.core.models import classify, make_images, make_params, turn
-from ttt_jax import memory
+from ttt_jax import budget
 
 
 class Program:
@@ -53,8 +53,8 @@ def test_largest_chunk(needs, limit, most, expected, compiled):
         seen.append(size)
         return Program(needs(size))
 
-    chunk = memory.largest_chunk(compile_for, limit, most=most)
-    assert chunk.bytes == needs(chunk.size) == memory.used(chunk.compiled) <= limit
+    chunk = budget.largest_chunk(compile_for, limit, most=most)
+    assert chunk.bytes == needs(chunk.size) == budget.used(chunk.compiled) <= limit
     assert 0.9 * expected <= chunk.size <= expected
     assert len(seen) == len(set(seen))
     if compiled is not None:
@@ -64,14 +64,14 @@ def test_largest_chunk(needs, limit, most, expected, compiled):
 def test_errors_name_the_value_and_the_fix():
     needs = r"One instance needs 2\.00 GiB and the limit is 1\.00 GiB"
     with pytest.raises(ValueError, match=needs):
-        memory.largest_chunk(lambda n: Program((1 + n) * 2**30), 2**30, most=9)
+        budget.largest_chunk(lambda n: Program((1 + n) * 2**30), 2**30, most=9)
     with pytest.raises(ValueError, match="most must be an integer of at least 1, got 0"):
-        memory.largest_chunk(lambda n: Program(n), 10, most=0)
+        budget.largest_chunk(lambda n: Program(n), 10, most=0)
     with pytest.raises(ValueError, match=r"two growing numbers of at least 1, got \(8, 8\)"):
-        memory.largest_chunk(lambda n: Program(n), 10, most=9, sizes=(8, 8))
+        budget.largest_chunk(lambda n: Program(n), 10, most=9, sizes=(8, 8))
     silent = types.SimpleNamespace(memory_analysis=lambda: None)
     with pytest.raises(ValueError, match="does not say how much memory"):
-        memory.used(silent)
+        budget.used(silent)
 
 
 def test_what_the_compiler_says_of_a_chunk():
@@ -87,11 +87,11 @@ def test_what_the_compiler_says_of_a_chunk():
         run = ttt.batched(predict, chunk_size=size)
         return jax.jit(run).lower(params, images, keys).compile()
 
-    needs = {size: memory.used(compile_for(size)) for size in (1, 16)}
+    needs = {size: budget.used(compile_for(size)) for size in (1, 16)}
     limit = (needs[1] + needs[16]) // 2
-    chunk = memory.largest_chunk(compile_for, limit, most=64, sizes=(2, 4))
+    chunk = budget.largest_chunk(compile_for, limit, most=64, sizes=(2, 4))
     assert 4 < chunk.size < 16 and chunk.bytes <= limit
-    assert memory.used(compile_for(chunk.size + 1)) > limit
+    assert budget.used(compile_for(chunk.size + 1)) > limit
     logits, _ = chunk.compiled(params, images, keys)
     np.testing.assert_allclose(logits, compile_for(64)(params, images, keys)[0], atol=1e-5)
 
@@ -104,6 +104,6 @@ def test_copy_bytes_counts_what_an_instance_owns():
         ttt.losses.entropy(classify), optax.adam(1e-2), select=ttt.select.norm_affine()
     )
     counts = 2 * jnp.zeros((), jnp.int32).nbytes
-    assert memory.copy_bytes(adapter, params) == 3 * fast + counts
+    assert budget.copy_bytes(adapter, params) == 3 * fast + counts
     shapes = jax.eval_shape(lambda: params)
-    assert memory.copy_bytes(adapter, shapes) == 3 * fast + counts
+    assert budget.copy_bytes(adapter, shapes) == 3 * fast + counts
