@@ -1,5 +1,7 @@
 """Test-time training as pure functions in JAX.
 
+Published methods, one call each: :mod:`methods`.
+
 A step (what adapts, and on which loss):
 
 * :mod:`losses`, :mod:`select`, :func:`gradient_adapter`, :func:`sharpness_aware_adapter`,
@@ -8,7 +10,7 @@ A step (what adapts, and on which loss):
 How it is run over instances:
 
 * :func:`source`, :func:`augmented`, :func:`episodic`, :func:`vote`: one instance at a time
-* :func:`online`, :func:`unroll`, :mod:`resets`: streams
+* :func:`online`, :func:`unroll`, :func:`episode`, :mod:`resets`: streams
 * :func:`batched`, :func:`unbatched`, :func:`sample_keys`, :func:`inner_loop`, :mod:`budget`
 
 What is asked about it:
@@ -50,10 +52,10 @@ from ttt_jax.inner import inner_loop
 
 # After the modules whose names they share: `ttt_jax.online` and `ttt_jax.source` are functions.
 from ttt_jax.source import SourceStatistics, source_statistics  # isort: skip
-from ttt_jax.online import online, unroll  # isort: skip
+from ttt_jax.online import episode, online, unroll  # isort: skip
 from ttt_jax.predictors import augmented, episodic, source, vote  # isort: skip
 
-_ON_DEMAND = ("checkpoint", "data", "models")
+_ON_DEMAND = ("checkpoint", "data", "methods", "models")
 
 __all__ = [
     "Adapter",
@@ -77,11 +79,13 @@ __all__ = [
     "checkpoint",
     "data",
     "diagnostics",
+    "episode",
     "episodic",
     "filtered",
     "gradient_adapter",
     "inner_loop",
     "losses",
+    "methods",
     "models",
     "neighbors",
     "online",

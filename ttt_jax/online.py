@@ -95,6 +95,27 @@ def online(
     return Stream(init, step)
 
 
+def episode(stream: Stream) -> Predictor:
+    """A predictor that makes one step of a stream from its pristine start, and forgets.
+
+    Unlike :func:`~ttt_jax.episodic` it predicts when the stream does: with ``predict="before"``
+    the output is that of the pristine state, as every first step of the stream gives it.
+
+    Args:
+      stream: any stream, for example :func:`ttt_jax.methods.tent`.
+
+    Returns:
+      A predictor with the output and the ``Info`` of that step. A step that is not finite leaves
+      the last finite state to predict, as in a stream.
+    """
+
+    def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
+        _, (output, info) = stream.step(params, stream.init(params), x, key)
+        return output, Info(info.loss, info.grad_norm, info.ok, info.updated, info.aux)
+
+    return predict
+
+
 def unroll(stream: Stream) -> Predictor:
     """A predictor that runs a stream, from pristine, along the leading axis of one instance.
 
