@@ -86,13 +86,14 @@ STREAMS = {
             **options,
         )
     ),
+    # Restoration is by time: a spoiled batch has its turn too, so the row goes without.
     "cotta": lambda reset=None, **options: methods.cotta(
         classify,
         augment=models.jitter,
         num_views=2,
         decay=0.5,
         optimizer=SGD,
-        reset=resets.stochastic_restore(0.1) if reset is None else reset,
+        reset=resets.never() if reset is None else reset,
         **options,
     ),
     "deyo": lambda **options: methods.deyo(
