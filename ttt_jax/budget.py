@@ -4,6 +4,7 @@ The figures are the compiler's own, of programs that the caller compiles: nothin
 any program will do, one that is sharded over a mesh included.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -148,3 +149,16 @@ def _guess(found: list[Chunk], limit: int, most: int) -> int:
     each = max(1.0, (bytes_b - bytes_a) / (b - a))
     meets = int(a + (limit - bytes_a) / each)
     return min(max(meets, low + 1, 1), high - 1, most)
+
+
+# The rest is for what is on the device beside the program, and for the holes between its arrays.
+_SHARE = 0.9
+
+
+def free_bytes() -> int:
+    """Bytes that a program may use on each device of this process."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics is None:  # a CPU: its devices share the memory of the machine
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(_SHARE * available / jax.local_device_count())
+    return int(_SHARE * (statistics["bytes_limit"] - statistics["bytes_in_use"]))

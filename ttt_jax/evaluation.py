@@ -1,0 +1,512 @@
+"""The one loop over a task: methods x streams -> rows of sums. It writes no file.
+
+>>> rows = list(evaluate(task, {"source": predict}, params, role="reported", seed=0))
+"""
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax import _spread, batching, budget, diagnostics, predictors, select
+from ttt_jax._spread import Call, Devices
+from ttt_jax.base import FromSource, Params, Predictor, PyTree, Stream
+from ttt_jax.source import source_statistics
+from ttt_jax.task import Examples, Task, in_batches
+
+__all__ = [
+    "Evaluation",
+    "InBatches",
+    "Parametric",
+    "Row",
+    "evaluate",
+    "measured",
+    "scope_of",
+    "source_of",
+]
+
+
+class InBatches(NamedTuple):
+    """A method whose instance is a batch of ``size`` examples (smaller where a batch ends)."""
+
+    method: Predictor | Stream
+    size: int
+
+
+class Parametric(NamedTuple):
+    """A method over values that its compiled program takes as arguments.
+
+    Candidates that differ in ``values`` alone share one program, and source statistics are never
+    constants of it.
+
+    Attributes:
+      build: ``build(values) -> Predictor | Stream | InBatches``.
+      values: pytree of arrays.
+      key: methods of equal key have the same program; None: of the same ``build``.
+    """
+
+    build: Callable[[PyTree], Any]
+    values: PyTree
+    key: Hashable = None
+
+
+Method = Any  # Predictor | Stream | InBatches | Parametric
+
+
+class Row(NamedTuple):
+    """What one method did on the instances of one stream that have the same tags.
+
+    Attributes:
+      method: its label.
+      stream: the stream's name.
+      tags: one row per distinct combination of the tags' values.
+      num_examples: N.
+      sums: by metric, its sums over the row's instances.
+      values: by metric, ``value(sums)``.
+      counts: ``non_finite``, ``updated`` and ``resets``, in instances.
+      seconds: of the compiled calls, the row's share.
+      compile_seconds: of tracing and compiling, 0 where the program was there already.
+      id: int64 ``[N]``, in the order of the stream.
+      each: by metric, its sums of every instance ``[N, ...]``, for paired intervals.
+    """
+
+    method: str
+    stream: str
+    tags: Mapping[str, Any]
+    num_examples: int
+    sums: Mapping[str, PyTree]
+    values: Mapping[str, Any]
+    counts: Mapping[str, int]
+    seconds: float
+    compile_seconds: float
+    id: np.ndarray
+    each: Mapping[str, PyTree]
+
+
+def evaluate(
+    task: Task,
+    methods: Mapping[str, Method],
+    params: Params,
+    *,
+    role: str,
+    seed: int,
+    chunk_size: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Iterator[Row]:
+    """Runs methods over the streams of a task.
+
+    Args:
+      task: see :class:`ttt_jax.task.Task`.
+      methods: by label: predictors, streams, :class:`InBatches` or :class:`Parametric`.
+      params: pristine; never changed.
+      role: ``"validation"`` or ``"reported"``.
+      seed: of the streams and of the keys; a key follows its instance's id.
+      chunk_size: private copies in flight per device; None for a whole batch, 0 for as many as
+        fit.
+      mesh: with an axis ``data``, to spread instances, batches and streams over devices.
+
+    Yields:
+      A :class:`Row` per method, stream and combination of tags. Streams are compiled once for
+      all streams of equal batch sizes and go side by side.
+
+    Raises:
+      ValueError: an unknown role, or a task without streams for it.
+    """
+    evaluation = Evaluation(task, params, role=role, seed=seed, chunk_size=chunk_size, mesh=mesh)
+    for label, method in methods.items():
+        for name in evaluation.groups(method):
+            yield from evaluation.rows(label, method, name)
+
+
+def scope_of(method: Method) -> str:
+    """``per_sample``, ``batch`` or ``stream``: what the state of a method lives as long as."""
+    if isinstance(method, Parametric):
+        method = method.build(method.values)
+    inner = method.method if isinstance(method, InBatches) else method
+    if isinstance(inner, Stream):
+        return "stream"
+    return "batch" if isinstance(method, InBatches) else "per_sample"
+
+
+def source_of(task: Task) -> Predictor:
+    """The unadapted model of a task, with whose output methods are compared: its first head."""
+    return predictors.source(batching.unbatched(next(iter(task.heads().values()))))
+
+
+def measured(
+    method: FromSource, params: Params, task: Task, *, seed: int, size: int, count: int | None
+) -> PyTree:
+    """The source statistics that a method asks for, from the training split of a task.
+
+    Args:
+      method: what to measure.
+      params: pristine.
+      task: its ``training(seed)`` is read once.
+      seed: of the order of the training examples.
+      size: examples per call.
+      count: how many examples; None for all.
+
+    Returns:
+      Statistics for ``method.build``.
+
+    Raises:
+      ValueError: ``size`` or ``count`` below 1.
+    """
+    measure = jax.jit(method.measure)
+    batches = _Training(in_batches(task.training(seed), size, count))
+    statistics = source_statistics(
+        lambda params, batch: measure(params, batch.x), params, batches, reduce=method.reduce
+    )
+    return jax.block_until_ready(statistics.value)
+
+
+class _Training:
+    """Batches that say which split they are of; a task's training split by its contract."""
+
+    split = "train"
+
+    def __init__(self, batches: Iterator[Examples]):
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Examples]:
+        return self._batches
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds, self.compiling = 0.0, 0.0
+
+
+class _Result(NamedTuple):
+    """Outputs and flags of one batch, on the host."""
+
+    output: PyTree
+    flags: dict[str, np.ndarray]
+
+
+class Evaluation:
+    """One model on the streams of one role; holds batches, source outputs and programs.
+
+    Programs that resume, or go on after a failure, call :meth:`rows` per method and stream;
+    everybody else calls :func:`evaluate`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        params: Params | Callable[[], Params],
+        *,
+        role: str,
+        seed: int,
+        chunk_size: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        parallel_streams: int = 16,
+    ):
+        """Reads no data yet.
+
+        Args:
+          task: as in :func:`evaluate`.
+          params: pristine, or a function that restores them between batches.
+          role: as in :func:`evaluate`.
+          seed: as in :func:`evaluate`.
+          chunk_size: as in :func:`evaluate`.
+          mesh: as in :func:`evaluate`.
+          parallel_streams: how many streams go side by side per device, at most.
+        """
+        if role not in ("validation", "reported", "choosing"):
+            raise ValueError(f"role must be 'validation' or 'reported', got {role!r}.")
+        self._task, self._seed = task, seed
+        self._restore = params if callable(params) else lambda: params
+        self._chunk_size, self._parallel = chunk_size, parallel_streams
+        self._devices = Devices(mesh)
+        self._streams = dict(task.streams(role, seed))
+        if not self._streams:
+            raise ValueError(f"{task.name} has no {role} stream; streams({role!r}, seed) is empty.")
+        self._batches: dict[str, list[Examples]] = {}
+        self._source: dict[str, list[PyTree]] = {}
+        self.programs: dict[Hashable, Any] = {}
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The names of the streams, in order."""
+        return tuple(self._streams)
+
+    def batches(self, stream: str) -> list[Examples]:
+        """The batches of a stream, read once."""
+        if stream not in self._batches:
+            self._batches[stream] = list(self._streams[stream])
+        return self._batches[stream]
+
+    def groups(self, method: Method, streams: Sequence[str] | None = None) -> list[tuple[str, ...]]:
+        """The streams that go through one call of :meth:`rows`: side by side where they can."""
+        names = self.streams if streams is None else tuple(streams)
+        if scope_of(method) != "stream":
+            return [(name,) for name in names]
+        size = method.size if isinstance(method, InBatches) else None
+        lengths = {name: tuple(map(len, (b.id for b in self._cut(name, size)))) for name in names}
+        most = self._parallel * self._devices.count
+        groups = []
+        for length in dict.fromkeys(lengths.values()):
+            equal = [name for name in names if lengths[name] == length]
+            groups += [tuple(equal[at : at + most]) for at in range(0, len(equal), most)]
+        return groups
+
+    def rows(self, label: str, method: Method, streams: Sequence[str]) -> list[Row]:
+        """The rows of a method on some streams, several only if they may go side by side."""
+        built = method.build(method.values) if isinstance(method, Parametric) else method
+        size = built.size if isinstance(built, InBatches) else None
+        batches = [self._cut(name, size) for name in streams]
+        clock = _Clock()
+        if scope_of(method) == "stream":
+            results, drifts = self._stream_results(method, batches, size is not None, clock)
+        else:
+            results = [self._results(method, part, size is not None, clock) for part in batches]
+            drifts = [None] * len(results)
+        clock.seconds /= len(streams)
+        clock.compiling /= len(streams)
+        return [
+            row
+            for name, part, result, drift in zip(streams, batches, results, drifts, strict=True)
+            for row in self._scored(label, name, part, result, clock, drift)
+        ]
+
+    def cells(self, stream: str) -> list[dict[str, Any]]:
+        """The distinct combinations of the tags of a stream, each of which becomes a row."""
+        batches = self.batches(stream)
+        tags = _joined_tags(batches)
+        return [combination for combination, _ in _cells(tags, sum(len(b.id) for b in batches))]
+
+    def _cut(self, stream: str, size: int | None) -> list[Examples]:
+        batches = self.batches(stream)
+        if size is None or all(len(batch.id) <= size for batch in batches):
+            return batches
+        return [part for batch in batches for part in in_batches([batch], size)]
+
+    def _results(
+        self, method: Method, batches: Sequence[Examples], in_batch: bool, clock: _Clock
+    ) -> list[_Result]:
+        if in_batch:
+            calls = _spread.calls_of_batches(batches, self._devices)
+        else:
+            size = max(len(batch.id) for batch in batches)
+            calls = _spread.calls_of_instances(batches, size, self._devices)
+        results = []
+        for call in calls:
+            output, info = _on_host(self._call(method, self._inputs(call), clock))
+            for position, count in enumerate(call.counts):
+                # A batch is one of several results, instances are the first of all.
+                index = position if in_batch else slice(count)
+                part, told = jax.tree.map(lambda leaf, at=index: leaf[at], (output, info))
+                results.append(_Result(part, _flags(told, count)))
+        return results
+
+    def _stream_results(
+        self, method: Method, streams: Sequence[Sequence[Examples]], in_batch: bool, clock: _Clock
+    ) -> tuple[list[list[_Result]], list[float | None]]:
+        params = self._restore()
+        init = jax.jit(_stream_of(method).init)
+        # Devices without a stream repeat the last one.
+        count = self._devices.padded(len(streams))
+        filled = [*streams, *[streams[-1]] * (count - len(streams))]
+        carry = jax.vmap(init, in_axes=None, axis_size=count)(params)
+        carry = self._devices.put(carry)
+        results: list[list[_Result]] = [[] for _ in streams]
+        for batches in zip(*filled, strict=True):
+            ids = np.stack([batch.id for batch in batches])
+            x = jax.tree.map(lambda *leaves: np.stack(leaves), *(batch.x for batch in batches))
+            arguments = (carry, *self._inputs(Call(ids, x, ())))
+            carry, *told = self._call(method, arguments, clock)
+            told = _on_host(told)
+            for position, result in enumerate(results):
+                output, info = jax.tree.map(lambda leaf, at=position: leaf[at], told)
+                result.append(_Result(output, _flags(info, len(batches[0].id))))
+        drifts: list[float | None] = [None] * len(streams)
+        start, end = (
+            getattr(getattr(c, "state", None), "fast", None) for c in (init(params), carry)
+        )
+        if start is not None:
+            drifts = [float(drift) for drift in np.asarray(_drifts(start, end))[: len(streams)]]
+        return results, drifts
+
+    def _inputs(self, call: Call) -> tuple[Any, Any]:
+        keys = batching.sample_keys(jax.random.key(self._seed), call.id.reshape(-1))
+        return self._devices.put((call.x, keys.reshape(call.id.shape)))
+
+    def _call(self, method: Method, arguments: tuple[Any, ...], clock: _Clock) -> Any:
+        """Compiles where needed, runs, and adds to the clock."""
+        params = self._restore()
+        values = method.values if isinstance(method, Parametric) else ()
+        key = method.key if isinstance(method, Parametric) else method
+        if isinstance(method, Parametric) and key is None:
+            key = method.build
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((values, arguments)))
+        where = (key, scope_of(method), shapes, self._chunk_size)
+        if where not in self.programs:
+            start = time.perf_counter()
+
+            def compile_for(size: int | None) -> Any:
+                program = jax.jit(_program(method, self._devices, size))
+                return program.lower(params, values, *arguments).compile()
+
+            self.programs[where] = self._compiled(compile_for, method, arguments)
+            clock.compiling += time.perf_counter() - start
+        start = time.perf_counter()
+        results = jax.block_until_ready(self.programs[where](params, values, *arguments))
+        clock.seconds += time.perf_counter() - start
+        return results
+
+    def _compiled(self, compile_for: Any, method: Method, arguments: tuple[Any, ...]) -> Any:
+        if scope_of(method) != "per_sample" or self._chunk_size != 0:
+            return compile_for(self._chunk_size)
+        most = jax.tree.leaves(arguments)[0].shape[0] // self._devices.count
+        found = budget.largest_chunk(compile_for, budget.free_bytes(), most=most)
+        # Chunks of one size, of which the last would be padded to the others'.
+        even = -(-most // -(-most // found.size))
+        return found.compiled if even == found.size else compile_for(even)
+
+    def _source_outputs(self, stream: str) -> list[PyTree]:
+        """What the unadapted model gives on a stream, cut as its batches are."""
+        if stream not in self._source:
+            predict = self.programs.setdefault("source", source_of(self._task))
+            batches = self.batches(stream)
+            results = self._results(predict, batches, False, _Clock())
+            self._source[stream] = [result.output for result in results]
+        return self._source[stream]
+
+    def _scored(
+        self,
+        label: str,
+        stream: str,
+        batches: Sequence[Examples],
+        results: Sequence[_Result],
+        clock: _Clock,
+        drift: float | None,
+    ) -> Iterator[Row]:
+        """One row per combination of tags."""
+        lengths = [len(batch.id) for batch in batches]
+        outputs = _cut_as(lengths, [result.output for result in results])
+        sources = _cut_as(lengths, self._source_outputs(stream))
+        flags = jax.tree.map(lambda *a: np.concatenate(a), *(result.flags for result in results))
+        each: dict[str, PyTree] = {}
+        for name, metric in self._task.metrics.items():
+            parts = [metric.of(*three) for three in zip(outputs, sources, batches, strict=True)]
+            if parts[0] is not None:
+                each[name] = jax.tree.map(lambda *a: np.concatenate(a), *parts)
+        ids = np.concatenate([batch.id for batch in batches])
+        for combination, mask in _cells(_joined_tags(batches), len(ids)):
+            sums = jax.tree.map(lambda leaf, m=mask: leaf[m].sum(axis=0), each)
+            values = {name: self._task.metrics[name].value(sums[name]) for name in sums}
+            share = float(mask.mean())
+            yield Row(
+                method=label,
+                stream=stream,
+                tags=combination,
+                num_examples=int(mask.sum()),
+                sums=sums,
+                values=values if drift is None else values | {"drift": drift},
+                counts={name: int(flag[mask].sum()) for name, flag in flags.items()},
+                seconds=clock.seconds * share,
+                compile_seconds=clock.compiling * share,
+                id=ids[mask],
+                each=jax.tree.map(lambda leaf, m=mask: leaf[m], each),
+            )
+
+
+def _stream_of(method: Method) -> Stream:
+    built = method.build(method.values) if isinstance(method, Parametric) else method
+    return built.method if isinstance(built, InBatches) else built
+
+
+@jax.jit
+def _drifts(start: PyTree, ends: PyTree) -> jax.Array:
+    """How far the parameters of each stream went from where all began."""
+    return jax.vmap(lambda end: diagnostics.drift(start, end, select.everything()))(ends)
+
+
+def _program(method: Method, devices: Devices, chunk_size: int | None) -> Callable[..., Any]:
+    """``(params, values, [carry,] xs, keys) -> ([carry,] output, info)``.
+
+    The leading axis is that of instances; of batches, one per device; or of streams.
+    """
+
+    def build(values: PyTree) -> Any:
+        return method.build(values) if isinstance(method, Parametric) else method
+
+    built = build(method.values) if isinstance(method, Parametric) else method
+    in_batch = isinstance(built, InBatches)
+
+    def per_sample(params: Any, values: Any, xs: Any, keys: Any) -> Any:
+        many = batching.batched(
+            build(values), chunk_size=chunk_size, mesh=devices.mesh, axis=_spread.AXIS
+        )
+        return many(params, xs, keys)
+
+    def batch(params: Any, values: Any, xs: Any, keys: Any) -> Any:
+        # One batch per device, without vmap: its copy of the model is the only one there.
+        first = jax.tree.map(lambda leaf: leaf[0], xs)
+        results = build(values).method(params, first, keys[0, 0])
+        return jax.tree.map(lambda leaf: leaf[None], results)
+
+    def streams(params: Any, values: Any, carry: Any, xs: Any, keys: Any) -> Any:
+        stream = build(values).method if in_batch else build(values)
+        step = jax.vmap(stream.step, in_axes=(None, 0, 0, 0))
+        if in_batch:
+            carry, (output, info) = step(params, carry, xs, keys[:, 0])
+            return carry, output, info
+        carry, results = jax.lax.scan(
+            lambda carry, pair: step(params, carry, *pair),
+            carry,
+            jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (xs, keys)),
+        )
+        output, info = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), results)
+        return carry, output, info
+
+    scope = scope_of(method)
+    if scope == "per_sample":
+        return per_sample
+    return devices.each(streams if scope == "stream" else batch, 2)
+
+
+def _on_host(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
+def _flags(info: Any, count: int) -> dict[str, np.ndarray]:
+    """``non_finite``, ``updated`` and ``resets`` of every instance."""
+    ok = np.asarray(info.ok)
+    reset = np.asarray(getattr(info, "reset", np.zeros_like(ok)))
+    if not ok.ndim:
+        # All of a batch adapt together, and its reset comes after the last of them.
+        reset = reset & (np.arange(count) == count - 1)
+    flags = {"non_finite": ~ok, "updated": info.updated, "resets": reset}
+    return {name: np.broadcast_to(flag, count) for name, flag in flags.items()}
+
+
+def _cut_as(lengths: Sequence[int], outputs: Sequence[PyTree]) -> list[PyTree]:
+    """Outputs of calls, cut as the batches of the stream."""
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *outputs)
+    ends = np.cumsum(lengths)
+    return [
+        jax.tree.map(lambda leaf, a=end - length, b=end: leaf[a:b], joined)
+        for length, end in zip(lengths, ends, strict=True)
+    ]
+
+
+def _joined_tags(batches: Sequence[Examples]) -> dict[str, np.ndarray]:
+    return jax.tree.map(lambda *a: np.concatenate(a), *(dict(batch.tags) for batch in batches))
+
+
+def _cells(tags: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[dict, np.ndarray]]:
+    """The distinct combinations of the tags, in order of appearance, and where each is."""
+    columns = [np.asarray(column).tolist() for column in tags.values()]
+    rows = list(zip(*columns, strict=True)) if columns else [()] * count
+    positions: dict[tuple, list[int]] = {}
+    for index, row in enumerate(rows):
+        positions.setdefault(row, []).append(index)
+    for combination, indices in positions.items():
+        mask = np.zeros(count, bool)
+        mask[indices] = True
+        yield dict(zip(tags, combination, strict=True)), mask
