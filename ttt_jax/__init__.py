@@ -55,7 +55,18 @@ from ttt_jax.source import SourceStatistics, source_statistics  # isort: skip
 from ttt_jax.online import episode, online, unroll  # isort: skip
 from ttt_jax.predictors import augmented, episodic, source, vote  # isort: skip
 
-_ON_DEMAND = ("checkpoint", "data", "methods", "models")
+_ON_DEMAND = (
+    "checkpoint",
+    "data",
+    "evaluation",
+    "methods",
+    "metrics",
+    "models",
+    "task",
+    "training",
+    "tuning",
+    "views",
+)
 
 __all__ = [
     "Adapter",
