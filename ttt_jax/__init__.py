@@ -1,6 +1,6 @@
 """Test-time training as pure functions in JAX.
 
-Published methods, one call each: :mod:`methods`.
+Published methods, one call each: :mod:`methods`. Random views for them: :mod:`views`.
 
 A step (what adapts, and on which loss):
 
@@ -17,7 +17,8 @@ What is asked about it:
 
 * :mod:`audit`, :mod:`diagnostics`, :func:`source_statistics`, :mod:`neighbors`
 
-Around it, each loaded when it is first used: :mod:`checkpoint`, :mod:`data` and :mod:`models`.
+Around it: :mod:`checkpoint`, :mod:`data` and :mod:`models`. These three, :mod:`methods` and
+:mod:`views` are loaded when they are first used.
 
 ``import ttt_jax`` costs jax and optax. The contract is in :mod:`ttt_jax.base`.
 """
@@ -55,7 +56,7 @@ from ttt_jax.source import SourceStatistics, source_statistics  # isort: skip
 from ttt_jax.online import episode, online, unroll  # isort: skip
 from ttt_jax.predictors import augmented, episodic, source, vote  # isort: skip
 
-_ON_DEMAND = ("checkpoint", "data", "methods", "models")
+_ON_DEMAND = ("checkpoint", "data", "methods", "models", "views")
 
 __all__ = [
     "Adapter",
@@ -98,6 +99,7 @@ __all__ = [
     "statistics_adapter",
     "unbatched",
     "unroll",
+    "views",
     "vote",
 ]
 
