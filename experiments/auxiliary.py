@@ -5,7 +5,7 @@ from typing import Any
 import ml_collections
 
 import ttt_jax as ttt
-from experiments import augment, launch
+from experiments import launch
 from experiments.problem import MODELS, Model, Problem
 
 TASKS = ("rotation", "mae", "contrastive", "none")
@@ -68,7 +68,7 @@ def training_loss(name: str, problem: Problem, model: Model) -> ttt.AuxLoss | No
 def contrastive(model: Model) -> ttt.AuxLoss:
     """NT-Xent over a batch, in the views of SimCLR."""
     return ttt.losses.contrastive(
-        model.project, augment.simclr(), temperature=TEMPERATURE, batch=True
+        model.project, ttt.views.image.simclr(), temperature=TEMPERATURE, batch=True
     )
 
 

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import ttt_jax as ttt
-from experiments import augment
-from ttt_jax import losses, models
+from ttt_jax import losses, models, views
 
 ROTATION_LEARNING_RATE = 1e-3
 PADDING = 4
@@ -92,7 +91,9 @@ def rotation(sizes: ResNetSizes, dtype: str, num_steps: int, *, norm_only: bool)
         dtype=jnp.dtype(dtype),
     )
     loss = losses.rotation(
-        models.from_linen(module, "rotation"), copies=sizes.copies, augment=augment.shift(PADDING)
+        models.from_linen(module, "rotation"),
+        copies=sizes.copies,
+        augment=views.image.shift(PADDING),
     )
     select = ttt.select.norm_affine() if norm_only else ttt.select.everything()
     adapter = ttt.gradient_adapter(loss, optax.sgd(ROTATION_LEARNING_RATE), select=select)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from experiments import augment, launch
-from ttt_jax import checkpoint, data, models
+from experiments import launch
+from ttt_jax import checkpoint, data, models, views
 
 MODELS = {"resnet": models.ResNet, "vit": models.ViT}
 
@@ -53,7 +53,7 @@ class Problem(NamedTuple):
     module: Any
     model: Callable[[Any], Model]
     normalize: Callable[[jax.Array], jax.Array]
-    view: augment.Augment
+    view: views.image.Augment
     every_view: Callable[[jax.Array], jax.Array]
     image_shape: tuple[int, int, int]
     mask_ratio: float
@@ -135,18 +135,25 @@ def build(
         )
 
     padding, flip = config.views.padding, config.views.flip
-    rim = launch.setting(config, "views.rim")
-    shift = augment.shift(padding, rim)
-    steps = [shift, augment.flip] if flip else [shift]
+    pad_mode = _pad_mode(launch.setting(config, "views.rim"))
+    shift = views.image.shift(padding, pad_mode)
+    steps = [shift, views.image.flip] if flip else [shift]
     return Problem(
         module=module,
         model=model,
         normalize=normalize,
-        view=augment.chain(*steps),
-        every_view=augment.every_view(padding, flip, rim),
+        view=views.image.chain(*steps),
+        every_view=views.image.every_view(padding, flip, pad_mode),
         image_shape=tuple(source.image_shape),
         mask_ratio=launch.setting(config, "train.mask_ratio"),
     )
+
+
+def _pad_mode(rim: str) -> str:
+    modes = {"edge": "edge", "black": "constant"}
+    if rim not in modes:
+        raise ValueError(f"The rim of views must be one of {sorted(modes)}; got {rim!r}.")
+    return modes[rim]
 
 
 def _shared_form(net: models.ResNet, image_shape: tuple[int, ...]) -> str:

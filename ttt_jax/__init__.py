@@ -1,6 +1,6 @@
 """Test-time training as pure functions in JAX.
 
-Published methods, one call each: :mod:`methods`.
+Published methods, one call each: :mod:`methods`. Random views for them: :mod:`views`.
 
 A step (what adapts, and on which loss):
 
@@ -17,7 +17,8 @@ What is asked about it:
 
 * :mod:`audit`, :mod:`diagnostics`, :func:`source_statistics`, :mod:`neighbors`
 
-Around it, each loaded when it is first used: :mod:`checkpoint`, :mod:`data` and :mod:`models`.
+Around it: :mod:`checkpoint`, :mod:`data` and :mod:`models`. These three, :mod:`methods` and
+:mod:`views` are loaded when they are first used.
 
 ``import ttt_jax`` costs jax and optax. The contract is in :mod:`ttt_jax.base`.
 """
@@ -59,6 +60,7 @@ _ON_DEMAND = (
     "checkpoint",
     "data",
     "evaluation",
+    "kernels",
     "methods",
     "metrics",
     "models",
@@ -92,11 +94,14 @@ __all__ = [
     "diagnostics",
     "episode",
     "episodic",
+    "evaluation",
     "filtered",
     "gradient_adapter",
     "inner_loop",
+    "kernels",
     "losses",
     "methods",
+    "metrics",
     "models",
     "neighbors",
     "online",
@@ -107,8 +112,12 @@ __all__ = [
     "source",
     "source_statistics",
     "statistics_adapter",
+    "task",
+    "training",
+    "tuning",
     "unbatched",
     "unroll",
+    "views",
     "vote",
 ]
 

@@ -6,10 +6,11 @@ import jax
 import optax
 
 import ttt_jax as ttt
-from experiments import augment, augmix, auxiliary
+from experiments import auxiliary
 from experiments.methods.method import Settings
 from experiments.methods.outputs import model_of
 from experiments.problem import Problem
+from ttt_jax import views
 
 
 def adapter(loss: Any, settings: Settings, *, anchor: Any = 0.0) -> ttt.Adapter:
@@ -74,13 +75,13 @@ def rotation_loss(problem: Problem, settings: Settings, *, batch: bool = False) 
     return ttt.losses.rotation(rotation, copies=copies, augment=problem.view, batch=batch)
 
 
-def view(problem: Problem, settings: Settings) -> augment.Augment:
+def view(problem: Problem, settings: Settings) -> views.image.Augment:
     """The option ``views``: ``crops`` (the default), as in training, or ``augmix`` of such a crop.
 
     Raises:
       ValueError: another name.
     """
-    named = {"crops": problem.view, "augmix": augment.chain(problem.view, augmix.augmix)}
+    named = {"crops": problem.view, "augmix": views.image.chain(problem.view, views.augmix.augmix)}
     chosen = settings.get("views", "crops")
     if chosen not in named:
         raise ValueError(f"views must be 'crops', the default, or 'augmix'; got {chosen!r}.")

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import augment, launch, problem, provenance, train
+from experiments import launch, problem, provenance, train
 from tests.experiments import tiny_config, tiny_model
-from ttt_jax import checkpoint
+from ttt_jax import checkpoint, views
 
 
 def built(config):
@@ -67,7 +67,7 @@ def test_contrastive_training_is_the_library_on_two_views(monkeypatch):
     crops = jax.vmap(of.view)(images.image, jax.random.split(view_key, 8))
     pair_key = jax.random.split(aux_key)[0]
     keys = jnp.concatenate([jax.random.split(k) for k in jax.random.split(pair_key, 8)])
-    pairs = jax.jit(jax.vmap(augment.simclr()))(jnp.repeat(crops, 2, axis=0), keys)
+    pairs = jax.jit(jax.vmap(views.image.simclr()))(jnp.repeat(crops, 2, axis=0), keys)
     z = np.asarray(of.model("batch").project(before, pairs), np.float64)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     scores = np.exp(z @ z.T / 0.5)

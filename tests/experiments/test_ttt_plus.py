@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ttt_jax as ttt
-from experiments import augment, methods, problem
+from experiments import methods, problem
 from experiments.methods import contrastive
 from tests.core import golden
 from tests.experiments import tiny_config, tiny_model
@@ -116,7 +116,7 @@ def views_of(batch):
 
     key = jax.random.fold_in(ttt.sample_keys(jax.random.key(0), batch.id)[0], 0)
     # It is the first of the terms.
-    ttt.losses.contrastive(apply, augment.simclr(), batch=True)(
+    ttt.losses.contrastive(apply, ttt.views.image.simclr(), batch=True)(
         None, batch.image, jax.random.fold_in(key, 0)
     )
     return seen[0]

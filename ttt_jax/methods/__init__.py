@@ -1,6 +1,20 @@
 """Published methods, one call each; all but the model functions is keyword-only.
 
-Whole batches and streams:
+One instance, which is forgotten (a :class:`~ttt_jax.Predictor`):
+
+* :func:`source`, :func:`augmented`, :func:`every_view`, :func:`bn_adapt`: no gradient
+* :func:`ttt_rotation`, :func:`ttt_rotation_statistics`, :func:`ttt_mae`, :func:`ttt_denoising`:
+  an auxiliary head
+* :func:`memo`: the classifier alone; :func:`rotation_memo`: with an auxiliary head
+* :func:`neighbors`: a :class:`~ttt_jax.FromSource`, with a pool of source data
+
+Streams of instances (a :class:`~ttt_jax.Stream`):
+
+* :func:`ttt_rotation_online`, :func:`rotation_memo_online`
+
+What any of them may predict with: :func:`mean_over_views`.
+
+Whole batches and streams (the instance is a batch):
 
 * :func:`tent`, :func:`pseudo_label`, :func:`sar`, :func:`rdumb`, :func:`deyo`, :func:`cotta`: a
   :class:`~ttt_jax.Stream` of batches, by gradient steps
@@ -16,26 +30,50 @@ from ttt_jax.methods.actmad import actmad
 from ttt_jax.methods.cotta import cotta
 from ttt_jax.methods.deyo import deyo
 from ttt_jax.methods.dua import dua
-from ttt_jax.methods.eata import eata
 from ttt_jax.methods.lame import lame
-from ttt_jax.methods.pseudo_label import pseudo_label
 from ttt_jax.methods.rdumb import rdumb
-from ttt_jax.methods.sar import sar
 from ttt_jax.methods.t3a import t3a
+from ttt_jax.methods.augmented import augmented, every_view, mean_over_views
+from ttt_jax.methods.bn_adapt import bn_adapt
+from ttt_jax.methods.eata import eata
+from ttt_jax.methods.memo import memo
+from ttt_jax.methods.neighbors import neighbors
+from ttt_jax.methods.pseudo_label import pseudo_label
+from ttt_jax.methods.rotation_memo import rotation_memo, rotation_memo_online
+from ttt_jax.methods.sar import sar
+from ttt_jax.methods.source import source
 from ttt_jax.methods.tent import tent
+from ttt_jax.methods.ttt_denoising import ttt_denoising
+from ttt_jax.methods.ttt_mae import ttt_mae
 from ttt_jax.methods.ttt_plus_plus import ttt_plus_plus
+from ttt_jax.methods.ttt_rotation import ttt_rotation, ttt_rotation_online
+from ttt_jax.methods.ttt_rotation_statistics import ttt_rotation_statistics
 
 __all__ = [
     "actmad",
     "cotta",
     "deyo",
     "dua",
-    "eata",
     "lame",
-    "pseudo_label",
     "rdumb",
-    "sar",
     "t3a",
+    "augmented",
+    "bn_adapt",
+    "eata",
+    "every_view",
+    "mean_over_views",
+    "memo",
+    "neighbors",
+    "pseudo_label",
+    "rotation_memo",
+    "rotation_memo_online",
+    "sar",
+    "source",
     "tent",
+    "ttt_denoising",
+    "ttt_mae",
     "ttt_plus_plus",
+    "ttt_rotation",
+    "ttt_rotation_online",
+    "ttt_rotation_statistics",
 ]

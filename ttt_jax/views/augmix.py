@@ -3,7 +3,7 @@
 ``augmix(image[H, W, C] in [0, 1], key) -> image``: a random mean of the image and of three chains
 of one to three operations. Operations, levels and draws are those of github.com/zhangmarvin/memo,
 ``cifar-10-exps/utils/third_party.py``, which differ from github.com/google-research/augmix in
-severity 1 rather than 3 and in the fill. The operations are Pillow's, on whole numbers 0 to 255.
+severity 1 rather than 3 and in the fill. The operations are Pillow's, on integers 0 to 255.
 There the mean is taken of images after normalization: as the weights add up to 1, it is this one.
 The random crop and flip that go before are left to the caller.
 
@@ -16,12 +16,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# The first four change values, the others places.
-OPERATIONS = ("autocontrast", "equalize", "posterize", "solarize")
-OPERATIONS += ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+__all__ = [
+    "OPERATIONS",
+    "Draw",
+    "affine_matrices",
+    "apply_chain",
+    "apply_operation",
+    "augmix",
+    "draw_steps",
+    "mix",
+    "to_bytes",
+    "value_tables",
+    "warp",
+]
+
+# The first four change values, the others positions.
+OPERATIONS = (
+    *("autocontrast", "equalize", "posterize", "solarize"),
+    *("rotate", "shear_x", "shear_y", "translate_x", "translate_y"),
+)
 WIDTH, DEPTH = 3, 3
 LEAST, SEVERITY = 0.1, 1.0
-# Places outside the image. Pillow reads one number for a color as its first channel.
+# What lies outside the image. Pillow reads one number for a color as its first channel.
 FILL = 128
 
 
@@ -29,9 +45,9 @@ class Draw(NamedTuple):
     """The steps of a chain; every field has shape ``[DEPTH]``, or ``[WIDTH, DEPTH]`` for all.
 
     Attributes:
-      operation: a place in :data:`OPERATIONS`.
+      operation: an index into :data:`OPERATIONS`.
       level: how strong, of 10.
-      negative: whether a change of place goes the other way.
+      negative: whether a change of position goes the other way.
       used: False after the end of the chain.
     """
 
@@ -42,17 +58,17 @@ class Draw(NamedTuple):
 
 
 def augmix(image: jax.Array, key: jax.Array) -> jax.Array:
-    """One view: image and chains in random shares, the image's uniform in [0, 1]."""
+    """Returns one view: image and chains in random shares, the image's uniform in [0, 1]."""
     draw_key, weight_key, share_key = jax.random.split(key, 3)
     pixels = to_bytes(image)
-    chains = jax.vmap(chained, (None, 0))(pixels, drawn(draw_key))
+    chains = jax.vmap(apply_chain, (None, 0))(pixels, draw_steps(draw_key))
     # A flat Dirichlet distribution: exponential variates over their sum.
     weights = jax.random.exponential(weight_key, (WIDTH,))
-    return mixed(image, chains, weights / weights.sum(), jax.random.uniform(share_key))
+    return mix(image, chains, weights / weights.sum(), jax.random.uniform(share_key))
 
 
-def drawn(key: jax.Array) -> Draw:
-    """The steps of every chain."""
+def draw_steps(key: jax.Array) -> Draw:
+    """Returns the randomly drawn steps of every chain."""
     keys = jax.random.split(key, 4)
     shape = (WIDTH, DEPTH)
     depth = jax.random.randint(keys[3], (WIDTH, 1), 1, DEPTH + 1)
@@ -64,10 +80,10 @@ def drawn(key: jax.Array) -> Draw:
     )
 
 
-def mixed(
+def mix(
     image: jax.Array, chains: jax.Array, weights: jax.Array, share: jax.Array | float
 ) -> jax.Array:
-    """``share`` of the image and, of the rest, a weighted mean of chains.
+    """Returns ``share`` of the image and, of the rest, a weighted mean of chains.
 
     Args:
       image: ``[H, W, C]`` in [0, 1].
@@ -80,46 +96,46 @@ def mixed(
 
 
 def to_bytes(image: jax.Array) -> jax.Array:
-    """uint8, rounded to nearest."""
+    """Returns the image as uint8, rounded to nearest."""
     return jnp.round(jnp.clip(image, 0.0, 1.0) * 255).astype(jnp.uint8)
 
 
-def chained(pixels: jax.Array, draw: Draw) -> jax.Array:
-    """A chain: uint8 ``[H, W, C]`` after the steps of a draw."""
+def apply_chain(pixels: jax.Array, draw: Draw) -> jax.Array:
+    """Returns uint8 ``[H, W, C]`` after the steps of one chain."""
 
-    def step(pixels: jax.Array, one: Draw) -> tuple[jax.Array, None]:
-        changed = operated(pixels, one.operation, one.level, one.negative)
-        return jnp.where(one.used, changed, pixels), None
+    def step(pixels: jax.Array, operation: Draw) -> tuple[jax.Array, None]:
+        changed = apply_operation(pixels, operation.operation, operation.level, operation.negative)
+        return jnp.where(operation.used, changed, pixels), None
 
     return jax.lax.scan(step, pixels, draw)[0]
 
 
-def operated(
+def apply_operation(
     pixels: jax.Array, operation: jax.Array, level: jax.Array, negative: jax.Array
 ) -> jax.Array:
-    """One operation.
+    """Returns the pixels after one operation.
 
     Args:
       pixels: uint8 ``[H, W, C]``.
-      operation: a place in :data:`OPERATIONS`.
-      level: how strong, of 10; most operations round it down to whole degrees, pixels or values.
-      negative: whether a change of place goes the other way.
+      operation: an index into :data:`OPERATIONS`.
+      level: how strong, of 10; most operations round it down to integer degrees, pixels or values.
+      negative: whether a change of position goes the other way.
     """
     height, width, _ = pixels.shape
     # One table and one matrix, of which one changes nothing.
     tables = value_tables(pixels, level)
-    moves = place_matrices(height, width, level, jnp.where(negative, -1, 1))
+    moves = affine_matrices(height, width, level, jnp.where(negative, -1, 1))
     kept = tables.shape[0] - 1
     table = tables[jnp.minimum(operation, kept)]
-    return warped(looked_up(pixels, table), moves[jnp.maximum(operation - kept + 1, 0)])
+    return warp(look_up(pixels, table), moves[jnp.maximum(operation - kept + 1, 0)])
 
 
 def value_tables(pixels: jax.Array, level: jax.Array) -> jax.Array:
-    """``[5, C, 256]``: what every value becomes, channel by channel; the last table keeps it."""
+    """Returns ``[5, C, 256]``: what a value becomes, by channel; the last table keeps it."""
     height, width, channels = pixels.shape
     values = jnp.broadcast_to(jnp.arange(256), (channels, 256))
-    places = jnp.broadcast_to(jnp.arange(channels), pixels.shape)
-    counts = jnp.zeros((channels, 256), jnp.int32).at[places, pixels.astype(jnp.int32)].add(1)
+    channel = jnp.broadcast_to(jnp.arange(channels), pixels.shape)
+    counts = jnp.zeros((channels, 256), jnp.int32).at[channel, pixels.astype(jnp.int32)].add(1)
     low = pixels.min(axis=(0, 1)).astype(jnp.int32)[:, None]
     high = pixels.max(axis=(0, 1)).astype(jnp.int32)[:, None]
 
@@ -131,22 +147,22 @@ def value_tables(pixels: jax.Array, level: jax.Array) -> jax.Array:
     below = jnp.cumsum(counts, axis=1) - counts
     equalize = jnp.where(step > 0, (step // 2 + below) // jnp.maximum(step, 1), values)
 
-    dropped = 4 + whole(level, 4)
+    dropped = 4 + scale_level(level, 4)
     posterize = values >> dropped << dropped
-    solarize = jnp.where(values < 256 - whole(level, 256), values, 255 - values)
+    solarize = jnp.where(values < 256 - scale_level(level, 256), values, 255 - values)
     tables = jnp.stack([autocontrast, equalize, posterize, solarize, values])
     return jnp.clip(tables, 0, 255)
 
 
-def place_matrices(height: int, width: int, level: jax.Array, sign: jax.Array) -> jax.Array:
-    """``[6, 2, 3]``: for every operation on places, after one that keeps them.
+def affine_matrices(height: int, width: int, level: jax.Array, sign: jax.Array) -> jax.Array:
+    """Returns ``[6, 2, 3]``: the identity, then one matrix for every operation on positions.
 
     Each maps ``(x, y, 1)`` of the view to ``(x, y)`` of the image; pixels have their centers at
     halves. Shears leave the upper left corner where it is, a turn the middle.
     """
     keep = jnp.eye(2, 3)
     shear = sign * level * 0.3 / 10
-    turn = jnp.deg2rad((sign * whole(level, 30)).astype(jnp.float32))
+    turn = jnp.deg2rad((sign * scale_level(level, 30)).astype(jnp.float32))
     cos, sin = jnp.cos(turn), jnp.sin(turn)
     x, y = width / 2, height / 2
     rotate = jnp.array([[cos, -sin, x - x * cos + y * sin], [sin, cos, y - x * sin - y * cos]])
@@ -156,25 +172,25 @@ def place_matrices(height: int, width: int, level: jax.Array, sign: jax.Array) -
             rotate,
             keep.at[0, 1].set(shear),
             keep.at[1, 0].set(shear),
-            keep.at[0, 2].set(sign * whole(level, width / 3)),
-            keep.at[1, 2].set(sign * whole(level, height / 3)),
+            keep.at[0, 2].set(sign * scale_level(level, width / 3)),
+            keep.at[1, 2].set(sign * scale_level(level, height / 3)),
         ]
     )
 
 
-def whole(level: jax.Array, most: float) -> jax.Array:
-    """That share of ``most`` that the level is of 10, rounded down."""
-    return (level * most / 10).astype(jnp.int32)
+def scale_level(level: jax.Array, largest: float) -> jax.Array:
+    """Returns the level, of 10, as a share of ``largest``, rounded down."""
+    return (level * largest / 10).astype(jnp.int32)
 
 
-def looked_up(pixels: jax.Array, table: jax.Array) -> jax.Array:
-    """Every pixel's entry in a table ``[C, 256]``."""
+def look_up(pixels: jax.Array, table: jax.Array) -> jax.Array:
+    """Returns every pixel's entry in a table ``[C, 256]``."""
     channels = jnp.broadcast_to(jnp.arange(pixels.shape[-1]), pixels.shape)
     return table[channels, pixels.astype(jnp.int32)].astype(jnp.uint8)
 
 
-def warped(pixels: jax.Array, matrix: jax.Array) -> jax.Array:
-    """An affine change of places ``[2, 3]``: bilinear, rounded down, filled outside the image."""
+def warp(pixels: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Returns pixels moved by an affine map ``[2, 3]``: bilinear, rounded down, filled outside."""
     height, width, channels = pixels.shape
     down, across = jnp.mgrid[:height, :width] + 0.5
     x, y = (row[0] * across + row[1] * down + row[2] for row in matrix)
