@@ -86,6 +86,17 @@ PUBLISHED = {
         "reset": ("restore", 0.01),
         "predict": "before",
     },
+    "rotta": {
+        "capacity": 64,
+        "update_every": 64,
+        "momentum": 0.05,
+        "decay": 1 - 0.001,
+        "timeliness": 1.0,
+        "uncertainty": 1.0,
+        "optimizer": golden.Adam(1e-3),
+        "select": AFFINE,
+        "predict": "before",
+    },
     "dua": {
         "num_views": 64,
         "momentum": 0.1,
@@ -168,7 +179,7 @@ def test_defaults(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_all_but_model_functions_is_keyword_only(name):
     parameters = inspect.signature(getattr(methods, name)).parameters.values()
-    heads = {"classify", "features", "project", "activations", "statistics"}
+    heads = {"classify", "classify_statistics", "features", "project", "activations", "statistics"}
     assert {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY} <= heads
     assert all(p.kind is not p.VAR_KEYWORD for p in parameters)
 

@@ -2,8 +2,8 @@
 
 Whole batches and streams:
 
-* :func:`tent`, :func:`pseudo_label`, :func:`sar`, :func:`rdumb`, :func:`deyo`, :func:`cotta`: a
-  :class:`~ttt_jax.Stream` of batches, by gradient steps
+* :func:`tent`, :func:`pseudo_label`, :func:`sar`, :func:`rdumb`, :func:`deyo`, :func:`cotta`,
+  :func:`rotta`: a :class:`~ttt_jax.Stream` of batches, by gradient steps
 * :func:`eata`, :func:`actmad`, :func:`ttt_plus_plus`: a :class:`~ttt_jax.FromSource`, which
   measures source data first
 * :func:`lame` (a :class:`~ttt_jax.Predictor` over a batch), :func:`t3a`, :func:`dua`: no gradient
@@ -20,6 +20,7 @@ from ttt_jax.methods.eata import eata
 from ttt_jax.methods.lame import lame
 from ttt_jax.methods.pseudo_label import pseudo_label
 from ttt_jax.methods.rdumb import rdumb
+from ttt_jax.methods.rotta import rotta
 from ttt_jax.methods.sar import sar
 from ttt_jax.methods.t3a import t3a
 from ttt_jax.methods.tent import tent
@@ -34,6 +35,7 @@ __all__ = [
     "lame",
     "pseudo_label",
     "rdumb",
+    "rotta",
     "sar",
     "t3a",
     "tent",
