@@ -35,9 +35,18 @@ def classify(params, images):
     return models.classify({**params, "batch_stats": moments}, images)
 
 
+def classify_statistics(params, images):
+    moments = models.batch_moments(params, images)
+    return classify(params, images), moments
+
+
 def linear(params):
     head = params["params"]["head"]
     return head["kernel"], head["bias"]
+
+
+def jitter_pixels(image, key):
+    return image + 0.3 * jax.random.normal(key, image.shape)
 
 
 def measured(method):
@@ -104,17 +113,26 @@ STREAMS = {
         optimizer=SGD,
         **options,
     ),
+    "rotta": lambda **options: methods.rotta(
+        models.classify,
+        classify_statistics,
+        augment=jitter_pixels,
+        like=IMAGES[0],
+        num_classes=models.CLASSES,
+        capacity=6,
+        update_every=4,
+        decay=0.5,
+        optimizer=SGD,
+        **options,
+    ),
     "t3a": lambda **options: methods.t3a(models.features, linear=linear, num_supports=3, **options),
     "dua": lambda **options: methods.dua(
         models.classify, models.batch_moments, augment=jitter_pixels, num_views=3, **options
     ),
 }
 ONE_IMAGE = ("dua",)
-NO_GRADIENT = ("dua", "t3a")
-
-
-def jitter_pixels(image, key):
-    return image + 0.3 * jax.random.normal(key, image.shape)
+# Statistics alone, a memory alone, and one step at most in many instances.
+NO_STEPS = ("dua", "t3a", "rotta")
 
 
 def instances_of(name):
@@ -177,7 +195,7 @@ def test_streams(name):
     judge(quickly(measure, PARAMS, xs, KEYS))
 
 
-@pytest.mark.parametrize("name", [name for name in STREAMS if name not in NO_GRADIENT])
+@pytest.mark.parametrize("name", [name for name in STREAMS if name not in NO_STEPS])
 def test_zero_steps_are_the_source_prediction(name):
     serving = {"serve": classify} if name == "cotta" else {}
     stream = STREAMS[name](num_steps=0, **serving)

@@ -81,24 +81,24 @@ def test_stream(order):
 
 
 def test_the_default_restores_elements_of_the_student_alone():
-    wide = {"w": np.ones((3, 3), np.float32), "unused": np.zeros((100, 100), np.float32)}
+    params = {"w": lab.PARAMS["w"], "wide": np.zeros((100, 100), np.float32)}
 
     def classify(params, inputs):
         # Every element has a slope.
-        return inputs @ params["w"] * (1 + params["unused"].sum())
+        return inputs @ params["w"] * (1 + params["wide"].sum())
 
     stream = methods.cotta(
         classify,
         augment=grain,
         num_views=1,
         optimizer=optax.adam(1e-3),
-        select=ttt.select.paths("unused"),
+        select=ttt.select.paths("wide"),
     )
-    _, infos, carries = lab.run(stream, lab.BATCHES[:1], lab.KEYS[:1], wide)
+    _, infos, carries = lab.run(stream, lab.BATCHES[:1], lab.KEYS[:1], params)
     assert infos.reset.all()
-    restored = (np.asarray(carries.state.fast["unused"][0]) == 0).mean()
+    restored = (np.asarray(carries.state.fast["wide"][0]) == 0).mean()
     assert restored == pytest.approx(0.01, abs=0.004)
-    assert (np.asarray(carries.state.memory["unused"][0]) != 0).all()
+    assert (np.asarray(carries.state.memory["wide"][0]) != 0).all()
 
 
 def test_one_instance_is_a_batch_of_one():

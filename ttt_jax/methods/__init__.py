@@ -16,8 +16,8 @@ What any of them may predict with: :func:`mean_over_views`.
 
 Whole batches and streams (the instance is a batch):
 
-* :func:`tent`, :func:`pseudo_label`, :func:`sar`, :func:`rdumb`, :func:`deyo`, :func:`cotta`: a
-  :class:`~ttt_jax.Stream` of batches, by gradient steps
+* :func:`tent`, :func:`pseudo_label`, :func:`sar`, :func:`rdumb`, :func:`deyo`, :func:`cotta`,
+  :func:`rotta`: a :class:`~ttt_jax.Stream` of batches, by gradient steps
 * :func:`eata`, :func:`actmad`, :func:`ttt_plus_plus`: a :class:`~ttt_jax.FromSource`, which
   measures source data first
 * :func:`lame` (a :class:`~ttt_jax.Predictor` over a batch), :func:`t3a`, :func:`dua`: no gradient
@@ -32,6 +32,8 @@ from ttt_jax.methods.deyo import deyo
 from ttt_jax.methods.dua import dua
 from ttt_jax.methods.lame import lame
 from ttt_jax.methods.rdumb import rdumb
+from ttt_jax.methods.rotta import rotta
+from ttt_jax.methods.sar import sar
 from ttt_jax.methods.t3a import t3a
 from ttt_jax.methods.augmented import augmented, every_view, mean_over_views
 from ttt_jax.methods.bn_adapt import bn_adapt
@@ -56,6 +58,8 @@ __all__ = [
     "dua",
     "lame",
     "rdumb",
+    "rotta",
+    "sar",
     "t3a",
     "augmented",
     "bn_adapt",
