@@ -27,7 +27,7 @@ from absl import flags
 import ttt_jax as ttt
 from experiments import bench_record, kernels, launch, provenance, spread
 from experiments.bench_works import WORKS, ViTSizes
-from ttt_jax.models import attention as attention_lib
+from ttt_jax.kernels import attention as attention_lib
 
 WAYS = ("ttt_jax", "torch_loop", "torch_func_vmap", "torch_ttt")
 # What a way imports, and the package whose version the record holds.

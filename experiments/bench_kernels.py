@@ -1,11 +1,11 @@
 """How long each fused convolution kernel takes, layer by layer, to choose its tiles.
 
 ``python -m experiments.bench_kernels --out=kernels.json`` times the three kernels of
-:mod:`ttt_jax.models.fused_conv` on the layers of a ResNet of width 16, each on the work of one
+:mod:`ttt_jax.kernels.conv.passes` on the layers of a ResNet of width 16, each on the work of one
 inner step of ``experiments.bench``'s ``rotation``: 128 instances with kernels of their own and 32
 images each. ``--tiles=forward:16:16:1:taps:128:2:1,weights:16:32:2:taps:8:64:9:1:3`` times other
 tiles beside the module's own choice: the kernel, the layer's channels, outputs and stride, the
-form, and the fields of that form's class in ``ttt_jax/models/fused_tiles.py``. Values are compared
+form, and the fields of that form's class in ``ttt_jax/kernels/conv/tiles.py``. Values are compared
 with those of the module's own choice.
 """
 
@@ -20,22 +20,23 @@ import ml_collections
 from absl import flags
 
 from experiments import launch, provenance
-from ttt_jax.models import fused_patches, fused_taps, fused_tiles
+from ttt_jax.kernels.conv import patches, taps, tiles
+from ttt_jax.kernels.conv.convolution import Affine, Convolution
 
 GROUPS = 8
 # By kernel: its name in the modules of both forms, and the tiles of each form.
 KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "forward": (
         "forward",
-        {"patches": fused_tiles.ForwardPatches, "taps": fused_tiles.ForwardTaps},
+        {"patches": tiles.ForwardPatches, "taps": tiles.ForwardTaps},
     ),
     "input": (
         "input_gradient",
-        {"patches": fused_tiles.InputPatches, "taps": fused_tiles.InputTaps},
+        {"patches": tiles.InputPatches, "taps": tiles.InputTaps},
     ),
     "weights": (
         "weight_gradient",
-        {"patches": fused_tiles.WeightPatches, "taps": fused_tiles.WeightTaps},
+        {"patches": tiles.WeightPatches, "taps": tiles.WeightTaps},
     ),
 }
 
@@ -70,14 +71,14 @@ class Operands(NamedTuple):
       dy: ``[I, N, side^2 / stride^2, outputs]``, of the compute dtype.
       w: ``[I, 9, channels, outputs]``, of the compute dtype.
       gamma: float32 ``[I, channels]``, the scale of the GroupNorm before the convolution.
-      affine: that GroupNorm, ``(a, b, mean, rstd)``, each float32 ``[I, N, channels]``.
+      affine: that GroupNorm, each float32 ``[I, N, channels]``.
     """
 
     x: jax.Array
     dy: jax.Array
     w: jax.Array
     gamma: jax.Array
-    affine: tuple[jax.Array, ...]
+    affine: Affine
 
 
 def operands(key: jax.Array, layer: Layer, instances: int, images: int, dtype: Any) -> Operands:
@@ -87,34 +88,34 @@ def operands(key: jax.Array, layer: Layer, instances: int, images: int, dtype: A
     shape = (instances, images, positions, layer.channels)
     x = jax.random.normal(keys[0], shape).astype(dtype)
     dy = jax.random.normal(keys[1], (*shape[:2], positions // layer.stride**2, layer.outputs))
-    w = jax.random.normal(keys[2], (instances, fused_tiles.TAPS, layer.channels, layer.outputs))
+    w = jax.random.normal(keys[2], (instances, tiles.TAPS, layer.channels, layer.outputs))
     gamma = 1 + jax.random.normal(keys[3], (instances, layer.channels)) / 10
     grouped = x.astype(jnp.float32).reshape(*shape[:3], GROUPS, -1)
     mean, rstd = grouped.mean((2, 4)), 1 / jnp.sqrt(grouped.var((2, 4)) + 1e-5)
     mean, rstd = (jnp.repeat(v, layer.channels // GROUPS, axis=-1) for v in (mean, rstd))
     a = rstd * gamma[:, None]
-    return Operands(x, dy.astype(dtype), w.astype(dtype) / 10, gamma, (a, -mean * a, mean, rstd))
+    affine = Affine(a, -mean * a, mean, rstd)
+    return Operands(x, dy.astype(dtype), w.astype(dtype) / 10, gamma, affine)
 
 
 def own(kernel: str, layer: Layer, dtype: Any) -> Any:
     """The tile that the module chooses."""
     side, *key = layer
-    three = fused_tiles.choose(*key, jnp.dtype(dtype).itemsize, (side, side))
+    three = tiles.choose(*key, jnp.dtype(dtype).itemsize, (side, side))
     return getattr(three, KERNELS[kernel][0])
 
 
 def call(kernel: str, layer: Layer, chosen: Any, interpret: bool) -> Callable[[Operands], Any]:
     """A kernel of a layer in a tile, as a function of one instance's operands."""
     name, forms = KERNELS[kernel]
-    module = fused_patches if isinstance(chosen, forms["patches"]) else fused_taps
+    module = patches if isinstance(chosen, forms["patches"]) else taps
     run = getattr(module, name)
-    size = {"height": layer.side, "width": layer.side, "stride": layer.stride}
-    size["interpret"] = interpret
+    conv = Convolution(layer.side, layer.side, layer.stride, GROUPS, interpret=interpret)
     if kernel == "forward":
-        return lambda o: run(o.x, *o.affine[:2], o.w, None, chosen, activate=True, **size)
+        return lambda o: run(conv, chosen, o.x, o.affine.a, o.affine.b, o.w, None)
     if kernel == "weights":
-        return lambda o: run(o.x, *o.affine[:2], o.dy, chosen, activate=True, **size)
-    return lambda o: run(o.dy, o.w, o.x, o.affine, o.gamma, None, chosen, groups=GROUPS, **size)
+        return lambda o: run(conv, chosen, o.x, o.affine.a, o.affine.b, o.dy)
+    return lambda o: run(conv, chosen, o.dy, o.w, o.x, o.affine, o.gamma, None)
 
 
 def tile(text: str) -> tuple[str, tuple[int, int, int], Any]:
@@ -136,13 +137,13 @@ def tile(text: str) -> tuple[str, tuple[int, int, int], Any]:
             raise KeyError(text)
         if any(n & (n - 1) for n in powers) or fields.get("rows", 1) > 2:
             raise KeyError(text)
-        if fused_tiles.TAPS % fields.get("taps", 1):
+        if tiles.TAPS % fields.get("taps", 1):
             raise KeyError(text)
     except (ValueError, KeyError, TypeError) as error:
         raise launch.UserError(
             "a tile is KERNEL:CHANNELS:OUTPUTS:STRIDE:FORM:N:..., a kernel among "
             f"{', '.join(KERNELS)}, a layer of a ResNet of width 16, patches or taps, and the "
-            "fields of that form in ttt_jax/models/fused_tiles.py, those of positions and cells "
+            "fields of that form in ttt_jax/kernels/conv/tiles.py, those of positions and cells "
             f"powers of two; got {text!r}."
         ) from error
     return kernel, layer, chosen
@@ -185,7 +186,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     """
     smoke = settings.smoke
     launch.chosen("dtype", settings.dtypes, ("bfloat16", "float32"))
-    tiles = [tile(text) for text in settings.tiles]
+    given = [tile(text) for text in settings.tiles]
     if not smoke and jax.default_backend() != "gpu":
         raise launch.UserError(
             f"the kernels are for a GPU, and this is {jax.default_backend()}; --smoke interprets "
@@ -201,7 +202,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
             timed = layer._replace(side=2 * layer.stride * 2) if smoke else layer
             arguments = operands(jax.random.key(0), timed, instances, images, jnp.dtype(dtype))
             for kernel in KERNELS:
-                mine = [form for which, at, form in tiles if (which, at) == (kernel, layer[1:])]
+                mine = [form for which, at, form in given if (which, at) == (kernel, layer[1:])]
                 due = None
                 for number, one in enumerate((own(kernel, layer, jnp.dtype(dtype)), *mine)):
                     form = f"{type(one).__name__}{tuple(one)}"

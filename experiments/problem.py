@@ -10,6 +10,9 @@ import ml_collections
 
 from experiments import launch
 from ttt_jax import checkpoint, data, models, views
+from experiments import augment, launch
+from ttt_jax import checkpoint, data, models
+from ttt_jax.kernels import conv
 
 MODELS = {"resnet": models.ResNet, "vit": models.ViT}
 
@@ -158,7 +161,7 @@ def _pad_mode(rim: str) -> str:
 
 def _shared_form(net: models.ResNet, image_shape: tuple[int, ...]) -> str:
     sizes = (image_shape, net.width, net.groups, net.dtype)
-    fused = net.norm == "group" and models.fused_block.supported(*sizes)
+    fused = net.norm == "group" and conv.supported(*sizes)
     return "fused" if fused else "lax"
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import optax
 
 import ttt_jax as ttt
-from experiments import augment, augmix, launch, settings
+from experiments import launch, settings
 from experiments.tasks import image_metrics, image_order
-from ttt_jax import data, models
+from ttt_jax import data, kernels, models
 from ttt_jax.task import Examples, Task
+from ttt_jax.views import augmix, image as views
 
 MODELS: dict[str, Any] = {"resnet": models.ResNet, "vit": models.ViT}
 
@@ -135,10 +136,10 @@ class Network:
         self.private = _module(config, source, shared_kernels=False)
         self.shared = _module(config, source, shared_kernels=True)
         padding, flip = config.views.padding, config.views.flip
-        rim = launch.setting(config, "views.rim")
-        shift = augment.shift(padding, rim)
-        self.view = augment.chain(*([shift, augment.flip] if flip else [shift]))
-        self.every_view = augment.every_view(padding, flip, rim)
+        pad_mode = _pad_mode(config)
+        shift = views.shift(padding, pad_mode)
+        self.view = views.chain(*([shift, views.flip] if flip else [shift]))
+        self.every_view = views.every_view(padding, flip, pad_mode)
         shapes = jax.eval_shape(self.init, jax.random.key(0))
         self.has_batch_norm = isinstance(shapes, dict) and "batch_stats" in shapes
 
@@ -188,8 +189,8 @@ class Network:
             "num_classes": self.num_classes,
             "augment": self.view,
             "crops": self.view,
-            "augmix": augment.chain(self.view, augmix.augmix),
-            "simclr": augment.simclr(),
+            "augmix": views.chain(self.view, augmix.augmix),
+            "simclr": views.simclr(),
             "views": lambda image: self.every_view(image)[::view_stride],
         }
         if hasattr(module, "patch"):
@@ -289,14 +290,11 @@ class Network:
             )
         if probe is None and serve == "plain":
             return None
-        one = ttt.unbatched(classify)
-
-        def predict(params: Any, image: jax.Array) -> jax.Array:
-            if serve == "plain":
-                return one(params, image)
-            log_p = jax.nn.log_softmax(classify(params, self.every_view(image)[::stride]), axis=-1)
-            # The logarithm of the mean but for a constant, which changes no prediction.
-            return jax.nn.logsumexp(log_p, axis=0)
+        predict = ttt.unbatched(classify)
+        if serve == "every_view":
+            predict = ttt.methods.mean_over_views(
+                classify, lambda image: self.every_view(image)[::stride]
+            )
 
         def apply(params: Any, image: jax.Array) -> dict[str, Any]:
             output: dict[str, Any] = {"logits": predict(params, image)}
@@ -328,5 +326,5 @@ def _module(config: ml_collections.ConfigDict, source: data.Source, *, shared_ke
 
 def _shared_form(net: models.ResNet, image_shape: tuple[int, ...]) -> str:
     sizes = (image_shape, net.width, net.groups, net.dtype)
-    fused = net.norm == "group" and models.fused_block.supported(*sizes)
+    fused = net.norm == "group" and kernels.conv.supported(*sizes)
     return "fused" if fused else "lax"

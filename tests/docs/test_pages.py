@@ -63,6 +63,8 @@ def _public(module):
         "ttt_jax.data.corruptions",
         "ttt_jax.data.streams",
         "ttt_jax.models",
+        "ttt_jax.kernels.conv",
+        "ttt_jax.kernels.attention",
     ],
 )
 def test_public_names_are_documented(name):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import bench_kernels, launch
-from ttt_jax.models import fused_patches, fused_taps, fused_tiles
+from ttt_jax.kernels.conv import patches, taps, tiles
 
 
 def settings(**options):
@@ -18,7 +18,7 @@ def settings(**options):
 
 def test_all_kernels_and_other_tiles(tmp_path, capsys, monkeypatch):
     built = []
-    for module in (fused_taps, fused_patches):
+    for module in (taps, patches):
         for name in ("_forward_kernel", "_weight_gradient_kernel"):
             kernel = getattr(module, name)
 
@@ -39,7 +39,7 @@ def test_all_kernels_and_other_tiles(tmp_path, capsys, monkeypatch):
         ("16 to 16 at 32", "weights", "WeightTaps(2, 8, 3, 1, 2)"),
     ]
     assert all(row["distance"] < 1e-5 for row in others)
-    assert {(fused_patches.__name__, 4, None), (fused_taps.__name__, 8, 3)} <= set(built)
+    assert {(patches.__name__, 4, None), (taps.__name__, 8, 3)} <= set(built)
     assert capsys.readouterr().out.count(" ms") == len(record["rows"])
 
 
@@ -71,7 +71,7 @@ def test_what_is_timed_is_written_and_a_tile_that_fails_is_named(tmp_path, capsy
 def test_the_modules_own_tile():
     layer = bench_kernels.Layer(32, 16, 16, 1)
     for kernel, field in (("forward", "forward"), ("weights", "weight_gradient")):
-        due = getattr(fused_tiles.TIMED[16, 16, 1, 2], field)
+        due = getattr(tiles.TIMED[16, 16, 1, 2], field)
         assert bench_kernels.own(kernel, layer, jnp.bfloat16) == due
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_jax.models.conv import Conv3x3, _choose, conv3x3
+from ttt_jax.kernels.conv.xla import _choose, conv3x3
+from ttt_jax.models.conv import Conv3x3
 
 
 def _data(channels=3, features=4, side=6, batch=2):
@@ -78,7 +79,7 @@ def test_kernel_starts_he_normal_over_fan_out():
 
 def test_bad_arguments_are_named():
     images, kernels = _data()
-    with pytest.raises(ValueError, match="did you mean 'patches'"):
+    with pytest.raises(ValueError, match=r"'patches'.*received 'patch'"):
         conv3x3(images, kernels[0], form="patch")
     with pytest.raises(ValueError, match="stride 1 or 2, received 3"):
         conv3x3(images, kernels[0], stride=3)

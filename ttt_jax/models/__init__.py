@@ -1,7 +1,6 @@
 """Reference models (Flax Linen), bridges for Linen and NNX, importers; needs flax."""
 
 from ttt_jax.models.activations import linen_activations
-from ttt_jax.models.conv import conv3x3
 from ttt_jax.models.importers import load_resnet26_npz
 from ttt_jax.models.initialize import init
 from ttt_jax.models.linen import from_linen, linen_statistics
@@ -12,7 +11,6 @@ from ttt_jax.models.vit import ViT, patchify, unpatchify
 __all__ = [
     "ResNet",
     "ViT",
-    "conv3x3",
     "from_linen",
     "from_nnx",
     "init",

@@ -1,18 +1,30 @@
 """The activations of a Linen module's layers, for losses that look inside a model."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 from flax.traverse_util import flatten_dict
 
 from ttt_jax.models._norm import Norm
-from ttt_jax.models.fused_block import Maps
 from ttt_jax.models.linen import from_linen
 
 # A collection of its own, so that nothing which a model sows itself is mistaken for a layer.
 _COLLECTION = "ttt_jax_activations"
 _NAME = "__call__"
+
+
+@runtime_checkable
+class FusedOutput(Protocol):
+    """The output of layers that a kernel computed together, in place of an array.
+
+    No module was called for such a layer, so that there is no activation to collect. A class that
+    a kernel returns needs the method and no base class.
+    """
+
+    def fused_layers(self) -> tuple[str, ...]:
+        """Names the layers that the kernel computed."""
+        ...
 
 
 def linen_activations(
@@ -81,8 +93,10 @@ def _recorder(kinds: tuple[type[nn.Module], ...]) -> Callable[..., Any]:
 
     def record(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         nonlocal inside
-        if any(isinstance(arg, Maps) for arg in args):
-            raise ValueError(f"linen_activations: {_FUSED}")
+        fused = [arg for arg in args if isinstance(arg, FusedOutput)]
+        if fused:
+            layers = ", ".join(fused[0].fused_layers())
+            raise ValueError(f"linen_activations: a kernel computed {layers}. {_FUSED}")
         module = context.module
         if inside or context.method_name != "__call__" or not isinstance(module, kinds):
             return next_fun(*args, **kwargs)

@@ -12,13 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.models import fused_block
+from ttt_jax.kernels import conv as conv_kernels
 from ttt_jax.models._checks import check_images, nearest
-from ttt_jax.models.conv import FORMS as _CONV_FORMS, Conv3x3
+from ttt_jax.models.conv import Conv3x3
 from ttt_jax.models.initializers import he_normal_fan_out, xavier_uniform
 
 _NORMS = ("group", "batch")
-FORMS = (*_CONV_FORMS, "fused")
+FORMS = (*conv_kernels.FORMS, "fused")
 """``fused``: whole blocks as GPU kernels; the others are forms of one convolution."""
 _PLAN = ((1, 1), (2, 2), (4, 2))
 """Per layer: width as a multiple of the first, and stride."""
@@ -56,13 +56,13 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x: Any, train: bool) -> Any:
         """``[N, H, W, C] -> [N, H / stride, W / stride, features]``, or Maps to Maps."""
-        if isinstance(x, fused_block.Maps):
+        if isinstance(x, conv_kernels.Maps):
             layers = []
             for index, channels in ((1, x.values.shape[-1]), (2, self.features)):
                 scale, bias = _Scale(name=f"gn{index}")(channels)
                 kernel = _Kernel(name=f"conv{index}")(channels, self.features)
-                layers.append(fused_block.Layer(scale, bias, kernel))
-            return fused_block.block(x, *layers, stride=self.stride, groups=self.groups)
+                layers.append(conv_kernels.Layer(scale, bias, kernel))
+            return conv_kernels.block(x, *layers, stride=self.stride, groups=self.groups)
         shortcut = x
         if self.stride == 2:
             shortcut = nn.avg_pool(shortcut, (2, 2), strides=(2, 2))
@@ -131,9 +131,9 @@ class ResNet(nn.Module):
       projection: outputs of the projection head of contrastive training, 0 for no such head. It
         is ``projection_hidden``, as wide as the features, relu and ``projection_out``.
       conv: the form of the convolutions: ``"lax"`` or ``"patches"``
-        (:func:`ttt_jax.models.conv.conv3x3`), ``"fused"`` (GPU kernels over whole blocks, see
-        :mod:`ttt_jax.models.fused_block`; elsewhere the same kernels interpreted, slowly), or
-        ``"auto"``: fused where the kernels fit (:func:`ttt_jax.models.fused_block.fits`) and the
+        (:func:`ttt_jax.kernels.conv.conv3x3`), ``"fused"`` (GPU kernels over whole blocks, see
+        :mod:`ttt_jax.kernels.conv`; elsewhere the same kernels interpreted, slowly), or
+        ``"auto"``: fused where the kernels fit (:func:`ttt_jax.kernels.conv.fits`) and the
         batch is not empty, otherwise that of ``conv3x3``. All have the same parameters and give
         equal results and gradients, in parameters and images and of every order. Fused has them
         in reverse mode only: ``jax.jvp`` and ``jax.hessian`` need ``"lax"`` or ``"patches"``.
@@ -256,7 +256,7 @@ class ResNet(nn.Module):
             )
         if self._fused(images.shape[0], images.shape[1:]):
             kernel: jax.Array = self.get_variable("params", "conv1")["kernel"]
-            x: Any = fused_block.stem(images.astype(self.dtype), kernel)
+            x: Any = conv_kernels.stem(images.astype(self.dtype), kernel)
         else:
             x = self.conv1(images)
         for layer in self.main_layers[: self.branch]:
@@ -273,14 +273,14 @@ class ResNet(nn.Module):
             return False
         options = (shape, self.width, self.groups, self.dtype)
         if self.conv == "auto":
-            return fused_block.supported(*options)
-        if not fused_block.fits(*options):
+            return conv_kernels.supported(*options)
+        if not conv_kernels.fits(*options):
             raise ValueError(
                 'conv="fused" takes width 16, float32 or bfloat16, images of at most 16 channels '
                 "whose sides are powers of two with 16 x 16 to 32 x 32 pixels in all; received "
                 f'width {self.width}, {jnp.dtype(self.dtype)} and images {shape}: use conv="auto".'
             )
-        if not fused_block.computes(self.dtype):
+        if not conv_kernels.computes(self.dtype):
             raise ValueError(
                 'conv="fused" in bfloat16 takes a GPU of compute capability 8 or more, received '
                 f'{jax.devices()[0].compute_capability}: use float32, or conv="auto".'
@@ -303,7 +303,7 @@ class ResNet(nn.Module):
 
 
 def _images(x: Any) -> jax.Array:
-    return x.images() if isinstance(x, fused_block.Maps) else x
+    return x.images() if isinstance(x, conv_kernels.Maps) else x
 
 
 def _pool(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.models import attention
+from ttt_jax.kernels import attention
 from ttt_jax.models.initializers import xavier_uniform
 
 
@@ -69,7 +69,7 @@ class SelfAttention(nn.Module):
 
     Attributes:
       heads: how many; divides the features.
-      form: see :func:`ttt_jax.models.attention.attend`.
+      form: see :func:`ttt_jax.kernels.attention.attend`.
       dtype: the compute dtype.
     """
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.models import attention
+from ttt_jax.kernels import attention
 from ttt_jax.models._checks import check_images
 from ttt_jax.models.initializers import xavier_uniform
 from ttt_jax.models.transformer import Block, Dense
@@ -199,7 +199,7 @@ class ViT(nn.Module):
         without.
       attention: ``"xla"``, or ``"fused"``: one kernel, or flash attention, on NVIDIA GPUs with a
         16-bit compute dtype, equal up to rounding and differentiable once, and XLA's form
-        elsewhere; see :func:`ttt_jax.models.attention.attend`.
+        elsewhere; see :func:`ttt_jax.kernels.attention.attend`.
       dtype: the compute dtype. Parameters and outputs are float32, and so are softmax and
         normalization statistics.
 

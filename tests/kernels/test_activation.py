@@ -1,5 +1,6 @@
 """The activation inside the kernels: its plain form, and its PTX where there is a GPU."""
 
+import contextlib
 import functools
 
 import jax
@@ -10,20 +11,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ttt_jax import models
-from ttt_jax.models import fused_activation, fused_block, fused_conv
+from ttt_jax.kernels import conv
+from ttt_jax.kernels.conv import activation, passes
+from ttt_jax.kernels.conv.convolution import Convolution
 
 GPU = jax.default_backend() == "gpu"
 
 
 def run(x, a, b, inside, compiled):
-    """``activated`` and ``rounded`` of all of ``x [M, K]`` in one program."""
+    """``affine_relu`` and ``round_to`` of all of ``x [M, K]`` in one program."""
 
     def kernel(x_ref, a_ref, b_ref, inside_ref, u_ref, y_ref):
         x, mask = x_ref[...], None if inside is None else inside_ref[...] > 0
         a, b = a_ref[...][None], b_ref[...][None]
-        u_ref[...] = fused_activation.activated(x, a, b, mask, compiled)
+        u_ref[...] = activation.affine_relu(x, a, b, mask, compiled)
         wide = a * x.astype(jnp.float32)
-        y_ref[...] = fused_activation.rounded(wide, x.dtype, compiled)
+        y_ref[...] = activation.round_to(wide, x.dtype, compiled)
 
     mask = jnp.ones(x.shape, jnp.int32) if inside is None else inside.astype(jnp.int32)
     return pl.pallas_call(
@@ -43,7 +46,7 @@ def test_values_masks_and_nans(shape, dtype, compiled):
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], shape).astype(dtype).at[3, 5].set(jnp.nan)
     a, b = jax.random.normal(keys[1], (2, shape[1]))
-    # Not by rows nor by columns: each value has its own place in the mask.
+    # Not by rows nor by columns: each value has its own entry in the mask.
     inside = jax.random.bernoulli(keys[2], 0.5, shape).at[3, 5].set(True)
     # In float64: a and b are float32, so that the products are exact and one sum is rounded.
     wide = np.asarray(x, np.float64) * np.asarray(a, np.float64) + np.asarray(b, np.float64)
@@ -57,13 +60,23 @@ def test_values_masks_and_nans(shape, dtype, compiled):
         np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(products, np.float32))
 
 
+def lowered_for_gpu(function, *arguments):
+    """The program that a GPU is given, as text, from a machine without one."""
+    with contextlib.ExitStack() as stack:
+        # jax 0.12 lowers Triton kernels for a card that it knows by name.
+        if hasattr(jax.sharding, "AbstractDevice"):
+            card = jax.sharding.AbstractDevice("NVIDIA H100", num_cores=None, platform="gpu")
+            mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=card)
+            stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.skipif(GPU, reason="lowered for a GPU from here")
 @pytest.mark.parametrize(("dtype", "ptx"), [(jnp.bfloat16, True), (jnp.float32, False)])
 def test_what_a_gpu_is_given(dtype, ptx):
     x, vector = jnp.zeros((2, 256, 16), dtype), jnp.zeros((2, 16))
-    forward = functools.partial(fused_conv.forward, height=16, width=16)
-    arguments = (x, vector, vector, jnp.zeros((9, 16, 16), dtype), None)
-    text = jax.jit(forward).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    forward = functools.partial(passes.forward, Convolution(16, 16))
+    text = lowered_for_gpu(forward, x, vector, vector, jnp.zeros((9, 16, 16), dtype))
     assert ("cvt.rn.relu.bf16x2.f32" in text) == ptx
 
 
@@ -83,7 +96,7 @@ def test_bfloat16_needs_a_card_that_has_it(monkeypatch, capability, dtype, due):
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda *_: [Card()])
-    assert fused_block.supported((32, 32, 3), 16, 8, dtype) is due
+    assert conv.supported((32, 32, 3), 16, 8, dtype) is due
     net = models.ResNet(depth=8, conv="fused", dtype=dtype).bind({"params": {}})
     if due:
         assert net._fused(1, (32, 32, 3))

@@ -1,24 +1,24 @@
-"""The gradient of a GroupNorm inside the kernels of :mod:`ttt_jax.models.fused_conv`."""
+"""The gradient of a GroupNorm inside the kernels of :mod:`ttt_jax.kernels.conv.passes`."""
 
 import jax
 import jax.numpy as jnp
 
 
-def means(
+def gradient_means(
     moments: tuple[jax.Array, jax.Array],
     gamma: jax.Array,
     channels: int,
     groups: int,
     positions: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """What the gradient of a GroupNorm subtracts at every position.
+    """Returns the two means that a GroupNorm's gradient subtracts at every position.
 
     With ``du`` the gradient in a GroupNorm's result and ``normal = (x - mean) * rstd``, that in
     ``x`` is ``rstd * (gamma * du - mean(gamma * du) - normal * mean(gamma * du * normal))``, means
     over a group (Wu and He 2018, differentiated).
 
     Args:
-      moments: the gradients in scale and bias, ``[K]`` each; K holds all channels, at one place
+      moments: the gradients in scale and bias, ``[K]`` each; K holds all channels, of one position
         after another where there are several.
       gamma: ``[K]``.
       channels: a power of two.

@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 
 from ttt_jax import models
-from ttt_jax.models import fused_block, fused_conv, fused_limits, fused_tiles
+from ttt_jax.kernels import conv
+from ttt_jax.kernels.conv import limits, passes, tiles
+from ttt_jax.kernels.conv.convolution import Affine, Convolution
 
 
-@pytest.fixture
-def net(filled):
-    """``net(shape, **options) -> (apply, variables)`` of a small network for such images."""
-
-    def make(shape, **options):
-        module = models.ResNet(depth=8, num_classes=4, **options)
-        return models.from_linen(module), filled(module, shape)
-
-    return make
+def network(image_shape, **options):
+    """A small network for such images as ``(apply, variables)``, all variables zero."""
+    module = models.ResNet(depth=8, num_classes=4, **options)
+    shapes = jax.eval_shape(lambda key: models.init(module, key, image_shape), jax.random.key(0))
+    variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return models.from_linen(module), variables
 
 
 def runs_kernels(apply, variables, images):
@@ -27,31 +26,31 @@ def runs_kernels(apply, variables, images):
 @pytest.mark.parametrize(
     ("sides", "fused"), [((32, 32), True), ((16, 64), True), ((64, 32), False), ((512, 512), False)]
 )
-def test_larger_images_than_were_timed_take_xla(net, monkeypatch, sides, fused):
-    monkeypatch.setattr(fused_block, "supported", fused_block.fits)
+def test_larger_images_than_were_timed_take_xla(monkeypatch, sides, fused):
+    monkeypatch.setattr(conv, "supported", conv.fits)
     shape = (*sides, 3)
-    assert fused_block.fits(shape, 16, 8, jnp.float32) is fused
-    apply, variables = net(shape)
+    assert conv.fits(shape, 16, 8, jnp.float32) is fused
+    apply, variables = network(shape)
     images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     assert runs_kernels(apply, variables, images) is fused
 
 
-def test_larger_images_are_refused_by_name(net):
-    apply, variables = net((64, 64, 3), conv="fused")
+def test_larger_images_are_refused_by_name():
+    apply, variables = network((64, 64, 3), conv="fused")
     with pytest.raises(ValueError, match=r"16 x 16 to 32 x 32 pixels.*\(64, 64, 3\): use conv="):
         apply(variables, jnp.zeros((1, 64, 64, 3)))
 
 
 @pytest.mark.parametrize("groups", [0, -8, 3])
 def test_groups_that_divide_nothing_do_not_fit(groups):
-    assert fused_block.fits((16, 16, 3), 16, 8, jnp.float32)
-    assert not fused_block.fits((16, 16, 3), 16, groups, jnp.float32)
+    assert conv.fits((16, 16, 3), 16, 8, jnp.float32)
+    assert not conv.fits((16, 16, 3), 16, groups, jnp.float32)
 
 
 @pytest.mark.parametrize("form", ["auto", "fused"])
-def test_an_empty_batch(net, monkeypatch, form):
-    monkeypatch.setattr(fused_block, "supported", fused_block.fits)
-    apply, variables = net((16, 16, 3), conv=form)
+def test_an_empty_batch(monkeypatch, form):
+    monkeypatch.setattr(conv, "supported", conv.fits)
+    apply, variables = network((16, 16, 3), conv=form)
     images = jnp.zeros((2, 16, 16, 3))
     assert runs_kernels(apply, variables, images)
     logits = apply(variables, images[:0])
@@ -67,24 +66,20 @@ def operands(sides=(4, 4), stride=1, channels=16, outputs=16, count=2, dtype=jnp
     vector = jnp.zeros((count, channels))
     dy = jnp.zeros((count, height * width // stride**2, outputs), dtype)
     w = jnp.zeros((9, channels, outputs), dtype)
-    return {"x": x, "a": vector, "b": vector, "w": w, "dy": dy, "gamma": jnp.zeros(channels)}, {
-        "height": height,
-        "width": width,
-        "stride": stride,
-        "interpret": True,
-    }
+    arrays = {"x": x, "a": vector, "b": vector, "w": w, "dy": dy, "gamma": jnp.zeros(channels)}
+    return arrays, Convolution(height, width, stride, groups=8, interpret=True)
 
 
-def call(kernel, arrays, size, groups=8, residual=None):
+def call(kernel, arrays, size, residual=None):
     x, a, b = arrays["x"], arrays["a"], arrays["b"]
     if kernel == "forward":
-        return fused_conv.forward(x, a, b, arrays["w"], residual, **size)
+        return passes.forward(size, x, a, b, arrays["w"], residual)
     if kernel == "weight_gradient":
-        return fused_conv.weight_gradient(x, a, b, arrays["dy"], **size)
-    affine = (a, b, a, a)
-    rest = {"groups": groups, **size}
-    arguments = (arrays["dy"], arrays["w"], x, affine, arrays["gamma"], residual)
-    return fused_conv.input_gradient(*arguments, **rest)
+        return passes.weight_gradient(size, x, a, b, arrays["dy"])
+    affine = Affine(a, b, a, a)
+    return passes.input_gradient(
+        size, arrays["dy"], arrays["w"], x, affine, arrays["gamma"], residual
+    )
 
 
 KERNELS = ("forward", "weight_gradient", "input_gradient")
@@ -113,7 +108,7 @@ def test_sizes_beyond_the_limits(kernel, options, words):
 def test_arrays_that_do_not_belong_together(kernel):
     arrays, size = operands()
     with pytest.raises(ValueError, match=rf"{kernel} takes x \[N, height \* width, C\].*of 8 x 4"):
-        call(kernel, arrays, size | {"height": 8})
+        call(kernel, arrays, size._replace(height=8))
     with pytest.raises(ValueError, match=rf"{kernel} takes x \[N, P, C\].*\(2, 4, 4, 16\)"):
         call(kernel, arrays | {"x": jnp.zeros((2, 4, 4, 16))}, size)
     with pytest.raises(ValueError, match=r"takes a of shape \(2, 16\).*received \(16,\)"):
@@ -131,9 +126,10 @@ def test_arrays_that_do_not_belong_together(kernel):
 
 
 def test_the_groups_of_an_input_gradient():
+    arrays, size = operands()
     for groups in (0, 3, 32):
         with pytest.raises(ValueError, match=f"groups.*received {groups} for 16 channels"):
-            call("input_gradient", *operands(), groups=groups)
+            call("input_gradient", arrays, size._replace(groups=groups))
 
 
 def test_a_residual_has_the_shape_of_what_it_is_added_to():
@@ -147,13 +143,13 @@ def test_a_residual_has_the_shape_of_what_it_is_added_to():
 
 
 def test_limits_are_those_of_the_tiles():
-    assert set(fused_tiles.OTHERS) == set(fused_limits.CHANNELS)
-    assert {n for key in fused_tiles.TIMED for n in key[:2]} == set(fused_limits.CHANNELS)
+    assert set(tiles.OTHERS) == set(limits.CHANNELS)
+    assert {n for key in tiles.TIMED for n in key[:2]} == set(limits.CHANNELS)
     assert all(
         tile.rows in (1, 2)
-        for three in fused_tiles.TIMED.values()
+        for three in tiles.TIMED.values()
         for tile in three
         if hasattr(tile, "rows")
     )
-    sizes = [size for size in range(70) if fused_limits.power_of_two(size)]
+    sizes = [size for size in range(70) if limits.power_of_two(size)]
     np.testing.assert_array_equal(sizes, [1, 2, 4, 8, 16, 32, 64])

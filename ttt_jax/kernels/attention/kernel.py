@@ -16,26 +16,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-MOST_TOKENS = 64
-"""The most tokens that the kernel takes."""
-
-HEAD_SIZES = (16, 32, 64, 128)
-"""The features per head that the kernel takes: tiles of the matrix units."""
+from ttt_jax.kernels.attention.limits import HEAD_SIZES, MOST_TOKENS, fits
 
 _SMALLEST_TILE = 16
-
-
-def fits(tokens: int, head_size: int) -> bool:
-    """Whether :func:`attend` takes sequences of that length with so many features per head."""
-    return tokens <= MOST_TOKENS and head_size in HEAD_SIZES
 
 
 def _tile(tokens: int) -> int:
     return max(_SMALLEST_TILE, 1 << (tokens - 1).bit_length())
 
 
-def _places(tokens: int, features: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Row and column of a tile's places, and where there is a token."""
+def _index(tokens: int, features: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Row and column of a tile's entries, and where there is a token."""
     shape = (_tile(tokens), features)
     rows = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return rows, jax.lax.broadcasted_iota(jnp.int32, shape, 1), rows < tokens
@@ -43,12 +34,12 @@ def _places(tokens: int, features: int) -> tuple[jax.Array, jax.Array, jax.Array
 
 def _load(ref: Any) -> jax.Array:
     """``[tile, D]``, zeros where there is no token."""
-    rows, columns, inside = _places(*ref.shape)
+    rows, columns, inside = _index(*ref.shape)
     return plgpu.load(ref.at[jnp.where(inside, rows, 0), columns], mask=inside, other=0)
 
 
 def _store(ref: Any, tile: jax.Array) -> None:
-    rows, columns, inside = _places(*ref.shape)
+    rows, columns, inside = _index(*ref.shape)
     plgpu.store(ref.at[rows, columns], tile.astype(ref.dtype), mask=inside)
 
 
@@ -110,7 +101,7 @@ def _call(kernel: Any, name: str, outputs: int, arrays: tuple[jax.Array, ...]) -
 
 @jax.custom_vjp
 def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """``softmax(query key^T / sqrt(D)) value`` for every sequence and head.
+    """Returns ``softmax(query key^T / sqrt(D)) value`` for every sequence and head.
 
     Products are taken in the dtype of the arguments and summed in float32; the softmax is float32.
     The derivative computes the weights again. Differentiable once, in reverse mode.
@@ -135,7 +126,8 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     if len(shapes) > 1 or query.ndim != 4 or not fits(query.shape[1], query.shape[3]):
         raise ValueError(
             f"attend takes three arrays [N, T, H, D] with T <= {MOST_TOKENS} and D among "
-            f"{HEAD_SIZES}, received {query.shape}, {key.shape} and {value.shape}."
+            f"{HEAD_SIZES}, received {query.shape}, {key.shape} and {value.shape}: use "
+            "attention.attend, which takes any."
         )
 
 

@@ -10,7 +10,10 @@ import pytest
 
 import ttt_jax as ttt
 from ttt_jax import models
-from ttt_jax.models import fused_block, fused_conv, resnet
+from ttt_jax.kernels import conv
+from ttt_jax.kernels.conv import passes
+from ttt_jax.kernels.conv.convolution import Convolution
+from ttt_jax.models import resnet
 
 SHAPE = (16, 16, 3)
 
@@ -34,7 +37,7 @@ def _distance(a, b):
 def _maps(x):
     flat = x.reshape(len(x), -1, x.shape[-1]).astype(jnp.float32)
     sums = jnp.stack([flat.sum(axis=1), (flat**2).sum(axis=1)], axis=1)
-    return fused_block.Maps(flat.astype(x.dtype), sums, *x.shape[1:3])
+    return conv.Maps(flat.astype(x.dtype), sums, *x.shape[1:3])
 
 
 def _block(features, stride, dtype=jnp.float32):
@@ -141,11 +144,11 @@ def test_weight_gradient_by_any_number_of_images(count, stride):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         ).reshape(dy.shape)
 
-    size = {"height": 8, "width": 8, "stride": stride, "interpret": jax.default_backend() != "gpu"}
+    size = Convolution(8, 8, stride, interpret=jax.default_backend() != "gpu")
     with jax.default_matmul_precision("highest"):
         y, backward = jax.vjp(plain, w)
-        out, sums = fused_conv.forward(x, a, b, w, None, **size)
-        dw = fused_conv.weight_gradient(x, a, b, dy, **size)
+        out, sums = passes.forward(size, x, a, b, w)
+        dw = passes.weight_gradient(size, x, a, b, dy)
         np.testing.assert_allclose(out, y, atol=1e-3)
         np.testing.assert_allclose(sums[:, 0], y.sum(axis=1), atol=1e-2)
         np.testing.assert_allclose(dw, backward(dy)[0], atol=1e-3)
@@ -158,5 +161,5 @@ def test_what_does_not_fit_is_refused_or_falls_back(variables):
     assert models.from_linen(models.ResNet(depth=8))(variables, images).shape == (1, 10)
     with pytest.raises(ValueError, match="norm"):
         models.ResNet(conv="fused", norm="batch")
-    assert not fused_block.fits(SHAPE, 32, 8, jnp.float32)
-    assert not fused_block.fits(SHAPE, 16, 8, jnp.float16)
+    assert not conv.fits(SHAPE, 32, 8, jnp.float32)
+    assert not conv.fits(SHAPE, 16, 8, jnp.float16)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_jax.models import attention, fused_attention
+from ttt_jax.kernels import attention
+from ttt_jax.kernels.attention import forms, kernel
 
 
 def arrays(tokens, size, dtype=jnp.float32):
@@ -29,10 +30,10 @@ def results(form, operands):
 
 @pytest.mark.parametrize(("tokens", "size"), [(49, 64), (64, 16), (5, 32), (1, 16)])
 def test_the_kernel_is_attention(tokens, size):
-    assert fused_attention.fits(tokens, size)
+    assert attention.fits(tokens, size)
     operands = arrays(tokens, size)
     for ours, plain in zip(
-        results(fused_attention.attend, operands),
+        results(kernel.attend, operands),
         results(attention.products, operands),
         strict=True,
     ):
@@ -42,7 +43,7 @@ def test_the_kernel_is_attention(tokens, size):
 def test_the_kernel_rounds_as_the_products_do():
     exact = results(attention.products, arrays(49, 32))
     rounded = arrays(49, 32).astype(jnp.bfloat16)
-    for form in (fused_attention.attend, attention.products):
+    for form in (kernel.attend, attention.products):
         for ours, wanted in zip(results(form, rounded), exact, strict=True):
             assert ours.dtype == jnp.bfloat16
             error = jnp.linalg.norm((ours - wanted).ravel()) / jnp.linalg.norm(wanted.ravel())
@@ -63,9 +64,9 @@ def test_where_which_form_is_taken(monkeypatch):
     assert attention.form_of("fused", jnp.bfloat16) == ("fused" if on_nvidia() else "xla")
     assert attention.form_of("fused", jnp.float32) == "xla"
     assert attention.form_of("xla", jnp.bfloat16) == "xla"
-    monkeypatch.setattr(attention, "flash", lambda *args: args[-1])
-    monkeypatch.setattr(attention, "products", lambda *args: "products")
-    monkeypatch.setattr(fused_attention, "attend", lambda *args: "kernel")
+    monkeypatch.setattr(forms, "flash", lambda *args: args[-1])
+    monkeypatch.setattr(forms, "products", lambda *args: "products")
+    monkeypatch.setattr(kernel, "attend", lambda *args: "kernel")
 
     def taken(tokens, size, form="fused"):
         return attention.attend(*arrays(tokens, size)[:3, 0], form)
@@ -87,4 +88,4 @@ def test_what_the_kernel_refuses():
     long, odd = arrays(65, 16)[:3, 0], arrays(8, 8)[:3, 0]
     for operands in (long, odd, (long[0][:, :8], long[1], long[2])):
         with pytest.raises(ValueError, match=r"T <= 64 and D among \(16, 32, 64, 128\), received"):
-            fused_attention.attend(*operands)
+            kernel.attend(*operands)

@@ -1,4 +1,4 @@
-"""``relu(a * x + b)`` and rounding inside the kernels of :mod:`ttt_jax.models.fused_conv`.
+"""``relu(a * x + b)`` and rounding inside the kernels of :mod:`ttt_jax.kernels.conv.passes`.
 
 In bfloat16 these are most of what a result kernel issues, and the compiler takes each value for
 itself: two of them in PTX, with the relu in the conversion and the mask as bits, take six
@@ -25,10 +25,10 @@ and.b32 $0, bits, $6;
 _ROUND = "cvt.rn.bf16x2.f32 $0, $2, $1;"
 
 
-def activated(
+def affine_relu(
     x: jax.Array, a: jax.Array, b: jax.Array, inside: jax.Array | None, compiled: bool
 ) -> jax.Array:
-    """``relu(a * x + b)`` inside, else 0.
+    """Returns ``relu(a * x + b)`` inside, else 0.
 
     Args:
       x: ``[M, K]``.
@@ -59,8 +59,8 @@ def activated(
     return u
 
 
-def rounded(y: jax.Array, dtype: jnp.dtype, compiled: bool) -> jax.Array:
-    """float32 ``[M, K]`` in ``dtype``, to the nearest value."""
+def round_to(y: jax.Array, dtype: jnp.dtype, compiled: bool) -> jax.Array:
+    """Returns float32 ``[M, K]`` in ``dtype``, to the nearest value."""
     if not compiled or dtype != jnp.bfloat16:
         return y.astype(dtype)
     [u] = plgpu.elementwise_inline_asm(

@@ -7,13 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_jax.models import (
-    fused_conv,
-    fused_cuts as cuts,
-    fused_patches as patches,
-    fused_taps as taps,
-    fused_tiles as tiles,
-)
+from ttt_jax.kernels.conv import passes, patches, patching, taps, tiles
+from ttt_jax.kernels.conv.convolution import Affine, Convolution
 
 INTERPRET = jax.default_backend() != "gpu"
 LAYERS = [(16, 16, 1), (32, 32, 1), (16, 32, 2), (32, 64, 2)]
@@ -28,7 +23,7 @@ def operands(size, layer, dtype=jnp.float32, count=3):
     out = (count, height * width // stride**2, outputs)
     x, dy, before, after = (draw(*s).astype(dtype) for s in (maps, out, maps, out))
     w = (draw(9, channels, outputs) / 10).astype(dtype)
-    affine = tuple(draw(count, channels) for _ in range(3)) + (1 + draw(count, channels) ** 2,)
+    affine = Affine(*(draw(count, channels) for _ in range(3)), 1 + draw(count, channels) ** 2)
     return x, dy, w, affine, jnp.linspace(0.5, 1.5, channels), before, after
 
 
@@ -43,42 +38,43 @@ def assert_equal(found, wanted, limit=2e-6):
 @pytest.mark.parametrize(("size", "rows"), [((4, 8), 1), ((8, 4), 2), ((2, 2), 2)])
 def test_both_forms_are_equal(layer, size, rows):
     x, dy, w, affine, gamma, before, after = operands(size, layer)
-    given = {"height": size[0], "width": size[1], "stride": layer[2], "interpret": True}
-    a, b = affine[:2]
+    conv, (a, b) = Convolution(*size, layer[2], groups=8, interpret=True), affine[:2]
     for activate, residual in ((True, after), (False, None)):
-        more = given | {"activate": activate}
-        found = patches.forward(x, a, b, w, residual, tiles.ForwardPatches(rows, 4, 1, 1), **more)
-        assert_equal(found, taps.forward(x, a, b, w, residual, tiles.ForwardTaps(4, 1, 2), **more))
-        wanted = taps.weight_gradient(x, a, b, dy, tiles.WeightTaps(3, 4, 9, 1, 3), **more)
+        form = conv._replace(activate=activate)
+        by_patches = patches.forward(
+            form, tiles.ForwardPatches(rows, 4, 1, 1), x, a, b, w, residual
+        )
+        by_taps = taps.forward(form, tiles.ForwardTaps(4, 1, 2), x, a, b, w, residual)
+        assert_equal(by_patches, by_taps)
+        by_taps = taps.weight_gradient(form, tiles.WeightTaps(3, 4, 9, 1, 3), x, a, b, dy)
         for images in (1, 3):
             tile = tiles.WeightPatches(rows, images, 2, 1, 3)
-            assert_equal(patches.weight_gradient(x, a, b, dy, tile, **more), wanted)
-    more = given | {"groups": 8}
+            assert_equal(patches.weight_gradient(form, tile, x, a, b, dy), by_taps)
     for residual in (before, None):
-        wanted = taps.input_gradient(dy, w, x, affine, gamma, residual, tiles.InputTaps(1), **more)
-        tile = tiles.InputPatches(rows, 1, 3)
-        found = patches.input_gradient(dy, w, x, affine, gamma, residual, tile, **more)
-        assert_equal(found, wanted)
+        arrays = (dy, w, x, affine, gamma, residual)
+        by_taps = taps.input_gradient(conv, tiles.InputTaps(1), *arrays)
+        by_patches = patches.input_gradient(conv, tiles.InputPatches(rows, 1, 3), *arrays)
+        assert_equal(by_patches, by_taps)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_narrow_is_the_transpose_of_widen(layer):
     channels, outputs, stride = layer
-    for cut in (cuts.of_outputs(stride, 2), cuts.of_inputs(stride, 1)):
+    for cut in (patching.output_patches(stride, 2), patching.input_patches(stride, 1)):
         w = jax.random.normal(jax.random.key(0), (9, channels, outputs))
-        wide, back = jax.vjp(lambda w, cut=cut: cuts.widen(w, cut), w)
+        wide, back = jax.vjp(lambda w, cut=cut: patching.widen(w, cut), w)
         grown = jax.random.normal(jax.random.key(1), wide.shape)
-        found = cuts.narrow(grown.swapaxes(1, 2), cut).swapaxes(1, 2)
+        found = patching.narrow(grown.swapaxes(1, 2), cut).swapaxes(1, 2)
         np.testing.assert_allclose(found, back(grown)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_every_tap_of_every_place_is_in_its_window():
+def test_every_tap_of_every_position_is_in_its_window():
     for rows, (name, stride) in itertools.product((1, 2), itertools.product(("out", "in"), (1, 2))):
-        cut = (cuts.of_outputs if name == "out" else cuts.of_inputs)(stride, rows)
-        found = np.moveaxis(cut.taps, (2, 3), (0, 1)).reshape(cut.places, -1)
-        # A place of a map with stride 1, or an output, has all nine taps; an input of stride 2
+        cut = (patching.output_patches if name == "out" else patching.input_patches)(stride, rows)
+        found = np.moveaxis(cut.taps, (2, 3), (0, 1)).reshape(cut.area, -1)
+        # A position of a map with stride 1, or an output, has all nine taps; an input of stride 2
         # those that lead to it.
-        due = [list(range(9))] * cut.places
+        due = [list(range(9))] * cut.area
         if name == "in" and stride == 2:
             due = [[4], [3, 5], [1, 7], [0, 2, 6, 8]]
         assert [sorted(row[row < 9]) for row in found] == due
@@ -120,13 +116,13 @@ def by_xla(size, layer, x, dy, w, affine, gamma, before, after):
 def assert_as_by_xla(size, layer, dtype):
     x, dy, w, affine, gamma, before, after = arrays = operands(size, layer, dtype)
     due = by_xla(size, layer, *arrays)
-    more = {"height": size[0], "width": size[1], "stride": layer[2], "interpret": INTERPRET}
-    found = (
-        *fused_conv.forward(x, *affine[:2], w, after, **more),
-        fused_conv.weight_gradient(x, *affine[:2], dy, **more),
-        *fused_conv.input_gradient(dy, w, x, affine, gamma, before, groups=8, **more),
+    conv, (a, b) = Convolution(*size, layer[2], groups=8, interpret=INTERPRET), affine[:2]
+    by_kernels = (
+        *passes.forward(conv, x, a, b, w, after),
+        passes.weight_gradient(conv, x, a, b, dy),
+        *passes.input_gradient(conv, dy, w, x, affine, gamma, before),
     )
-    assert_equal(found, due, 1e-2 if dtype == jnp.bfloat16 else EXACT)
+    assert_equal(by_kernels, due, 1e-2 if dtype == jnp.bfloat16 else EXACT)
 
 
 # The maps of a ResNet of width 16 on images of 16 x 16 and of 32 x 32.

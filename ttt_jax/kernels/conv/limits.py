@@ -1,4 +1,4 @@
-"""Sizes that the kernels of :mod:`ttt_jax.models.fused_conv` take.
+"""Sizes that the kernels of :mod:`ttt_jax.kernels.conv.passes` take.
 
 Free of Pallas: a machine without its Triton backend may ask as well.
 """
@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.models.fused_tiles import OTHERS, TAPS
+from ttt_jax.kernels.conv.convolution import Convolution
+from ttt_jax.kernels.conv.tiles import OTHERS, TAPS
 
 CHANNELS = tuple(OTHERS)
 """The numbers of channels that the kernels are tuned for."""
@@ -27,23 +28,20 @@ def power_of_two(size: int) -> bool:
 
 def check(
     kernel: str,
+    conv: Convolution,
     x: jax.Array,
     outputs: int,
-    size: tuple[int, int],
-    stride: int,
     arrays: Mapping[str, jax.Array | None],
-    groups: int | None = None,
 ) -> None:
     """Refuses what a kernel would compute wrongly, or fail at without a reason.
 
     Args:
       kernel: its name.
+      conv: the convolution.
       x: the map before the convolution, ``[N, P, C]``.
       outputs: O, the channels after it.
-      size: height and width of the images of ``x``.
-      stride: of the convolution.
-      arrays: the kernel's other arguments by name; None for one that is not given.
-      groups: of the GroupNorm; None where there is none.
+      arrays: the kernel's other arguments by name, None where one is left out. With ``gamma`` it
+        is a gradient in the input of a GroupNorm, and ``conv.groups`` counts.
 
     Raises:
       ValueError: sizes beyond the limits of this module, or arrays that do not belong together.
@@ -54,10 +52,10 @@ def check(
             "columns to one axis of positions, and give an empty batch to conv3x3."
         )
     count, positions, channels = x.shape
+    (height, width), stride, groups = conv.size, conv.stride, conv.groups
     if stride not in (1, 2):
         raise ValueError(f"{kernel} has stride 1 or 2, received {stride!r}: use one of them.")
-    height, width = size
-    if not (power_of_two(height) and power_of_two(width) and stride <= min(size)):
+    if not (power_of_two(height) and power_of_two(width) and stride <= min(conv.size)):
         raise ValueError(
             f"{kernel} takes images whose sides are powers of two and at least the stride, "
             f"received {height} x {width} with stride {stride}: pad them, or use conv3x3."
@@ -79,16 +77,15 @@ def check(
         )
     if x.dtype not in DTYPES:
         raise ValueError(f"{kernel} takes float32 or bfloat16, received {x.dtype}: cast x.")
-    if groups is not None and not (
-        groups > 0 and channels % groups == 0 and power_of_two(channels // groups)
-    ):
+    in_norm = "gamma" in arrays
+    if in_norm and not (groups > 0 and channels % groups == 0 and power_of_two(channels // groups)):
         raise ValueError(
             f"{kernel} takes groups that divide the channels by a power of two, received "
             f"{groups} for {channels} channels: choose another number."
         )
     result = (count, positions // stride**2, outputs)
-    # A residual is added to what a kernel returns, which is dx where there are groups.
-    residual = result if groups is None else x.shape
+    # A residual is added to what a kernel returns: y, or dx.
+    residual = x.shape if in_norm else result
     shapes = {"w": (TAPS, channels, outputs), "dy": result, "residual": residual}
     for name, array in arrays.items():
         shape = shapes.get(name, (channels,) if name == "gamma" else (count, channels))

@@ -1,20 +1,22 @@
 """Attention of every token to all: in products of XLA, or in fused kernels on a GPU."""
 
+import functools
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.models import fused_attention
+from ttt_jax.kernels.attention.limits import fits
 
 FORMS = ("xla", "fused")
+"""The forms of :func:`attend`."""
 
 # cuDNN's rule.
 _HEAD_SIZE_MULTIPLE = 8
 
 
 def form_of(attention: str, dtype: Any) -> str:
-    """The form that :func:`attend` takes on this machine.
+    """Returns the form that :func:`attend` takes on this machine.
 
     Args:
       attention: ``"xla"``, or ``"fused"`` where that can be.
@@ -29,25 +31,35 @@ def form_of(attention: str, dtype: Any) -> str:
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, form: str) -> jax.Array:
-    """``softmax(query key^T / sqrt(D)) value``; softmax in float32, products in the dtype.
+    """Returns ``softmax(query key^T / sqrt(D)) value``, softmax in float32, products in the dtype.
 
     Args:
       query: ``[N, T, H, D]``.
       key: ``[N, T, H, D]``.
       value: ``[N, T, H, D]``.
       form: ``"xla"``, or ``"fused"``: one kernel for few tokens
-        (:mod:`ttt_jax.models.fused_attention`), cuDNN's flash attention for more, and as ``"xla"``
-        for a D that neither takes.
+        (:mod:`ttt_jax.kernels.attention.kernel`), cuDNN's flash attention for more, and as
+        ``"xla"`` for a D that neither takes.
 
     Returns:
       ``[N, T, H, D]``.
     """
     tokens, _, size = query.shape[1:]
-    if form == "fused" and fused_attention.fits(tokens, size):
-        return fused_attention.attend(query, key, value)
+    if form == "fused" and fits(tokens, size) and _kernel() is not None:
+        return _kernel().attend(query, key, value)
     if form == "fused" and size % _HEAD_SIZE_MULTIPLE == 0:
         return flash(query, key, value, "cudnn")
     return products(query, key, value)
+
+
+@functools.cache
+def _kernel() -> Any:
+    """The module of the kernel; None on a jax whose Pallas has no Triton backend."""
+    try:
+        from ttt_jax.kernels.attention import kernel
+    except ImportError:
+        return None
+    return kernel
 
 
 def products(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import ttt_jax as ttt
-from ttt_jax.models import fused_block, resnet
-from ttt_jax.models.conv import conv3x3
+from ttt_jax.kernels.conv import conv3x3, stem
+from ttt_jax.models import resnet
 
 SHAPE = (8, 8, 3)
 BLOCKS = ((16, 1), (32, 2))
@@ -19,7 +19,7 @@ BLOCKS = ((16, 1), (32, 2))
 def encode(form, params, images):
     """The maps of the first convolution and of a block of each kind, on 8 x 8 pixels."""
     kernel = params["conv1"].astype(images.dtype)
-    x = fused_block.stem(images, kernel) if form == "fused" else conv3x3(images, kernel, form=form)
+    x = stem(images, kernel) if form == "fused" else conv3x3(images, kernel, form=form)
     for name, (features, stride) in zip(("same", "halved"), BLOCKS, strict=True):
         if name in params:
             plain = "lax" if form == "fused" else form
@@ -189,7 +189,7 @@ def test_parameters_narrower_than_float32():
 
 def test_the_sums_have_no_gradient_of_their_own():
     kernel = draw()["conv1"]
-    gradient = jax.grad(lambda kernel: jnp.sum(fused_block.stem(photos(1), kernel).sums))(kernel)
+    gradient = jax.grad(lambda kernel: jnp.sum(stem(photos(1), kernel).sums))(kernel)
     np.testing.assert_array_equal(gradient, 0)
 
 

@@ -1,4 +1,4 @@
-"""How :mod:`ttt_jax.models.fused_patches` cuts maps: patches, windows, and the wider kernels."""
+"""How :mod:`ttt_jax.kernels.conv.patches` cuts maps: patches, windows, and wider kernels."""
 
 import functools
 from collections.abc import Callable
@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.models.fused_places import places
-from ttt_jax.models.fused_tiles import TAPS
+from ttt_jax.kernels.conv.index import row_column
+from ttt_jax.kernels.conv.tiles import TAPS
 
-_NONE = TAPS
+_NO_TAP = TAPS
 
 
 class Cut(NamedTuple):
@@ -21,9 +21,9 @@ class Cut(NamedTuple):
       patch: rows and columns of a patch.
       window: rows and columns of a window.
       step: rows and columns between the windows of neighboring patches.
-      first: row and column of the first place of the first patch's window.
-      taps: ``[window rows, window columns, patch rows, patch columns]``, the tap between a place
-        of a window and one of its patch, ``_NONE`` where there is none.
+      first: row and column where the first patch's window begins.
+      taps: ``[window rows, window columns, patch rows, patch columns]``, the tap between a
+        position of a window and one of its patch, 9 where there is none.
     """
 
     patch: tuple[int, int]
@@ -33,13 +33,13 @@ class Cut(NamedTuple):
     taps: np.ndarray
 
     @property
-    def places(self) -> int:
-        """Of a patch."""
+    def area(self) -> int:
+        """The number of positions of a patch."""
         return self.patch[0] * self.patch[1]
 
     def cells(self, size: tuple[int, int]) -> int:
         """The number of patches of a map of that size."""
-        return size[0] * size[1] // self.places
+        return size[0] * size[1] // self.area
 
 
 def _cut(
@@ -49,56 +49,56 @@ def _cut(
     first: tuple[int, int],
     tap: Callable[[int, int], int],
 ) -> Cut:
-    """A cut whose taps ``tap(place in the window's map, place in the patch)`` gives per axis."""
-    taps = np.full((*window, *patch), _NONE)
-    for place in np.ndindex(*taps.shape):
-        down, right = (tap(first[k] + place[k], place[2 + k]) for k in (0, 1))
+    """A cut whose taps ``tap(index in the window's map, index in the patch)`` gives per axis."""
+    taps = np.full((*window, *patch), _NO_TAP)
+    for index in np.ndindex(*taps.shape):
+        down, right = (tap(first[k] + index[k], index[2 + k]) for k in (0, 1))
         if 0 <= down < 3 and 0 <= right < 3:
-            taps[place] = 3 * down + right
+            taps[index] = 3 * down + right
     return Cut(patch, window, step, first, taps)
 
 
 @functools.cache
-def of_outputs(stride: int, rows: int) -> Cut:
+def output_patches(stride: int, rows: int) -> Cut:
     """Patches of ``rows x 2`` outputs of a convolution, or of one, and windows of its inputs."""
     patch, window, first = ((rows, 2), (rows + 2, 4), (-1, -1))
     if stride == 2:
         # A column more than the taps read, as runs are powers of two; the left one, so that runs
-        # begin at even places.
+        # begin at even columns.
         patch, window, first = ((1, 1), (3, 4), (-1, -2))
     step = (stride * patch[0], stride * patch[1])
-    return _cut(patch, window, step, first, lambda place, out: place - stride * out + 1)
+    return _cut(patch, window, step, first, lambda read, out: read - stride * out + 1)
 
 
 @functools.cache
-def of_inputs(stride: int, rows: int) -> Cut:
+def input_patches(stride: int, rows: int) -> Cut:
     """Patches of ``rows x 2`` inputs of a convolution, and windows of its outputs."""
     patch, window, first = ((rows, 2), (rows + 2, 4), (-1, -1))
     if stride == 2:
         patch, window, first = ((2, 2), (2, 2), (0, 0))
     step = (patch[0] // stride, patch[1] // stride)
-    return _cut(patch, window, step, first, lambda place, put: put - stride * place + 1)
+    return _cut(patch, window, step, first, lambda out, read: read - stride * out + 1)
 
 
 def widen(w: jax.Array, cut: Cut) -> jax.Array:
-    """``[9, C, O]`` as ``[window rows, window columns * C, places * O]``."""
+    """``[9, C, O]`` as ``[window rows, window columns * C, positions * O]``."""
     _, channels, outputs = w.shape
     wide = jnp.concatenate([w, jnp.zeros_like(w[:1])])[cut.taps].transpose(0, 1, 4, 2, 3, 5)
-    return wide.reshape(cut.window[0], cut.window[1] * channels, cut.places * outputs)
+    return wide.reshape(cut.window[0], cut.window[1] * channels, cut.area * outputs)
 
 
 def narrow(wide: jax.Array, cut: Cut) -> jax.Array:
-    """The transpose of :func:`widen`, with the places of the patches first.
+    """The transpose of :func:`widen`, with the positions of the patches first.
 
     Args:
-      wide: ``[window rows, places * O, window columns * C]``.
+      wide: ``[window rows, positions * O, window columns * C]``.
       cut: the cut.
 
     Returns:
       ``[9, O, C]``.
     """
     rows, columns = cut.window
-    wide = wide.reshape(rows, *cut.patch, wide.shape[1] // cut.places, columns, -1)
+    wide = wide.reshape(rows, *cut.patch, wide.shape[1] // cut.area, columns, -1)
     sums = [
         sum(wide[r, k, m, :, u] for r, u, k, m in np.argwhere(cut.taps == tap))
         for tap in range(TAPS)
@@ -106,13 +106,13 @@ def narrow(wide: jax.Array, cut: Cut) -> jax.Array:
     return jnp.stack(sums)
 
 
-def positions(start: Any, count: int, cut: Cut, width: int) -> tuple[jax.Array, jax.Array]:
-    """Row and column, in patches, of some patches of a map of this width."""
+def patch_index(start: Any, count: int, cut: Cut, width: int) -> tuple[jax.Array, jax.Array]:
+    """Row and column, in patches, of patches of a map of this width, from ``start`` on."""
     k = start + jax.lax.broadcasted_iota(jnp.int32, (count,), 0)
-    return places(k, width // cut.patch[1])
+    return row_column(k, width // cut.patch[1])
 
 
-def run(
+def window_row(
     cell: tuple[jax.Array, jax.Array], r: Any, cut: Cut, size: tuple[int, int], channels: int
 ) -> tuple[jax.Array, jax.Array]:
     """Where row ``r`` of each window lies, ``[cells, window columns * C]``, and what is inside."""
@@ -124,10 +124,12 @@ def run(
     return ((row * size[1] + left) * channels)[:, None] + e, inside
 
 
-def patch(cell: tuple[jax.Array, jax.Array], cut: Cut, width: int, channels: int) -> jax.Array:
-    """Where patches lie, ``[cells, places * C]``."""
+def patch_offsets(
+    cell: tuple[jax.Array, jax.Array], cut: Cut, width: int, channels: int
+) -> jax.Array:
+    """Where patches lie, ``[cells, positions * C]``."""
     (i, j), (rows, columns) = cell, cut.patch
-    e = jax.lax.broadcasted_iota(jnp.int32, (i.shape[0], cut.places * channels), 1)
+    e = jax.lax.broadcasted_iota(jnp.int32, (i.shape[0], cut.area * channels), 1)
     run = jnp.int32(columns * channels)
     start = (i * (rows * width) + j * columns) * channels
     return start[:, None] + jax.lax.div(e, run) * (width * channels) + jax.lax.rem(e, run)

@@ -1,4 +1,4 @@
-"""How the kernels of :mod:`ttt_jax.models.fused_conv` cut their work, from timings on an H100.
+"""How the kernels of :mod:`ttt_jax.kernels.conv.passes` cut their work, from timings on an H100.
 
 The timed work: 128 instances of 32 images of 32 x 32 (``experiments.bench_kernels``).
 """
@@ -79,7 +79,7 @@ class WeightPatches(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Of the three kernels of one convolution."""
+    """The tiles of the three kernels of one convolution."""
 
     forward: ForwardPatches | ForwardTaps
     input_gradient: InputPatches | InputTaps

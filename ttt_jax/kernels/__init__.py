@@ -1,0 +1,9 @@
+"""Kernels for a GPU, each beside the form in XLA that gives equal results; needs jax alone.
+
+One folder per operation: :mod:`conv` and :mod:`attention`. Pallas is imported nowhere else, and
+there when a kernel is first run.
+"""
+
+from ttt_jax.kernels import attention, conv
+
+__all__ = ["attention", "conv"]
