@@ -72,9 +72,12 @@ def get_config() -> ml_collections.ConfigDict:
         {
             "source": {},
             "augmented": {"num_views": 48},
-            "norm_prior": {"prior": 16},
-            "norm_prior_views": {"prior": (16, 32)},
+            "norm_prior": {"method": "source", "prior": 16},
+            "norm_prior_views": {"method": "every_view", "prior": (16, 32)},
             "rotation": {
+                "method": "ttt_rotation",
+                "trace": True,
+                "probe": "rotation",
                 "copies": 8,
                 "num_steps": 2,
                 "learning_rate": (0.01, 0.03),
@@ -82,6 +85,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "select": "all",
             },
             "memo": {
+                "trace": True,
+                "probe": "memo",
                 "num_views": 16,
                 "num_steps": 1,
                 "learning_rate": (0.01, 0.03),
@@ -89,6 +94,9 @@ def get_config() -> ml_collections.ConfigDict:
                 "select": "all",
             },
             "rotation_memo_augmented": {
+                "method": "rotation_memo",
+                "serve": "every_view",
+                "probe": "rotation",
                 "copies": 8,
                 "num_views": 8,
                 "memo_weight": (0.3, 1.0),
@@ -98,6 +106,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "select": "all",
             },
             "rotation_online": {
+                "method": "ttt_rotation_online",
+                "probe": "rotation",
                 "copies": 8,
                 "num_steps": 1,
                 "learning_rate": (0.001, 0.003),

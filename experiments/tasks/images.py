@@ -305,6 +305,17 @@ class Network:
         return apply
 
 
+# What lies beyond an image, by its name in configs.
+_RIMS = {"edge": "edge", "black": "constant"}
+
+
+def _pad_mode(config: ml_collections.ConfigDict) -> str:
+    rim = launch.setting(config, "views.rim")
+    if rim not in _RIMS:
+        raise ValueError(f"views.rim must be one of {sorted(_RIMS)}; got {rim!r}.")
+    return _RIMS[rim]
+
+
 def _module(config: ml_collections.ConfigDict, source: data.Source, *, shared_kernels: bool) -> Any:
     name = config.model.name
     options = {key: value for key, value in config.model.items() if key != "name"}
