@@ -3,19 +3,20 @@
 >>> rows = list(evaluate(task, {"source": predict}, params, role="reported", seed=0))
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax import _spread, batching, budget, diagnostics, predictors, select
-from ttt_jax._spread import Call, Devices
-from ttt_jax.base import FromSource, Params, Predictor, PyTree, Stream
+from ttt_jax import _devices, batching, budget, diagnostics, predictors, select
+from ttt_jax._devices import Call, Devices
+from ttt_jax._programs import InBatches, Method, Parametric, program, scope_of, stream_of
+from ttt_jax.base import FromSource, Params, Predictor, PyTree
 from ttt_jax.source import source_statistics
-from ttt_jax.task import Examples, Task, in_batches
+from ttt_jax.task import Examples, Task, cells, in_batches, joined_tags
 
 __all__ = [
     "Evaluation",
@@ -27,33 +28,6 @@ __all__ = [
     "scope_of",
     "source_of",
 ]
-
-
-class InBatches(NamedTuple):
-    """A method whose instance is a batch of ``size`` examples (smaller where a batch ends)."""
-
-    method: Predictor | Stream
-    size: int
-
-
-class Parametric(NamedTuple):
-    """A method over values that its compiled program takes as arguments.
-
-    Candidates that differ in ``values`` alone share one program, and source statistics are never
-    constants of it.
-
-    Attributes:
-      build: ``build(values) -> Predictor | Stream | InBatches``.
-      values: pytree of arrays.
-      key: methods of equal key have the same program; None: of the same ``build``.
-    """
-
-    build: Callable[[PyTree], Any]
-    values: PyTree
-    key: Hashable = None
-
-
-Method = Any  # Predictor | Stream | InBatches | Parametric
 
 
 class Row(NamedTuple):
@@ -121,16 +95,6 @@ def evaluate(
             yield from evaluation.rows(label, method, name)
 
 
-def scope_of(method: Method) -> str:
-    """``per_sample``, ``batch`` or ``stream``: what the state of a method lives as long as."""
-    if isinstance(method, Parametric):
-        method = method.build(method.values)
-    inner = method.method if isinstance(method, InBatches) else method
-    if isinstance(inner, Stream):
-        return "stream"
-    return "batch" if isinstance(method, InBatches) else "per_sample"
-
-
 def source_of(task: Task) -> Predictor:
     """The unadapted model of a task, with whose output methods are compared: its first head."""
     return predictors.source(batching.unbatched(next(iter(task.heads().values()))))
@@ -175,9 +139,10 @@ class _Training:
         return self._batches
 
 
+@dataclasses.dataclass
 class _Clock:
-    def __init__(self) -> None:
-        self.seconds, self.compiling = 0.0, 0.0
+    seconds: float = 0.0
+    compiling: float = 0.0
 
 
 class _Result(NamedTuple):
@@ -190,8 +155,7 @@ class _Result(NamedTuple):
 class Evaluation:
     """One model on the streams of one role; holds batches, source outputs and programs.
 
-    Programs that resume, or go on after a failure, call :meth:`rows` per method and stream;
-    everybody else calls :func:`evaluate`.
+    Programs that resume, or go on after a failure, call :meth:`rows` per method and stream.
     """
 
     def __init__(
@@ -205,16 +169,10 @@ class Evaluation:
         mesh: jax.sharding.Mesh | None = None,
         parallel_streams: int = 16,
     ):
-        """Reads no data yet.
+        """Reads no data yet; arguments as in :func:`evaluate`.
 
-        Args:
-          task: as in :func:`evaluate`.
-          params: pristine, or a function that restores them between batches.
-          role: as in :func:`evaluate`.
-          seed: as in :func:`evaluate`.
-          chunk_size: as in :func:`evaluate`.
-          mesh: as in :func:`evaluate`.
-          parallel_streams: how many streams go side by side per device, at most.
+        ``params`` may be a function that restores them between batches; at most
+        ``parallel_streams`` streams go side by side per device.
         """
         if role not in ("validation", "reported", "choosing"):
             raise ValueError(f"role must be 'validation' or 'reported', got {role!r}.")
@@ -247,7 +205,7 @@ class Evaluation:
             return [(name,) for name in names]
         size = method.size if isinstance(method, InBatches) else None
         lengths = {name: tuple(map(len, (b.id for b in self._cut(name, size)))) for name in names}
-        most = self._parallel * self._devices.count
+        most = self._parallel * self._devices.num
         groups = []
         for length in dict.fromkeys(lengths.values()):
             equal = [name for name in names if lengths[name] == length]
@@ -276,8 +234,8 @@ class Evaluation:
     def cells(self, stream: str) -> list[dict[str, Any]]:
         """The distinct combinations of the tags of a stream, each of which becomes a row."""
         batches = self.batches(stream)
-        tags = _joined_tags(batches)
-        return [combination for combination, _ in _cells(tags, sum(len(b.id) for b in batches))]
+        tags = joined_tags(batches)
+        return [combination for combination, _ in cells(tags, sum(len(b.id) for b in batches))]
 
     def _cut(self, stream: str, size: int | None) -> list[Examples]:
         batches = self.batches(stream)
@@ -289,10 +247,10 @@ class Evaluation:
         self, method: Method, batches: Sequence[Examples], in_batch: bool, clock: _Clock
     ) -> list[_Result]:
         if in_batch:
-            calls = _spread.calls_of_batches(batches, self._devices)
+            calls = _devices.calls_of_batches(batches, self._devices)
         else:
             size = max(len(batch.id) for batch in batches)
-            calls = _spread.calls_of_instances(batches, size, self._devices)
+            calls = _devices.calls_of_instances(batches, size, self._devices)
         results = []
         for call in calls:
             output, info = _on_host(self._call(method, self._inputs(call), clock))
@@ -307,7 +265,7 @@ class Evaluation:
         self, method: Method, streams: Sequence[Sequence[Examples]], in_batch: bool, clock: _Clock
     ) -> tuple[list[list[_Result]], list[float | None]]:
         params = self._restore()
-        init = jax.jit(_stream_of(method).init)
+        init = jax.jit(stream_of(method).init)
         # Devices without a stream repeat the last one.
         count = self._devices.padded(len(streams))
         filled = [*streams, *[streams[-1]] * (count - len(streams))]
@@ -348,8 +306,8 @@ class Evaluation:
             start = time.perf_counter()
 
             def compile_for(size: int | None) -> Any:
-                program = jax.jit(_program(method, self._devices, size))
-                return program.lower(params, values, *arguments).compile()
+                compute = jax.jit(program(method, self._devices, size))
+                return compute.lower(params, values, *arguments).compile()
 
             self.programs[where] = self._compiled(compile_for, method, arguments)
             clock.compiling += time.perf_counter() - start
@@ -361,7 +319,7 @@ class Evaluation:
     def _compiled(self, compile_for: Any, method: Method, arguments: tuple[Any, ...]) -> Any:
         if scope_of(method) != "per_sample" or self._chunk_size != 0:
             return compile_for(self._chunk_size)
-        most = jax.tree.leaves(arguments)[0].shape[0] // self._devices.count
+        most = jax.tree.leaves(arguments)[0].shape[0] // self._devices.num
         found = budget.largest_chunk(compile_for, budget.free_bytes(), most=most)
         # Chunks of one size, of which the last would be padded to the others'.
         even = -(-most // -(-most // found.size))
@@ -396,7 +354,7 @@ class Evaluation:
             if parts[0] is not None:
                 each[name] = jax.tree.map(lambda *a: np.concatenate(a), *parts)
         ids = np.concatenate([batch.id for batch in batches])
-        for combination, mask in _cells(_joined_tags(batches), len(ids)):
+        for combination, mask in cells(joined_tags(batches), len(ids)):
             sums = jax.tree.map(lambda leaf, m=mask: leaf[m].sum(axis=0), each)
             values = {name: self._task.metrics[name].value(sums[name]) for name in sums}
             share = float(mask.mean())
@@ -415,59 +373,10 @@ class Evaluation:
             )
 
 
-def _stream_of(method: Method) -> Stream:
-    built = method.build(method.values) if isinstance(method, Parametric) else method
-    return built.method if isinstance(built, InBatches) else built
-
-
 @jax.jit
 def _drifts(start: PyTree, ends: PyTree) -> jax.Array:
     """How far the parameters of each stream went from where all began."""
     return jax.vmap(lambda end: diagnostics.drift(start, end, select.everything()))(ends)
-
-
-def _program(method: Method, devices: Devices, chunk_size: int | None) -> Callable[..., Any]:
-    """``(params, values, [carry,] xs, keys) -> ([carry,] output, info)``.
-
-    The leading axis is that of instances; of batches, one per device; or of streams.
-    """
-
-    def build(values: PyTree) -> Any:
-        return method.build(values) if isinstance(method, Parametric) else method
-
-    built = build(method.values) if isinstance(method, Parametric) else method
-    in_batch = isinstance(built, InBatches)
-
-    def per_sample(params: Any, values: Any, xs: Any, keys: Any) -> Any:
-        many = batching.batched(
-            build(values), chunk_size=chunk_size, mesh=devices.mesh, axis=_spread.AXIS
-        )
-        return many(params, xs, keys)
-
-    def batch(params: Any, values: Any, xs: Any, keys: Any) -> Any:
-        # One batch per device, without vmap: its copy of the model is the only one there.
-        first = jax.tree.map(lambda leaf: leaf[0], xs)
-        results = build(values).method(params, first, keys[0, 0])
-        return jax.tree.map(lambda leaf: leaf[None], results)
-
-    def streams(params: Any, values: Any, carry: Any, xs: Any, keys: Any) -> Any:
-        stream = build(values).method if in_batch else build(values)
-        step = jax.vmap(stream.step, in_axes=(None, 0, 0, 0))
-        if in_batch:
-            carry, (output, info) = step(params, carry, xs, keys[:, 0])
-            return carry, output, info
-        carry, results = jax.lax.scan(
-            lambda carry, pair: step(params, carry, *pair),
-            carry,
-            jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (xs, keys)),
-        )
-        output, info = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), results)
-        return carry, output, info
-
-    scope = scope_of(method)
-    if scope == "per_sample":
-        return per_sample
-    return devices.each(streams if scope == "stream" else batch, 2)
 
 
 def _on_host(tree: Any) -> Any:
@@ -493,20 +402,3 @@ def _cut_as(lengths: Sequence[int], outputs: Sequence[PyTree]) -> list[PyTree]:
         jax.tree.map(lambda leaf, a=end - length, b=end: leaf[a:b], joined)
         for length, end in zip(lengths, ends, strict=True)
     ]
-
-
-def _joined_tags(batches: Sequence[Examples]) -> dict[str, np.ndarray]:
-    return jax.tree.map(lambda *a: np.concatenate(a), *(dict(batch.tags) for batch in batches))
-
-
-def _cells(tags: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[dict, np.ndarray]]:
-    """The distinct combinations of the tags, in order of appearance, and where each is."""
-    columns = [np.asarray(column).tolist() for column in tags.values()]
-    rows = list(zip(*columns, strict=True)) if columns else [()] * count
-    positions: dict[tuple, list[int]] = {}
-    for index, row in enumerate(rows):
-        positions.setdefault(row, []).append(index)
-    for combination, indices in positions.items():
-        mask = np.zeros(count, bool)
-        mask[indices] = True
-        yield dict(zip(tags, combination, strict=True)), mask

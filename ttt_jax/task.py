@@ -4,7 +4,7 @@ Images, documents, few-shot grids and frames are all :class:`Task` values; the l
 :func:`ttt_jax.evaluation.evaluate`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -12,7 +12,16 @@ import numpy as np
 
 from ttt_jax.base import Key, Params, PyTree
 
-__all__ = ["Examples", "Metric", "Task", "TrainingData", "in_batches", "take"]
+__all__ = [
+    "Examples",
+    "Metric",
+    "Task",
+    "TrainingData",
+    "cells",
+    "in_batches",
+    "joined_tags",
+    "take",
+]
 
 
 class Examples(NamedTuple):
@@ -130,3 +139,21 @@ def in_batches(
 
 def _joined(first: Examples, second: Examples) -> Examples:
     return jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
+
+
+def joined_tags(batches: Sequence[Examples]) -> dict[str, np.ndarray]:
+    """The tags of all examples of some batches, ``[N]`` each."""
+    return jax.tree.map(lambda *a: np.concatenate(a), *(dict(batch.tags) for batch in batches))
+
+
+def cells(tags: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[dict, np.ndarray]]:
+    """The distinct combinations of the tags, in order of appearance, and where each is."""
+    columns = [np.asarray(column).tolist() for column in tags.values()]
+    rows = list(zip(*columns, strict=True)) if columns else [()] * count
+    positions: dict[tuple, list[int]] = {}
+    for index, row in enumerate(rows):
+        positions.setdefault(row, []).append(index)
+    for combination, indices in positions.items():
+        mask = np.zeros(count, bool)
+        mask[indices] = True
+        yield dict(zip(tags, combination, strict=True)), mask

@@ -163,9 +163,9 @@ def blocks(
         return
     divisor = math.gcd(total, *stops)
     block = max(k for k in range(1, min(steps_per_call, divisor) + 1) if divisor % k == 0)
-    run, next_block = _many_per_call(step, data, key, start, block)
+    many, next_block = _many_per_call(step, data, key, start, block)
     for first in range(start, total, block):
-        state, parts = run(state, next_block(), np.arange(first, first + block))
+        state, parts = many(state, next_block(), np.arange(first, first + block))
         yield first + block, state, parts
 
 
@@ -181,14 +181,15 @@ def _many_per_call(step: Step, data: Any, key: Key, start: int, block: int) -> A
             batch, number = turn
             if resident:
                 batch = jax.tree.map(lambda leaf: leaf[batch], everything)
-            *state, parts = step(*state, batch, jax.random.fold_in(key, number))
+            params, opt_state = state
+            *state, parts = step(params, opt_state, batch, jax.random.fold_in(key, number))
             return tuple(state), parts
 
         state, parts = jax.lax.scan(body, state, (given, steps))
         return state, jax.tree.map(lambda leaf: leaf[-1], parts)
 
     def next_block() -> Any:
-        parts = [next(feed) for _ in range(block)]
+        parts: list[Any] = [next(feed) for _ in range(block)]
         if resident:
             return np.stack(parts)
         parts = [part._replace(tags={}) for part in parts]

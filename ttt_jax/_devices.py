@@ -22,19 +22,19 @@ class Devices(NamedTuple):
     mesh: Mesh | None = None
 
     @property
-    def count(self) -> int:
+    def num(self) -> int:
         """How many devices have work of their own."""
         return 1 if self.mesh is None else self.mesh.shape[AXIS]
 
     def put(self, tree: Any) -> Any:
-        """Spreads the leading axis of every leaf, a multiple of :attr:`count`, over them."""
+        """Spreads the leading axis of every leaf, a multiple of :attr:`num`, over them."""
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, tree)
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(AXIS)))
 
     def padded(self, count: int) -> int:
-        """The next multiple of :attr:`count`."""
-        return -(-count // self.count) * self.count
+        """The next multiple of :attr:`num`."""
+        return -(-count // self.num) * self.num
 
     def each(self, fn: Callable[..., Any], shared: int) -> Callable[..., Any]:
         """``fn`` on every device's part of its arguments; the first ``shared`` are replicated."""
@@ -76,8 +76,8 @@ def calls_of_instances(batches: Sequence[Examples], size: int, devices: Devices)
     """
     ids = np.concatenate([batch.id for batch in batches])
     starts = np.cumsum([0, *(len(batch.id) for batch in batches)])
-    num_calls = -(-len(ids) // (size * devices.count))
-    if devices.count > 1:
+    num_calls = -(-len(ids) // (size * devices.num))
+    if devices.num > 1:
         size = devices.padded(-(-len(ids) // num_calls))
     for first in range(0, len(ids), size):
         last = min(first + size, len(ids))
@@ -102,12 +102,12 @@ def calls_of_batches(batches: Sequence[Examples], devices: Devices) -> Iterator[
     """
     groups: list[list[Examples]] = []
     for batch in batches:
-        if groups and len(groups[-1]) < devices.count and len(groups[-1][0].id) == len(batch.id):
+        if groups and len(groups[-1]) < devices.num and len(groups[-1][0].id) == len(batch.id):
             groups[-1].append(batch)
         else:
             groups.append([batch])
     for group in groups:
-        filled = [*group, *group[-1:] * (devices.count - len(group))]
+        filled = [*group, *group[-1:] * (devices.num - len(group))]
         yield Call(
             np.stack([batch.id for batch in filled]),
             jax.tree.map(lambda *leaves: np.stack(leaves), *(batch.x for batch in filled)),
