@@ -291,7 +291,9 @@ def _arguments(
     in_batches: bool,
 ) -> dict[str, Any]:
     """The arguments of a method: from settings, the optimizer, and the heads of the task."""
-    serving = {k: v for k, v in settings.items() if k not in parameters and k not in _OWN}
+    # The task makes `serve`; a setting of that name says which.
+    own = {*parameters, *_OWN} - {"serve"}
+    serving = {k: v for k, v in settings.items() if k not in own}
     if "prior" in serving:
         serving["norm"] = serving.pop("prior")
     allowed = inspect.signature(task.heads).parameters
@@ -316,7 +318,7 @@ def _arguments(
             arguments[key] = selection(settings[key])
         elif key == "reset" and key in settings:
             arguments[key] = reset(settings[key])
-        elif key in settings and key != "augment":
+        elif key in settings and key not in ("augment", "serve"):
             arguments[key] = settings[key]
         elif key in heads:
             arguments[key] = heads[key]
