@@ -10,13 +10,15 @@ import optax
 import pytest
 
 import ttt_jax as ttt
-from ttt_jax import losses, resets, select
+from ttt_jax import losses, methods, select
 
 from . import golden, golden_features
+from .compiling import quickly
 from .golden_models import (
     BATCHES,
     FEATURES,
     IMAGES,
+    KEYS,
     SHARED,
     SIZE,
     N,
@@ -27,9 +29,9 @@ from .golden_models import (
     episodes,
     project,
     shared,
-    stream,
+    with_weights,
 )
-from .streaming import rows
+from .streaming import rows, scanned
 
 SOURCE = golden.flat(FEATURES)
 DECODER, PROJECTION = (
@@ -48,8 +50,23 @@ MOMENTS = {
     place: golden_features.moments(values)
     for place, values in golden_features.features(SOURCE, TRAINING.astype(np.float64)).items()
 }
+# Of the sets of source images that the distances are in units of.
+COUNT = 7
+
+
+def units(covariance):
+    """One over what the distances of mean and covariance are between two sets of images."""
+    width, trace = len(covariance), np.trace(covariance)
+    of_mean = 2 * trace / (COUNT * width)
+    of_covariance = 2 * (np.square(covariance).sum() + trace**2) / (COUNT - 1) / (4 * width**2)
+    return 1 / of_mean, 1 / of_covariance
+
+
 # A distance's weight, and those of its mean and of its covariance.
-WEIGHTS = {"encoder": (0.7, 3.0, 40.0), "head": (0.4, 2.0, 5.0)}
+WEIGHTS = {
+    "encoder": (0.7, *units(MOMENTS["encoder"][1])),
+    "head": (0.4, *units(MOMENTS["head"][1])),
+}
 
 
 class Training:
@@ -158,37 +175,35 @@ class TestTTTPlus:
 
     QUEUE, RATE, MOMENTUM = 6, 0.05, 0.9
 
-    def loss(self, model):
-        """NT-Xent of a model function, and the distances at the encoder and at the head."""
-        terms = []
-        for place, apply in (("encoder", shared), ("head", project)):
-            weight, mean_weight, covariance_weight = WEIGHTS[place]
-            distance = losses.moment_matching(
-                apply,
-                ttt.source_statistics(losses.feature_moments(apply), FEATURES, Training()),
-                mean_weight=mean_weight,
-                covariance_weight=covariance_weight,
-                queue=self.QUEUE,
-                batch=True,
-            )
-            terms.append((weight, distance))
-        contrastive = losses.contrastive(model, brightness, temperature=TEMPERATURE, batch=True)
-        return losses.weighted((1.0, contrastive), *terms)
-
-    def without_memory(self, model):
-        loss = self.loss(model)
-        return lambda params, x, key: loss.value(params, loss.init(params), x, key)
+    def views(self, model):
+        """Its first term, with the first of the keys."""
+        loss = losses.contrastive(model, brightness, temperature=TEMPERATURE, batch=True)
+        return losses.weighted((1.0, loss))
 
     def test_online(self):
-        adapter = ttt.gradient_adapter(
-            self.loss(project),
-            optax.sgd(self.RATE, momentum=self.MOMENTUM),
+        method = methods.ttt_plus_plus(
+            classify,
+            shared,
+            project,
+            augment=brightness,
+            encoder_weight=WEIGHTS["encoder"][0],
+            head_weight=WEIGHTS["head"][0],
+            contrastive_weight=1.0,
+            temperature=TEMPERATURE,
+            queue=self.QUEUE,
+            count=COUNT,
+            optimizer=optax.sgd(self.RATE, momentum=self.MOMENTUM),
             select=select.paths(*PROJECTION),
+            serve=with_weights(classify, BATCHES),
         )
-        results, fast = stream(
-            adapter, classify, FEATURES, BATCHES, reset=resets.never(), predict="after"
+        built = method.build(
+            ttt.source_statistics(method.measure, FEATURES, Training(), reduce=method.reduce)
         )
-        (views,) = drawn(self.without_memory, project, FEATURES, 1, BATCHES)
+        _, ((outputs, weights), info), carries = quickly(
+            lambda p, x, k: scanned(built, p, x, k), FEATURES, BATCHES, KEYS
+        )
+        results, fast = (outputs, weights, info), carries.state.fast
+        (views,) = drawn(self.views, project, FEATURES, 1, BATCHES)
         p, optimizer = SOURCE, golden.SGD(self.RATE, self.MOMENTUM)
         queues = {place: np.zeros((0, len(mean))) for place, (mean, _) in MOMENTS.items()}
         for i, batch in enumerate(BATCHES.astype(np.float64)):
@@ -212,16 +227,29 @@ class TestActMAD:
     VIEWS, STEPS, RATE, MOMENTUM, DECAY = 4, 3, 0.2, 0.9, 0.1
 
     def loss(self, model):
-        source = ttt.source_statistics(losses.activation_moments(collect), FEATURES, Training())
-        return losses.activation_matching(model, source, augment=grain, num_views=self.VIEWS)
+        return losses.activation_matching(model, self.source(), augment=grain, num_views=self.VIEWS)
+
+    def source(self):
+        return ttt.source_statistics(losses.activation_moments(collect), FEATURES, Training())
 
     def test_episodes(self):
         optimizer = optax.chain(
             optax.add_decayed_weights(self.DECAY),
             optax.sgd(self.RATE, momentum=self.MOMENTUM, nesterov=True),
         )
-        adapter = ttt.gradient_adapter(self.loss(collect), optimizer, select=select.paths(*DECODER))
-        results = episodes(adapter, classify, FEATURES, self.STEPS)
+        built = methods.actmad(
+            classify,
+            collect,
+            augment=grain,
+            num_views=self.VIEWS,
+            optimizer=optimizer,
+            select=select.paths(*DECODER),
+            num_steps=self.STEPS,
+            batch=False,
+            serve=with_weights(classify, IMAGES),
+        ).build(self.source())
+        (outputs, weights), info = quickly(ttt.batched(ttt.episode(built)), FEATURES, IMAGES, KEYS)
+        results = outputs, weights, info
         (views,) = drawn(self.loss, collect, FEATURES, self.STEPS)
         for i, image in enumerate(IMAGES):
             noise = (views[i] - image).reshape(-1, image.size)
@@ -232,3 +260,13 @@ class TestActMAD:
             p, *steps = golden.adapt(SOURCE, golden_features.activation_matching, optimizer, data)
             close_to(results, i, p, steps)
             golden.adapted(SOURCE, p, DECODER, 0.01)
+
+    def test_the_source_is_measured_on_views(self):
+        """One view of each image, drawn by its index in the batch."""
+        method = methods.actmad(classify, collect, augment=grain)
+        measured = quickly(method.measure, FEATURES, TRAINING)
+        keys = jax.random.split(jax.random.key(0), len(TRAINING))
+        views = np.asarray(jax.vmap(grain)(TRAINING, keys), np.float64)
+        layer, _ = golden_features.activations(SOURCE, views)
+        golden.close(measured["mean"]["shared"], layer.mean(axis=0))
+        golden.close(measured["square"]["shared"], np.square(layer).mean(axis=0))

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import ttt_jax as ttt
-from ttt_jax import losses
+from ttt_jax import losses, methods
 
 from .compiling import quickly
 from .streaming import scanned
@@ -219,16 +219,15 @@ def test_eata_is_its_formula_step_by_step():
     """Filters, weights, moving average, Fisher penalty and momentum over three batches."""
     e0, epsilon, beta, rate, momentum = 0.8 * np.log(3), 0.8, 0.7, 0.3, 0.9
     fisher = jax.tree.map(lambda leaf: np.abs(leaf) + 0.1, PARAMS)
-    loss = losses.sample_adaptive_entropy(
-        linear, num_classes=3, epsilon=epsilon, margin=0.8, batch=True
-    )
-    adapter = ttt.gradient_adapter(
-        loss,
-        optax.sgd(rate, momentum=momentum),
+    stream = methods.eata(
+        linear,
+        num_classes=3,
+        epsilon=epsilon,
+        fisher_weight=beta,
+        margin=0.8,
+        optimizer=optax.sgd(rate, momentum=momentum),
         select=EVERYTHING,
-        anchor=jax.tree.map(lambda leaf: 2 * beta * leaf, fisher),
-    )
-    stream = ttt.online(adapter, linear, reset=ttt.resets.never(), predict="before")
+    ).build(fisher)
     keys = ttt.sample_keys(KEY, np.arange(3))
     carry, (outputs, infos), _ = quickly(lambda p: scanned(stream, p, XS, keys), PARAMS)
 
@@ -255,12 +254,14 @@ def test_eata_is_its_formula_step_by_step():
     assert sum(numbers) < 12 and min(numbers) > 0
 
 
-def sar_adapter(rate, rho, margin):
-    def reliable(reference=None):
-        return losses.reliable_entropy(linear, margin=margin, reference=reference, batch=True)
-
-    return ttt.sharpness_aware_adapter(
-        reliable(), optax.sgd(rate), select=EVERYTHING, rho=rho, peak_loss=reliable
+def sar_stream(rate, rho, margin, reset_below=0.0):
+    return methods.sar(
+        linear,
+        margin=margin,
+        rho=rho,
+        reset_below=reset_below,
+        optimizer=optax.sgd(rate),
+        select=EVERYTHING,
     )
 
 
@@ -275,6 +276,11 @@ def sar(theta, x, *, rate, rho, e0):
     return theta - rate * descent, entropies(forward(peak, x))[kept].mean(), kept, second
 
 
+def one_step(stream, x):
+    carry, (_, info) = quickly(lambda p: stream.step(p, stream.init(p), x, KEY), PARAMS)
+    return carry.state, info
+
+
 class TestSAR:
     def test_step(self):
         """With a large radius the two filters differ, and only what both keep counts."""
@@ -283,30 +289,21 @@ class TestSAR:
         expected, value, kept, second = sar(theta, x, rate=rate, rho=rho, e0=margin * np.log(3))
         first = entropies(forward(theta, x)) < margin * np.log(3)
         assert 0 < kept.sum() < min(first.sum(), second.sum())
-        adapter = sar_adapter(rate, rho, margin)
-        state, info = quickly(lambda p: adapter.step(p, adapter.init(p), x, KEY), PARAMS)
+        state, info = one_step(sar_stream(rate, rho, margin), x)
         np.testing.assert_allclose(theta_of(state.fast), expected, rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(info.loss, value, rtol=1e-3)
+        np.testing.assert_allclose(info.loss[0], value, rtol=1e-3)
 
     def test_no_reliable_sample_no_step(self):
-        adapter = sar_adapter(0.5, 0.05, 0.001)
-        state, info = quickly(lambda p: adapter.step(p, adapter.init(p), XS[0], KEY), PARAMS)
+        state, info = one_step(sar_stream(0.5, 0.05, 0.001, reset_below=np.inf), XS[0])
         np.testing.assert_array_equal(theta_of(state.fast), theta_of(PARAMS))
-        assert info.finite and state.count == 0
+        assert info.ok and not info.reset and state.count == 0
 
     def test_recovers_by_the_moving_average_of_the_loss_at_the_peak(self):
         """Batches grow surer; the average starts at the first loss and anew after a reset."""
         rate, rho, margin, threshold = 0.02, 0.05, 0.9, 0.45
         # Zeros are of the largest entropy: none is reliable, and the average must not see a 0.
         xs = np.stack([XS[0] * scale for scale in (1, 2, 4, 0, 8, 8, 8, 8, 8, 1, 1)])
-        stream = ttt.online(
-            sar_adapter(rate, rho, margin),
-            linear,
-            reset=ttt.resets.on_collapse(
-                lambda output, info: jnp.where(info.updated, info.loss[-1], jnp.nan), threshold
-            ),
-            predict="before",
-        )
+        stream = sar_stream(rate, rho, margin, threshold)
         keys = ttt.sample_keys(KEY, np.arange(len(xs)))
         carry, (_, infos), _ = quickly(lambda p: scanned(stream, p, xs, keys), PARAMS)
 

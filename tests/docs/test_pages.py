@@ -50,6 +50,7 @@ def _public(module):
     "name",
     [
         "ttt_jax",
+        "ttt_jax.methods",
         "ttt_jax.losses",
         "ttt_jax.budget",
         "ttt_jax.neighbors",

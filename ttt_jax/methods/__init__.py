@@ -14,11 +14,13 @@ Streams of instances (a :class:`~ttt_jax.Stream`):
 
 What any of them may predict with: :func:`mean_over_views`.
 
-Whole batches and streams (the instance is a batch):
+Whole batches and streams (an instance is a batch):
 
-* :func:`tent`, :func:`pseudo_label`, :func:`sar`: a :class:`~ttt_jax.Stream` by entropy
+* :func:`tent`, :func:`pseudo_label`, :func:`sar`, :func:`rdumb`, :func:`deyo`, :func:`cotta`,
+  :func:`rotta`: a :class:`~ttt_jax.Stream` of batches, by gradient steps
 * :func:`eata`, :func:`actmad`, :func:`ttt_plus_plus`: a :class:`~ttt_jax.FromSource`, which
   measures source data first
+* :func:`lame` (a :class:`~ttt_jax.Predictor` over a batch), :func:`t3a`, :func:`dua`: no gradient
 
 Defaults are those of the publication. Every docstring has the formula, the published setting,
 how the method fails, its cost, its source, and what differs from the authors' code.
@@ -27,13 +29,20 @@ how the method fails, its cost, its source, and what differs from the authors' c
 from ttt_jax.methods.actmad import actmad
 from ttt_jax.methods.augmented import augmented, every_view, mean_over_views
 from ttt_jax.methods.bn_adapt import bn_adapt
+from ttt_jax.methods.cotta import cotta
+from ttt_jax.methods.deyo import deyo
+from ttt_jax.methods.dua import dua
 from ttt_jax.methods.eata import eata
+from ttt_jax.methods.lame import lame
 from ttt_jax.methods.memo import memo
 from ttt_jax.methods.neighbors import neighbors
 from ttt_jax.methods.pseudo_label import pseudo_label
+from ttt_jax.methods.rdumb import rdumb
 from ttt_jax.methods.rotation_memo import rotation_memo, rotation_memo_online
+from ttt_jax.methods.rotta import rotta
 from ttt_jax.methods.sar import sar
 from ttt_jax.methods.source import source
+from ttt_jax.methods.t3a import t3a
 from ttt_jax.methods.tent import tent
 from ttt_jax.methods.ttt_denoising import ttt_denoising
 from ttt_jax.methods.ttt_mae import ttt_mae
@@ -45,16 +54,23 @@ __all__ = [
     "actmad",
     "augmented",
     "bn_adapt",
+    "cotta",
+    "deyo",
+    "dua",
     "eata",
     "every_view",
+    "lame",
     "mean_over_views",
     "memo",
     "neighbors",
     "pseudo_label",
+    "rdumb",
     "rotation_memo",
     "rotation_memo_online",
+    "rotta",
     "sar",
     "source",
+    "t3a",
     "tent",
     "ttt_denoising",
     "ttt_mae",

@@ -79,9 +79,9 @@ def sar(
     def reliable(reference: Params | None = None) -> AuxLoss:
         return losses.reliable_entropy(classify, margin=margin, reference=reference, batch=batch)
 
-    def health(output: Any, info: Info) -> jax.Array:
+    def health(output: Any, info: Info) -> Any:
         # Without a reliable instance there is no loss: its 0 must not enter the average.
-        return jnp.where(info.updated, info.loss[-1], jnp.nan)
+        return jnp.where(info.updated, info.loss[-1], jnp.nan) if num_steps else jnp.nan
 
     adapter = sharpness_aware_adapter(
         reliable(), optimizer, select=select, rho=rho, peak_loss=reliable

@@ -1,4 +1,4 @@
-"""Tent against NumPy in float64: entropy through batch statistics, Adam, order of prediction."""
+"""Tent and pseudo-labels against NumPy in float64, through batch statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,10 @@ import optax
 import pytest
 
 import ttt_jax as ttt
-from ttt_jax import losses, resets, select
-
-from . import golden
-from .compiling import quickly
-from .streaming import rows, run
+from tests.core import golden
+from tests.core.compiling import quickly
+from tests.core.streaming import rows, scanned
+from ttt_jax import methods, resets
 
 N, SIZE, INPUTS, WIDTH, CLASSES = 3, 8, 6, 5, 3
 # Adam divides each slope by its size. With this seed none is below 0.003, where float32 is exact
@@ -59,9 +58,8 @@ def predicted(params, batch):
     return model(params, batch), params
 
 
-def tent():
-    loss = losses.entropy(model, batch=True)
-    return ttt.gradient_adapter(loss, optax.adam(RATE), select=select.norm_affine())
+def tent(**options):
+    return methods.tent(model, optimizer=optax.adam(RATE), serve=predicted, **options)
 
 
 def test_the_gradient_by_hand_is_a_slope():
@@ -71,14 +69,9 @@ def test_the_gradient_by_hand_is_a_slope():
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_online(order):
     """One step a batch. Parameters, moments and their count go on from batch to batch."""
-    _, ((outputs, weights), info), carries = run(
-        tent(),
-        xs=BATCHES,
-        keys=KEYS,
-        params=PARAMS,
-        apply=predicted,
-        reset=resets.never(),
-        predict=order,
+    stream = tent(predict=order)
+    _, ((outputs, weights), info), carries = quickly(
+        lambda p, x, k: scanned(stream, p, x, k), PARAMS, BATCHES, KEYS
     )
     p, optimizer = SOURCE, golden.Adam(RATE)
     for i, batch in enumerate(BATCHES.astype(np.float64)):
@@ -94,7 +87,7 @@ def test_online(order):
 
 def test_episodes_predict_after():
     """Two steps a batch, every batch from the source parameters and with fresh moments."""
-    predict = ttt.batched(ttt.episodic(tent(), predicted, num_steps=2))
+    predict = ttt.batched(ttt.episode(tent(num_steps=2, predict="after")))
     (outputs, weights), info = quickly(predict, PARAMS, BATCHES, KEYS)
     for i, batch in enumerate(BATCHES.astype(np.float64)):
         p, *steps = golden.adapt(SOURCE, golden.entropy, golden.Adam(RATE), [(batch,)] * 2)
@@ -102,3 +95,44 @@ def test_episodes_predict_after():
         golden.same_weights(rows(weights, i), p)
         golden.close(outputs[i], golden.batch_normalized(p, batch)[0])
         golden.adapted(SOURCE, p, AFFINE, 0.01)
+
+
+def test_episodes_predict_before():
+    """What a stream's first step gives: the source prediction, whatever is learned after it."""
+    (outputs, weights), info = quickly(ttt.batched(ttt.episode(tent())), PARAMS, BATCHES, KEYS)
+    for i, batch in enumerate(BATCHES.astype(np.float64)):
+        golden.close(outputs[i], golden.batch_normalized(SOURCE, batch)[0])
+        golden.same_weights(rows(weights, i), SOURCE)
+    assert info.updated.all() and info.loss.shape == (N, 1)
+
+
+def pseudo_label(p, batch, labels):
+    """``sum_n w_n CE(p_n, y_n) / max(sum_n w_n, 1)`` with the labels and weights of before."""
+    probability = golden.softmax(golden.batch_normalized(p, batch)[0])
+    kept = labels >= 0
+    chosen = probability[np.arange(len(batch)), labels]
+    return -(np.log(chosen) * kept).sum() / max(kept.sum(), 1), None
+
+
+def test_pseudo_label():
+    rate, threshold = 0.5, 0.7
+    stream = methods.pseudo_label(
+        model, threshold=threshold, optimizer=optax.sgd(rate), reset=resets.never(), serve=predicted
+    )
+    _, ((_, weights), info), carries = quickly(
+        lambda p, x, k: scanned(stream, p, x, k), PARAMS, BATCHES, KEYS
+    )
+    p, optimizer, counts = SOURCE, golden.SGD(rate), []
+    for i, batch in enumerate(BATCHES.astype(np.float64)):
+        probability = golden.softmax(golden.batch_normalized(p, batch)[0])
+        labels = np.where(probability.max(axis=1) >= threshold, probability.argmax(axis=1), -1)
+        counts.append((labels >= 0).sum())
+        golden.same_weights(rows(weights, i), p)
+        value, _ = pseudo_label(p, batch, labels)
+        golden.close(info.loss[i], [value])
+        slopes = golden.slopes(pseudo_label, p, AFFINE, batch, labels)
+        p = optimizer.step(p, slopes)
+        golden.same_weights(rows(carries.state.fast, i), p)
+    # The threshold leaves some out, never all.
+    assert 0 < min(counts) and sum(counts) < N * SIZE
+    golden.adapted(SOURCE, p, AFFINE, 0.001)
