@@ -97,6 +97,14 @@ PUBLISHED = {
         "select": AFFINE,
         "predict": "before",
     },
+    "note": {
+        "capacity": 64,
+        "update_every": 64,
+        "momentum": 0.01,
+        "optimizer": golden.Adam(1e-4),
+        "select": AFFINE,
+        "predict": "before",
+    },
     "dua": {
         "num_views": 64,
         "momentum": 0.1,

@@ -3,7 +3,7 @@
 Whole batches and streams:
 
 * :func:`tent`, :func:`pseudo_label`, :func:`sar`, :func:`rdumb`, :func:`deyo`, :func:`cotta`,
-  :func:`rotta`: a :class:`~ttt_jax.Stream` of batches, by gradient steps
+  :func:`rotta`, :func:`note`: a :class:`~ttt_jax.Stream` of batches, by gradient steps
 * :func:`eata`, :func:`actmad`, :func:`ttt_plus_plus`: a :class:`~ttt_jax.FromSource`, which
   measures source data first
 * :func:`lame` (a :class:`~ttt_jax.Predictor` over a batch), :func:`t3a`, :func:`dua`: no gradient
@@ -18,6 +18,7 @@ from ttt_jax.methods.deyo import deyo
 from ttt_jax.methods.dua import dua
 from ttt_jax.methods.eata import eata
 from ttt_jax.methods.lame import lame
+from ttt_jax.methods.note import note
 from ttt_jax.methods.pseudo_label import pseudo_label
 from ttt_jax.methods.rdumb import rdumb
 from ttt_jax.methods.rotta import rotta
@@ -33,6 +34,7 @@ __all__ = [
     "dua",
     "eata",
     "lame",
+    "note",
     "pseudo_label",
     "rdumb",
     "rotta",
