@@ -191,8 +191,8 @@ def test_streams(name):
         _, early, _ = scanned(lasting, params, spoiled[swapped], keys[swapped])
         clean = np.array([0, 2, 3, 4])
         first, second = (
-            jax.tree.map(lambda leaf, places=places: leaf[places], result)
-            for result, places in ((late, clean), (early, swapped[clean]))
+            jax.tree.map(lambda leaf, order=order: leaf[order], result)
+            for result, order in ((late, clean), (early, swapped[clean]))
         )
         return {
             "every_1": audit.distance(

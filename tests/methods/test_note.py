@@ -138,9 +138,9 @@ def test_a_memory_that_is_not_full_is_repeated():
     probability = golden.softmax(forward(SOURCE, rows, statistics(rows)))
     each = -(probability * np.log(probability)).sum(axis=1)
     lab.close(infos.loss[:, 0], [0, each[:2].mean()])
-    found = carries.state.memory.statistics["batch_stats"]["norm"]
-    lab.close(found["mean"][1], rows.mean(axis=0))
-    lab.close(found["var"][1], rows.var(axis=0))
+    stored = carries.state.memory.statistics["batch_stats"]["norm"]
+    lab.close(stored["mean"][1], rows.mean(axis=0))
+    lab.close(stored["var"][1], rows.var(axis=0))
 
 
 def test_bad_input():

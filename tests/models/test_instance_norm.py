@@ -52,42 +52,42 @@ def running():
 
 @pytest.mark.parametrize("width", [0.5, 4.0])
 def test_running_statistics_are_corrected(width):
-    found = from_linen(Net(), norm=InstanceAware(width))(VARIABLES, X)
+    actual = from_linen(Net(), norm=InstanceAware(width))(VARIABLES, X)
     wanted, touched = expected(X.astype(np.float64), *running(), width)
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5)
     assert 0 < touched < 12
     # An instance does not see its mates.
     alone = from_linen(Net(), norm=InstanceAware(width))(VARIABLES, X[1:2])
-    np.testing.assert_allclose(alone[0], found[1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(alone[0], actual[1], rtol=1e-5, atol=1e-6)
 
 
 def test_without_a_deviation_it_is_the_source():
-    found = from_linen(Net(), norm=InstanceAware(1e6))(VARIABLES, X)
-    np.testing.assert_allclose(found, from_linen(Net())(VARIABLES, X), rtol=1e-5, atol=1e-6)
+    actual = from_linen(Net(), norm=InstanceAware(1e6))(VARIABLES, X)
+    np.testing.assert_allclose(actual, from_linen(Net())(VARIABLES, X), rtol=1e-5, atol=1e-6)
 
 
 def test_the_width_may_be_traced():
     widths = np.array([0.5, 4.0], np.float32)
     many = jax.vmap(lambda w: from_linen(Net(), norm=InstanceAware(w))(VARIABLES, X))(widths)
     for row, width in zip(many, (0.5, 4.0), strict=True):
-        one = from_linen(Net(), norm=InstanceAware(width))(VARIABLES, X)
-        np.testing.assert_allclose(row, one, rtol=1e-5, atol=1e-6)
+        alone = from_linen(Net(), norm=InstanceAware(width))(VARIABLES, X)
+        np.testing.assert_allclose(row, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_training_corrects_the_statistics_of_the_batch():
     collect = linen_statistics(Net(), outputs=True, norm=InstanceAware(1.0))
-    found, statistics = collect(VARIABLES, X)
+    actual, statistics = collect(VARIABLES, X)
     x = X.astype(np.float64)
     mean, var = x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2))
-    np.testing.assert_allclose(found, expected(x, mean, var, 1.0)[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(actual, expected(x, mean, var, 1.0)[0], rtol=1e-3, atol=1e-4)
     plain = linen_statistics(Net())(VARIABLES, X)
     jax.tree.map(np.testing.assert_array_equal, statistics, plain)
 
 
 def test_layers_without_locations_keep_the_source():
     rows = X[:, 0, 0]
-    found = from_linen(Net(), norm=InstanceAware())(VARIABLES, rows)
-    np.testing.assert_array_equal(found, from_linen(Net())(VARIABLES, rows))
+    actual = from_linen(Net(), norm=InstanceAware())(VARIABLES, rows)
+    np.testing.assert_array_equal(actual, from_linen(Net())(VARIABLES, rows))
 
 
 def test_refused():
