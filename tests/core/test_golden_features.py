@@ -21,7 +21,6 @@ from .golden_models import (
     KEYS,
     SHARED,
     SIZE,
-    N,
     brightness,
     classify,
     decode,
@@ -108,31 +107,6 @@ def test_the_gradients_by_hand_are_slopes():
         golden_features.ttt_plus, SOURCE, views[1:], views, queues, MOMENTS, TEMPERATURE, WEIGHTS
     )
     golden.same_slopes(golden_features.activation_matching, SOURCE, views, ACTIVATIONS)
-
-
-class TestDenoising:
-    """Shared layer and decoder adapt by SGD; the class head is frozen."""
-
-    COPIES, STEPS, RATE = 3, 2, 5.0
-
-    def loss(self, model):
-        return losses.denoising(model, noise=0.3, num_copies=self.COPIES)
-
-    def test_episodes(self):
-        adapter = ttt.gradient_adapter(
-            self.loss(decode), optax.sgd(self.RATE), select=select.paths(*DECODER)
-        )
-        results = episodes(adapter, classify, FEATURES, self.STEPS)
-        (noisy,) = drawn(self.loss, decode, FEATURES, self.STEPS)
-        # Every copy of every step has noise of its own.
-        noise = (noisy - IMAGES[:, None, None]).reshape(-1, IMAGES[0].size)
-        assert len(np.unique(noise.round(4)[:, 0])) == N * self.STEPS * self.COPIES
-        np.testing.assert_allclose(noise.std(axis=1), 0.3, atol=0.1)
-        for i, image in enumerate(IMAGES.astype(np.float64)):
-            data = [(copies, np.stack([image] * self.COPIES)) for copies in noisy[i]]
-            p, *steps = golden.adapt(SOURCE, golden_features.denoising, golden.SGD(self.RATE), data)
-            close_to(results, i, p, steps)
-            golden.adapted(SOURCE, p, DECODER, 0.01)
 
 
 class TestContrastive:

@@ -51,6 +51,8 @@ def _public(module):
     [
         "ttt_jax",
         "ttt_jax.methods",
+        "ttt_jax.views.image",
+        "ttt_jax.views.augmix",
         "ttt_jax.losses",
         "ttt_jax.budget",
         "ttt_jax.neighbors",

@@ -125,6 +125,16 @@ STREAMS = {
         optimizer=SGD,
         **options,
     ),
+    "note": lambda **options: methods.note(
+        models.classify,
+        classify_statistics,
+        like=IMAGES[0],
+        num_classes=models.CLASSES,
+        capacity=6,
+        update_every=4,
+        optimizer=SGD,
+        **options,
+    ),
     "t3a": lambda **options: methods.t3a(models.features, linear=linear, num_supports=3, **options),
     "dua": lambda **options: methods.dua(
         models.classify, models.batch_moments, augment=jitter_pixels, num_views=3, **options
@@ -132,7 +142,7 @@ STREAMS = {
 }
 ONE_IMAGE = ("dua",)
 # Statistics alone, a memory alone, and one step at most in many instances.
-NO_STEPS = ("dua", "t3a", "rotta")
+NO_STEPS = ("dua", "t3a", "rotta", "note")
 
 
 def instances_of(name):
@@ -181,8 +191,8 @@ def test_streams(name):
         _, early, _ = scanned(lasting, params, spoiled[swapped], keys[swapped])
         clean = np.array([0, 2, 3, 4])
         first, second = (
-            jax.tree.map(lambda leaf, places=places: leaf[places], result)
-            for result, places in ((late, clean), (early, swapped[clean]))
+            jax.tree.map(lambda leaf, order=order: leaf[order], result)
+            for result, order in ((late, clean), (early, swapped[clean]))
         )
         return {
             "every_1": audit.distance(

@@ -97,6 +97,14 @@ PUBLISHED = {
         "select": AFFINE,
         "predict": "before",
     },
+    "note": {
+        "capacity": 64,
+        "update_every": 64,
+        "momentum": 0.01,
+        "optimizer": golden.Adam(1e-4),
+        "select": AFFINE,
+        "predict": "before",
+    },
     "dua": {
         "num_views": 64,
         "momentum": 0.1,
@@ -111,27 +119,27 @@ PUBLISHED = {
 COMMON = {"num_steps": 1, "reset": NEVER, "batch": True, "serve": None}
 
 
-def same_optimizer(found, published):
+def same_optimizer(actual, published):
     """Three steps on two parameters."""
     params = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
     p = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
-    state, rng = found.init(params), np.random.default_rng(0)
+    state, rng = actual.init(params), np.random.default_rng(0)
     for _ in range(3):
         gradient = {name: rng.normal(size=leaf.shape) for name, leaf in p.items()}
         slopes = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in gradient.items()}
-        updates, state = found.update(slopes, state, params)
+        updates, state = actual.update(slopes, state, params)
         params = jax.tree.map(jnp.add, params, updates)
         p = published.step(p, gradient)
     for name, leaf in p.items():
         np.testing.assert_allclose(params[name], leaf, rtol=1e-6)
 
 
-def same_selection(found, published):
+def same_selection(actual, published):
     params = models.make_params()
-    assert select.describe(found, params).paths == select.describe(published, params).paths
+    assert select.describe(actual, params).paths == select.describe(published, params).paths
 
 
-def same_reset(found, published):
+def same_reset(actual, published):
     """When it fires in a stream, and how many elements it restores then."""
 
     def state(value):
@@ -140,11 +148,11 @@ def same_reset(found, published):
     info = Info(jnp.ones(1), jnp.ones(1), jnp.array(True), jnp.array(True))
 
     def step(carry, key):
-        carry, new, fired = found.apply(carry, state(1.0), state(0.0), None, info, key)
+        carry, new, fired = actual.apply(carry, state(1.0), state(0.0), None, info, key)
         return carry, (fired, (new.fast == 0).mean())
 
     keys = jax.random.split(jax.random.key(0), 1001)
-    _, (fired, restored) = jax.jit(lambda: jax.lax.scan(step, found.init(), keys))()
+    _, (fired, restored) = jax.jit(lambda: jax.lax.scan(step, actual.init(), keys))()
     kind, *numbers = published
     if kind == "restore":
         assert fired.all() and float(restored.mean()) == pytest.approx(numbers[0], rel=0.01)
@@ -185,13 +193,13 @@ def test_all_but_model_functions_is_keyword_only(name):
 
 
 @pytest.mark.parametrize(
-    ("found", "published", "check"),
+    ("actual", "published", "check"),
     [
         (resets.every(999), ("every", 1000), same_reset),
         (resets.stochastic_restore(0.02), ("restore", 0.01), same_reset),
         (select.biases(), AFFINE, same_selection),
     ],
 )
-def test_the_checks_tell_settings_apart(found, published, check):
+def test_the_checks_tell_settings_apart(actual, published, check):
     with pytest.raises(AssertionError):
-        check(found, published)
+        check(actual, published)

@@ -110,8 +110,8 @@ def test_without_such_an_image_there_is_no_step():
 
 
 def test_one_image():
-    one = stream_of(batch=False, threshold=-1.0, entropy_margin=2.0)
-    predict = ttt.batched(ttt.episode(one))
+    single = stream_of(batch=False, threshold=-1.0, entropy_margin=2.0)
+    predict = ttt.batched(ttt.episode(single))
     outputs, info = predict(PARAMS, IMAGES, ttt.sample_keys(KEY, np.arange(COUNT)))
     lab.close(outputs, classify(PARAMS, IMAGES))
     assert info.aux["kept"].shape == (COUNT, 1, 1) and info.updated.all()

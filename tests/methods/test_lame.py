@@ -20,11 +20,11 @@ def features(params, inputs):
 def neighbors(vectors, count):
     """The ``count`` others of the largest cosine, for every row."""
     units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    found = []
+    rows = []
     for i, unit in enumerate(units):
         distance = np.linalg.norm(units - unit, axis=1)
-        found.append([j for j in np.argsort(distance) if j != i][:count])
-    return found
+        rows.append([j for j in np.argsort(distance) if j != i][:count])
+    return rows
 
 
 def agreed(p, near, steps):

@@ -225,6 +225,21 @@ def test_outputs_of_the_pass_that_collects(net):
     jax.tree.map(np.testing.assert_array_equal, statistics, alone)
 
 
+def test_a_prior_may_be_served_while_the_batch_is_collected(net):
+    """What RoTTA's normalization is: the second layer sees what the blend in the first made."""
+    outputs, statistics = linen_statistics(Net(), outputs=True, norm=16)(net, X)
+    np.testing.assert_array_equal(outputs, from_linen(Net(), norm=16)(net, X))
+    alone = linen_statistics(Net())(net, X)["batch_stats"]
+    found = statistics["batch_stats"]
+    jax.tree.map(np.testing.assert_array_equal, found["bn1"], alone["bn1"])
+    assert np.abs(found["bn2"]["mean"] - alone["bn2"]["mean"]).max() > 1e-3
+    shared = Twice().init(jax.random.key(0), X, method="both")
+    outputs, _ = linen_statistics(Twice(), outputs=True, norm=3)(shared, X)
+    np.testing.assert_allclose(outputs, from_linen(Twice(), norm=3)(shared, X), rtol=1e-6)
+    with pytest.raises(ValueError, match="collects the statistics of a batch"):
+        linen_statistics(Net(), norm="running")
+
+
 def test_gradients_flow_as_in_training(net):
     def grad(fn):
         return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(fn({**net, "params": p})))))(

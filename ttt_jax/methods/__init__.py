@@ -15,9 +15,10 @@ Streams of instances (a :class:`~ttt_jax.Stream`):
 What any of them may predict with: :func:`mean_over_views`.
 
 Whole batches and streams (the instance is a batch):
+Whole batches and streams (an instance is a batch):
 
 * :func:`tent`, :func:`pseudo_label`, :func:`sar`, :func:`rdumb`, :func:`deyo`, :func:`cotta`,
-  :func:`rotta`: a :class:`~ttt_jax.Stream` of batches, by gradient steps
+  :func:`rotta`, :func:`note`: a :class:`~ttt_jax.Stream` of batches, by gradient steps
 * :func:`eata`, :func:`actmad`, :func:`ttt_plus_plus`: a :class:`~ttt_jax.FromSource`, which
   measures source data first
 * :func:`lame` (a :class:`~ttt_jax.Predictor` over a batch), :func:`t3a`, :func:`dua`: no gradient
@@ -36,6 +37,7 @@ from ttt_jax.methods.eata import eata
 from ttt_jax.methods.lame import lame
 from ttt_jax.methods.memo import memo
 from ttt_jax.methods.neighbors import neighbors
+from ttt_jax.methods.note import note
 from ttt_jax.methods.pseudo_label import pseudo_label
 from ttt_jax.methods.rdumb import rdumb
 from ttt_jax.methods.rotation_memo import rotation_memo, rotation_memo_online
@@ -63,6 +65,7 @@ __all__ = [
     "mean_over_views",
     "memo",
     "neighbors",
+    "note",
     "pseudo_label",
     "rdumb",
     "rotation_memo",

@@ -18,9 +18,15 @@ from ttt_jax.methods._batches import (
     prediction,
     with_batch_axis,
 )
+from ttt_jax.methods._memory import (
+    STATISTICS,
+    all_finite,
+    empty_slots,
+    follow,
+    repeated,
+    with_statistics,
+)
 from ttt_jax.online import online
-
-_STATISTICS = select.statistics()
 
 
 class Bank(NamedTuple):
@@ -133,21 +139,14 @@ def rotta(
         relative = entropy / jnp.log(float(num_classes))
         return timeliness * jax.nn.sigmoid(age / capacity) + uncertainty * relative
 
-    def follow(old: PyTree, new: PyTree) -> PyTree:
-        return jax.tree.map(lambda a, b: (1 - momentum) * a + momentum * b, old, new)
-
-    def with_statistics(params: Params, statistics: PyTree) -> Params:
-        return _STATISTICS.merge(statistics, _STATISTICS.split(params)[1])
-
     def teacher_of(params: Params, memory: Memory) -> Params:
         teacher = select.merge(memory.teacher, select.split(params)[1])
         return with_statistics(teacher, memory.teacher_statistics)
 
     def init(params: Params) -> Memory:
-        statistics = _STATISTICS.split(params)[0]
-        empty = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), like)
+        statistics = STATISTICS.split(params)[0]
         slots = jnp.zeros(capacity)
-        bank = Bank(empty, jnp.full(capacity, -1), slots, slots)
+        bank = Bank(empty_slots(like, capacity), jnp.full(capacity, -1), slots, slots)
         none = jnp.zeros((), jnp.int32)
         fast = select.split(params)[0]
         return Memory(bank, fast, statistics, statistics, none, jnp.zeros((), bool))
@@ -167,7 +166,7 @@ def rotta(
         return memory._replace(bank=bank, seen=seen, due=due)
 
     def learn(params: Params, memory: Memory, key: Key) -> tuple[jax.Array, PyTree, PyTree]:
-        index, counts = _repeated(memory.bank.label >= 0)
+        index, counts = repeated(memory.bank.label >= 0)
         x = jax.tree.map(lambda leaf: leaf[index], memory.bank.x)
         logits, of_teacher = classify_statistics(teacher_of(params, memory), x)
         target = jax.nn.softmax(jax.lax.stop_gradient(logits.astype(jnp.float32)), axis=-1)
@@ -182,14 +181,13 @@ def rotta(
         memory = remember(params, memory, with_batch_axis(x, batch))
         old = (memory.teacher_statistics, memory.student_statistics)
 
-        def update() -> tuple[jax.Array, tuple[PyTree, PyTree]]:
+        def update() -> tuple[jax.Array, tuple[PyTree, ...]]:
             loss, *new = learn(params, memory, key)
-            return loss, (follow(old[0], new[0]), follow(old[1], new[1]))
+            return loss, tuple(follow(a, b, momentum) for a, b in zip(old, new, strict=True))
 
         loss, new = jax.lax.cond(memory.due, update, lambda: (jnp.zeros(()), old))
         # An instance that is not finite may find no room; it must be seen all the same.
-        sound = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(x)]).all()
-        loss = jnp.where(sound, loss, jnp.nan)
+        loss = jnp.where(all_finite(x), loss, jnp.nan)
         return loss, memory._replace(teacher_statistics=new[0], student_statistics=new[1])
 
     def after(adapted: Params, memory: Memory) -> Memory:
@@ -240,11 +238,3 @@ def _joined(
         put(bank.age, jnp.zeros(())),
     )
     return taken._replace(age=taken.age + (taken.label >= 0))
-
-
-def _repeated(used: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Indices of the used slots, repeated in turn to the full length, and 1 for first mentions."""
-    position = jnp.arange(len(used))
-    order = jnp.argsort(~used, stable=True)
-    count = jnp.maximum(used.sum(), 1)
-    return order[position % count], (position < used.sum()).astype(jnp.float32)

@@ -1,5 +1,6 @@
 """Reference models (Flax Linen), bridges for Linen and NNX, importers; needs flax."""
 
+from ttt_jax.models._instance_norm import InstanceAware
 from ttt_jax.models.activations import linen_activations
 from ttt_jax.models.importers import load_resnet26_npz
 from ttt_jax.models.initialize import init
@@ -9,6 +10,7 @@ from ttt_jax.models.resnet import ResNet
 from ttt_jax.models.vit import ViT, patchify, unpatchify
 
 __all__ = [
+    "InstanceAware",
     "ResNet",
     "ViT",
     "from_linen",

@@ -6,7 +6,7 @@ transformations inside the module (``nnx.jit``, ``nnx.remat``, ``nnx.scan``) see
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -111,7 +111,7 @@ def serve(model: nnx.Module, norm: Norm, size: int, *, collect: bool = False) ->
         if isinstance(norm, str):
             layer.ttt_norm = "collect" if collect else norm
         else:
-            layer.ttt_norm = "traced" if isinstance(norm, jax.Array) else float(norm)
+            layer.ttt_norm = "traced" if isinstance(norm, jax.Array) else float(cast(float, norm))
             # As wide as the statistics, so that a scan over stacked layers slices it with them.
             weight = jnp.broadcast_to(source_weight(norm, size), layer.mean.shape)
             layer.ttt_weight = nnx.data(weight)

@@ -1,9 +1,10 @@
-"""The three ways a BatchNorm may be served, shared by the Linen and the NNX bridge.
+"""The ways a BatchNorm may be served, shared by the Linen and the NNX bridge.
 
 ``"running"`` uses the source's running statistics, ``"batch"`` those of the given batch, and a
 prior N blends both: ``N / (N + n)`` source and ``n / (N + n)`` test, with n the number of
 instances in the batch (Schneider et al., 2020, "Improving robustness against common corruptions
 by covariate shift adaptation", equation 1; mean and variance are blended linearly).
+``InstanceAware`` corrects the running statistics instance by instance, in the Linen bridge alone.
 """
 
 import math
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax.models._checks import nearest
+from ttt_jax.models._instance_norm import InstanceAware
 
-Norm: TypeAlias = Literal["running", "batch"] | int | float | jax.Array
-"""``"running"``, ``"batch"`` or a prior N >= 0 (a number, or a traced scalar)."""
+Norm: TypeAlias = Literal["running", "batch"] | int | float | jax.Array | InstanceAware
+"""``"running"``, ``"batch"``, a prior N >= 0 (a number, or a traced scalar), ``InstanceAware``."""
 
 
 def check_norm(norm: Any) -> None:
@@ -26,6 +28,8 @@ def check_norm(norm: Any) -> None:
       ValueError: an unknown name, a negative or non-finite prior, an array that is no scalar.
       TypeError: anything else, booleans included.
     """
+    if isinstance(norm, InstanceAware):
+        return
     if isinstance(norm, str):
         if norm not in ("running", "batch"):
             raise ValueError(

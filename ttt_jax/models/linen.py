@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 
 from ttt_jax.models._checks import batch_size, check_method
+from ttt_jax.models._instance_norm import InstanceAware, instance_aware
 from ttt_jax.models._norm import Norm, check_norm, refuse_single, source_weight
 
 _BATCH_NORM_CALL = inspect.unwrap(nn.BatchNorm.__call__)
@@ -41,7 +42,8 @@ def from_linen(
       norm: ``"running"``: source statistics. ``"batch"``: statistics of the given batch. A
         prior N >= 0, which may be traced: ``N / (N + n)`` source and ``n / (N + n)`` batch
         statistics, n the leading axis of ``inputs`` (instances, not pixels). MEMO's constant
-        16/17 for 64 views of one image is ``norm=16 * 64``.
+        16/17 for 64 views of one image is ``norm=16 * 64``. ``InstanceAware()``: NOTE's correction
+        of the source statistics, instance by instance.
       stochastic: whether ``apply`` takes a key and passes it to the module.
       rngs: the names of the module's random streams, used when ``stochastic``.
       kwargs: further keyword arguments of every call, such as ``{"train": False}``.
@@ -99,7 +101,7 @@ def linen_statistics(
         mode; gradients flow through the statistics, as in :func:`from_linen`.
       norm: what every BatchNorm is served with meanwhile, as in :func:`from_linen`; what is
         collected are the statistics of the batch in any case. RoTTA's robust normalization, 0.05
-        of a batch of n, is the prior ``19 * n``.
+        of a batch of n, is the prior ``19 * n``. ``InstanceAware()`` corrects those of the batch.
 
     Returns:
       ``collect(params, x[N, ...]) -> statistics``: shaped like ``params``, with the batch's
@@ -160,7 +162,7 @@ def _streams(names: tuple[str, ...], args: tuple[Any, ...]) -> dict[str, jax.Arr
 
 
 def _interceptor(
-    norm: Norm, size: int, calls: dict[int, tuple[Any, int]] | None = None
+    norm: Norm, size: int, calls: dict[int, tuple[Any, int, Any]] | None = None
 ) -> Callable[..., Any]:
     """Serves ``norm`` at every BatchNorm; with ``calls``, also stores the batch's statistics."""
     busy = False
@@ -184,7 +186,7 @@ def _batch_norm(
     module: nn.BatchNorm,
     norm: Norm,
     size: int,
-    calls: dict[int, tuple[Any, int]] | None,
+    calls: dict[int, tuple[Any, int, Any]] | None,
     x: jax.Array,
     use_running_average: bool | None = None,
     *,
@@ -196,7 +198,11 @@ def _batch_norm(
             f'from_linen: {where} has no statistics in params["batch_stats"]: pass the whole '
             "variables dict, not the params collection alone."
         )
-    variables = module.variables
+    variables = dict(module.variables)
+    if calls is not None and id(module) in calls:
+        # An earlier call has stored what it collected where the source's statistics were.
+        variables["batch_stats"] = calls[id(module)][2]
+    variables["batch_stats"] = dict(variables["batch_stats"])
     # A detached layer of the same options, so that every number comes from flax's own arithmetic
     # and nothing is written to the module. With momentum 0 its updated running statistics are
     # exactly those of the batch.
@@ -205,18 +211,25 @@ def _batch_norm(
     if isinstance(norm, str) and norm == "running":
         return layer.apply(variables, x, True, mask=mask)  # type: ignore[return-value]
 
-    refuse_single(norm, size, where)
+    aware = isinstance(norm, InstanceAware)
+    if aware and mask is not None:
+        raise ValueError(f"InstanceAware has no form with a mask, received one at {where}.")
+    if isinstance(norm, InstanceAware) and calls is None:
+        return instance_aware(layer, variables, x, variables["batch_stats"], norm.width)
+    refuse_single("batch" if aware else norm, size, where)
     output, batch = layer.apply(variables, x, False, mask=mask, mutable=["batch_stats"])
     if calls is not None:
         # By object, not by path: flax traces the body of a scan several times, and each trace has
         # modules of its own. The entry keeps its module alive, so that no id comes back.
-        count = calls.get(id(module), (module, 0))[1] + 1
-        calls[id(module)] = (module, count)
+        count = calls[id(module)][1] + 1 if id(module) in calls else 1
+        calls[id(module)] = (module, count, variables["batch_stats"])
         for name, new in batch["batch_stats"].items():
-            old = variables["batch_stats"][name] if count > 1 else new
+            old = module.get_variable("batch_stats", name) if count > 1 else new
             module.put_variable("batch_stats", name, old + (new - old) / count)
     if isinstance(norm, str):
         return output
+    if isinstance(norm, InstanceAware):
+        return instance_aware(layer, variables, x, batch["batch_stats"], norm.width)
     weight = source_weight(norm, size)
     blended = jax.tree.map(
         lambda source, test: (weight * source + (1 - weight) * test).astype(source.dtype),

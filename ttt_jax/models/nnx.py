@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from ttt_jax.models._checks import batch_size, check_method
+from ttt_jax.models._instance_norm import InstanceAware
 from ttt_jax.models._nnx_batchnorm import serve
 from ttt_jax.models._norm import Norm, check_norm
 
@@ -60,6 +61,11 @@ def from_nnx(
         single instance, or ``params`` of another structure.
     """
     check_norm(norm)
+    if isinstance(norm, InstanceAware):
+        raise ValueError(
+            "from_nnx serves running statistics, those of the batch, or a prior; received "
+            "InstanceAware: use from_linen, or normalize so in the module itself."
+        )
     run, params = _runner(module, method, kwargs, stochastic, "from_nnx")
 
     def apply(params: Any, inputs: Any, *args: Any) -> Any:

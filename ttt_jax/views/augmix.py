@@ -30,11 +30,11 @@ __all__ = [
     "warp",
 ]
 
-# The first four change values, the others positions.
 OPERATIONS = (
     *("autocontrast", "equalize", "posterize", "solarize"),
     *("rotate", "shear_x", "shear_y", "translate_x", "translate_y"),
 )
+"""Nine operations: the first four change values, the others positions."""
 WIDTH, DEPTH = 3, 3
 LEAST, SEVERITY = 0.1, 1.0
 # What lies outside the image. Pillow reads one number for a color as its first channel.

@@ -1,20 +1,22 @@
-"""Whole methods against NumPy in float64: every loss, gradient, update and prediction by hand.
+"""Methods for one instance against NumPy in float64: loss, gradient, update, prediction by hand.
 
 ``golden`` is the other implementation, ``golden_models`` has the models. Step sizes are larger than
 the published ones, so that a few steps move a tiny model far beyond the tolerance.
 """
+
+import functools
 
 import numpy as np
 import optax
 import pytest
 
 import ttt_jax as ttt
-from ttt_jax import losses, resets, select
-
-from . import golden
-from .golden_models import (
+from tests.core import golden
+from tests.core.compiling import quickly
+from tests.core.golden_models import (
     AUTOENCODER,
     IMAGES,
+    KEYS,
     SHARED,
     TWO_HEADS,
     N,
@@ -22,12 +24,28 @@ from .golden_models import (
     classify,
     classify_patches,
     drawn,
-    episodes,
     reconstruct,
-    stream,
     turn,
+    with_weights,
 )
-from .streaming import rows
+from tests.core.streaming import rows, scanned
+from ttt_jax import losses, methods, resets, select
+
+
+def episodes(method, model, params):
+    """``(outputs, weights, info)`` of a predictor that serves its parameters too, by image."""
+    predict = method(serve=with_weights(model, IMAGES))
+    (outputs, weights), info = quickly(ttt.batched(predict), params, IMAGES, KEYS)
+    return outputs, weights, info
+
+
+def run_stream(method, model, params):
+    """As ``episodes``, and the adapter's parameters after each image."""
+    stream = method(serve=with_weights(model, IMAGES))
+    _, ((outputs, weights), info), carries = quickly(
+        lambda p, x, k: scanned(stream, p, x, k), params, IMAGES, KEYS
+    )
+    return (outputs, weights, info), carries.state.fast
 
 
 @pytest.mark.parametrize(
@@ -57,9 +75,14 @@ class TestRotation:
     def copied(model):
         return losses.rotation(model, copies=4, augment=brightness)
 
-    def adapter(self, rate, loss=None):
+    @staticmethod
+    def method(make, rate, **options):
+        """``serve -> method``; 4 augmented copies, or what the options say."""
+        settings = {"copies": 4, "augment": brightness, **options}
         chosen = select.paths("shared/.*", "rotation/.*")
-        return ttt.gradient_adapter(loss or self.copied(turn), optax.sgd(rate), select=chosen)
+        return functools.partial(
+            make, classify, turn, optimizer=optax.sgd(rate), select=chosen, **settings
+        )
 
     def data(self, num_steps):
         """``(views, turns)`` of each step of each image."""
@@ -88,20 +111,21 @@ class TestRotation:
     def test_augmented_copies(self, num_steps, rate):
         data = self.data(num_steps)
         assert len({tuple(turns) for steps in data for _, turns in steps}) > 1
-        self.check(episodes(self.adapter(rate), classify, TWO_HEADS, num_steps), data, rate)
+        method = self.method(methods.ttt_rotation, rate, num_steps=num_steps)
+        self.check(episodes(method, classify, TWO_HEADS), data, rate)
 
     @MODES
     def test_four_rotations(self, num_steps, rate):
-        adapter = self.adapter(rate, losses.rotation(turn))
         four = [np.stack([np.rot90(image, r) for r in range(4)]) for image in IMAGES]
         data = [[(views, np.arange(4))] * num_steps for views in four]
-        self.check(episodes(adapter, classify, TWO_HEADS, num_steps), data, rate)
+        settings = {"copies": None, "augment": None, "num_steps": num_steps}
+        method = self.method(methods.ttt_rotation, rate, **settings)
+        self.check(episodes(method, classify, TWO_HEADS), data, rate)
 
     def test_online(self):
         """The weights go on from image to image; each is predicted after its step."""
-        (outputs, weights, info), fast = stream(
-            self.adapter(0.2), classify, TWO_HEADS, reset=resets.never()
-        )
+        method = self.method(methods.ttt_rotation_online, 0.2)
+        (outputs, weights, info), fast = run_stream(method, classify, TWO_HEADS)
         p, optimizer = self.SOURCE, golden.SGD(0.2)
         for i, data in enumerate(self.data(1)):
             before = p
@@ -114,9 +138,8 @@ class TestRotation:
 
     def test_online_with_every_image_forgotten(self):
         """Is each image by itself."""
-        results, fast = stream(
-            self.adapter(0.2), classify, TWO_HEADS, reset=resets.every(1), num_steps=2
-        )
+        method = self.method(methods.ttt_rotation_online, 0.2, reset=resets.every(1), num_steps=2)
+        results, fast = run_stream(method, classify, TWO_HEADS)
         self.check(results, self.data(2), 0.2)
         golden.same_weights(rows(fast, -1), self.SOURCE)
 
@@ -130,10 +153,14 @@ class TestMEMO:
         return losses.marginal_entropy(model, brightness, num_views=self.VIEWS)
 
     def test_one_step(self):
-        adapter = ttt.gradient_adapter(
-            self.loss(classify), optax.sgd(0.5), select=select.everything()
+        method = functools.partial(
+            methods.memo,
+            classify,
+            augment=brightness,
+            num_views=self.VIEWS,
+            optimizer=optax.sgd(0.5),
         )
-        outputs, weights, info = episodes(adapter, classify, TWO_HEADS, 1)
+        outputs, weights, info = episodes(method, classify, TWO_HEADS)
         (views,) = drawn(self.loss, classify, TWO_HEADS, 1)
         source = golden.flat(TWO_HEADS)
         for i, image in enumerate(IMAGES):
@@ -157,11 +184,6 @@ class TestMaskedAutoencoder:
     def loss(self, model):
         return losses.masked_reconstruction(model, patch=golden.PATCH, num_masks=self.MASKS)
 
-    def adapter(self):
-        optimizer = optax.sgd(self.RATE, momentum=self.MOMENTUM)
-        encoder = select.paths("encoder/.*")
-        return ttt.gradient_adapter(self.loss(reconstruct), optimizer, select=encoder)
-
     def check(self, results):
         outputs, weights, info = results
         _, keep = drawn(self.loss, reconstruct, AUTOENCODER, self.STEPS)
@@ -179,15 +201,15 @@ class TestMaskedAutoencoder:
             golden.adapted(source, p, ("encoder/kernel", "encoder/position"), 0.01)
 
     def test_episodes(self):
-        self.check(episodes(self.adapter(), classify_patches, AUTOENCODER, self.STEPS))
-
-    def test_online_with_every_image_forgotten(self):
-        """The momentum of one image must not reach the next."""
-        results, _ = stream(
-            self.adapter(),
+        """The momentum of one image does not reach the next."""
+        method = functools.partial(
+            methods.ttt_mae,
             classify_patches,
-            AUTOENCODER,
-            reset=resets.every(1),
+            reconstruct,
+            patch=golden.PATCH,
+            num_masks=self.MASKS,
+            optimizer=optax.sgd(self.RATE, momentum=self.MOMENTUM),
+            select=select.paths("encoder/.*"),
             num_steps=self.STEPS,
         )
-        self.check(results)
+        self.check(episodes(method, classify_patches, AUTOENCODER))
