@@ -52,10 +52,12 @@ def shown(lines: pd.DataFrame, measure: str) -> pd.DataFrame:
     return lines.assign(mean=mean, half=half, low=mean - half, high=mean + half, basis=basis)
 
 
-def _color(data: Data, *, legend: bool = True) -> alt.Color:
+def _color(source: Source, data: Data, *, legend: bool = True) -> alt.Color:
     colors = [PALETTE[i % len(PALETTE)] for i in range(len(data.methods))]
     scale = alt.Scale(domain=data.methods, range=colors)
-    shape = alt.Legend(orient="top", columns=2, title=None, labelLimit=0) if legend else None
+    held = isinstance(source, pd.DataFrame)
+    there = [m for m in data.methods if m in set(source["method"])] if held else ["__methods__"]
+    shape = alt.Legend(orient="top", title=None, labelLimit=0, values=there) if legend else None
     return alt.Color("method:N", scale=scale, legend=shape)
 
 
@@ -65,9 +67,9 @@ def draw_means(source: Source, data: Data, title: str) -> alt.LayerChart:
     base = alt.Chart(source).encode(y=y)
     line = alt.Chart(source).transform_filter(alt.datum.method == data.reference)
     x = alt.X("mean:Q", title=title)
-    color = _color(data, legend=False)
+    color = _color(source, data, legend=False)
     text = base.mark_text(align="left", dx=9).encode(
-        x=alt.X("edge:Q"), text=alt.Text("mean:Q", format=",.4~g")
+        x=alt.X("edge:Q"), text=alt.Text("mean:Q", format=".3r")
     )
     return (
         line.mark_rule(strokeDash=[4, 3], opacity=0.6).encode(x="mean:Q")
@@ -76,13 +78,13 @@ def draw_means(source: Source, data: Data, title: str) -> alt.LayerChart:
             x=x, color=color, tooltip=["method:N", *_INTERVAL]
         )
         + text.transform_calculate(edge="isValid(datum.high) ? datum.high : datum.mean")
-    ).properties(width=WIDTH, height={"step": 26})
+    ).properties(width=WIDTH, height={"step": 26}, padding={"left": 5, "right": 40})
 
 
 def draw_domains(source: Source, data: Data, title: str) -> alt.LayerChart:
     """A dot and an interval per domain, of the methods that the headline compares."""
     base = alt.Chart(source).encode(
-        y=alt.Y("domain:N", sort=data.domains, title=None), color=_color(data)
+        y=alt.Y("domain:N", sort=data.domains, title=None), color=_color(source, data)
     )
     tip = ["method:N", "domain:N", *_INTERVAL]
     return (
@@ -94,7 +96,7 @@ def draw_domains(source: Source, data: Data, title: str) -> alt.LayerChart:
 
 
 def _lines(source: Source, data: Data, x: alt.X, title: str) -> alt.LayerChart:
-    base = alt.Chart(source).encode(x=x, color=_color(data))
+    base = alt.Chart(source).encode(x=x, color=_color(source, data))
     y = alt.Y("mean:Q", title=title, scale=alt.Scale(zero=False))
     tip = ["method:N", x.shorthand, *_INTERVAL]
     return (
@@ -105,7 +107,7 @@ def _lines(source: Source, data: Data, x: alt.X, title: str) -> alt.LayerChart:
 
 def draw_steps(source: Source, data: Data, title: str) -> alt.LayerChart:
     """A measure after every inner step; step 0 is before the first."""
-    x = alt.X("step:Q", title="inner steps (0: before the first)", axis=alt.Axis(tickMinStep=1))
+    x = alt.X("step:O", title="inner steps (0: before the first)", axis=alt.Axis(labelAngle=0))
     return _lines(source, data, x, title)
 
 
@@ -127,7 +129,7 @@ def draw_turned(source: Source, data: Data, title: str) -> alt.LayerChart:
     scale = alt.Scale(domain=["turned_right", "turned_wrong"], range=["#0b62c4", "#b4483a"])
     legend = alt.Legend(orient="top", title=None, labelLimit=0)
     color = alt.Color("measure:N", scale=scale, legend=legend)
-    x = alt.X("signed:Q", title="← turned wrong (%)    turned right (%) →")
+    x = alt.X("signed:Q", title="wrong ← % → right")
     tip = ["method:N", "measure:N", *_INTERVAL]
     return (
         base.mark_bar(height=12, opacity=0.85).encode(x=x, color=color, tooltip=tip)
@@ -141,7 +143,7 @@ def draw_cost(source: Source, data: Data, title: str) -> alt.LayerChart:
     x = alt.X("price:Q", scale=alt.Scale(type="log"), title="__price__")
     zero = alt.Scale(zero=False)
     tip = ["method:N", "settings:N", alt.Tooltip("price:Q", format=",.4~g"), *_INTERVAL]
-    encoded = base.encode(x=x, color=_color(data))
+    encoded = base.encode(x=x, color=_color(source, data))
     return (
         encoded.mark_rule(opacity=0.4).encode(y=alt.Y("low:Q"), y2="high:Q")
         + encoded.mark_point(filled=True, size=60, opacity=0.8).encode(
@@ -162,7 +164,7 @@ def draw_heat(source: Source, data: Data, title: str) -> alt.LayerChart:
     tip = ["method:N", "across:O", "down:O", *_INTERVAL, "rows:Q", "seeds:Q"]
     ink = alt.condition("datum.share > 0.55", alt.value("white"), alt.value("#1c2024"))
     text = base.transform_calculate(
-        figure="format(datum.mean, ',.3~g') + (datum.partial ? '†' : '')",
+        figure="format(datum.mean, ',.3r') + (datum.partial ? '†' : '')",
         count="'n ' + datum.rows",
     )
     return (

@@ -1,27 +1,26 @@
 // Joins the kept libraries: the filter, the means of intervals.py, vega's charts, DataTables.
 const data = JSON.parse(document.getElementById("data").textContent);
-const $ = (id) => document.getElementById(id);
+const $ = (id) => document.getElementById(id), root = document.documentElement;
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   element.append(...children);
   return element;
 }
-
 // Names of settings are anyone's: none may be found on a prototype.
 const rows = Array.from({ length: data.rows }, (_, i) => Object.assign(Object.create(null), { i }));
 for (const [name, { raw, values, codes }] of Object.entries(data.columns)) {
   rows.forEach((row, i) => { row[name] = raw ? raw[i] : codes[i] < 0 ? null : values[codes[i]]; });
 }
-const title = (name) => data.titles[name] || name;
-const number = (value) => (Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en")
-  : String(Number(value.toPrecision(Math.abs(value) < 10 ? 2 : 3))).replace("-", "−"));
+const title = (name) => (Object.hasOwn(data.titles, name) ? data.titles[name] : name);
+// Names break after an underscore; figures of one column have as many decimals.
+const broken = (text) => text.replaceAll("_", "_\u200b");
+const number = (value, measure) => (title(measure).endsWith("(%)") ? value.toFixed(1)
+  : Math.abs(value) < 1000 ? String(Number(value.toPrecision(3)))
+    : Math.round(value).toLocaleString("en")).replace("-", "−");
 const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
-function deviation(values) {
-  const middle = mean(values);
-  return Math.sqrt(values.reduce((a, b) => a + (b - middle) ** 2, 0) / (values.length - 1));
-}
-
+const deviation = (values, m = mean(values)) =>
+  Math.sqrt(values.reduce((a, b) => a + (b - m) ** 2, 0) / (values.length - 1));
 // Half a 95 % interval and what it is over, as _half of intervals.py.
 function halfOf(means, parts, measure) {
   const t = data.t95[means.length - 2] || 1.96, draws = data.replicates[measure];
@@ -55,36 +54,29 @@ function summarize(list, by, measure, peers = [], also = []) {
     const means = parts.map((part) => mean(part.map((one) => one[measure])));
     const [half, basis] = halfOf(means, parts, measure), all = parts.flat();
     const line = { measure, mean: mean(means), half, basis, seeds: parts.length, rows: all.length,
-      partial: full.length < most.get(peer).size };
+      partial: full.length < most.get(peer).size,
+      ...(half >= 0 ? { low: mean(means) - half, high: mean(means) + half } : {}) };
     for (const name of by) line[name] = row[name];
-    for (const name of also) {
-      const known = all.map((one) => one[name]).filter((value) => value != null);
-      line[name] = typeof known[0] === "number" ? mean(known) : known[0] ?? null;
-    }
-    if (half >= 0) Object.assign(line, { low: line.mean - half, high: line.mean + half });
+    const pick = (known) => (typeof known[0] === "number" ? mean(known) : known[0] ?? null);
+    for (const name of also) line[name] = pick(all.map((r) => r[name]).filter((v) => v != null));
     return line;
   });
 }
-
 // The filter stands in the address, so that a view can be passed on.
 const controls = [...document.querySelectorAll("[data-control]")];
 const plain = Object.fromEntries(controls.map((one) => [one.dataset.control, one.value]));
-let state = {}, keep = [];
+let state = plain, keep = [];
 function readAddress() {
   const given = new URLSearchParams(location.hash.slice(1));
   for (const one of controls) {
-    const value = given.get(one.dataset.control);
-    if (one.type === "checkbox") one.checked = value === "1";
-    else one.value = value ?? plain[one.dataset.control];
+    one.value = given.get(one.dataset.control) ?? plain[one.dataset.control];
     if (one.selectedIndex === -1) one.value = plain[one.dataset.control];
   }
 }
-function writeAddress() {
-  const kept = controls.map(({ dataset: { control } }) => [control, state[control]])
-    .filter(([name, value]) => value !== (name === "chosen" ? "" : plain[name]));
-  history.replaceState(null, "", `#${new URLSearchParams(kept)}`);
-}
 function passing() {
+  state = Object.fromEntries(controls.map((one) => [one.dataset.control, one.value]));
+  const kept = Object.entries(state).filter(([name, value]) => value !== plain[name]);
+  history.replaceState(null, "", `#${new URLSearchParams(kept)}`);
   const words = state.q.toLowerCase().split(/\s+/).filter(Boolean);
   const choices = data.filters.filter((name) => state[name]);
   keep = rows.map((row) => (row.split_role == null || row.split_role === state.role)
@@ -94,12 +86,10 @@ function passing() {
 }
 
 function linesOf(view, list) {
-  if (list.some((row) => view.methods.includes(row.method))) {
-    list = list.filter((row) => view.methods.includes(row.method));
-  }
-  if (view.name === "heat") {
-    list = list.map((row) => ({ ...row, across: row[state.across], down: row[state.down] }));
-  }
+  const named = list.filter((row) => view.methods.includes(row.method));
+  if (named.length) list = named;
+  const axes = (row) => ({ ...row, across: row[state.across], down: row[state.down] });
+  if (view.name === "heat") list = list.map(axes);
   const lines = view.values.flatMap((value) => {
     const parts = !data.curves.includes(value) ? list : list.flatMap(
       ({ method, seed, place, [value]: curve }) => (curve || []).map(
@@ -108,113 +98,103 @@ function linesOf(view, list) {
     return summarize(parts, view.by, value || state.measure, view.peers, also);
   });
   const low = Math.min(...lines.map((line) => line.mean));
-  const high = Math.max(...lines.map((line) => line.mean));
-  for (const line of lines) {
-    line.share = high > low ? (line.mean - low) / (high - low) : 0;
-    line.price = line[state.price];
-    line.settings = data.settings.filter((name) => line[name] != null)
-      .map((name) => `${title(name)} ${line[name]}`).join(", ");
-  }
-  return lines;
+  const range = Math.max(...lines.map((line) => line.mean)) - low || 1;
+  return lines.map((line) => ({ ...line, share: (line.mean - low) / range,
+    price: line[state.price], settings: data.settings.filter((name) => line[name] != null)
+      .map((name) => `${title(name)} ${line[name]}`).join(", ") }));
 }
 
 const drawn = new Map();
 async function chart(view, box, lines) {
-  const ink = getComputedStyle(document.documentElement).color, columns = box.clientWidth < 500 ? 1 : 4;
-  const names = { measure: title(state.measure), price: title(state.price),
-    across: title(state.across), down: title(state.down), curve: title(view.values[0]) };
-  const text = JSON.stringify(view.spec).replace(/__(\w+?)__/g,
-    (_, name) => JSON.stringify(names[name]).slice(1, -1));
-  const colored = JSON.stringify({ ...data.config, legend: { ...data.config.legend, columns } })
-    .replaceAll("__ink__", ink);
-  const held = drawn.get(box);
-  if (held && held.key === text + colored) {
-    const changes = vega.changeset().remove(() => true).insert(lines);
-    return held.view.change("rows", changes).runAsync();
-  }
+  const names = { ...state, curve: view.values[0] };
+  const methods = data.methods.filter((method) => lines.some((line) => line.method === method));
+  const text = JSON.stringify(view.spec)
+    .replace(/"__methods__"/g, methods.map((name) => JSON.stringify(name)).join())
+    .replace(/__(\w+?)__/g, (_, name) => JSON.stringify(title(names[name])).slice(1, -1));
+  const ink = getComputedStyle(root).color, held = drawn.get(box);
+  const config = JSON.parse(JSON.stringify(data.config).replaceAll("__ink__", ink));
+  config.legend.columns = box.clientWidth < 500 ? 1 : 3;
+  const key = text + JSON.stringify(config);
+  if (held && held.key === key) return held.view.data("rows", lines).runAsync();
   if (held) held.view.finalize();
-  const spec = { ...JSON.parse(text), datasets: { rows: lines } };
   const actions = { export: true, source: false, compiled: false, editor: false };
-  const made = await vegaEmbed(box, spec, { actions, config: JSON.parse(colored) });
-  drawn.set(box, { key: text + colored, view: made.view });
+  const spec = { ...JSON.parse(text), datasets: { rows: lines } };
+  return drawn.set(box, { key, view: (await vegaEmbed(box, spec, { config, actions })).view });
 }
 
 // Methods down, domains or measures across; on a phone every cell names its column.
 function grid(view, box, lines, list) {
   const several = view.values.length > 1, column = several ? "measure" : "domain";
-  const all = several ? lines : [...lines, ...summarize(list.filter((row) => row.domain !== "clean"),
-    ["method"], state.measure).map((line) => ({ ...line, domain: "mean" }))];
+  const shifted = several ? [] : list.filter((row) => row.domain !== "clean");
+  const all = [...lines, ...summarize(shifted, ["method"], state.measure)
+    .map((line) => ({ ...line, domain: "mean" }))];
   const names = (several ? view.values : [...data.domains, "mean"])
     .filter((name) => all.some((line) => line[column] === name));
-  const lowest = (name) => Math.min(...all.filter((l) => l[column] === name && !l.partial)
-    .map((line) => line.mean));
-  const best = new Map(names.map((n) => [n, state.measure === data.primary ? lowest(n) : -Infinity]));
-  const cell = (line, name) => make("td", { "data-label": title(name), class: !several && line
-    && !line.partial && line.mean <= best.get(name) + 1e-9 ? "low" : "", title: line
-    ? `${line.mean}, ${line.basis}; rows: ${line.rows}` : "" }, ...(line ? [number(line.mean)
-    + (line.partial ? "†" : ""), make("small", {}, line.half >= 0 ? ` ± ${number(line.half)}` : "")] : ["–"]));
-  const body = data.methods.flatMap((method, k) => {
-    const own = all.filter((line) => line.method === method), group = data.groups[k];
-    return !own.length ? [] : [
-      ...(group === data.groups[k - 1] ? [] : [make("tr", { class: "group" },
-        make("td", { colspan: names.length + 1 }, group))]),
-      make("tr", {}, make("th", { scope: "row" }, method),
-        ...names.map((name) => cell(own.find((line) => line[column] === name), name)))];
+  const full = all.filter((line) => !several && state.measure === data.primary && !line.partial);
+  const best = (name) => Math.min(...full.filter((l) => l[column] === name).map((l) => l.mean));
+  const lowest = new Map(names.map((name) => [name, best(name)]));
+  const cell = (line, name) => {
+    if (!line) return make("td", { "data-label": title(name) }, "–");
+    const low = full.includes(line) && line.mean <= lowest.get(name) + 1e-9 ? "low" : "";
+    const half = line.half >= 0 ? ` ± ${number(line.half, line.measure)}` : "";
+    return make("td", { "data-label": title(name), class: low,
+      title: `${line.mean}; ${line.basis}; rows: ${line.rows}` },
+    number(line.mean, line.measure) + (line.partial ? "†" : ""), make("small", {}, half));
+  };
+  const present = data.methods.map((method, k) => ({ method, group: data.groups[k] }))
+    .filter(({ method }) => all.some((line) => line.method === method));
+  const body = present.flatMap(({ method, group }, k) => {
+    const heading = make("tr", { class: "group" }, make("td", { colspan: all.length }, group));
+    const own = all.filter((line) => line.method === method);
+    const cells = names.map((name) => cell(own.find((line) => line[column] === name), name));
+    const line = make("tr", {}, make("th", { scope: "row" }, broken(method)), ...cells);
+    return k && present[k - 1].group === group ? [line] : [heading, line];
   });
-  const head = ["method", ...names].map((name) => make("th", { scope: "col" }, title(name)));
+  const head = ["method", ...names].map((name) => make("th", {}, broken(title(name))));
   box.replaceChildren(make("table", { class: "grid" }, make("thead", {}, make("tr", {}, ...head)),
     make("tbody", {}, ...body)));
 }
 
-const shown = (name) => (row, kind) => (name !== "trial" || kind !== "display" ? row[name] ?? ""
-  : make("a", { href: data.logs[row.trial] || "." }, row.trial).outerHTML);
-const cellText = jQuery.fn.dataTable.render.text().display;
+const link = (trial) => make("a", { href: data.logs[trial] }, trial).outerHTML;
+const escape = jQuery.fn.dataTable.render.text().display;
 jQuery.fn.dataTable.ext.search.push((settings, cells, i) => keep[i]);
-const table = jQuery("#rows").DataTable({ data: rows, deferRender: true, order: [], searching: true,
-  layout: { topStart: "pageLength", topEnd: null }, autoWidth: false, columns: data.shown.map((name) => ({
-    title: cellText(title(name)), data: shown(name), render: name === "trial" ? null : { display: cellText },
-    createdCell: (cell) => { cell.dataset.label = title(name); } })) });
-
+const csv = { extend: "csv", text: "Download as CSV", exportOptions: { orthogonal: "export",
+  format: { header: (_, k) => title(data.shown[k]) } } };
+const shown = data.shown.map((name) => ({ title: escape(broken(title(name))), searchable: false,
+  visible: !data.constant.includes(name), data: (row) => row[name] ?? "",
+  render: { display: (value) => (name === "trial" && value ? link(value) : escape(value)) },
+  createdCell: (cell) => { cell.dataset.label = title(name); } }));
+let table = null;
 async function show() {
-  const start = performance.now();
-  state = Object.fromEntries(controls.map((one) => [one.dataset.control,
-    one.type === "checkbox" ? (one.checked ? "1" : "") : one.value]));
-  const list = passing(), shifted = list.filter((row) => row.domain !== "clean");
-  $("shown").textContent = `${list.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} rows`;
-  document.querySelectorAll("[data-row]").forEach((one) => { one.hidden = !keep[one.dataset.row]; });
-  table.draw();
-  writeAddress();
-  const panels = { all: list, clean: list.filter((row) => row.domain === "clean"), shifted:
-    shifted.length ? shifted : list };
+  const list = passing(), ok = list.filter((r) => r.status === "ok");
+  const shifted = ok.filter((row) => row.domain !== "clean");
+  const panels = { all: ok, clean: ok.filter((row) => row.domain === "clean"),
+    shifted: shifted.length ? shifted : ok };
+  $("shown").textContent = `${list.length} of ${rows.length} rows`;
+  for (const one of document.querySelectorAll("[data-row]")) one.hidden = !keep[one.dataset.row];
   for (const view of data.views) {
     for (const panel of view.panels) {
-      const box = $(`${view.name}-${panel}`), lines = linesOf(view, panels[panel].filter((r) => r.status === "ok"));
+      const box = $(`${view.name}-${panel}`), lines = linesOf(view, panels[panel]);
       box.parentElement.hidden = !lines.length;
-      if (!view.spec) grid(view, box, lines, list);
-      else if (!view.each) await chart(view, box, lines);
-      else for (const one of box.children) {
+      if (!view.spec) grid(view, box, lines, ok);
+      else if (!view.each && lines.length) await chart(view, box, lines);
+      else for (const one of box.querySelectorAll("[data-each]")) {
         const own = lines.filter((line) => line[view.each] === one.dataset.each);
         one.hidden = !own.length;
         if (own.length) await chart(view, one.lastElementChild, own);
       }
     }
   }
-  document.documentElement.dataset.showMs = (performance.now() - start).toFixed(0);
+  if (table) table.draw();
 }
-
-$("csv").onclick = () => {
-  const quoted = (value) => `"${String(value ?? "").replaceAll('"', '""')}"`;
-  const lines = [data.shown.map(title), ...rows.filter((row) => keep[row.i])
-    .map((row) => data.shown.map((name) => row[name]))];
-  const text = lines.map((line) => line.map(quoted).join(",")).join("\r\n");
-  make("a", { download: "rows.csv", href: URL.createObjectURL(new Blob([text])) }).click();
-};
-let waiting = 0;
-const soon = () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(show); };
+let waiting = 0, running = show(readAddress());
+const later = () => { running = running.then(show); };
+const soon = () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(later); };
 controls.forEach((one) => one.addEventListener("input", soon));
 $("reset").onclick = () => { history.replaceState(null, "", "#"); readAddress(); soon(); };
 addEventListener("hashchange", () => { readAddress(); soon(); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", soon);
-readAddress();
-await show();
-document.documentElement.dataset.ready = performance.now().toFixed(0);
+await running;
+table = jQuery("#rows").DataTable({ data: rows, deferRender: true, autoWidth: false,
+  order: [], layout: { topStart: "pageLength", topEnd: { buttons: [csv] } }, columns: shown });
+root.dataset.ready = performance.now().toFixed(0);

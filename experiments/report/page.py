@@ -1,5 +1,6 @@
 """The page: one HTML file for a run or a sweep, which loads nothing from outside."""
 
+import itertools
 import json
 import math
 import pathlib
@@ -23,6 +24,8 @@ _HERE = pathlib.Path(__file__).parent
 _SEARCHED = ("trial", "label", "method", "dataset", "domain", "status", "message")
 _FIRST = ("method", "dataset", "domain", "severity", "seed", "split_role", "status", "scope")
 _MOST_CHOICES = 80
+# What the address names beside columns; the search finds a column that is called like one.
+_CONTROLS = ("role", "measure", "q", "across", "down", "price", "chosen")
 _MOST_VALUES = 14
 _NUM_BINS = 10
 _MOST_LISTED = 200
@@ -38,10 +41,12 @@ _CONFIG = {
         "titleColor": _INK,
         "labelLimit": 0,
         "titleLimit": 0,
-        "gridOpacity": 0.25,
+        "gridColor": _INK,
+        "gridOpacity": 0.1,
         "domainOpacity": 0.4,
     },
-    "legend": {"labelColor": _INK, "labelLimit": 0, "symbolLimit": 0},
+    "axisX": {"tickCount": 6},
+    "legend": {"labelColor": _INK, "labelLimit": 0, "symbolLimit": 0, "symbolOpacity": 1},
 }
 
 
@@ -62,7 +67,7 @@ def render(data: Data, *, name: str) -> str:
         title=f"{kind}: {name}" if name else kind,
         lead=lead(data),
         tiles=_tiles(data),
-        notes=[*results.notes, *table.notes(data)],
+        notes=[*results.notes, *notes.notes(data)],
         unfinished=bool(results.trials and (results.trials["running"] + results.trials["waiting"])),
         views=views.views(data),
         methods=data.methods,
@@ -101,10 +106,17 @@ def _libraries() -> tuple[str, str]:
     )
 
 
-def _percent(value: float, half: float = math.nan, sign: str = "", name: str = "error") -> str:
-    text = f"{scale_of(name) * value:{sign}.{1 if scale_of(name) > 1 else 3}f}"
-    text += "" if math.isnan(half) else f" ± {scale_of(name) * half:.1f}"
-    return text.replace("-", "−") + (" %" if scale_of(name) > 1 else "")
+def _percent(value: float, half: float, name: str) -> str:
+    """A mean and half its interval, in percent if it is a share."""
+    digits = 1 if scale_of(name) > 1 else 3
+    texts = [f"{scale_of(name) * x:.{digits}f}" for x in (value, half) if not math.isnan(x)]
+    return " ± ".join(texts).replace("-", "−") + (" %" if scale_of(name) > 1 else "")
+
+
+def _points(value: float, half: float, name: str) -> str:
+    """A difference of two means."""
+    text = _percent(value, half, name)
+    return text.replace(" %", " points") if text.endswith("%") else text
 
 
 _SCOPES = {
@@ -129,28 +141,24 @@ def lead(data: Data) -> str:
     sentences = []
     for scope, line in head.best.items():
         what = _SCOPES.get(scope, "that takes gradient steps")
-        sentence = (
-            f"{line['method']} is the best method {what}, {_percent(line['mean'], line['half'])}"
-        )
+        value = _percent(line["mean"], line["half"], name)
+        sentence = f"{line['method']} is the best method {what}, {value}"
         if head.plain is not None:
             mean, half, basis = head.differences[scope]
             moved = "below" if mean < 0 else "above"
             sure = f", {basis}" if basis else ", no interval: one seed and no instances"
             sentence += (
-                f", {_percent(abs(mean), half).removesuffix(' %')} points {moved} "
-                f"{head.plain['method']} (paired{sure})"
+                f", {_points(abs(mean), half, name)} {moved} {head.plain['method']} (paired{sure})"
             )
         sentences.append(sentence)
     plain = ""
     if head.plain is not None:
-        what = _percent(head.plain["mean"], head.plain["half"])
-        plain = f" The best method without a gradient step is {head.plain['method']}, {what}"
-        plain += (
-            "."
-            if head.source is None or head.source["method"] == head.plain["method"]
-            else f"; {head.source['method']} has {_percent(head.source['mean'], head.source['half'])}."
-        )
-    return f"{text}: {'; '.join(sentences)}.{plain}"
+        value = _percent(head.plain["mean"], head.plain["half"], name)
+        plain = f" The best method without a gradient step is {head.plain['method']}, {value}"
+        if head.source is not None and head.source["method"] != head.plain["method"]:
+            value = _percent(head.source["mean"], head.source["half"], name)
+            plain += f"; {head.source['method']} has {value}"
+    return f"{text}: {'; '.join(sentences)}.{plain}."
 
 
 def _tiles(data: Data) -> list[tuple[str, str]]:
@@ -174,17 +182,17 @@ def _tiles(data: Data) -> list[tuple[str, str]]:
     tiles, name = [], results.primary
     for line, what in lines:
         if line is not None:
-            value = _percent(line["mean"], line["half"], name=name)
+            value = _percent(line["mean"], line["half"], name)
             tiles.append((value, f"{line['method']}: {what}"))
     clean = table.by_domain(data, "gain") if "gain" in results.measures else pd.DataFrame()
     best = next(iter(head.best.values()), None)
     if best is not None and len(clean):
         part = clean[(clean["domain"] == table.CLEAN) & (clean["method"] == best["method"])]
         for _, line in part.iterrows():
-            value = _percent(-line["mean"], line["half"], "+", name).removesuffix(" %")
+            value = _points(-line["mean"], line["half"], name)
             count = data.rows()["num_examples"].astype(float).median()
-            images = f", {-line['mean'] * count:+.1f} of {count:,.0f} examples"
-            tiles.append((f"{value} points", f"{best['method']} against source on clean{images}"))
+            images = f" ({-line['mean'] * count:+.1f} of {count:,.0f} examples wrong)"
+            tiles.append((value, f"{best['method']} against source on clean{images}"))
     return tiles
 
 
@@ -195,7 +203,7 @@ def _binned(values: pd.Series) -> pd.Series:
         return values
     ends = (known.min(), known.max())
     edges = np.geomspace(*ends, _NUM_BINS + 1) if ends[0] > 0 else np.linspace(*ends, _NUM_BINS + 1)
-    labels = [f"{low:.2g} to {high:.2g}" for low, high in zip(edges, edges[1:], strict=False)]
+    labels = [f"{low:.2g} to {high:.2g}" for low, high in itertools.pairwise(edges)]
     index = np.clip(np.searchsorted(edges, known, side="right") - 1, 0, _NUM_BINS - 1)
     return pd.Series([labels[i] for i in index], known.index).reindex(values.index)
 
@@ -234,7 +242,7 @@ def _choices(data: Data) -> list[tuple[str, list[Any]]]:
         kept = list({_plain(v) for v in values.dropna()})
         order = {"method": data.methods, "domain": data.domains}.get(name)
         kept.sort(key=order.index if order else lambda v: (isinstance(v, str), v))
-        if 1 < len(kept) <= _MOST_CHOICES:
+        if 1 < len(kept) <= _MOST_CHOICES and name not in _CONTROLS:
             found.append((name, kept))
     return found
 
@@ -272,7 +280,7 @@ def _payload(data: Data) -> dict[str, Any]:
     }
     hidden = {"place", "setting", "chosen", "worse", *results.curves}
     listed = [n for n in names if n not in hidden and not n.endswith((" change", " fell"))]
-    listed = [n for n in listed if n not in ("trial", "label", "message")]
+    listed = [n for n in dict.fromkeys(listed) if n not in ("trial", "label", "message")]
     listed += [n for n in ("trial", "label", "message") if n in frame and frame[n].notna().any()]
     roles = [role for role in ("reported", "validation") if (frame["split_role"] == role).any()]
     return {
@@ -288,7 +296,8 @@ def _payload(data: Data) -> dict[str, Any]:
         "curves": list(results.curves),
         "filters": [name for name, _ in _choices(data)],
         "searched": [n for n in (*_SEARCHED, *results.tags) if n in columns],
-        "shown": list(dict.fromkeys(listed)),
+        "shown": listed,
+        "constant": [n for n in listed if n != "method" and frame[n].nunique(dropna=False) == 1],
         "methods": data.methods,
         "groups": table.groups(data),
         "domains": data.domains,
@@ -306,6 +315,8 @@ def _view(view: views.View, data: Data) -> dict[str, Any]:
         title = "__curve__" if view.values[0] in data.results.curves else "__measure__"
         chart = view.draw(alt.NamedData("rows"), data, title).properties(width="container")
         spec = {k: v for k, v in chart.to_dict().items() if k not in ("$schema", "config")}
+        # Charts of a fixed height per line fit the width of the page alone.
+        spec["autosize"] = {"type": "fit-x", "contains": "padding"}
     return {**view._asdict(), "draw": None, "title": None, "text": None, "spec": spec}
 
 

@@ -45,7 +45,15 @@ def views(data: Data) -> list[View]:
     domain_text = "The lowest of a column is marked. The mean is over the shifted domains alone."
     parts = [
         View("means", "Mean over the shifted domains", "", charts.draw_means, ("method",)),
-        View("table", "Per domain", domain_text, None, ("method", "domain"), ("domain",)),
+        View(
+            "table",
+            "Per domain",
+            domain_text,
+            None,
+            ("method", "domain"),
+            ("domain",),
+            panels=("all",),
+        ),
         View(
             "domains",
             "Compared per domain",
@@ -53,6 +61,7 @@ def views(data: Data) -> list[View]:
             charts.draw_domains,
             ("method", "domain"),
             ("domain",),
+            panels=("all",),
             methods=table.compared(data),
         ),
     ]
@@ -139,7 +148,7 @@ def views(data: Data) -> list[View]:
 
 def axes(data: Data) -> list[str]:
     """Settings that vary within a method, so that they can be the axes of a map."""
-    names = [*data.results.settings, *(["num_steps"] if "num_steps" in data.frame else [])]
+    names = [*(["num_steps"] if "num_steps" in data.frame else []), *data.results.settings]
     varied = data.frame.groupby("method")[names].nunique().max() if names else {}
     return [name for name in names if varied[name] > 1]
 

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from experiments.reporting import committed
+from experiments.report import committed
 
 RESULTS = sorted(pathlib.Path("experiments/results").glob("*.json"))
 

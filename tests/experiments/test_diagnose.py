@@ -15,7 +15,7 @@ import pytest
 
 import ttt_jax as ttt
 from experiments import diagnose, diagnosis, problem, train, trials
-from experiments.reporting import alignment, committed
+from experiments.report import alignment, committed
 from tests.experiments import tiny_config, tiny_model
 from tests.experiments.diagnosed import OPTIONS, PRIOR, RATES, get_config, make, train_in
 from ttt_jax import checkpoint, data, models
