@@ -98,9 +98,9 @@ def save_figures(data: table.Data, folder: str | os.PathLike[str]) -> list[pathl
     target.mkdir(parents=True, exist_ok=True)
     written = []
     for name, chart in views.figures(data).items():
-        for kind, options in (("png", {"scale_factor": 2}), ("pdf", {})):
+        for kind in ("png", "pdf"):
             written.append(target / f"{name}.{kind}")
-            chart.save(written[-1], **options)
+            chart.save(written[-1], scale_factor=2 if kind == "png" else 1)
     return written
 
 

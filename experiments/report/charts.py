@@ -4,6 +4,8 @@ Every function draws lines of :func:`experiments.report.intervals.summarize`, in
 in percent, from a frame or, in a page, from what the page's script hands over as ``rows``.
 """
 
+from typing import TypeAlias
+
 import altair as alt
 import pandas as pd
 
@@ -29,7 +31,7 @@ _INTERVAL = [
     alt.Tooltip("basis:N", title="interval over"),
 ]
 WIDTH = 560
-Source = pd.DataFrame | alt.NamedData
+Source: TypeAlias = pd.DataFrame | alt.NamedData
 
 
 def title_of(name: str) -> str:
@@ -219,7 +221,7 @@ def turned(data: Data, *, role: str = "reported") -> alt.LayerChart:
 
 def cost(
     data: Data, measure: str = "", price: str = "cost", *, role: str = "reported"
-) -> alt.LayerChart:
+) -> alt.TopLevelMixin:
     """Returns the chart of a measure against ``price`` ("cost" or "milliseconds")."""
     measure, rows = measure or data.results.primary, data.rows(role, shifted=True)
     by = ["method", "setting"]

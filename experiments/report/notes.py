@@ -26,8 +26,8 @@ def notes(data: Data) -> list[str]:
             if missing:
                 where = ", ".join(d for d in data.domains if d in missing)
                 found.append(f"{method} has no measurement on {where}.")
-        table = table.means(data)
-        for method in table.loc[table["partial"].astype(bool), "method"]:
+        means = table.means(data)
+        for method in means.loc[means["partial"].astype(bool), "method"]:
             found.append(
                 f"{method} lacks domains, severities or seeds that others have (marked †): its "
                 "mean is over fewer, and is never marked lowest."
@@ -35,8 +35,8 @@ def notes(data: Data) -> list[str]:
     run = [name for name in table.CORRUPTIONS if name in set(rows["domain"])]
     if 0 < len(run) < len(table.CORRUPTIONS):
         found.append(
-            f"{len(run)} of the benchmark's {len(table.CORRUPTIONS)} corruptions were run; means are "
-            "over these."
+            f"{len(run)} of the benchmark's {len(table.CORRUPTIONS)} corruptions were run; means "
+            "are over these."
         )
     return found + _contradictions(data, rows) + _collapses(rows)
 
@@ -57,10 +57,10 @@ def _contradictions(data: Data, rows: pd.DataFrame) -> list[str]:
             if "checkpoint" in both:
                 same &= both["checkpoint"].eq(both["checkpoint_source"])
             # Right minus wrong is the gain by definition; half an image is rounding.
-            names = sorted(both[same & (off > 0.5 / both["num_examples"])]["method"].unique())
-            if names:
+            wrong = sorted(both[same & (off > 0.5 / both["num_examples"])]["method"].unique())
+            if wrong:
                 found.append(
-                    f"{', '.join(names)}: the shares turned right and wrong do not add up to the "
+                    f"{', '.join(wrong)}: the shares turned right and wrong do not add up to the "
                     "change in error against source."
                 )
     if "non_finite" in rows:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import vl_convert
 
-from experiments.report import intervals, pictures, table, views
+from experiments.report import intervals, notes, pictures, table, views
 from experiments.report.charts import scale_of, title_of
 from experiments.report.table import Data
 
@@ -100,10 +100,10 @@ def _libraries() -> tuple[str, str]:
     if exported is None:
         raise RuntimeError("itables' bundle no longer exports jQuery; pin itables to 2.9.")
     tables = tables.replace(exported[0], f"window.jQuery={exported[1]};")
+    # The stub lacks the default, a bundle of vega, vega-lite and vega-embed.
+    charts = vl_convert.javascript_bundle()  # type: ignore[call-arg]
     # "<!--" would start a comment in which the end of the script is not seen.
-    return vl_convert.javascript_bundle().replace("<!--", "<\\!--"), tables.replace(
-        "<!--", "<\\!--"
-    )
+    return charts.replace("<!--", "<\\!--"), tables.replace("<!--", "<\\!--")
 
 
 def _percent(value: float, half: float, name: str) -> str:
@@ -364,7 +364,8 @@ def _tried(selection: dict[str, Any]) -> list[dict[str, Any]]:
 
 def facts(data: Data) -> list[tuple[str, Any]]:
     """Returns names and values that say where the rows come from; a list value opens."""
-    run, found = data.results.run, []
+    run = data.results.run
+    found: list[tuple[str, Any]] = []
     for name in ("command", "device", "device_count", "versions", "commit", "started"):
         if run.get(name):
             value = run[name]

@@ -66,7 +66,7 @@ def views(data: Data) -> list[View]:
         ),
     ]
     if frame.loc[frame["domain"] != CLEAN, "severity"].nunique() > 1:
-        by = ("method", "severity")
+        by: tuple[str, ...] = ("method", "severity")
         parts.append(
             View("severity", "Per severity", "", charts.draw_severities, by, ("severity",))
         )
@@ -155,10 +155,9 @@ def axes(data: Data) -> list[str]:
 
 def figures(data: Data) -> dict[str, alt.TopLevelMixin]:
     """Returns every chart that the rows have something for, by name, for files."""
-    names, found = (
-        {view.name for view in views(data)},
-        {"means": charts.means(data), "domains": charts.domains(data)},
-    )
+    names = {view.name for view in views(data)}
+    found: dict[str, alt.TopLevelMixin] = {"means": charts.means(data)}
+    found["domains"] = charts.domains(data)
     if "severity" in names:
         found["severity"] = charts.severities(data)
     if data.results.curves:
