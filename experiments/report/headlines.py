@@ -27,7 +27,7 @@ class _Source(NamedTuple):
 
 
 def _rate(record: Record, way: str, dtype: str, work: str = "rotation", steps: int = 10) -> float:
-    """The sample-steps per second of one row: the samples' steps over the seconds of a call."""
+    """The sample-steps per second of one row; the file holds no seconds of single calls."""
     (row,) = (
         row
         for row in record["rows"]

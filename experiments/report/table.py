@@ -280,15 +280,13 @@ def difference(data: Data, method: str, other: str) -> tuple[float, float, str]:
     """Returns mean, half interval and its basis of ``method`` minus ``other``, paired by place."""
     measure = data.results.primary
     rows = data.rows(shifted=True)
+    places = [*intervals.PLACE]
     mine, theirs = (
-        rows[rows["method"] == name].reset_index().set_index([*intervals.PLACE])
+        rows[rows["method"] == name].reset_index().drop_duplicates(places)
         for name in (method, other)
     )
-    mine = mine[~mine.index.duplicated()]
-    both = mine.join(theirs[~theirs.index.duplicated()], rsuffix="_other", how="inner")
-    frame = both.reset_index().assign(
-        _value=both[measure].to_numpy() - both[f"{measure}_other"].to_numpy(), _all="all"
-    )
+    both = mine.merge(theirs, on=places, suffixes=("", "_other"))
+    frame = both.assign(_value=both[measure] - both[f"{measure}_other"], _all="all")
     replicates = None
     if (matrix := data.replicates.get(measure)) is not None:
         pairs = (both["index"], both["index_other"])
