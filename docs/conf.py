@@ -60,7 +60,7 @@ class _Alignment(SphinxDirective):
     required_arguments = 1
 
     def run(self):
-        from experiments.reporting import alignment, committed
+        from experiments.report import alignment, committed
 
         name = self.arguments[0]
         self.env.note_dependency(str(_ROOT / "experiments" / "results" / f"{name}.json"))

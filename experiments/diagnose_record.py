@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 
 from experiments import journal, launch
-from experiments.reporting import alignment
+from experiments.report import alignment
 
 ROLES = {"test": "reported", "validation": "validation"}
 _SPLITS = {role: split for split, role in ROLES.items()}

@@ -25,14 +25,11 @@ SPLITS = ("train", "validation", "test")
 # What makes no row. The values of a config count by themselves.
 _NO_RESULTS = (
     "configs/**/*.py",
-    "reporting/**/*.py",
-    "report*.py",
+    "report/**/*.py",
     "bench*.py",
-    "browser.py",
     "kernels.py",
     "smoke.py",
     "sweep_bench.py",
-    "synthetic_sweep.py",
 )
 _ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 

@@ -15,7 +15,7 @@ import pytest
 
 import ttt_jax as ttt
 from experiments import diagnose, diagnosis, problem, train, trials
-from experiments.reporting import alignment, committed
+from experiments.report import alignment, committed
 from tests.experiments import tiny_config, tiny_model
 from tests.experiments.diagnosed import OPTIONS, PRIOR, RATES, get_config, make, train_in
 from ttt_jax import checkpoint, data, models
@@ -309,9 +309,10 @@ def test_correlation_and_scatter(diagnosed):
     assert alignment.correlation(rows) == pytest.approx(-2 / np.sqrt(42 / 9 * 2))
     assert alignment.correlation(rows[:2]) is None
     assert alignment.correlation([row(1.0, g) for g in (0.1, 0.2, 0.3)]) is None
-    drawing = alignment.scatter(rows)
-    assert "r = -0.65, 3 sets" in drawing
-    assert drawing.count("<title>fog, severity") == 3 and "severity 5</text>" in drawing
+    drawing = alignment.scatter(rows).to_dict()
+    assert drawing["title"] == "r = -0.65, 3 sets"
+    (held,) = drawing["datasets"].values()
+    assert [one["gain"] for one in held] == [2.0, 3.0, 1.0] and held[2]["severity"] == 5
     folder, record = diagnosed
     section = alignment.markdown(record)
     ones = [r for r in record["rows"] if r["severity"] == 1]
@@ -321,7 +322,8 @@ def test_correlation_and_scatter(diagnosed):
     (coded,) = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', section)
     drawing = ElementTree.fromstring(base64.b64decode(coded))
     assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
-    assert len(drawing.findall(".//{*}title")) == len(record["rows"])
+    marks = [one for one in drawing.iter() if "point" == one.get("aria-roledescription")]
+    assert len(marks) == len(record["rows"])
     pairs = [(r["inner_product"], r["gain"]) for r in record["rows"]]
     r = record["correlation"]["inner_product_and_gain"]
     if len({gain for _, gain in pairs}) == 1:

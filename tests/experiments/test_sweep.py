@@ -70,13 +70,13 @@ def test_code_that_makes_no_row_changes_no_id(tmp_path, monkeypatch):
         plan.code_version.cache_clear()
         return plan.code_version()
 
-    for name in ("adapt.py", "report.py", "reporting/page.py", "configs/digits.py"):
+    for name in ("adapt.py", "report/page.py", "configs/digits.py"):
         path = tmp_path / "experiments" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
     monkeypatch.setattr(plan, "_ROOT", tmp_path)
     plain = version()
-    for name in ("report.py", "reporting/page.py", "configs/digits.py"):
+    for name in ("report/page.py", "configs/digits.py"):
         (tmp_path / "experiments" / name).write_text("changed = True")
     assert version() == plain
     (tmp_path / "experiments" / "adapt.py").write_text("changed = True")

@@ -1,0 +1,12 @@
+"""Tables, charts and pages from the rows of a run, of a sweep or of a kept result file.
+
+In a notebook::
+
+    from experiments.report import charts, read, table
+
+    results = read.results("runs/demo")
+    table.pivot(results, ["method"], "domain")  # a frame
+    charts.means(results)  # an altair chart
+
+``python -m experiments.report --workdir=runs/demo`` writes the page and prints the table.
+"""

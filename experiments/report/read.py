@@ -1,0 +1,280 @@
+"""Reads a run, a sweep or a kept result file into one frame; nothing is dropped in silence."""
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from experiments import launch
+from experiments.report import sweep
+
+TEXTS = ("method", "dataset", "domain", "split_role", "status", "message", "scope")
+NUMBERS = ("severity", "seed", "num_examples")
+IDENTITY = ("method", "dataset", "domain", "severity", "seed", "split_role", "status")
+_ALLOWED = {
+    "status": ("ok", "failed"),
+    "split_role": ("reported", "validation"),
+    "scope": ("per_sample", "batch", "stream"),
+}
+# Shares of all examples, shown in percent. Other measures are shown as they are.
+_SHARES = re.compile(r"error|harmed|agreement|solved|accuracy|mean_iou|turned_(right|wrong)|gain")
+_LABEL_PARTS = re.compile(r"(?:^| )(seeds|methods|domains)=(\S*)")
+_NOT_TAGS = ("label", "trial", "checkpoint", "chooses", *TEXTS)
+
+
+class ReportError(Exception):
+    """A report cannot be made; the message says which file, which line and why."""
+
+
+class Results(NamedTuple):
+    """Rows and what is known of them.
+
+    Attributes:
+      frame: a line per row, failed ones too. Settings are columns, lists stay lists.
+      settings: the columns that are settings.
+      primary: the measure that chooses settings; lower is better.
+      measures: every numeric column that is a measure, the primary one first.
+      curves: the columns that hold a list of numbers per row.
+      tags: columns of text beside the identity of a row.
+      run: the content of ``run.json``.
+      selection: the content of ``selection.json``.
+      notes: what reading brought up, in whole sentences.
+      trials: trials ``done``, ``failed``, ``running`` and ``waiting``; None where there are none.
+      folder: where the rows lie.
+    """
+
+    frame: pd.DataFrame
+    settings: tuple[str, ...]
+    primary: str
+    measures: tuple[str, ...]
+    curves: tuple[str, ...]
+    tags: tuple[str, ...]
+    run: dict[str, Any]
+    selection: dict[str, Any]
+    notes: list[str]
+    trials: dict[str, int] | None
+    folder: pathlib.Path
+
+
+def is_share(name: str) -> bool:
+    """Whether a measure is a share of the examples, which is shown in percent."""
+    return _SHARES.match(name) is not None
+
+
+def results(path: str | pathlib.Path) -> Results:
+    """Returns the rows of a run's folder, a sweep's folder or a kept ``.json`` file.
+
+    Raises:
+      ReportError: nothing to read, or a row that breaks a rule; names file, line and rule.
+    """
+    path = pathlib.Path(path)
+    if path.is_file():
+        record, notes = side_file(path)
+        if not isinstance(record.get("rows"), list):
+            raise ReportError(f"{path}: no `rows` in it. {' '.join(notes)}".strip())
+        run = {k: v for k, v in record.items() if k not in ("rows", "selection", "appended")}
+        records = [_checked(row, f"{path}, row {n}") for n, row in enumerate(record["rows"], 1)]
+        return collect(records, path, run=run, selection=record.get("selection"))
+    if sweep.is_sweep(path):
+        try:
+            held = sweep.read(path)
+        except (launch.UserError, ValueError) as error:
+            raise ReportError(str(error)) from error
+        for row in held.rows:
+            _name_failed(row)
+        records = [_typed(row, f"trial {row['trial']}") for row in held.rows]
+        run, more = side_file(held.run_file) if held.run_file else ({}, [])
+        notes = held.notes + more
+        return collect(records, path, run=run, notes=notes, trials=held.counts)
+    records, notes = json_lines(path / "results.jsonl")
+    run, run_notes = side_file(path / "run.json")
+    selection, selection_notes = side_file(path / "selection.json")
+    notes += run_notes + selection_notes
+    return collect(records, path, run=run, selection=selection, notes=notes)
+
+
+def collect(
+    records: Sequence[Mapping[str, Any]],
+    folder: pathlib.Path,
+    *,
+    run: dict[str, Any] | None = None,
+    selection: dict[str, Any] | None = None,
+    notes: Iterable[str] = (),
+    trials: dict[str, int] | None = None,
+) -> Results:
+    """Returns :class:`Results`: the kind of every column is read off its values."""
+    spread = [_settings(row) for row in records]
+    names = dict.fromkeys(name for row in records for name in row)
+    frame = pd.DataFrame(
+        {name: [row.get(name) for row in records] for name in names if name != "settings"}
+    )
+    for name in (*TEXTS, *NUMBERS):
+        if name not in frame:
+            frame[name] = None
+    varied = []
+    for name in sorted({key for row in spread for key in row} - {"num_steps"}):
+        values = [row.get(name) for row in spread]
+        if name == "learning_rate" or len({v for v in values if v is not None}) > 1:
+            varied.append(f"settings.{name}" if name in frame else name)
+            frame[varied[-1]] = values
+    kinds = {name: _kind(frame[name]) for name in frame if name not in varied}
+    for name, kind in kinds.items():
+        if kind == "number":
+            frame[name] = pd.to_numeric(frame[name]).astype(float)
+            frame.loc[~frame[name].map(math.isfinite), name] = math.nan
+    measures = [n for n, kind in kinds.items() if kind == "number" and n not in NUMBERS]
+    chooses = [c for c in frame.get("chooses", pd.Series(dtype=object)).dropna() if c in measures]
+    primary = chooses[0] if chooses else "error" if "error" in measures else (measures or [""])[0]
+    return Results(
+        frame,
+        tuple(varied),
+        primary,
+        tuple(dict.fromkeys([primary, *measures])) if primary else (),
+        tuple(name for name, kind in kinds.items() if kind == "list"),
+        tuple(name for name, kind in kinds.items() if kind == "text" and name not in _NOT_TAGS),
+        run or {},
+        selection or {},
+        list(notes),
+        trials,
+        folder,
+    )
+
+
+def _settings(row: Mapping[str, Any]) -> dict[str, Any]:
+    held = row.get("settings") or {}
+    if isinstance(held, str):
+        try:
+            held = json.loads(held)
+        except ValueError:
+            held = None
+    if not isinstance(held, dict):
+        raise ReportError(f"`settings` must be a JSON object, got {row['settings']!r}.")
+    plain = (int, float, str)
+    return {
+        k: v if isinstance(v, plain) and not isinstance(v, bool) else str(v)
+        for k, v in held.items()
+        if v is not None
+    }
+
+
+def _kind(column: pd.Series) -> str:
+    values = column.dropna()
+    if values.empty:
+        return "empty"
+    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        return "number"
+    if all(isinstance(v, str) for v in values):
+        return "text"
+    lists = all(isinstance(v, list) and v for v in values)
+    numeric = lists and all(isinstance(x, (int, float)) for v in values for x in v)
+    return "list" if numeric else "other"
+
+
+def _typed(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The row, if its fields are of the right types."""
+    for name in TEXTS:
+        if row.get(name) is not None and not isinstance(row[name], str):
+            raise ReportError(f"{where}: `{name}` must hold text, got {row[name]!r}.")
+    for name in (*NUMBERS, "error", "turned_right", "turned_wrong"):
+        value = row.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ReportError(f"{where}: `{name}` must hold numbers, got {value!r}.")
+        if name not in NUMBERS and math.isfinite(value) and not 0.0 <= value <= 1.0:
+            raise ReportError(f"{where}: `{name}` must be a fraction in [0, 1], got {value!r}.")
+    for name, allowed in _ALLOWED.items():
+        if row.get(name) is not None and row[name] not in allowed:
+            rule = f"must be one of {', '.join(allowed)}"
+            raise ReportError(f"{where}: `{name}` {rule}, got {row[name]!r}.")
+    return row
+
+
+def _checked(row: Any, where: str) -> dict[str, Any]:
+    """A row of a run, whose identity must be complete."""
+    if not isinstance(row, dict):
+        raise ReportError(f"{where}: a row must be a JSON object, got {type(row).__name__}.")
+    missing = [name for name in IDENTITY if row.get(name) is None]
+    if missing:
+        raise ReportError(f"{where}: missing {', '.join(f'`{name}`' for name in missing)}.")
+    count = row.get("num_examples")
+    if row["status"] == "ok" and (not isinstance(count, (int, float)) or count <= 0):
+        raise ReportError(f"{where}: `num_examples` must be positive, got {count!r}.")
+    return _typed(row, where)
+
+
+def json_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Returns the rows of a JSON-lines file, and notes (a last line that was cut off).
+
+    Raises:
+      ReportError: no file, no row, a malformed line, or one measurement twice.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise ReportError(
+            f"{path}: no results here. Run `python -m experiments.adapt --workdir={path.parent}` "
+            "first, or give the folder of a run or of a sweep."
+        ) from None
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read: {error.strerror}.") from error
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    first: dict[tuple[Any, ...], int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            # Only what follows the last newline can be the half line of a killed writer.
+            if number < len(lines):
+                raise ReportError(f"{path}, line {number}: not valid JSON: {error}.") from error
+            notes.append(
+                f"The last line of {path.name} (line {number}) is cut off and was skipped; "
+                "running the experiment again completes it."
+            )
+            continue
+        rows.append(_checked(record, f"{path}, line {number}"))
+        # Tags of other kinds of task are part of what a row is, too.
+        key = tuple((k, v) for k, v in sorted(record.items()) if isinstance(v, str))
+        key += (record["severity"], record["seed"])
+        if key in first:
+            named = " ".join(f"{name}={record[name]}" for name in IDENTITY[:-1])
+            raise ReportError(
+                f"{path}: the same measurement is written twice: {named} "
+                f"(lines {first[key]}, {number})."
+            )
+        first[key] = number
+    if not rows:
+        raise ReportError(f"{path}: holds no complete row, so there is nothing to report yet.")
+    return rows, notes
+
+
+def side_file(path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
+    """Returns the object in a JSON file (empty if absent or broken), and notes."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, []
+    except (OSError, ValueError) as error:
+        return {}, [f"{path.name} could not be read ({error}); what it holds is not shown."]
+    if not isinstance(value, dict):
+        return {}, [f"{path.name} must hold a JSON object; it is not shown."]
+    return value, []
+
+
+def _name_failed(row: dict[str, Any]) -> None:
+    """A failed trial has the method, domain and seed that its label names, if it names one."""
+    if row.get("status") == "ok" or row.get("method") is not None:
+        return
+    parts = dict(_LABEL_PARTS.findall(row.get("label") or ""))
+    for name, part in (("method", "methods"), ("domain", "domains")):
+        if parts.get(part) and "," not in parts[part]:
+            row[name] = parts[part]
+    if parts.get("seeds", "").isdigit():
+        row["seed"] = int(parts["seeds"])

@@ -1,1 +1,0 @@
-"""The pieces of :mod:`experiments.report`: rows, tables, figures, page, terminal."""
