@@ -51,11 +51,11 @@ $(VENV)/.run: setup.cfg requirements.txt pyproject.toml
 	  echo "ttt_jax needs Python >= 3.11; $(PYTHON) is $$($(PYTHON) --version). Run make PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet -e '.[report]'
+	$(BIN)/python -m pip install --quiet -e '.[data,experiments]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(BIN)/python -m pip install --quiet -e '.[report,lora,dev,docs]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,docs]'
 	touch $@
 
 clean:

@@ -2,6 +2,9 @@
 
 ``audit.check(predictor, params, xs, keys)`` raises :class:`AuditError` naming every broken
 promise. The parts (:func:`differences`, :func:`adapter_differences`) are pure and traceable.
+
+Within one program the promises are bitwise. Two programs of different shape round differently, and
+:func:`tolerance` says by how much; every comparison of two programs takes its limit there.
 """
 
 import itertools
@@ -33,7 +36,8 @@ class Finding(NamedTuple):
 
     Attributes:
       name: the promise.
-      difference: the largest absolute difference found; nan counts as infinite.
+      difference: the largest difference found, absolute where it must be 0 and relative to the
+        scale of the results elsewhere; nan counts as infinite.
       limit: the largest difference allowed, 0 for bitwise.
     """
 
@@ -68,6 +72,61 @@ _BITWISE = (
     *("mates", "poison", "poison_ok", "pristine", "zero_steps", "stream_poison"),
     "updates",
 )
+
+
+_ROUNDING = 1e-5
+
+
+def tolerance(num_steps: int = 1) -> float:
+    """The largest difference between two programs, relative to the scale of their results.
+
+    Programs of different shape (parallel or one by one, chunks of another size, another number of
+    devices or processes) add in another order. Every pass through the model rounds anew: the
+    prediction is one, and each update before it another, which the next one starts from. The limit
+    is 1e-5 for each of these ``1 + num_steps`` passes, in float32 and under
+    ``jax.default_matmul_precision("highest")``.
+
+    Args:
+      num_steps: updates on the way to a result: the inner steps of an episode, or all steps of a
+        stream up to that result.
+    """
+    return _ROUNDING * (1 + num_steps)
+
+
+def scale(tree: Any) -> jax.Array:
+    """The largest absolute value of all finite floating elements, 0 where there are none."""
+
+    def largest(leaf: jax.Array) -> jax.Array:
+        return jnp.where(jnp.isfinite(leaf), jnp.abs(leaf), 0).astype(jnp.float32).max(initial=0.0)
+
+    leaves = map(jnp.asarray, jax.tree.leaves(tree))
+    sizes = [largest(leaf) for leaf in leaves if _trees.is_floating(leaf)]
+    return jnp.stack(sizes).max() if sizes else jnp.zeros(())
+
+
+def relative_distance(a: Any, b: Any) -> jax.Array:
+    """The largest absolute difference over all leaves by the scale of ``b``; see :func:`scale`.
+
+    Where ``b`` has no scale (all zeros, or no floating leaf) it is the absolute difference.
+    """
+    size = scale(b)
+    return distance(a, b) / jnp.where(size > 0, size, 1.0)
+
+
+def require_close(actual: Any, expected: Any, *, num_steps: int = 1) -> None:
+    """Checks that two programs gave the same, up to rounding.
+
+    Args:
+      actual: results of one program, a pytree.
+      expected: results of the other, in the same structure.
+      num_steps: updates on the way to the results; see :func:`tolerance`.
+
+    Raises:
+      AuditError: their difference, relative to the scale of ``expected``, is above the tolerance.
+    """
+    # On the host: the two may come from different devices.
+    gap = relative_distance(*jax.device_get((actual, expected)))
+    require([Finding("two programs give the same", float(gap), tolerance(num_steps))])
 
 
 def distance(a: Any, b: Any) -> jax.Array:
@@ -113,8 +172,8 @@ def differences(predictor: Predictor, params: Params, xs: Any, keys: Key) -> dic
       keys: ``[N]`` typed keys.
 
     Returns:
-      ``{name: largest absolute difference}`` for loop, order, mates and, where ``xs`` has
-      floating leaves, poison and poison_ok.
+      ``{name: largest difference}`` for loop, order, mates and, where ``xs`` has floating leaves,
+      poison and poison_ok; those of loop and order are relative to the scale of the results.
 
     Raises:
       ValueError: fewer than three instances.
@@ -122,7 +181,7 @@ def differences(predictor: Predictor, params: Params, xs: Any, keys: Key) -> dic
     xs = jax.tree.map(jnp.asarray, xs)
     found, base = _variants(predictor, params, xs, keys)
     loop = jax.lax.map(lambda pair: predictor(params, *pair), (xs, keys))
-    return {"loop": distance(base, loop), **found}
+    return {"loop": relative_distance(base, loop), **found}
 
 
 def _variants(
@@ -144,7 +203,7 @@ def _variants(
     results = jax.lax.map(lambda variant: parallel(params, *variant), stacked)
     base = _rows(results, 0)
     found = {
-        "order": distance(base, _rows(_rows(results, 1), np.argsort(rolled))),
+        "order": relative_distance(_rows(_rows(results, 1), np.argsort(rolled)), base),
         "mates": distance(_rows(base, 1), _rows(_rows(results, 2), 1)),
     }
     if _can_poison(xs):
@@ -181,7 +240,8 @@ def adapter_differences(
       num_steps: inner steps, at least 1.
 
     Returns:
-      ``{name: largest absolute difference}``.
+      ``{name: largest difference}``; those of order and every_1 are relative to the scale of the
+      results.
     """
     xs = jax.tree.map(jnp.asarray, xs)
     traced = predictors.episodic(adapter, apply, num_steps=num_steps, trace=True)
@@ -212,7 +272,7 @@ def adapter_differences(
     runs = jax.lax.map(run, jax.tree.map(lambda *leaves: jnp.stack(leaves), *variants))
     outputs, infos = _rows(runs, 0)
     found, (path, episodes) = _variants(traced, params, xs, keys)
-    found["every_1"] = distance(
+    found["every_1"] = relative_distance(
         (outputs, infos.loss, infos.ok),
         (_rows(path, (slice(None), -1)), episodes.loss, episodes.ok),
     )
@@ -227,10 +287,10 @@ def adapter_differences(
     return found
 
 
-def findings(values: dict[str, Any], *, atol: float = 1e-5) -> list[Finding]:
-    """Judges measured differences: bitwise where it is promised, ``atol`` elsewhere."""
+def findings(values: dict[str, Any], *, num_steps: int = 1) -> list[Finding]:
+    """Judges measured differences: bitwise where it is promised, :func:`tolerance` elsewhere."""
     return [
-        Finding(_MEANING[name], float(value), 0.0 if name in _BITWISE else atol)
+        Finding(_MEANING[name], float(value), 0.0 if name in _BITWISE else tolerance(num_steps))
         for name, value in values.items()
     ]
 
@@ -249,7 +309,7 @@ def _snapshot(params: Params) -> list[bytes]:
 
 
 def check(
-    predictor: Predictor, params: Params, xs: Any, keys: Key, *, atol: float = 1e-5
+    predictor: Predictor, params: Params, xs: Any, keys: Key, *, num_steps: int = 1
 ) -> list[Finding]:
     """Checks that a predictor keeps the promises, on these instances.
 
@@ -258,8 +318,8 @@ def check(
       params: its parameters.
       xs: at least three instances on a leading axis.
       keys: ``[N]`` typed keys.
-      atol: allowed difference between programs of different shape; comparisons within one
-        program are bitwise.
+      num_steps: inner steps of the predictor, from which the allowed difference between programs
+        of different shape follows; comparisons within one program are bitwise.
 
     Returns:
       The findings, all passed.
@@ -270,7 +330,7 @@ def check(
     before = _snapshot(params)
     with jax.default_matmul_precision("highest"):
         values = jax.jit(lambda p, x, k: differences(predictor, p, x, k))(params, xs, keys)
-    return _judge(before, params, values, atol)
+    return _judge(before, params, values, num_steps)
 
 
 def check_adapter(
@@ -281,7 +341,6 @@ def check_adapter(
     keys: Key,
     *,
     num_steps: int = 2,
-    atol: float = 1e-5,
 ) -> list[Finding]:
     """Checks an adapter in episodic and online use; see :func:`adapter_differences`.
 
@@ -295,12 +354,12 @@ def check_adapter(
 
     with jax.default_matmul_precision("highest"):
         values = jax.jit(measure)(params, xs, keys)
-    return _judge(before, params, values, atol)
+    return _judge(before, params, values, num_steps)
 
 
-def _judge(before: list[bytes], params: Params, values: Any, atol: float) -> list[Finding]:
+def _judge(before: list[bytes], params: Params, values: Any, num_steps: int) -> list[Finding]:
     changed = float(before != _snapshot(params))
-    found = findings({**values, "pristine": changed}, atol=atol)
+    found = findings({**values, "pristine": changed}, num_steps=num_steps)
     require(found)
     return found
 

@@ -216,7 +216,7 @@ class TestTracedHyperParameters:
 
         rows = quickly(jax.vmap(go), self.VALUES)
         apart = [run(build(float(value)), 2)[0].fast["w"] for value in self.VALUES]
-        np.testing.assert_allclose(rows, np.stack(apart), rtol=1e-5)
+        ttt.audit.require_close(rows, np.stack(apart), num_steps=2)
         assert len(np.unique(np.asarray(rows)[:, 0])) == 3
 
     def test_learning_rate(self):

@@ -141,6 +141,25 @@ class TestReports:
         assert audit.distance(one, {**one, "a": jnp.array([nan, nan, inf])}) > 1e30
         assert audit.distance(one, {**one, "a": jnp.array([1.0, nan, -inf])}) > 1e30
 
+    def test_the_tolerance_grows_with_the_steps_and_the_results(self):
+        assert [audit.tolerance(n) for n in (0, 1, 49)] == pytest.approx([1e-5, 2e-5, 5e-4])
+        expected = {"loss": np.float32([0.5, np.nan]), "logits": np.float32([-200.0, np.inf])}
+        assert audit.scale(expected) == 200
+        assert audit.scale({"n": np.arange(4)}) == 0
+
+        def moved(by):
+            return {**expected, "loss": expected["loss"] + np.float32(by)}
+
+        audit.require_close(moved(3e-3), expected)
+        with pytest.raises(audit.AuditError, match=r"difference 2\.5e-05, allowed 2e-05"):
+            audit.require_close(moved(5e-3), expected)
+        audit.require_close(moved(5e-3), expected, num_steps=2)
+        # No rounding makes another integer, nor a number of what is none.
+        with pytest.raises(audit.AuditError):
+            audit.require_close({"n": np.array([1, 2])}, {"n": np.array([1, 3])})
+        with pytest.raises(audit.AuditError):
+            audit.require_close({"loss": np.zeros(2)}, {"loss": np.float32([0.0, np.nan])})
+
     def test_everything_but(self):
         frozen = audit.everything_but(select.norm_affine())
         paths = select.describe(frozen, PARAMS).paths

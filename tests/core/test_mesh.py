@@ -20,7 +20,6 @@ pytestmark = pytest.mark.skipif(
     reason="needs four devices (CPU: --xla_force_host_platform_device_count)",
 )
 DENSE = models.make_params()
-ATOL = 1e-5
 
 
 def mesh_of(*shape, names=("data",)):
@@ -60,13 +59,6 @@ def inputs(count):
     return models.make_images(count), ttt.sample_keys(jax.random.key(0), jnp.arange(count))
 
 
-def far(a, b):
-    return max(
-        float(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max())
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    )
-
-
 @pytest.mark.parametrize(("count", "chunk_size"), [(3, None), (7, 1), (7, 2), (8, None)])
 def test_values_equal_those_of_one_device(count, chunk_size):
     """For any number of instances; padding and chunks make no difference."""
@@ -76,7 +68,7 @@ def test_values_equal_those_of_one_device(count, chunk_size):
     spread = quickly(many, DENSE, *inputs(count))
     assert bool(spread[1].updated.all())
     assert spread[0].shape == (count, 4)
-    assert far(one, spread) < ATOL
+    ttt.audit.require_close(spread, one, num_steps=2)
 
 
 def test_convolutions_stay_on_their_device():
@@ -97,14 +89,14 @@ def test_convolutions_stay_on_their_device():
     assert most_groups(texts[1]) % count == 0
     assert most_groups(texts[4]) * 4 == most_groups(texts[1])
     values = [program(params, *inputs(count)) for program in compiled.values()]
-    assert far(*values) < ATOL
+    ttt.audit.require_close(*values, num_steps=2)
 
 
 def test_uneven_convolutions_equal_one_device():
     predict, params = rotation_ttt(convolve), conv_params()
     one = quickly(ttt.batched(predict), params, *inputs(6))
     spread = quickly(ttt.batched(predict, mesh=mesh_of(4), chunk_size=1), params, *inputs(6))
-    assert far(one, spread) < ATOL
+    ttt.audit.require_close(spread, one, num_steps=2)
 
 
 def test_without_care_gradients_are_summed_over_the_mesh():
@@ -115,7 +107,9 @@ def test_without_care_gradients_are_summed_over_the_mesh():
         mapped, mesh=mesh_of(4), in_specs=(P(), P("data"), P("data")), out_specs=P("data")
     )
     one = quickly(ttt.batched(predict), DENSE, *inputs(8))
-    assert far(one, quickly(obvious, DENSE, *inputs(8))) > 100 * ATOL
+    wrong = quickly(obvious, DENSE, *inputs(8))
+    with pytest.raises(ttt.audit.AuditError):  # even a hundred times what rounding may do
+        ttt.audit.require_close(wrong, one, num_steps=200)
 
 
 def test_second_axis_stays_automatic():
@@ -127,14 +121,14 @@ def test_second_axis_stays_automatic():
     sharded = jax.device_put(params, NamedSharding(mesh, P()))
     sharded["head"] = jax.device_put(params["head"], NamedSharding(mesh, P(None, "model")))
     spread = quickly(ttt.batched(predict, mesh=mesh), sharded, *inputs(5))
-    assert far(one, spread) < ATOL
+    ttt.audit.require_close(spread, one, num_steps=2)
 
 
 def test_another_axis_name():
     predict = rotation_ttt(models.turn, num_steps=1)
     one = quickly(ttt.batched(predict), DENSE, *inputs(3))
     batched = ttt.batched(predict, mesh=mesh_of(2, names=("batch",)), axis="batch")
-    assert far(one, quickly(batched, DENSE, *inputs(3))) < ATOL
+    ttt.audit.require_close(quickly(batched, DENSE, *inputs(3)), one, num_steps=2)
 
 
 def test_model_function_may_scan_from_zeros():
@@ -157,7 +151,7 @@ def test_model_function_may_scan_from_zeros():
     one = quickly(ttt.batched(predict), params, *inputs(5))
     spread = quickly(ttt.batched(predict, mesh=mesh_of(4)), params, *inputs(5))
     assert bool(spread[1].updated.all())
-    assert far(one, spread) < ATOL
+    ttt.audit.require_close(spread, one, num_steps=2)
 
 
 def test_integer_and_key_leaves():
@@ -169,7 +163,7 @@ def test_integer_and_key_leaves():
     predict = rotation_ttt(keyed, num_steps=1)
     one = quickly(ttt.batched(predict), params, *inputs(5))
     spread = quickly(ttt.batched(predict, mesh=mesh_of(4)), params, *inputs(5))
-    assert far(one, spread) < ATOL
+    ttt.audit.require_close(spread, one, num_steps=2)
 
 
 def test_hyper_parameters_may_be_traced():
@@ -177,7 +171,7 @@ def test_hyper_parameters_may_be_traced():
         return ttt.batched(rotation_ttt(models.turn, rate=rate), mesh=mesh_of(4))(*args)
 
     one = quickly(ttt.batched(rotation_ttt(models.turn, rate=0.2)), DENSE, *inputs(5))
-    assert far(one, quickly(run, 0.2, DENSE, *inputs(5))) < ATOL
+    ttt.audit.require_close(quickly(run, 0.2, DENSE, *inputs(5)), one, num_steps=2)
 
 
 def test_outside_of_jit():

@@ -135,7 +135,7 @@ class TestVote:
             return predict(params, x, key)[0], jnp.stack(single).mean(axis=0)
 
         voted, mean = quickly(both, PARAMS, IMAGES[0], KEY)
-        np.testing.assert_allclose(voted, mean, atol=1e-5)
+        ttt.audit.require_close(voted, mean)
 
     def test_errors(self):
         with pytest.raises(ValueError, match="num_votes must be an integer of at least 1, got 0"):
@@ -173,10 +173,10 @@ class TestEpisodic:
         path, infos, single, apart = quickly(run, IMAGES, KEYS)
         assert path.shape == (4, 3, models.CLASSES)
         for k, (outputs, info) in enumerate(apart):
-            np.testing.assert_allclose(path[:, k], outputs, atol=1e-5)
-            np.testing.assert_allclose(infos.loss[:, :k], info.loss, atol=1e-5)
+            ttt.audit.require_close(path[:, k], outputs, num_steps=k)
+            ttt.audit.require_close(infos.loss[:, :k], info.loss, num_steps=k)
             assert info.loss.shape == (4, k) and (info.updated == (k > 0)).all()
-        np.testing.assert_allclose(path[0], single, atol=1e-5)
+        ttt.audit.require_close(path[0], single, num_steps=2)
         assert (np.abs(np.diff(path, axis=1)).max(axis=-1) > 1e-4).all()
 
     @pytest.mark.parametrize("trace", [False, True])
@@ -240,7 +240,7 @@ class TestFailures:
         np.testing.assert_array_equal(infos.ok, [[True] * 4, [True, True, False, True]])
         np.testing.assert_array_equal(infos.updated, infos.ok)
         assert np.isfinite(outputs).all()
-        np.testing.assert_allclose(outputs[1, 2], source[1, 2], atol=1e-6)
+        ttt.audit.require_close(outputs[1, 2], source[1, 2], num_steps=0)
         assert np.isfinite(infos.loss[1, 2, 0])
 
     def test_trace_falls_back_from_the_failing_step_on(self):
@@ -257,11 +257,11 @@ class TestFailures:
 
         (path, info), apart = quickly(run, IMAGES[0], KEY)
         for k in range(5):
-            np.testing.assert_allclose(path[k], apart[k], atol=1e-6)
+            ttt.audit.require_close(path[k], apart[k], num_steps=k)
         np.testing.assert_array_equal(np.isfinite(info.loss), [True, True, False, False])
         assert not info.ok and not info.updated
         assert np.abs(path[2] - path[0]).max() > 1e-4
-        np.testing.assert_allclose(path[3:], np.stack([path[0]] * 2), atol=1e-6)
+        ttt.audit.require_close(path[3:], np.stack([path[0]] * 2), num_steps=0)
 
     def test_nan_input(self):
         xs = IMAGES.at[1].set(jnp.nan)
@@ -292,7 +292,7 @@ class TestFailures:
         assert kept.any() and not kept.all()
         assert info.ok.all()
         np.testing.assert_array_equal(info.updated, kept)
-        np.testing.assert_allclose(outputs[~kept], source[~kept], atol=1e-6)
+        ttt.audit.require_close(outputs[~kept], source[~kept], num_steps=0)
 
 
 class TestTracedHyperParameters:
@@ -304,7 +304,7 @@ class TestTracedHyperParameters:
 
         rows = quickly(jax.vmap(one), np.asarray(values, np.float32))
         apart = quickly(lambda: [one(value) for value in values])
-        np.testing.assert_allclose(rows, np.stack(apart), atol=1e-5)
+        ttt.audit.require_close(rows, np.stack(apart), num_steps=2)
         assert len(np.unique(np.asarray(rows)[:, 0])) == len(values)
 
     def test_learning_rate(self):

@@ -38,8 +38,8 @@ def test_it_is_the_stream_chunk_by_chunk():
         carry, (output, chunk_info) = step(PARAMS, carry, chunk, key)
         expected.append(output)
         losses_seen.extend(chunk_info.loss)
-    np.testing.assert_allclose(outputs, np.stack(expected), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(info.loss, np.stack(losses_seen), rtol=1e-4, atol=1e-5)
+    ttt.audit.require_close(outputs, np.stack(expected), num_steps=8)
+    ttt.audit.require_close(info.loss, np.stack(losses_seen), num_steps=8)
     assert info.loss.shape == (8,) and bool(info.ok) and bool(info.updated)
 
 
@@ -52,7 +52,7 @@ def test_a_score_never_sees_its_own_chunk_or_a_later_one():
 
 def test_many_documents_keep_the_promises():
     before = snapshot(PARAMS)
-    ttt.audit.check(ttt.unroll(stream()), PARAMS, DOCUMENTS, KEYS)
+    ttt.audit.check(ttt.unroll(stream()), PARAMS, DOCUMENTS, KEYS, num_steps=8)
     assert snapshot(PARAMS) == before
 
 
@@ -64,7 +64,7 @@ def test_reset_at_every_chunk_is_episodic():
     predict = ttt.episodic(adapter, ttt.unbatched(classify), num_steps=2)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(KEYS[0], jnp.arange(4))
     expected, _ = ttt.batched(predict)(PARAMS, DOCUMENTS[0], keys)
-    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+    ttt.audit.require_close(outputs, expected, num_steps=2)
 
 
 @pytest.mark.parametrize(

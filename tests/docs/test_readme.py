@@ -29,7 +29,6 @@ def test_readme_blocks_run(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     promised = re.findall(r"print\(.*\)\s+# (.*)$", "".join(blocks), re.MULTILINE)

@@ -66,7 +66,7 @@ def lab(tmp_path_factory):
 
 
 def close(a, b):
-    np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+    ttt.audit.require_close(a, b, num_steps=len(a))
 
 
 def test_tent_is_the_library_on_each_batch_of_its_true_size(lab):

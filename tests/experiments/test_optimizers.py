@@ -7,7 +7,7 @@ import pytest
 
 from experiments import problem as problem_lib, train
 from tests.experiments import tiny_config
-from ttt_jax import checkpoint
+from ttt_jax import audit, checkpoint
 
 
 def config_of(**options):
@@ -58,7 +58,7 @@ def test_interrupted_adamw_goes_on_where_it_was(tmp_path, monkeypatch):
         checkpoint.load(tmp_path / name / "checkpoints" / "seed_0").params
         for name in ("whole", "cut")
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, cut)
+    audit.require_close(cut, whole, num_steps=config.train.num_steps)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,6 @@ def sweep(config, workdir):
         [*command, f"--workdir={workdir}", "--workers=1", "--cores=1"],
         capture_output=True,
         text=True,
-        timeout=300,
     )
     return found.returncode, found.stderr.strip()
 

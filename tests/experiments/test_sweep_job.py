@@ -1,5 +1,6 @@
 """Jobs of a sweep: how an attempt ends, what limits it, and what ends with it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 
 import psutil
 
@@ -35,7 +37,7 @@ def job(folders, program, **changed):
         "cores": (),
         "owner": None,
         "retries": 1,
-        "time_limit_s": 60.0,
+        "time_limit_s": 1e6,
         "memory_limit_gb": 0.0,
     }
     return job_lib.Job(**{**values, **changed})
@@ -94,50 +96,83 @@ def test_only_the_unit_that_was_at_work_is_charged(tmp_path):
     assert [s.failures for s in states] == [2, 1, 0] and states[0].state == "failed"
 
 
-def test_the_limit_of_time_is_that_of_one_unit(tmp_path):
+def test_the_limit_of_time_is_that_of_one_unit(tmp_path, monkeypatch):
+    """Time is a number in a file, which the program moves on and the job reads."""
     folders = [tmp_path / name for name in "abc"]
-    program = """
-    import time
-    for n in range(3):
-        begin(n); time.sleep((6, 6, 300)[n]); end(n)
+    clock, seen = tmp_path / "clock", tmp_path / "seen"
+    clock.write_text("0")
+    program = f"""
+    import os, time, types
+    clock, seen = pathlib.Path({str(clock)!r}), pathlib.Path({str(seen)!r})
+    state.time = types.SimpleNamespace(time=lambda: float(clock.read_text()))
+    def pass_to(now):
+        clock.with_suffix(".new").write_text(str(now))
+        os.replace(clock.with_suffix(".new"), clock)
+        while not seen.exists() or float(seen.read_text() or 0) < now:
+            time.sleep(0.01)
+    begin(0); pass_to(6); end(0)
+    begin(1); pass_to(12); end(1)
+    begin(2); pass_to(23); time.sleep(1e6)
     """
+
+    def look():
+        now = clock.read_text()
+        seen.write_text(now)
+        return float(now)
+
+    monkeypatch.setattr(job_lib, "time", types.SimpleNamespace(time=look, sleep=time.sleep))
     assert job_lib.run(job(folders, program, time_limit_s=10)) == "failed"
     assert [state_lib.read(folder).state for folder in folders] == ["done", "done", "waiting"]
 
 
 SLEEPER = """
 import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1e6)"])
 print(child.pid, flush=True)
-time.sleep(300)
+time.sleep(1e6)
 """
 
 
-def gone(pid, patience_s=10.0):
-    """Whether a process ends soon."""
-    last = time.monotonic() + patience_s
-    while time.monotonic() < last:
-        try:
+def wait_for_end(pid):
+    """Returns once a process has ended; one that does not end is never returned from."""
+    while psutil.pid_exists(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
             if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
-            return True
-        time.sleep(0.1)
-    return False
+                return
+        time.sleep(0.05)
 
 
-def first_pid(folder):
-    """What the sleeper printed; it has, unless it was ended before it began."""
-    return int((folder / "log.txt").read_text().split()[0])
+def child_of(folder):
+    """The process that the sleeper started, 0 before it did."""
+    log = folder / "log.txt"
+    words = log.read_text().split("\n") if log.exists() else []
+    return int(words[0]) if len(words) > 1 else 0
 
 
-def test_limits_of_time_and_memory(tmp_path):
-    slow = tmp_path / "slow"
-    assert job_lib.run(job(slow, SLEEPER, time_limit_s=6)) == "failed"
+def once_it_sleeps(folder, act):
+    """Acts, in a thread, as soon as the sleeper has its child."""
+
+    def wait():
+        while not child_of(folder):
+            time.sleep(0.05)
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_limits_of_time_and_memory(tmp_path, monkeypatch):
+    slow, start = tmp_path / "slow", time.time()
+
+    def look():
+        return start + (7 if child_of(slow) else 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job_lib, "time", types.SimpleNamespace(time=look, sleep=time.sleep))
+        assert job_lib.run(job(slow, SLEEPER, time_limit_s=6)) == "failed"
     assert state_lib.read(slow).message == "took longer than its limit of 0.1 minutes"
-    assert gone(first_pid(slow))
+    wait_for_end(child_of(slow))
     large = tmp_path / "large"
-    program = "import time; held = bytearray(300_000_000); time.sleep(300)"
+    program = "import time; held = bytearray(300_000_000); time.sleep(1e6)"
     assert job_lib.run(job(large, program, memory_limit_gb=0.2)) == "failed"
     assert "more than its limit of 0.2 GB" in state_lib.read(large).message
 
@@ -151,21 +186,21 @@ def test_a_killed_attempt_waits_to_go_on(tmp_path):
 
 
 def test_a_job_that_is_told_to_stop_ends_its_processes(tmp_path):
-    threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    once_it_sleeps(tmp_path, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert job_lib.run(job(tmp_path, SLEEPER)) == "interrupted"
     assert state_lib.read(tmp_path).message == "told to stop"
-    assert gone(first_pid(tmp_path))
+    wait_for_end(child_of(tmp_path))
 
 
 def test_a_job_ends_with_the_sweep_that_owns_it(tmp_path):
-    owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1e6)"])
     named = (owner.pid, psutil.Process(owner.pid).create_time())
 
     def end():
         owner.kill()
         owner.wait()
 
-    threading.Timer(5.0, end).start()
+    once_it_sleeps(tmp_path, end)
     assert job_lib.run(job(tmp_path, SLEEPER, owner=named)) == "interrupted"
     assert state_lib.read(tmp_path).message == "the sweep ended"
-    assert gone(first_pid(tmp_path))
+    wait_for_end(child_of(tmp_path))

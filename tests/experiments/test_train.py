@@ -7,7 +7,7 @@ import pytest
 
 from experiments import launch, problem, train
 from tests.experiments import tiny_config
-from ttt_jax import checkpoint, data
+from ttt_jax import audit, checkpoint, data
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,9 @@ def test_many_steps_per_call_equal_the_loop(tmp_path):
         key = jax.random.fold_in(jax.random.key(0), number)
         *state, _ = run(*state, batch.image, batch.label, key)
     trained = checkpoint.load(tmp_path / "whole" / "checkpoints" / "seed_0").params
-    for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(state[0]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    audit.require_close(
+        jax.tree.leaves(trained), jax.tree.leaves(state[0]), num_steps=config.train.num_steps
+    )
 
 
 def test_step_schedule_ends_at_a_hundredth():

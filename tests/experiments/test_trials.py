@@ -176,13 +176,13 @@ def test_a_stream_goes_on_from_domain_to_domain(trained, source):
             lambda carry, pair: stream.step(params, carry, *pair), stream.init(params), pairs
         )
     )(images, ttt.sample_keys(jax.random.key(0), ids))
-    np.testing.assert_allclose(outcome.logits, expected["logits"], rtol=1e-4, atol=1e-5)
+    ttt.audit.require_close(outcome.logits, expected["logits"], num_steps=len(ids))
     went, were = (
         np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(carry.state.fast)])
         for carry in (end, stream.init(params))
     )
     drift = np.linalg.norm(went - were) / np.linalg.norm(were)
-    assert outcome.drift == pytest.approx(drift, rel=1e-3) and drift > 1e-3
+    assert outcome.drift == pytest.approx(drift, rel=ttt.audit.tolerance(len(ids))) and drift > 1e-3
     snow = run.run("rotation_online", method, options, batches[2:])
     assert np.abs(snow.logits - outcome.logits[30:]).max() > 1e-2
     assert outcome.cells()["snow", 5].tolist() == [False] * 30 + [True] * 30
@@ -211,10 +211,10 @@ def test_streams_side_by_side_equal_each_alone(trained, source, name):
     for outcome, other in zip(
         together, one_by_one.run_all(name, method, settings, each), strict=True
     ):
-        np.testing.assert_allclose(outcome.logits, other.logits, rtol=1e-4, atol=1e-5)
+        ttt.audit.require_close(outcome.logits, other.logits, num_steps=len(other.logits))
     for outcome, batches in zip(together, each, strict=True):
         alone = run.run(name, method, settings, batches)
-        np.testing.assert_allclose(outcome.logits, alone.logits, rtol=1e-4, atol=1e-5)
+        ttt.audit.require_close(outcome.logits, alone.logits, num_steps=len(alone.logits))
         assert outcome.domain.tolist() == alone.domain.tolist()
         assert outcome.seconds > 0
         assert outcome.drift == pytest.approx(alone.drift, rel=1e-3)

@@ -176,7 +176,7 @@ def test_adaptation_on_a_mesh_of_two_devices():
     spread, info = jax.jit(predict)(params, images, keys)
     alone, _ = jax.jit(ttt.batched(episodic("lax", 1)))(params, images, keys)
     assert info.ok.all() and info.updated.all()
-    np.testing.assert_allclose(spread, alone, rtol=1e-4, atol=1e-4)
+    ttt.audit.require_close(spread, alone)
 
 
 def test_parameters_narrower_than_float32():

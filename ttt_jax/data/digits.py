@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
+from ttt_jax import _extras
 from ttt_jax.data._folders import has_data
+
+tfds = _extras.load("tensorflow_datasets", "data")
 
 NUM_TRAIN = 1437
 NUM_TEST = 360
@@ -32,9 +34,9 @@ def split_indices() -> tuple[np.ndarray, np.ndarray]:
     Returns:
       int64 ``[1437]`` and ``[360]``, in the order in which they are stored.
     """
-    from sklearn.datasets import load_digits
+    datasets = _extras.load("sklearn.datasets", "data")
 
-    labels = load_digits().target
+    labels = datasets.load_digits().target
     rng = np.random.Generator(np.random.Philox(_SPLIT_SEED))
     counts = np.bincount(labels)
     exact = counts * (NUM_TEST / len(labels))
@@ -75,9 +77,9 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(train), "test": self._generate_examples(test)}
 
     def _generate_examples(self, indices: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-        from sklearn.datasets import load_digits
+        datasets = _extras.load("sklearn.datasets", "data")
 
-        bunch = load_digits()
+        bunch = datasets.load_digits()
         images = np.rint(bunch.images * 255 / 16).astype(np.uint8)[..., None]
         for position, index in enumerate(indices):
             yield position, {"image": images[index], "label": int(bunch.target[index])}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ttt_jax import _extras
 from ttt_jax.data import corruptions
 from ttt_jax.data.sources import Batch, Example, Source
 from ttt_jax.data.streams import Plan
@@ -138,7 +139,7 @@ class Loader:
         return LoaderIterator(self)
 
     def _stream(self, start: int) -> Iterator[DomainBatch]:
-        import grain
+        grain = _extras.load("grain", "data")
 
         rows = grain.MapDataset.source(_Rows(self.source, self.plan, self._seed))
         batches = rows.batch(self._batch_size, drop_remainder=False, batch_fn=_stack)[start:]
@@ -247,7 +248,7 @@ def training_batches(
       ValueError: a batch size or seed outside its range, or a negative ``start_step``.
     """
     _check_training(source, batch_size, seed, start_step)
-    import grain
+    grain = _extras.load("grain", "data")
 
     data = grain.MapDataset.source(source).shuffle(seed=int(seed))
     data = data.batch(int(batch_size), drop_remainder=True, batch_fn=_stack_examples).repeat()

@@ -8,6 +8,8 @@ import zlib
 
 import numpy as np
 
+from ttt_jax import _extras
+
 
 class ArrayReader:
     """Images held as one array, uint8 or float32 in [0, 1], ``[N, H, W, C]``."""
@@ -97,7 +99,7 @@ def _check_images(images: np.ndarray, path: str) -> np.ndarray:
 
 
 def _unpack(arrays: dict[str, np.ndarray], path: str) -> np.ndarray:
-    from PIL import Image
+    pillow = _extras.load("PIL.Image", "data")
 
     header, data = arrays["header"].tobytes(), arrays["data"].tobytes()
     offsets = arrays["offsets"].astype(np.int64)
@@ -111,7 +113,7 @@ def _unpack(arrays: dict[str, np.ndarray], path: str) -> np.ndarray:
     images = []
     for row, (start, stop) in enumerate(itertools.pairwise(offsets)):
         try:
-            with Image.open(io.BytesIO(header + data[start:stop])) as picture:
+            with pillow.open(io.BytesIO(header + data[start:stop])) as picture:
                 images.append(np.asarray(picture.convert("RGB")))
         except OSError as error:
             raise ValueError(f"Image {row} of {path!r} is not a readable JPEG: {error}") from error

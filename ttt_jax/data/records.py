@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ttt_jax import _extras
 from ttt_jax.data import _folders
 
 
@@ -45,7 +46,7 @@ class RecordReader:
 
     def labels(self) -> np.ndarray:
         """int32 ``[N]``; the images stay encoded."""
-        import tensorflow_datasets as tfds
+        tfds = _extras.load("tensorflow_datasets", "data")
 
         lean = self._builder.as_data_source(
             self._split, decoders={"image": tfds.decode.SkipDecoding()}
@@ -70,6 +71,8 @@ def _data_source(builder: Any, split: str) -> Any:
 
 def open_set(name: str, split: str, data_dir: str | None) -> RecordReader:
     """Opens a split of a prepared set; see :func:`ttt_jax.data.load` for errors."""
+    # TFDS itself says of a missing array_record only that a module was not found.
+    _extras.load("array_record", "data")
     directory = None if data_dir is None else os.path.abspath(os.path.expanduser(data_dir))
     if name == "digits":
         from ttt_jax.data import digits
@@ -90,7 +93,7 @@ def open_set(name: str, split: str, data_dir: str | None) -> RecordReader:
 
 
 def _prepared(name: str, directory: str | None) -> Any:
-    import tensorflow_datasets as tfds
+    tfds = _extras.load("tensorflow_datasets", "data")
 
     # TFDS writes a version behind a colon; a slash would name a configuration.
     name = re.sub(r"/(\d+\.\d+\.\d+)$", r":\1", name)

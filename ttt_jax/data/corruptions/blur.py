@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 
+from ttt_jax import _extras
 from ttt_jax.data.corruptions.common import Scale, motion, smooth, to_bytes, zoom_matrices
 
 
@@ -16,7 +17,7 @@ def gaussian_blur(image: np.ndarray, severity: int, rng: np.random.Generator, sc
 
 def _disk(radius: float, alias: float, extent: float) -> np.ndarray:
     """The published kernel: a disk of pixels, then a Gaussian of 3 or 5 taps over it."""
-    from scipy import ndimage
+    ndimage = _extras.load("scipy.ndimage", "data")
 
     # The published grid reaches at least 8 pixels; the Gaussian's border rule sees its edge.
     reach = 8 if radius <= 8 else math.ceil(radius)
@@ -58,7 +59,8 @@ def defocus_kernel(radius: float, alias: float, extent: float) -> np.ndarray:
 
 def defocus_blur(image: np.ndarray, severity: int, rng: np.random.Generator, scale: Scale):
     """A disk-shaped lens blur; constants are its radius and its anti-aliasing width."""
-    from scipy import ndimage, signal
+    ndimage = _extras.load("scipy.ndimage", "data")
+    signal = _extras.load("scipy.signal", "data")
 
     radius, alias = scale.pick(
         ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),

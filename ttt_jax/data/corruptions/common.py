@@ -12,6 +12,8 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
+from ttt_jax import _extras
+
 T = TypeVar("T")
 
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -97,7 +99,7 @@ def smooth(image: np.ndarray, sigma: float, truncate: float = 4.0, mode: str = "
     Returns:
       float64, same shape.
     """
-    from scipy import ndimage
+    ndimage = _extras.load("scipy.ndimage", "data")
 
     widths = (sigma, sigma) + (0,) * (image.ndim - 2)
     return ndimage.gaussian_filter(image, widths, mode=mode, truncate=truncate)
@@ -110,7 +112,7 @@ def zoom_matrices(size: int, factors: tuple[float, ...]) -> np.ndarray:
     ``scipy.ndimage.zoom`` with ``order=1`` is linear and separable, so zooming the identity
     gives the very weights it would use, and many zooms become one batched product.
     """
-    from scipy import ndimage
+    ndimage = _extras.load("scipy.ndimage", "data")
 
     out = np.empty((len(factors), size, size))
     for k, factor in enumerate(factors):

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 
+from ttt_jax import _extras
 from ttt_jax.data.corruptions.common import LUMA, Scale, smooth, to_bytes
 
 
@@ -47,7 +48,7 @@ def saturate(image: np.ndarray, severity: int, rng: np.random.Generator, scale: 
 
 
 def _sample(image: np.ndarray, rows: np.ndarray, cols: np.ndarray, mode: str) -> np.ndarray:
-    from scipy import ndimage
+    ndimage = _extras.load("scipy.ndimage", "data")
 
     out = np.empty((*rows.shape, image.shape[2]))
     for channel in range(image.shape[2]):
@@ -93,10 +94,10 @@ def elastic_transform(image: np.ndarray, severity: int, rng: np.random.Generator
 
 
 def _picture(image: np.ndarray):
-    from PIL import Image
+    pillow = _extras.load("PIL.Image", "data")
 
     pixels = to_bytes(image)
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    return pillow.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def _pixels(picture, shape: tuple[int, ...]) -> np.ndarray:
@@ -105,20 +106,20 @@ def _pixels(picture, shape: tuple[int, ...]) -> np.ndarray:
 
 def pixelate(image: np.ndarray, severity: int, rng: np.random.Generator, scale: Scale):
     """Shrinks the picture by the constant and grows it back, both with a box filter."""
-    from PIL import Image
+    pillow = _extras.load("PIL.Image", "data")
 
     factor = scale.pick((0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25), severity)
     height, width = image.shape[:2]
-    box = Image.Resampling.BOX
+    box = pillow.Resampling.BOX
     coarse = _picture(image).resize((int(width * factor), int(height * factor)), box)
     return _pixels(coarse.resize((width, height), box), image.shape)
 
 
 def jpeg_compression(image: np.ndarray, severity: int, rng: np.random.Generator, scale: Scale):
     """A JPEG round trip; the constant is the quality. Blocks are 8 pixels at any size."""
-    from PIL import Image
+    pillow = _extras.load("PIL.Image", "data")
 
     quality = scale.pick((80, 65, 58, 50, 40), (25, 18, 15, 10, 7), severity)
     file = io.BytesIO()
     _picture(image).save(file, "JPEG", quality=quality)
-    return _pixels(Image.open(file), image.shape)
+    return _pixels(pillow.open(file), image.shape)

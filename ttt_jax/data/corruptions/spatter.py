@@ -6,6 +6,7 @@ histogram equalization; the few lines each of them needs here are written out be
 
 import numpy as np
 
+from ttt_jax import _extras
 from ttt_jax.data.corruptions.common import Scale, smooth, tinted
 
 _WATER = (175 / 255, 238 / 255, 238 / 255)  # pale turquoise
@@ -24,7 +25,7 @@ def canny(image: np.ndarray, low: float, high: float) -> np.ndarray:
     Returns:
       bool ``[H, W]``.
     """
-    from scipy import ndimage
+    ndimage = _extras.load("scipy.ndimage", "data")
 
     height, width = image.shape
     right = ndimage.sobel(image, axis=1, mode="nearest")
@@ -69,7 +70,7 @@ def equalize(image: np.ndarray) -> np.ndarray:
 
 def _water(liquid: np.ndarray, amount: float) -> np.ndarray:
     """How much light each pixel of a layer of drops adds, ``[H, W]``."""
-    from scipy import ndimage
+    ndimage = _extras.load("scipy.ndimage", "data")
 
     drops = np.floor(liquid * 255)
     edges = canny(drops, 50, 150)
@@ -85,12 +86,12 @@ def _water(liquid: np.ndarray, amount: float) -> np.ndarray:
 
 
 def _resized(layer: np.ndarray, height: int, width: int) -> np.ndarray:
-    from PIL import Image
+    pillow = _extras.load("PIL.Image", "data")
 
     if layer.shape == (height, width):
         return layer
-    picture = Image.fromarray(layer.astype(np.float32))
-    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR), np.float64)
+    picture = pillow.fromarray(layer.astype(np.float32))
+    return np.asarray(picture.resize((width, height), pillow.Resampling.BILINEAR), np.float64)
 
 
 def spatter(image: np.ndarray, severity: int, rng: np.random.Generator, scale: Scale):
