@@ -9,7 +9,7 @@ Within one program the promises are bitwise. Two programs of different shape rou
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,36 +24,8 @@ from ttt_jax import (
     resets,
     select as select_lib,
 )
+from ttt_jax._findings import AuditError, Finding
 from ttt_jax.base import Adapter, Key, Params, Predictor, Selection
-
-
-class AuditError(AssertionError):
-    """A promise of the library does not hold; the message lists each with its figure."""
-
-
-class Finding(NamedTuple):
-    """One promise and how far it was missed.
-
-    Attributes:
-      name: the promise.
-      difference: the largest difference found, absolute where it must be 0 and relative to the
-        scale of the results elsewhere; nan counts as infinite.
-      limit: the largest difference allowed, 0 for bitwise.
-    """
-
-    name: str
-    difference: float
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the difference is within the limit."""
-        return self.difference <= self.limit
-
-    def __str__(self) -> str:
-        word = "ok" if self.passed else "FAILED"
-        return f"{word}: {self.name}: difference {self.difference:.3g}, allowed {self.limit:.3g}"
-
 
 _MEANING = {
     "loop": "parallel, in padded chunks, equals the loop over single instances",
@@ -396,17 +368,9 @@ def everything_but(selection: Selection) -> Selection:
 
 
 def check_task(task: Any, *, seed: int = 0, max_batches: int = 2) -> None:
-    """Raises :class:`AuditError` naming every rule that a task breaks on its own data.
+    """Raises :class:`AuditError` naming every rule that a :class:`ttt_jax.task.Task` breaks.
 
-    Checked: heads and metrics fit each other, sums of parts are sums of all, streams repeat, ids
-    and tags are complete, no instance is in two of training, validation and reported data, the
-    loss is finite and learns, views keep their shapes.
-
-    Args:
-      task: a :class:`ttt_jax.task.Task`.
-      seed: of its streams, its training data and its parameters.
-      max_batches: how many batches of each stream are read.
+    Checked on the first ``max_batches`` batches of each stream: see ``broken_rules``.
     """
-    broken = _audit_task.broken_rules(task, seed=seed, max_batches=max_batches)
-    if broken:
+    if broken := _audit_task.broken_rules(task, seed=seed, max_batches=max_batches):
         raise AuditError(f"{task.name} breaks {len(broken)} rules: " + " ".join(broken))
