@@ -195,6 +195,7 @@ class _Seed:
             "seed": self._seed,
             "split_role": role,
             "checkpoint": self._held.fingerprint,
+            "chooses": self.task.chooses,
         }
         result_rows.require_checkpoint(results, fields)
         work = units.missing(self, role, chosen, part.domains, results, fields)

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -12,13 +11,11 @@ import numpy as np
 import optax
 
 import ttt_jax as ttt
-from experiments import launch, settings
-from experiments.tasks import image_metrics, image_order
-from ttt_jax import data, kernels, models
+from experiments import launch
+from experiments.tasks import image_metrics, image_order, networks
+from ttt_jax import data
 from ttt_jax.task import Examples, Task
 from ttt_jax.views import augmix, image as views
-
-MODELS: dict[str, Any] = {"resnet": models.ResNet, "vit": models.ViT}
 
 # The views of probes are fixed, so that the values before and after adapting differ by the
 # adaptation alone.
@@ -36,7 +33,7 @@ def task(config: ml_collections.ConfigDict) -> Task:
     """
     image_order.check(config)
     test = load_data(config, "test")
-    net = Network(config, test)
+    net = ImageModel(config, test)
     groups: dict[str, np.ndarray] = {}
     if launch.setting(config, "data.imbalance") != 1:
         labels = load_data(config, "train", in_memory=False).labels()
@@ -121,7 +118,7 @@ def _examples(batch: Any) -> Examples:
     return Examples(batch.id, batch.image, batch.label, {})
 
 
-class Network:
+class ImageModel:
     """The model of a config: its parameters' layout and its functions by name."""
 
     def __init__(self, config: ml_collections.ConfigDict, source: data.Source):
@@ -133,8 +130,8 @@ class Network:
         self.image_shape = tuple(source.image_shape)
         self.num_classes = source.num_classes
         self._config = config
-        self.private = _module(config, source, shared_kernels=False)
-        self.shared = _module(config, source, shared_kernels=True)
+        self.private = networks.build(config, source, shared_kernels=False)
+        self.shared = networks.build(config, source, shared_kernels=True)
         padding, flip = config.views.padding, config.views.flip
         pad_mode = _pad_mode(config)
         shift = views.shift(padding, pad_mode)
@@ -145,7 +142,7 @@ class Network:
 
     def init(self, key: jax.Array) -> Any:
         """Freshly initialized parameters."""
-        return models.init(self.shared, key, self.image_shape)
+        return self.shared.init(key)
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Images in [0, 1] to what the module takes."""
@@ -193,27 +190,25 @@ class Network:
             "simclr": views.simclr(),
             "views": lambda image: self.every_view(image)[::view_stride],
         }
-        if hasattr(module, "patch"):
-            extra["patch"] = module.patch
+        if module.has("patch"):
+            extra["patch"] = module.module.patch
         if self.has_batch_norm:
             extra["follow"] = self._follow
         return {"observed": self._observed(heads["classify"], probes), **heads, **extra}
 
-    def _functions(self, module: nn.Module, norm: Any) -> dict[str, Any]:
-        def head(method: str | None, norm: Any = norm) -> Any:
-            apply = models.from_linen(module, method, norm=norm)
+    def _functions(self, module: networks.Network, norm: Any) -> dict[str, Any]:
+        def head(method: str | None) -> Any:
+            apply = module.apply(method, norm)
             return lambda params, images, *rest: apply(params, self.normalize(images), *rest)
 
         functions = {"classify": head(None)}
-        for name in ("rotation", "reconstruct", "features"):
-            if hasattr(module, name):
-                functions[name] = head(name)
-        if getattr(module, "projection", 0):
-            functions["project"] = head("project")
-        collect = models.linen_activations(module)
-        functions["activations"] = lambda params, images: collect(params, self.normalize(images))
+        functions |= {name: head(name) for name in (*networks.HEADS, "project") if module.has(name)}
+        if (collect := module.activations()) is not None:
+            functions["activations"] = lambda params, images: collect(
+                params, self.normalize(images)
+            )
         if self.has_batch_norm and "rotation" in functions:
-            forward = models.linen_statistics(module, "rotation", outputs=True)
+            forward = module.statistics("rotation", outputs=True)
             functions["rotation_statistics"] = lambda params, images: forward(
                 params, self.normalize(images)
             )
@@ -227,14 +222,14 @@ class Network:
             passes.append(("rotation", turned))
         momentum = self._config.train.statistics_momentum
         for method, images in passes:
-            collect = models.linen_statistics(self.shared, method)
+            collect = self.shared.statistics(method)
             adapter = ttt.statistics_adapter(collect, momentum=momentum)
             state = adapter.init(params)
             state, _ = adapter.step(params, state, self.normalize(images), key)
             params = adapter.merge(params, state)
         return params
 
-    def _probes(self, module: nn.Module) -> dict[str, Any]:
+    def _probes(self, module: networks.Network) -> dict[str, Any]:
         """Deterministic readings ``(params, image) -> scalar`` of the auxiliary losses.
 
         They use running statistics, so that they move with the weights alone.
@@ -251,7 +246,7 @@ class Network:
         if "reconstruct" in heads:
             losses["mae"] = ttt.losses.masked_reconstruction(
                 heads["reconstruct"],
-                patch=module.patch,
+                patch=module.module.patch,
                 mask_ratio=launch.setting(self._config, "train.mask_ratio"),
                 num_masks=_PROBE_VIEWS,
             )
@@ -314,28 +309,3 @@ def _pad_mode(config: ml_collections.ConfigDict) -> str:
     if rim not in _RIMS:
         raise ValueError(f"views.rim must be one of {sorted(_RIMS)}; got {rim!r}.")
     return _RIMS[rim]
-
-
-def _module(config: ml_collections.ConfigDict, source: data.Source, *, shared_kernels: bool) -> Any:
-    name = config.model.name
-    options = {key: value for key, value in config.model.items() if key != "name"}
-    options["num_classes"] = source.num_classes
-    if "dtype" in options:
-        options["dtype"] = jnp.dtype(options["dtype"])
-    if ":" in name:
-        return settings.imported(name, "model.name")(**options)
-    if name not in MODELS:
-        raise ValueError(
-            f"model.name must be one of {sorted(MODELS)}, or PACKAGE.MODULE:NAME; got {name!r}."
-        )
-    if name == "vit":
-        options |= {"image_size": source.image_shape[0], "channels": source.image_shape[2]}
-    if name == "resnet" and shared_kernels:
-        options["conv"] = _shared_form(models.ResNet(**options), source.image_shape)
-    return MODELS[name](**options)
-
-
-def _shared_form(net: models.ResNet, image_shape: tuple[int, ...]) -> str:
-    sizes = (image_shape, net.width, net.groups, net.dtype)
-    fused = net.norm == "group" and kernels.conv.supported(*sizes)
-    return "fused" if fused else "lax"
