@@ -4,9 +4,9 @@ In a notebook::
 
     from experiments.report import charts, read, table
 
-    results = read.results("runs/demo")
-    table.pivot(results, ["method"], "domain")  # a frame
-    charts.means(results)  # an altair chart
+    data = table.prepare(read.results("runs/demo"))
+    table.pivot(data)  # a frame
+    charts.means(data)  # an altair chart
 
 ``python -m experiments.report --workdir=runs/demo`` writes the page and prints the table.
 """

@@ -155,9 +155,16 @@ def draw_cost(source: Source, data: Data, title: str) -> alt.LayerChart:
 
 
 def draw_heat(source: Source, data: Data, title: str) -> alt.LayerChart:
-    """Means over two settings; a dagger marks a mean over fewer domains or seeds."""
+    """Means over two settings; framed: the lowest of validation rows."""
     del data, title
-    base = alt.Chart(source).encode(
+    # Only validation rows may choose, and a mean over fewer domains is no lower one.
+    ranked = (
+        alt.Chart(source)
+        .transform_calculate(full="datum.partial ? null : datum.mean")
+        .transform_joinaggregate(lowest="min(full)")
+    )
+    best = "datum.role === 'validation' && datum.full !== null && datum.full === datum.lowest"
+    base = ranked.encode(
         x=alt.X("across:O", title="__across__", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("down:O", title="__down__"),
     )
@@ -170,7 +177,11 @@ def draw_heat(source: Source, data: Data, title: str) -> alt.LayerChart:
         count="'n ' + datum.rows",
     )
     return (
-        base.mark_rect(stroke="white").encode(color=color, tooltip=tip)
+        base.mark_rect(strokeWidth=2).encode(
+            color=color,
+            stroke=alt.condition(best, alt.value("#c2571a"), alt.value("transparent")),
+            tooltip=tip,
+        )
         + text.mark_text(dy=-5).encode(text="figure:N", color=ink)
         + text.mark_text(dy=8, fontSize=9).encode(text="count:N", color=ink)
     ).properties(width=WIDTH, height={"step": 36})
@@ -245,6 +256,7 @@ def heat(
     by = ["method", "across", "down"]
     lines = shown(intervals.summarize(rows, by, measure, peers=["method"]), measure)
     low, high = lines["mean"].min(), lines["mean"].max()
+    lines["role"] = role
     lines["share"] = (lines["mean"] - low) / (high - low or 1)
     maps = [
         draw_heat(part, data, "").properties(title=str(name), width=60 * part["across"].nunique())

@@ -99,7 +99,7 @@ function linesOf(view, list) {
   });
   const low = Math.min(...lines.map((line) => line.mean));
   const range = Math.max(...lines.map((line) => line.mean)) - low || 1;
-  return lines.map((line) => ({ ...line, share: (line.mean - low) / range,
+  return lines.map((line) => ({ ...line, role: state.role, share: (line.mean - low) / range,
     price: line[state.price], settings: data.settings.filter((name) => line[name] != null)
       .map((name) => `${title(name)} ${line[name]}`).join(", ") }));
 }

@@ -93,6 +93,12 @@ def views(data: Data) -> list[View]:
                 (curve,),
             )
         )
+    return parts + _measure_views(held)
+
+
+def _measure_views(held: list[str]) -> list[View]:
+    """The parts that show several measures of each method."""
+    parts = []
     auxiliary = [n for n in held if n.endswith(("_before", "_after", " change", " fell"))]
     if auxiliary:
         text = "Each method on its own scale; below, the same on clean instances."
