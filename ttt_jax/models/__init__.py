@@ -2,6 +2,7 @@
 
 from ttt_jax.models.activations import linen_activations
 from ttt_jax.models.conv import conv3x3
+from ttt_jax.models.demo import demo
 from ttt_jax.models.importers import load_resnet26_npz
 from ttt_jax.models.initialize import init
 from ttt_jax.models.linen import from_linen, linen_statistics
@@ -13,6 +14,7 @@ __all__ = [
     "ResNet",
     "ViT",
     "conv3x3",
+    "demo",
     "from_linen",
     "from_nnx",
     "init",
