@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
 CONFIG ?= experiments/configs/digits.py
 
-.PHONY: demo demo-seeds smoke test lint types unit docs test-faults test-slurm clean
+.PHONY: demo demo-seeds smoke test lint types unit docs test-full test-faults test-slurm clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m experiments.train --workdir=$(WORKDIR) --config=$(CONFIG)
@@ -33,17 +33,24 @@ types: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# A hundred kills at random moments during the example sweep: about twenty minutes.
+# What `make test` runs, and the whole product of losses, selections and adapters.
+test-full: lint types docs
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not faults and not slurm'
+
+# A hundred kills at random moments during the example sweep: about twenty minutes. Then disks that
+# are full or read-only, which needs root to mount them.
 test-faults: $(VENV)/.dev
-	TTT_JAX_KILLS=100 $(BIN)/python -m pytest -m faults tests/experiments/test_sweep_faults.py
+	TTT_JAX_KILLS=100 $(BIN)/python -m pytest -m faults tests/experiments/test_sweep_faults.py tests/experiments/test_sweep_disk.py
 
 # A Slurm of its own on this machine: needs root and `apt install slurm-wlm munge`.
 test-slurm: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slurm tests/experiments/test_sweep_slurm.py tests/experiments/test_distributed_slurm.py
 
+# The pages are read once, by the first of the two.
+docs: DOCTREES = docs/_build/doctrees
 docs: $(VENV)/.dev
-	$(BIN)/python -m sphinx -q -W --keep-going -b doctest docs docs/_build/doctest
-	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going -d $(DOCTREES) -b doctest docs docs/_build/doctest
+	$(BIN)/python -m sphinx -q -W --keep-going -d $(DOCTREES) -b html docs docs/_build/html
 
 # What a run needs; the second of `make demo` and `make test` finds it there.
 $(VENV)/.run: setup.cfg requirements.txt pyproject.toml

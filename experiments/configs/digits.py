@@ -12,9 +12,9 @@ the statistics of all nine shifts, is at 38 %; ``norm_prior_views`` is the same 
 steps, and as good. ``make demo-seeds`` repeats it for three seeds (about nine minutes) and reports
 mean and standard error.
 
-Other kinds of CPU give other figures: compilers round differently, and 1300 training steps let that
-grow into another model. The corrupted error of seed 0 was 47.4 % on one CPU and 50.6 % on another. On
-one machine the rows are the same each time, bit for bit.
+Other kinds of CPU give other figures: compilers round differently, and 1300 training steps let
+that grow into another model. The corrupted error of seed 0 was 47.4 % on one CPU and 50.6 % on
+another. On one machine the rows are the same each time, bit for bit.
 
 Training uses the first 1257 of the 1437 training images. The last 180, under the four
 validation corruptions, choose every tuple-valued setting below. Within a run, test

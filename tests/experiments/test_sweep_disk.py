@@ -10,6 +10,9 @@ import pytest
 
 from tests.experiments import tiny_sweep
 
+# Mounts a file system, which `make test` must not.
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture
 def disk(tmp_path):

@@ -13,17 +13,20 @@ Everything is NumPy; nothing needs TensorFlow.
 """
 
 from ttt_jax.data import corruptions, streams
+from ttt_jax.data.demo import DemoDigits, demo
 from ttt_jax.data.loader import DomainBatch, Loader, training_batches, training_places
 from ttt_jax.data.long_tail import long_tailed
 from ttt_jax.data.sources import Batch, Example, Source, load
 
 __all__ = [
     "Batch",
+    "DemoDigits",
     "DomainBatch",
     "Example",
     "Loader",
     "Source",
     "corruptions",
+    "demo",
     "load",
     "long_tailed",
     "streams",
