@@ -2,7 +2,6 @@
 
 from ttt_jax.models._instance_norm import InstanceAware
 from ttt_jax.models.activations import linen_activations
-from ttt_jax.models.conv import conv3x3
 from ttt_jax.models.demo import demo
 from ttt_jax.models.importers import load_resnet26_npz
 from ttt_jax.models.initialize import init
@@ -15,7 +14,6 @@ __all__ = [
     "InstanceAware",
     "ResNet",
     "ViT",
-    "conv3x3",
     "demo",
     "from_linen",
     "from_nnx",
