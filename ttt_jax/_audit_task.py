@@ -123,11 +123,9 @@ def _of_metrics(task: Any, head: Any, params: Params, batch: Any, where: str) ->
         parts = jax.tree.map(
             lambda leaf, at=half: np.asarray(leaf)[:at].sum(0) + np.asarray(leaf)[at:].sum(0), sums
         )
-        joined = (np.asarray(metric.value(tree), np.float64) for tree in (total, parts))
-        if not np.allclose(*joined, rtol=1e-5, equal_nan=True):
-            broken.append(
-                f"The metric {name} must be a value of sums on the {where}: parts differ."
-            )
+        values = [np.asarray(metric.value(tree), np.float64) for tree in (total, parts)]
+        if not np.allclose(values[0], values[1], rtol=1e-5, equal_nan=True):
+            broken.append(f"The metric {name} of the {where} must be a value of sums: parts differ.")
     return broken
 
 
