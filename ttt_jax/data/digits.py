@@ -17,7 +17,7 @@ import numpy as np
 from ttt_jax import _extras
 from ttt_jax.data._folders import has_data
 
-tfds = _extras.load("tensorflow_datasets", "data")
+tfds: Any = _extras.load("tensorflow_datasets", "data")
 
 NUM_TRAIN = 1437
 NUM_TEST = 360
