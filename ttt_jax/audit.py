@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax import _trees, batching, online as online_lib, predictors, resets, select as select_lib
+from ttt_jax import (
+    _audit_task,
+    _trees,
+    batching,
+    online as online_lib,
+    predictors,
+    resets,
+    select as select_lib,
+)
 from ttt_jax.base import Adapter, Key, Params, Predictor, Selection
 
 
@@ -326,3 +334,20 @@ def copied_frozen(
 def everything_but(selection: Selection) -> Selection:
     """The complement of a selection, for asking what stayed frozen."""
     return select_lib.exclude(select_lib.everything(), selection)
+
+
+def check_task(task: Any, *, seed: int = 0, max_batches: int = 2) -> None:
+    """Raises :class:`AuditError` naming every rule that a task breaks on its own data.
+
+    Checked: heads and metrics fit each other, sums of parts are sums of all, streams repeat, ids
+    and tags are complete, no instance is in two of training, validation and reported data, the
+    loss is finite and learns, views keep their shapes.
+
+    Args:
+      task: a :class:`ttt_jax.task.Task`.
+      seed: of its streams, its training data and its parameters.
+      max_batches: how many batches of each stream are read.
+    """
+    broken = _audit_task.broken_rules(task, seed=seed, max_batches=max_batches)
+    if broken:
+        raise AuditError(f"{task.name} breaks {len(broken)} rules: " + " ".join(broken))

@@ -103,21 +103,15 @@ def source_of(task: Task) -> Predictor:
 def measured(
     method: FromSource, params: Params, task: Task, *, seed: int, size: int, count: int | None
 ) -> PyTree:
-    """The source statistics that a method asks for, from the training split of a task.
+    """The source statistics that ``method.build`` takes, of the training split of a task.
 
     Args:
       method: what to measure.
       params: pristine.
       task: its ``training(seed)`` is read once.
       seed: of the order of the training examples.
-      size: examples per call.
-      count: how many examples; None for all.
-
-    Returns:
-      Statistics for ``method.build``.
-
-    Raises:
-      ValueError: ``size`` or ``count`` below 1.
+      size: examples per call, at least 1.
+      count: how many examples, at least 1; None for all.
     """
     measure = jax.jit(method.measure)
     batches = _Training(in_batches(task.training(seed), size, count))
@@ -234,8 +228,8 @@ class Evaluation:
     def cells(self, stream: str) -> list[dict[str, Any]]:
         """The distinct combinations of the tags of a stream, each of which becomes a row."""
         batches = self.batches(stream)
-        tags = joined_tags(batches)
-        return [combination for combination, _ in cells(tags, sum(len(b.id) for b in batches))]
+        count = sum(len(batch.id) for batch in batches)
+        return [combination for combination, _ in cells(joined_tags(batches), count)]
 
     def _cut(self, stream: str, size: int | None) -> list[Examples]:
         batches = self.batches(stream)
