@@ -105,9 +105,10 @@ def run(
         if first:
             count = 1 if mesh is None else mesh.size
             provenance.claim(workdir, config, devices=count, processes=team.count)
-        rows = journal.Journal(workdir / "results.jsonl").rows() if first else None
+        journal_path, identity = workdir / "results.jsonl", result_rows.identity
+        rows = journal.Journal(journal_path, identity=identity).rows() if first else None
         rows = team_lib.agreed(team, rows)
-        results = journal.Journal(workdir / "results.jsonl", None if first else rows)
+        results = journal.Journal(journal_path, None if first else rows, identity=identity)
         with writers.open_writer(workdir, trackers if first else ()) as writer:
             for seed in config.seeds:
                 path = checkpoint_path or pristine_lib.path_of(workdir, seed)

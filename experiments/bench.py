@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from absl import flags
+from jax.sharding import NamedSharding, PartitionSpec
 
 import ttt_jax as ttt
-from experiments import bench_record, kernels, launch, provenance, spread
+from experiments import adapt, bench_record, kernels, launch, provenance
 from experiments.bench_works import WORKS, ViTSizes
 from ttt_jax.kernels import attention as attention_lib
 
@@ -111,14 +112,17 @@ def compiler_options(pairs: Iterable[str]) -> dict[str, Any]:
 def time_jax(case: Case, repeats: int, options: dict[str, Any], trace: str) -> Timing:
     """Times the library, compiled with options of XLA; then one more call may be traced."""
     program = WORKS[case.work].program(case.sizes, case.dtype, case.num_steps)
-    devices = spread.local(case.devices)
-    params = jax.device_put(jax.jit(program.init)(jax.random.key(0)), devices.copied)
+    mesh = adapt.mesh_of(case.devices)
+    copied = split = None
+    if mesh is not None:
+        copied, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    params = jax.device_put(jax.jit(program.init)(jax.random.key(0)), copied)
     count = case.samples // case.sizes.batch
     images = jax.random.uniform(jax.random.key(1), (count, *program.shape))
     keys = ttt.sample_keys(jax.random.key(2), jnp.arange(count))
-    images, keys = devices.put((images, keys))
+    images, keys = jax.device_put((images, keys), split)
     start = time.perf_counter()
-    predict = program.over(devices.mesh)
+    predict = program.over(mesh)
     compiled = jax.jit(predict).lower(params, images, keys).compile(options)
     compile_seconds = time.perf_counter() - start
     _, info = compiled(params, images, keys)
@@ -298,7 +302,7 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
         raise launch.UserError(
             f"--devices takes numbers of at least 1; got {list(settings.devices)}."
         )
-    spread.local(max(settings.devices))
+    adapt.mesh_of(max(settings.devices))
     made = cases(settings)
     if not made:
         raise launch.UserError(

@@ -13,11 +13,12 @@ of a method in a work folder are about the same images, settings and model: othe
 ``experiments.merge --program=diagnose`` joins work folders that have cells of their own.
 """
 
+import concurrent.futures
 import functools
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,19 +30,19 @@ from absl import flags
 
 import ttt_jax as ttt
 from experiments import (
-    chunks,
+    choice,
     diagnose_record,
     diagnosis,
     journal,
     launch,
-    methods as methods_lib,
-    problem as problem_lib,
+    pristine as pristine_lib,
     provenance,
-    runner as runner_lib,
-    selection,
-    trials as trials_lib,
+    settings as settings_lib,
+    tasks,
 )
-from ttt_jax import data
+from experiments.tasks import image_order, images
+from ttt_jax import budget, data
+from ttt_jax.task import Task
 
 # Of the learning rate of the config.
 FACTORS = (0.3, 1.0, 3.0, 10.0)
@@ -56,7 +57,7 @@ class Options(NamedTuple):
 
     Attributes:
       method: the entry of the config's ``methods`` whose settings are used; its steps are private
-        to each image and descend one loss of :data:`experiments.diagnosis.TASKS`.
+        to each image and descend one loss that :data:`experiments.diagnosis.METHODS` has.
       split: ``test`` or ``validation``.
       severities: 1 to 5, each once; not used where the config has no corruptions.
       corruptions: their names; None for those of the split's role.
@@ -72,31 +73,35 @@ class Options(NamedTuple):
     learning_rates: Sequence[float] | None = None
 
 
-def _fits(method: methods_lib.Method) -> bool:
-    """Whether a method takes private steps on one loss and needs nothing but the image."""
-    alone = method.scope == "per_sample" and method.measurement is None
-    return alone and method.traced and method.probe in diagnosis.TASKS
+def candidates_of(
+    config: ml_collections.ConfigDict, label: str, task: Task
+) -> tuple[str, list[dict[str, Any]]]:
+    """What a method of the config that can be diagnosed is, and its candidates.
 
-
-def method_of(
-    config: ml_collections.ConfigDict, name: str, problem: problem_lib.Problem
-) -> methods_lib.Method:
-    """A method of the config that can be diagnosed.
+    Returns:
+      Its name in :data:`experiments.diagnosis.METHODS`, and its settings.
 
     Raises:
       UserError: the config lacks it, or it is of another kind.
       ValueError: options that are missing or impossible.
     """
-    if name in config.methods:
-        method = methods_lib.build(config, problem, problem, [name])[name]
-        if _fits(method):
-            return method
-    methods = methods_lib.build(config, problem, problem)
-    there = [known for known, method in methods.items() if _fits(method)]
-    raise launch.UserError(
-        "--method must be a method of the config with private steps on one loss "
-        f"({', '.join(there) or 'none'}); got {name!r}."
-    )
+    grids = settings_lib.candidates(config, task)
+    names = {
+        known: diagnosis.name_of(grid[0].settings, known)
+        for known, grid in grids.items()
+        if diagnosis.name_of(grid[0].settings, known) in diagnosis.METHODS
+    }
+    if label not in names:
+        raise launch.UserError(
+            "--method must be a method of the config with private steps on one loss "
+            f"({', '.join(names) or 'none'}); got {label!r}."
+        )
+    grid = [candidate.settings for candidate in grids[label]]
+    if "learning_rate" not in grid[0]:
+        raise launch.UserError(
+            f"methods.{label} has no learning_rate, around which the map lies; give it one."
+        )
+    return names[label], grid
 
 
 def settings_of(
@@ -110,7 +115,7 @@ def settings_of(
     if len(grid) == 1:
         return grid[0]
     path = workdir / "selection.json"
-    chosen = selection.read(path)["chosen"].get(method) if path.exists() else None
+    chosen = choice.read(path)["chosen"].get(method) if path.exists() else None
     if chosen not in grid:
         raise launch.UserError(
             f"methods.{method} has {len(grid)} candidates, and {path} chose none of them; run "
@@ -158,13 +163,17 @@ class _Measure:
                 return jax.jit(self._cell(size)).lower(*arguments).compile()
 
             most = len(batch.id) * len(self._rates)
-            self._compiled = chunks.compiled(compile_for, self._chunk_size, most)
+            if self._chunk_size:
+                self._compiled = compile_for(self._chunk_size)
+            else:
+                fitting = budget.largest_chunk(compile_for, budget.free_bytes(), most=most)
+                self._compiled = fitting.compiled
         compiled = time.perf_counter()
         values = jax.block_until_ready(self._compiled(*arguments))
         done = time.perf_counter()
         row = {name: _plain(value) for name, value in values.items()}
-        for choice in ("label_free", "oracle"):
-            row[f"{choice}_learning_rate"] = self._rates[row.pop(f"{choice}_rate_index")]
+        for rule in ("label_free", "oracle"):
+            row[f"{rule}_learning_rate"] = self._rates[row.pop(f"{rule}_rate_index")]
         return row | {"seconds": done - compiled, "compile_seconds": compiled - start}
 
 
@@ -208,6 +217,17 @@ def cells_of(config: ml_collections.ConfigDict, options: Options) -> list[tuple[
     return [(name, severity) for severity in options.severities for name in names]
 
 
+def _prefetched(make: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """``make(item)`` of each item in order, the next made while one is in use."""
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
+        pending = pool.submit(make, items[0]) if items else None
+        for item in items[1:]:
+            made, pending = pending.result(), pool.submit(make, item)
+            yield made
+        if pending is not None:
+            yield pending.result()
+
+
 def run(
     config: ml_collections.ConfigDict,
     folder: str,
@@ -235,18 +255,20 @@ def run(
     workdir = launch.open_workdir(folder)
     with launch.locked(workdir):
         diagnose_record.require_own(workdir)
-        source = problem_lib.load_data(config, options.split)
-        problem = problem_lib.build(config, source)
-        method = method_of(config, options.method, problem)
-        settings = settings_of(workdir, options.method, method.grid)
+        task = tasks.build(config)
+        source = images.load_data(config, options.split)
+        network = images.Network(config, source)
+        name, grid = candidates_of(config, options.method, task)
+        settings = settings_of(workdir, options.method, grid)
         rates = rates_of(settings, options.learning_rates)
         count = min(options.num_images, len(source))
-        cell = functools.partial(diagnosis.build, problem, method.probe, settings, rates)
+        filled = diagnosis.filled(name, settings)
+        cell = functools.partial(diagnosis.build, network, name, filled, rates)
         measure = _Measure(cell, config.adapt.chunk_size, rates)
         book = journal.Journal(workdir / "diagnostics.jsonl")
         for seed in config.seeds:
-            path = checkpoint_path or problem_lib.checkpoint_path(workdir, seed)
-            pristine = problem_lib.load_checkpoint(path, problem, config)
+            path = checkpoint_path or pristine_lib.path_of(workdir, seed)
+            pristine = pristine_lib.load(path, task, config)
             fields = {
                 "method": options.method,
                 "dataset": source.title,
@@ -263,10 +285,10 @@ def run(
             todo = [cell for cell in cells if book.get(**cell) is None]
 
             def make(cell: dict[str, Any], seed: int = seed) -> data.DomainBatch:
-                place = cell["domain"], cell["severity"]
-                return trials_lib.first_images(config, source, *place, count, seed)
+                domain = cell["domain"], cell["severity"]
+                return image_order.first_images(config, source, *domain, count, seed)
 
-            batches = runner_lib.ahead(make, todo)
+            batches = _prefetched(make, todo)
             bar = tqdm.tqdm(
                 zip(todo, batches, strict=True),
                 desc=f"seed {seed}", total=len(todo), disable=not sys.stderr.isatty(),

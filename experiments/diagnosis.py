@@ -1,7 +1,8 @@
 """What one set of images tells about a model and its adaptation, from one compiled program."""
 
+import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +10,10 @@ import jax.numpy as jnp
 import optax
 
 import ttt_jax as ttt
-from experiments import auxiliary, problem as problem_lib
-from experiments.methods import outputs, steps
-from experiments.methods.method import Settings
-from experiments.problem import Problem
-from ttt_jax import diagnostics
+from experiments import settings as settings_lib
+from experiments.settings import Settings
+from experiments.tasks.images import Network
+from ttt_jax import diagnostics, methods
 
 # A choice without labels must keep this share of the classes that the source predictions use.
 CLASSES_KEPT = 0.9
@@ -24,11 +24,11 @@ _RADIUS = 0.01
 Cell = Callable[[Any, jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
 
 
-# The auxiliary losses there are, as ``Method.probe`` names them.
-TASKS = ("rotation", "mae", "memo")
+# The methods whose private steps descend one loss that is known here.
+METHODS = ("ttt_rotation", "ttt_mae", "memo")
 
 
-class Task(NamedTuple):
+class Auxiliary(NamedTuple):
     """The auxiliary task of a method.
 
     Attributes:
@@ -44,31 +44,57 @@ class Task(NamedTuple):
     accuracy: Callable[[Any, jax.Array], jax.Array] | None = None
 
 
-def task_of(name: str, problem: Problem, settings: Settings) -> Task:
-    """The task of a name in :data:`TASKS` under the settings of a method.
+def name_of(settings: Settings, label: str) -> str:
+    """Which function of ``ttt_jax.methods`` some settings are of, under a label of a config."""
+    return settings.get("method", label)
+
+
+def filled(name: str, settings: Settings) -> Settings:
+    """Settings with the defaults of a method for those that a config leaves out."""
+    parameters = inspect.signature(getattr(methods, name)).parameters.values()
+    defaults = {p.name: p.default for p in parameters if isinstance(p.default, int | float)}
+    return {"select": "all", **defaults, **settings}
+
+
+def heads_of(network: Network, settings: Settings) -> Mapping[str, Any]:
+    """The model functions of some settings, with kernels private to each image."""
+    return network.heads(norm=settings.get("prior", "running"), private=True)
+
+
+def auxiliary_of(name: str, network: Network, settings: Settings) -> Auxiliary:
+    """The auxiliary task of a method in :data:`METHODS` under its settings.
 
     Raises:
-      ValueError: masked reconstruction for a model that cannot reconstruct, or statistics that
-        follow the views: they move the prediction without a gradient.
+      ValueError: a model without the head that the loss calls.
     """
-    if "statistics_momentum" in settings:
+    heads, kind = heads_of(network, settings), type(network.private)
+    images = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
+    needed = {"ttt_rotation": "rotation", "ttt_mae": "reconstruct"}.get(name, "classify")
+    if needed not in heads:
         raise ValueError(
-            "statistics_momentum moves running statistics beside the weights; only steps of the "
-            f"weights are diagnosed; got {settings['statistics_momentum']!r}. Leave it out."
+            f"{name} needs the head {needed!r}, and {kind.__name__} has "
+            f"{', '.join(sorted(heads))}; choose another model.name or --method."
         )
-    kind = type(problem.module)
-    images = jax.ShapeDtypeStruct((1, *problem.image_shape), jnp.float32)
-    if name == "mae":
-        auxiliary.require_reconstruction(problem.module, f"the task of {name!r}")
+    augment = heads[settings.get("augment", "augment")]
+    if name == "ttt_mae":
+        loss = ttt.losses.masked_reconstruction(
+            heads["reconstruct"],
+            patch=heads["patch"],
+            mask_ratio=settings["mask_ratio"],
+            num_masks=settings["num_masks"],
+        )
         keep = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        return Task(steps.mae_loss(problem, settings), kind.reconstruct, (images, keep))
+        return Auxiliary(loss, kind.reconstruct, (images, keep))
     if name == "memo":
-        return Task(steps.memo_loss(problem, settings), kind.__call__, (images,))
-    accuracy = diagnostics.auxiliary_accuracy(outputs.model_of(problem, settings).rotation)
-    return Task(steps.rotation_loss(problem, settings), kind.rotation, (images,), accuracy)
+        num_views = settings["num_views"]
+        loss = ttt.losses.marginal_entropy(heads["classify"], augment, num_views=num_views)
+        return Auxiliary(loss, kind.__call__, (images,))
+    loss = ttt.losses.rotation(heads["rotation"], copies=settings["copies"], augment=augment)
+    accuracy = diagnostics.auxiliary_accuracy(heads["rotation"])
+    return Auxiliary(loss, kind.rotation, (images,), accuracy)
 
 
-def shared_encoder(problem: Problem, settings: Settings, task: Task) -> ttt.Selection:
+def shared_encoder(network: Network, settings: Settings, task: Auxiliary) -> ttt.Selection:
     """The adapting parameters that both the classifier and the auxiliary head read.
 
     In the others one of the two gradients is zero, so they add nothing to the inner product and
@@ -81,12 +107,13 @@ def shared_encoder(problem: Problem, settings: Settings, task: Task) -> ttt.Sele
     def read_by(method: Any, *inputs: jax.ShapeDtypeStruct) -> set[str]:
         # Linen creates just the parameters that a method touches.
         tree = jax.eval_shape(
-            lambda key: problem.module.lazy_init(key, *inputs, method=method), jax.random.key(0)
+            lambda key: network.private.lazy_init(key, *inputs, method=method), jax.random.key(0)
         )
         return set(ttt.select.describe(ttt.select.everything(), tree).paths)
 
-    adapting = ttt.select.describe(steps.selection(settings), problem_lib.shapes(problem)).paths
-    classifier = read_by(type(problem.module).__call__, task.inputs[0])
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    adapting = ttt.select.describe(settings_lib.selection(settings["select"]), shapes).paths
+    classifier = read_by(type(network.private).__call__, task.inputs[0])
     both = classifier & read_by(task.head, *task.inputs)
     chosen = [re.escape(path) for path in adapting if path in both]
     if not chosen:
@@ -128,8 +155,8 @@ def secant_smoothness(
 
 
 def build(
-    problem: Problem,
-    task_name: str,
+    network: Network,
+    method: str,
     settings: Settings,
     learning_rates: Sequence[float],
     chunk_size: int,
@@ -137,9 +164,9 @@ def build(
     """The measurements of a set of images, as one function to jit.
 
     Args:
-      problem: the model, whose kernels may be private to each image.
-      task_name: one of :data:`TASKS`, whose loss the method's steps descend.
-      settings: of the method: ``num_steps``, ``learning_rate``, ``select``...
+      network: the model.
+      method: one of :data:`METHODS`, whose loss the steps descend.
+      settings: of the method, all of them: ``num_steps``, ``learning_rate``, ``select``...
       learning_rates: of the map, L of them; ``settings["learning_rate"]`` among them.
       chunk_size: private copies of the model in flight at once.
 
@@ -149,13 +176,13 @@ def build(
       steps start from, under the settings' ``prior`` if they have one.
 
     Raises:
-      ValueError: as :func:`task_of` and :func:`shared_encoder`.
+      ValueError: as :func:`auxiliary_of` and :func:`shared_encoder`.
     """
-    model = outputs.model_of(problem, settings)
-    classify = ttt.unbatched(model.classify)
-    task = task_of(task_name, problem, settings)
-    encoder = shared_encoder(problem, settings, task)
-    place = list(learning_rates).index(settings["learning_rate"])
+    classify = ttt.unbatched(heads_of(network, settings)["classify"])
+    task = auxiliary_of(method, network, settings)
+    encoder = shared_encoder(network, settings, task)
+    chosen = settings_lib.selection(settings["select"])
+    rate_index = list(learning_rates).index(settings["learning_rate"])
 
     def main_loss(params: Any, image: Any, label: Any, key: jax.Array) -> jax.Array:
         logits = classify(params, image).astype(jnp.float32)
@@ -165,7 +192,8 @@ def build(
     smoothness = secant_smoothness(main_loss, task.loss, encoder)
 
     def make(learning_rate: jax.Array) -> ttt.Adapter:
-        return steps.adapter(task.loss, settings | {"learning_rate": learning_rate})
+        optimizer = settings_lib.optimizer(settings | {"learning_rate": learning_rate})
+        return ttt.gradient_adapter(task.loss, optimizer, select=chosen)
 
     def one(params: Any, example: Any, key: jax.Array) -> Any:
         image, label = example
@@ -194,14 +222,14 @@ def build(
         logits = jnp.moveaxis(seen["logits"], 0, 2)
         accuracy = {}
         if task.accuracy is not None:
-            before, after = seen["accuracy"].mean(0)[place, jnp.array([0, -1])]
+            before, after = seen["accuracy"].mean(0)[rate_index, jnp.array([0, -1])]
             accuracy = {"auxiliary_accuracy_before": before, "auxiliary_accuracy_after": after}
         return {
             **accuracy,
             **_alignment(seen["alignment"], seen["beta"]),
-            **_outcome(logits[place, -1], logits[0, 0], labels),
-            "drift": seen["drift"].mean(0)[place, -1],
-            "non_finite": (~info.ok[:, place]).sum(),
+            **_outcome(logits[rate_index, -1], logits[0, 0], labels),
+            "drift": seen["drift"].mean(0)[rate_index, -1],
+            "non_finite": (~info.ok[:, rate_index]).sum(),
             **_map(logits, labels),
         }
 

@@ -5,7 +5,7 @@ Usage::
     python -m experiments.feature_shift --workdir=W --config=C [--checkpoint=P] [--norm=batch]
 
 compares mean and covariance of the features of test images with those of all training images, as
-the moment matching of TTT++ does (``experiments/methods/contrastive.py``): 1 is what as many source
+the moment matching of TTT++ does (``ttt_jax.methods.ttt_plus_plus``): 1 is what as many source
 images would show. Features are the mean of the encoder's last map or tokens. The gradient of that
 loss, and with it the largest useful step, goes with these numbers. Prints a table and appends a
 line per domain to ``W/feature_shift.jsonl``, which keeps the rows of all options. At the end
@@ -25,8 +25,8 @@ import numpy as np
 from absl import flags
 
 import ttt_jax as ttt
-from experiments import journal, launch, problem as problem_lib, provenance, trials as trials_lib
-from experiments.methods import contrastive
+from experiments import journal, launch, pristine as pristine_lib, provenance, tasks
+from experiments.tasks import image_order, images as image_task
 from ttt_jax import data
 
 NORMS = ("running", "batch")
@@ -76,14 +76,32 @@ def distances(source: Any, target: Any, count: int) -> tuple[float, float]:
 
     Returns:
       The distance of the covariances and that of the means, each in units of what ``count`` source
-      images would show (:func:`experiments.methods.contrastive.scatter`).
+      images would show (:func:`scatter`).
     """
     covariances = [m["outer"] - jnp.outer(m["mean"], m["mean"]) for m in (source, target)]
     width = source["mean"].shape[0]
     coral = jnp.square(covariances[0] - covariances[1]).sum() / (4 * width**2)
     means = jnp.square(source["mean"] - target["mean"]).mean() / 2
-    units = contrastive.scatter(source, count)
+    units = scatter(source, count)
     return float(coral / units[0]), float(means / units[1])
+
+
+def scatter(moments: Any, count: int) -> tuple[jax.Array, jax.Array]:
+    """How far the moments of ``count`` source images lie from the source's, for normal features.
+
+    Args:
+      moments: of the source, as ``ttt_jax.losses.feature_moments`` measures them.
+      count: n, how many images, at least 2.
+
+    Returns:
+      The expected ``|S - S'|_F^2 / (4 D^2)``, which is ``(|S|_F^2 + tr(S)^2) / (n - 1) / (4 D^2)``,
+      and the expected ``mean((mu - mu')^2) / 2``, which is ``tr(S) / (2 n D)``.
+    """
+    mean = moments["mean"]
+    covariance = moments["outer"] - jnp.outer(mean, mean)
+    width, trace = mean.shape[0], jnp.trace(covariance)
+    of_covariance = (jnp.square(covariance).sum() + trace**2) / (count - 1) / (4 * width**2)
+    return of_covariance, trace / (2 * count * width)
 
 
 def _batches(source: data.Source, places: np.ndarray) -> Iterator[np.ndarray]:
@@ -140,26 +158,26 @@ def run(
     data.corruptions.check_name(domains[0], severity)
     if num_images < 2:
         raise launch.UserError(f"--num_images must be at least 2; got {num_images}.")
-    test, train = (problem_lib.load_data(config, split) for split in ("test", "train"))
+    test, train = (image_task.load_data(config, split) for split in ("test", "train"))
     count = min(num_images, len(test))
     if count < 2:
         raise launch.UserError(
             f"data.test must have at least 2 images; {config.data.test!r} has {count}. Take more, "
             "as --config.data.test='test'."
         )
-    problem = problem_lib.build(config, test, shared_kernels=True)
-    plain = problem.model(norm).features
+    network = image_task.Network(config, test)
+    plain = network.heads(norm=norm).get("features")
     if plain is None:
         raise launch.UserError(
             f"model.name={config.model.name!r} has no features to compare; choose resnet or vit."
         )
-    if norm == "batch" and not problem_lib.has_batch_norm(problem):
+    if norm == "batch" and not network.has_batch_norm:
         raise launch.UserError(
             "--norm=batch is for a model with BatchNorm, and this one has none; use --norm=running."
         )
     workdir = launch.open_workdir(folder)
-    path = checkpoint_path or problem_lib.checkpoint_path(workdir, seed)
-    pristine = problem_lib.load_checkpoint(path, problem, config)
+    path = checkpoint_path or pristine_lib.path_of(workdir, seed)
+    pristine = pristine_lib.load(path, tasks.build(config), config)
     features = jax.jit(plain)
     same = {
         "num_examples": count,
@@ -178,7 +196,7 @@ def run(
             everything = _batches(train, np.arange(len(train)))
             source = moments_of(features, pristine.params, everything)
         for cell in todo:
-            batch = trials_lib.first_images(config, test, **cell, count=count, seed=seed)
+            batch = image_order.first_images(config, test, **cell, count=count, seed=seed)
             parts = iter(np.array_split(batch.image, -(-count // _BATCH)))
             found = moments_of(features, pristine.params, parts)
             covariance, mean = distances(source, found, count)

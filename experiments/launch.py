@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import pathlib
@@ -304,9 +303,3 @@ def locked(folder: pathlib.Path, patience_s: float = 0.0) -> Iterator[None]:
                     ) from error
                 time.sleep(0.1)
         yield
-
-
-def fingerprint(config: ml_collections.ConfigDict, sections: Sequence[str]) -> str:
-    """A digest of some sections of a config."""
-    chosen = {name: json.loads(config.to_json())[name] for name in sections}
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]

@@ -40,6 +40,10 @@ ROLES = {"train": 64, "validation": 4, "test": 4}
 # Wherever a config has the key.
 TINY: dict[str, Any] = {
     "data.imbalance": 2,
+    "data.chunk": 8,
+    "data.chunks": 2,
+    "data.tasks": 4,
+    "data.frames": 4,
     "train.num_steps": 2,
     "train.batch_size": 8,
     "train.warmup_steps": 1,
@@ -58,7 +62,7 @@ TINY: dict[str, Any] = {
     "model.projection": 4,
     "views.padding": 1,
 }
-DEPTHS = {"resnet": 8, "vit": 1}
+DEPTHS = {"resnet": 8, "vit": 1, "byte_decoder": 1}
 # Wherever a method has the option.
 TINY_METHOD = {"copies": 2, "num_views": 2, "num_masks": 1, "num_steps": 1}
 # Compiling is most of the work: with these it takes a third of the time.
@@ -100,10 +104,11 @@ def overrides(config: ml_collections.ConfigDict) -> dict[str, Any]:
     taken: dict[str, int] = {}
     small: dict[str, Any] = {"seeds": tuple(config.seeds)[:1]}
     for role, count in ROLES.items():
-        small[f"data.{role}"] = _with_count(config.data[role], count, taken)
+        if role in config.data:
+            small[f"data.{role}"] = _with_count(config.data[role], count, taken)
     for key, value in TINY.items():
         section, name = key.split(".")
-        if name in config[section]:
+        if name in config.get(section, {}):
             small[key] = value
     if "depth" in config.model and config.model.name in DEPTHS:
         small["model.depth"] = DEPTHS[config.model.name]
@@ -122,15 +127,18 @@ def leave_out(config: ml_collections.ConfigDict, seen: set[tuple[str, ...]]) -> 
 
     Args:
       config: is changed.
-      seen: (model, normalization, method, its options' names) that ran; those of this config are
-        added. Another option may be another program.
+      seen: (model, normalization, function, its options' names) that ran; those of this config
+        are added. Another option may be another program.
 
     Returns:
       The names that were removed.
     """
     kind = (config.model.name, str(config.model.get("norm", "")))
     names = list(config.methods)
-    programs = {name: (*kind, name, *sorted(config.methods[name])) for name in names}
+    programs = {
+        name: (*kind, config.methods[name].get("method", name), *sorted(config.methods[name]))
+        for name in names
+    }
     known = [name for name in names if programs[name] in seen]
     removed = known[1:] if len(known) == len(names) else known
     for name in removed:

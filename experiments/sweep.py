@@ -67,7 +67,7 @@ def packed(ready: Sequence[plan.Unit], room: int, workers: int, most: int) -> li
     """Shares units out over at most ``room`` processes.
 
     Only trials of the same pack share one, at most ``most``, and no more than an even share of all
-    workers, but for a family, which stays together. Models have one each: they take long.
+    workers. Models have one each: they take long.
     """
     groups: dict[str, list[plan.Unit]] = {}
     for unit in ready:
@@ -75,18 +75,7 @@ def packed(ready: Sequence[plan.Unit], room: int, workers: int, most: int) -> li
     packs = []
     for group in groups.values():
         each = min(most, max(1, -(-len(group) // workers)))
-        families: dict[str, list[plan.Unit]] = {}
-        for unit in group:
-            families.setdefault(unit.family or unit.id, []).append(unit)
-        open_: list[plan.Unit] = []
-        for family in families.values():
-            for first in range(0, len(family), most):
-                part = family[first : first + most]
-                if open_ and len(open_) + len(part) > each:
-                    packs.append(open_)
-                    open_ = []
-                open_ = open_ + part
-        packs.append(open_)
+        packs += [group[first : first + each] for first in range(0, len(group), each)]
     return packs[:room]
 
 

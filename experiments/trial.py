@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import adapt, launch, prefixes, problem as problem_lib, train, writers
+from experiments import adapt, launch, pristine, train, writers
 from experiments.sweeping import plan, progress, state as state_lib
 from experiments.sweeping.unit import Unit
 
@@ -40,14 +40,8 @@ def run(
     units = {unit.id: unit for unit in progress.load(workdir)}
     launch.chosen("unit", ids, units)
     found = {plan.digest(variant): variant for variant in plan.variants(config)}
-    shared: dict[str, adapt.Shared] = {}
-    worst, family = 0, ""
-    known = prefixes.Prefixes({})
+    worst = 0
     for unit in (units[name] for name in ids):
-        if unit.family != family:
-            family = unit.family
-            of_it = [unit.digest for unit in units.values() if unit.family == family]
-            known = prefixes.Prefixes(plan.longest(found[d] for d in of_it if d in found))
         place = unit.folder(workdir)
         attempt = launch.open_workdir(str(place / "attempt"))
         with launch.locked(attempt, patience_s=_PATIENCE_S):
@@ -56,9 +50,8 @@ def run(
                 continue
             begun = state_lib.begun(before)
             state_lib.write(place, begun)
-            work = shared.setdefault(unit.pack, adapt.Shared())
             variant = found.get(unit.digest)
-            outcome, message = _attempt(unit, workdir, variant, work, known, trackers)
+            outcome, message = _attempt(unit, workdir, variant, trackers)
             state_lib.write(place, state_lib.ended(begun, outcome, message, retries))
             # What a device went through may make every later call of this process fail.
             if outcome == "blocked" or "JaxRuntimeError" in message:
@@ -71,8 +64,6 @@ def _attempt(
     unit: Unit,
     workdir: pathlib.Path,
     variant: plan.Variant | None,
-    shared: adapt.Shared,
-    known: prefixes.Prefixes,
     trackers: Sequence[str],
 ) -> tuple[str, str]:
     """Does the work of a unit; returns the outcome and what went wrong."""
@@ -93,11 +84,9 @@ def _attempt(
         status = adapt.run(
             variant.config,
             str(place),
-            checkpoint_path=str(problem_lib.checkpoint_path(model, variant.seed)),
+            checkpoint_path=str(pristine.path_of(model, variant.seed)),
             trackers=trackers,
             part=variant.part,
-            shared=shared,
-            known=known,
         )
         return ("failed", _failed_rows(place / "results.jsonl")) if status else ("done", "")
     except launch.WriteError as error:
@@ -124,7 +113,7 @@ def _failed_rows(path: pathlib.Path) -> str:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     failed = [row for row in rows if row["status"] != "ok"]
     first = failed[0]
-    return f"{len(failed)} rows failed; {first['method']} on {first['domain']}: {first['message']}"
+    return f"{len(failed)} rows failed; {first['method']} on {first['stream']}: {first['message']}"
 
 
 def command(

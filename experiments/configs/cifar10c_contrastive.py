@@ -20,7 +20,7 @@ features, instead of up to 500 passes stopped by test labels; both parts of the 
 step and on the same images, where there the distances begin an epoch after the contrastive task, on
 images of their own and with a queue that counts once it is full; source moments of training images
 as they are, there of views of them; the divisors of the distances are computed from the source
-moments (``experiments/methods/contrastive.py``). The head stays fixed, as there. The step size is
+moments (``ttt_jax.methods.ttt_plus_plus``). The head stays fixed, as there. The step size is
 chosen among five on the validation corruptions, whose 1,000 images pass ten times, so that their
 streams are as long as the test's. The five were set after a grid from 0.001 to 0.01 had lost
 validation and test streams alike (``cifar10c_contrastive_first_grid.json``). That grid has NT-Xent
@@ -44,10 +44,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.adapt.selection_passes = 10
     config.methods = ml_collections.ConfigDict(
         {
-            "joint": {},
+            "joint": {"method": "source"},
             "augmented": {"num_views": 32},
-            "tent_online": {"learning_rate": 0.001},
+            # Other than published: the prediction comes after the update.
+            "tent_online": {"method": "tent", "learning_rate": 0.001, "predict": "after"},
             "ttt_plus": {
+                "method": "ttt_plus_plus",
+                "augment": "simclr",
                 "learning_rate": (0.00001, 0.00003, 0.0001, 0.0003, 0.001),
                 "contrastive_weight": 0.5 / 0.07,
                 "queue": 1286,

@@ -80,25 +80,28 @@ def get_config() -> ml_collections.ConfigDict:
         }
     )
     shared = {"copies": 32, "select": "params/(conv1|layer1|layer2|rotation_.*)/.*"}
+    rotation = {"method": "ttt_rotation", "trace": True, "probe": "rotation", **shared}
+    online = {"method": "ttt_rotation_online", "probe": "rotation", **shared}
     config.methods = ml_collections.ConfigDict(
         {
-            "joint": {},
+            "joint": {"method": "source"},
             "augmented": {"num_views": 32},
-            "rotation": {**shared, "num_steps": 10, "learning_rate": 0.001},
-            "rotation_jump": {**shared, "num_steps": 1, "learning_rate": 0.01},
-            "rotation_online": {**shared, "num_steps": 1, "learning_rate": 0.001},
+            "rotation": {**rotation, "num_steps": 10, "learning_rate": 0.001},
+            "rotation_jump": {**rotation, "num_steps": 1, "learning_rate": 0.01},
+            "rotation_online": {**online, "num_steps": 1, "learning_rate": 0.001},
             "rotation_tuned": {
-                **shared,
+                **rotation,
                 "num_steps": 10,
                 "learning_rate": (0.001, 0.002, 0.004, 0.008),
             },
             "rotation_online_tuned": {
-                **shared,
+                **online,
                 "num_steps": 1,
                 "learning_rate": (0.001, 0.002, 0.004),
             },
             "rotation_augmented_online": {
-                **shared,
+                **online,
+                "serve": "every_view",
                 "num_steps": 1,
                 "view_stride": 5,
                 "learning_rate": 0.001,
@@ -107,13 +110,23 @@ def get_config() -> ml_collections.ConfigDict:
             # is 33 of the 162 views, the image itself among them.
             "rotation_memo_augmented_online": {
                 **shared,
+                "method": "rotation_memo_online",
+                "serve": "every_view",
+                "probe": "rotation",
                 "num_views": 32,
                 "num_steps": 1,
                 "view_stride": 5,
                 "learning_rate": (0.001, 0.003),
                 "memo_weight": (0.1, 0.3, 1.0),
             },
-            "memo": {"num_views": 32, "num_steps": 1, "learning_rate": 0.005, "select": "all"},
+            "memo": {
+                "trace": True,
+                "probe": "memo",
+                "num_views": 32,
+                "num_steps": 1,
+                "learning_rate": 0.005,
+                "select": "all",
+            },
         },
         convert_dict=True,
     )

@@ -55,6 +55,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.num_steps = 28500
     config.adapt.batch_size = 200
     rotation = {
+        "method": "ttt_rotation_statistics",
+        "trace": True,
+        "probe": "rotation",
         "copies": 32,
         "select": "params/(conv1|layer1|layer2|rotation_.*)/.*",
         # PyTorch's 0.1 is the weight of the new statistics.
@@ -62,13 +65,13 @@ def get_config() -> ml_collections.ConfigDict:
     }
     config.methods = ml_collections.ConfigDict(
         {
-            "joint": {},
-            "norm_prior": {"prior": 16},
+            "joint": {"method": "source"},
+            "norm_prior": {"method": "source", "prior": 16},
             "rotation": {**rotation, "num_steps": 10, "learning_rate": 0.001},
             "rotation_statistics": {**rotation, "num_steps": 10, "learning_rate": 0.0},
             "bn_adapt": {},
-            "tent": {"learning_rate": 0.001},
-            "tent_online": {"learning_rate": 0.001, "predict": "before"},
+            "tent": {"episodic": True, "predict": "after", "learning_rate": 0.001},
+            "tent_online": {"method": "tent", "learning_rate": 0.001, "predict": "before"},
             "eata": {"learning_rate": 0.001, "epsilon": 0.4, "fisher_weight": 1.0},
             "sar": {
                 "learning_rate": (0.00025, 0.001, 0.005),

@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     composition = config.methods.rotation_memo_augmented_online
     composition.memo_weight = (0.0, 0.1, 0.3)
     config.methods = ml_collections.ConfigDict(
-        {"joint": {}, "rotation_memo_augmented_online": composition}, convert_dict=True
+        {"joint": {"method": "source"}, "rotation_memo_augmented_online": composition},
+        convert_dict=True,
     )
     return config

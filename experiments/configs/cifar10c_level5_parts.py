@@ -27,18 +27,25 @@ def get_config() -> ml_collections.ConfigDict:
     config = cifar10c_level5.get_config()
     config.data.test = "test[:20%]"
     encoder = "params/(conv1|layer1|layer2|rotation_.*)/.*"
-    steps = {"copies": 32, "num_steps": 10}
-    chosen = {**steps, "learning_rate": (0.001, 0.004, 0.016, 0.064)}
+    steps = {"copies": 32, "num_steps": 10, "trace": True, "probe": "rotation"}
+    rotation = {"method": "ttt_rotation", **steps}
+    chosen = {**rotation, "learning_rate": (0.001, 0.004, 0.016, 0.064)}
     config.methods = ml_collections.ConfigDict(
         {
-            "joint": {},
-            "rotation": {**steps, "learning_rate": 0.001, "select": encoder},
+            "joint": {"method": "source"},
+            "rotation": {**rotation, "learning_rate": 0.001, "select": encoder},
             "rotation_tuned": {**chosen, "select": encoder},
             "rotation_norm": {**chosen, "select": "norm"},
             "rotation_biases": {**chosen, "select": "biases"},
             # The last of the blocks that both tasks share, and the head of the task.
             "rotation_blocks": {**chosen, "select": "params/(layer2|rotation_.*)/.*"},
-            "rotation_neighbors": {**steps, "learning_rate": 0.001, "select": encoder, "k": 3},
+            "rotation_neighbors": {
+                "method": "neighbors",
+                **steps,
+                "learning_rate": 0.001,
+                "select": encoder,
+                "k": 3,
+            },
         },
         convert_dict=True,
     )

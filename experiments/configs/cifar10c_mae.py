@@ -55,9 +55,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.adapt.chunk_size = 250
     config.methods = ml_collections.ConfigDict(
         {
-            "joint": {},
+            "joint": {"method": "source"},
             "augmented": {"num_views": 32},
             "mae": {
+                "method": "ttt_mae",
+                "trace": True,
+                "probe": "mae",
+                "mask_ratio": 0.75,
                 "num_masks": 32,
                 "num_steps": 20,
                 "learning_rate": (0.001, 0.005, 0.02),

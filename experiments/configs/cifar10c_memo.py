@@ -28,6 +28,6 @@ def get_config() -> ml_collections.ConfigDict:
     """The configuration of the model without the auxiliary task and of MEMO over two views."""
     config = cifar10c_level5_source.get_config()
     memo = cifar10c_level5.get_config().methods.memo
-    config.methods.memo = {**memo, "views": "crops"}
-    config.methods.memo_augmix = {**memo, "views": "augmix"}
+    config.methods.memo = {**memo, "augment": "crops"}
+    config.methods.memo_augmix = {"method": "memo", **memo, "augment": "augmix"}
     return config

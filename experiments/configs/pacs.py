@@ -44,14 +44,31 @@ def get_config(held_out: str = "sketch") -> ml_collections.ConfigDict:
     )
     config.train.update({"num_steps": 6000, "save_every": 3000})
     config.adapt.corruptions = "none"
-    shared = {"copies": 32, "select": "params/(conv1|layer1|layer2|rotation_.*)/.*"}
+    shared = {
+        "probe": "rotation",
+        "copies": 32,
+        "select": "params/(conv1|layer1|layer2|rotation_.*)/.*",
+    }
     config.methods = ml_collections.ConfigDict(
         {
-            "joint": {},
+            "joint": {"method": "source"},
             "augmented": {"num_views": 32},
-            "rotation": {**shared, "num_steps": 10, "learning_rate": (0.0003, 0.001, 0.003)},
-            "rotation_online": {**shared, "num_steps": 1, "learning_rate": (0.0003, 0.001, 0.003)},
+            "rotation": {
+                "method": "ttt_rotation",
+                "trace": True,
+                **shared,
+                "num_steps": 10,
+                "learning_rate": (0.0003, 0.001, 0.003),
+            },
+            "rotation_online": {
+                "method": "ttt_rotation_online",
+                **shared,
+                "num_steps": 1,
+                "learning_rate": (0.0003, 0.001, 0.003),
+            },
             "memo": {
+                "trace": True,
+                "probe": "memo",
                 "num_views": 32,
                 "num_steps": 1,
                 "learning_rate": (0.0015, 0.005, 0.015),

@@ -10,18 +10,17 @@ import hashlib
 import json
 import pathlib
 import runpy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
 import ml_collections
 
-from experiments import adapt, launch, problem as problem_lib
+from experiments import adapt, launch, tasks
 from experiments.sweeping.unit import Unit
 
 # What a trained model depends on; all else of a config only adapts it.
-TRAINING = ("data", "model", "views", "train")
-SPLITS = ("train", "validation", "test")
+TRAINING = ("task", "data", "model", "views", "train")
 # What makes no row. The values of a config count by themselves.
 _NO_RESULTS = (
     "configs/**/*.py",
@@ -144,37 +143,18 @@ def pack_key(variant: Variant) -> str:
     return _hash({key: value for key, value in config.items() if key not in ("seeds", "methods")})
 
 
-def family_key(variant: Variant) -> str:
-    """Equal for variants that differ in the numbers of inner steps alone.
-
-    A traced method takes the program of the longest for all of them, see
-    :mod:`experiments.prefixes`.
-    """
-    config = json.loads(variant.config.to_json())
-    for options in config["methods"].values():
-        options.pop("num_steps", None)
-    return _hash(config, variant.part)
-
-
-def longest(variants: Iterable[Variant]) -> dict[str, int]:
-    """The most inner steps of each method among some variants."""
-    most: dict[str, int] = {}
-    for variant in variants:
-        for name in variant.part.methods or variant.config.methods:
-            steps = variant.config.methods[name].get("num_steps", 0)
-            steps = max(steps) if isinstance(steps, tuple) else steps
-            most[name] = max(most.get(name, 0), steps)
-    return most
-
-
 def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def data_version(config: ml_collections.ConfigDict) -> str:
-    """A digest of the images and labels of every split, and of what results call them."""
-    sources = [problem_lib.load_data(config, split) for split in SPLITS]
-    return _hash([(source.fingerprint, source.num_classes, source.title) for source in sources])
+    """A digest of the data of a config, as its task tells them apart."""
+    return _hash(tasks.fingerprint(config))
+
+
+def _sections(config: ml_collections.ConfigDict, names: Sequence[str]) -> str:
+    values = json.loads(config.to_json())
+    return _hash({name: values[name] for name in names if name in values})
 
 
 def units(found: Sequence[Variant]) -> list[Unit]:
@@ -184,14 +164,13 @@ def units(found: Sequence[Variant]) -> list[Unit]:
     trials = []
     for variant in found:
         config, own = variant.config, digest(variant)
-        sets = launch.fingerprint(config, ("data",))
+        sets = _sections(config, ("task", "data"))
         if sets not in versions:
             versions[sets] = data_version(config)
-        training = launch.fingerprint(config, TRAINING)
+        training = _sections(config, TRAINING)
         model = _hash(training, variant.seed, versions[sets], code_version())
         if model not in models:
             models[model] = Unit("model", model, own, None, f"model, seed {variant.seed}")
         trial = _hash(own, versions[sets])
-        keys = pack_key(variant), family_key(variant)
-        trials.append(Unit("trial", trial, own, model, label(variant), *keys))
+        trials.append(Unit("trial", trial, own, model, label(variant), pack_key(variant)))
     return [*models.values(), *trials]

@@ -15,7 +15,6 @@ class Unit(NamedTuple):
       label: its overrides, for people.
       pack: trials of the same pack may share a process, see
         :func:`experiments.sweeping.plan.pack_key`.
-      family: trials of the same family differ in numbers of steps alone.
     """
 
     kind: str
@@ -24,7 +23,6 @@ class Unit(NamedTuple):
     needs: str | None
     label: str
     pack: str = ""
-    family: str = ""
 
     def folder(self, workdir: pathlib.Path) -> pathlib.Path:
         """Where everything of it is."""

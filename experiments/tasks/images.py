@@ -83,6 +83,12 @@ def load_data(
     return source.in_memory() if config.data.in_memory and in_memory else source
 
 
+def fingerprint(config: ml_collections.ConfigDict) -> list[tuple[str, int, str]]:
+    """The images and labels of every split, and what results call them."""
+    sources = [load_data(config, split) for split in ("train", "validation", "test")]
+    return [(source.fingerprint, source.num_classes, source.title) for source in sources]
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingImages:
     """The training split; see :class:`ttt_jax.task.TrainingData`."""

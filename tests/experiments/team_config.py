@@ -6,5 +6,5 @@ from tests.experiments import tiny_config
 def get_config():
     config = tiny_config.get_config()
     config.methods.rotation.learning_rate = (0.01,)
-    config.methods.tent = {"learning_rate": 0.01}
+    config.methods.tent = {"episodic": True, "predict": "after", "learning_rate": 0.01}
     return config

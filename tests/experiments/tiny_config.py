@@ -32,7 +32,8 @@ def get_mae_config():
     """Masked reconstruction in training and in adapting."""
     config = get_config()
     config.train.update({"aux": "mae", "mask_ratio": 0.5, "num_steps": 4})
-    mae = {"num_masks": 2, "num_steps": 1, "learning_rate": (0.03, 0.1), "momentum": 0.9}
+    mae = {"method": "ttt_mae", "trace": True, "probe": "mae", "mask_ratio": 0.5}
+    mae |= {"num_masks": 2, "num_steps": 1, "learning_rate": (0.03, 0.1), "momentum": 0.9}
     return with_methods(config, source={}, mae={**mae, "select": ".*encoder/.*"})
 
 
@@ -45,7 +46,14 @@ def get_batch_norm_config():
         config,
         source={},
         bn_adapt={},
-        tent={"learning_rate": 0.05},
-        tent_online={"learning_rate": 0.05, "optimizer": "sgd", "predict": "before"},
-        pseudo_label={"learning_rate": 0.05, "optimizer": "sgd", "momentum": 0.9, "num_steps": 2},
+        tent={"episodic": True, "predict": "after", "learning_rate": 0.05},
+        tent_online={"method": "tent", "learning_rate": 0.05, "optimizer": "sgd"},
+        pseudo_label={
+            "episodic": True,
+            "predict": "after",
+            "learning_rate": 0.05,
+            "optimizer": "sgd",
+            "momentum": 0.9,
+            "num_steps": 2,
+        },
     )

@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 
-from experiments import problem
+from experiments.tasks import images
 
 
 class Dense(nn.Module):
@@ -42,4 +42,4 @@ class Dense(nn.Module):
 
 def install(monkeypatch):
     """Makes ``model.name="dense"`` known."""
-    monkeypatch.setitem(problem.MODELS, "dense", Dense)
+    monkeypatch.setitem(images.MODELS, "dense", Dense)
