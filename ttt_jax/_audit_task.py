@@ -125,7 +125,9 @@ def _of_metrics(task: Any, head: Any, params: Params, batch: Any, where: str) ->
         )
         values = [np.asarray(metric.value(tree), np.float64) for tree in (total, parts)]
         if not np.allclose(values[0], values[1], rtol=1e-5, equal_nan=True):
-            broken.append(f"The metric {name} of the {where} must be a value of sums: parts differ.")
+            broken.append(
+                f"The metric {name} of the {where} must be a value of sums: parts differ."
+            )
     return broken
 
 

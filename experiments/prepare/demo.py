@@ -17,9 +17,9 @@ import optax
 from flax.traverse_util import flatten_dict
 
 import ttt_jax
-from experiments.augment import shift
 from ttt_jax import data, models
 from ttt_jax.data import corruptions
+from ttt_jax.views.image import shift
 
 _PACKAGE = pathlib.Path(ttt_jax.__file__).parent
 _NUM_STEPS = 700

@@ -15,8 +15,8 @@ import optax
 from PIL import Image, ImageDraw, ImageFont
 
 import ttt_jax as ttt
-from experiments.augment import shift
 from ttt_jax import data, models
+from ttt_jax.views.image import shift
 
 _FILE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "images" / "first_example.png"
 _SIDE, _GAP, _LEFT, _LINE = 112, 16, 150, 34

@@ -155,10 +155,10 @@ def source_of(name):
     return classify
 
 
-def judge(differences, *, atol=5e-5):
+def judge(differences, *, num_steps=4):
     """Statistics of four images make small differences larger."""
     changed = float(models.snapshot(PARAMS) != PRISTINE)
-    audit.require(audit.findings({**differences, "pristine": changed}, atol=atol))
+    audit.require(audit.findings({**differences, "pristine": changed}, num_steps=num_steps))
 
 
 def poisoned(xs, index):
