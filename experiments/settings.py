@@ -291,7 +291,9 @@ def _arguments(
     in_batches: bool,
 ) -> dict[str, Any]:
     """The arguments of a method: from settings, the optimizer, and the heads of the task."""
-    serving = {k: v for k, v in settings.items() if k not in parameters and k not in _OWN}
+    # How a task serves ("serve" of images) is a name; the method is given the function.
+    taken = (*parameters, *_OWN)
+    serving = {k: v for k, v in settings.items() if k == "serve" or k not in taken}
     if "prior" in serving:
         serving["norm"] = serving.pop("prior")
     allowed = inspect.signature(task.heads).parameters
@@ -304,6 +306,9 @@ def _arguments(
         known = sorted({*parameters, *allowed, *_OPTIMIZER, "method", "prior"} - {"private"})
         raise ValueError(f"{unknown[0]!r} is no setting of {name}; choose from {known}.")
     heads = dict(task.heads(**serving))
+    if name == "source":
+        # Whatever a task predicts, it is its first head.
+        heads.setdefault("classify", next(iter(heads.values())))
     if "augment" in settings:
         heads["augment"] = _head(heads, settings["augment"], name, task)
     arguments: dict[str, Any] = {}
@@ -316,7 +321,7 @@ def _arguments(
             arguments[key] = selection(settings[key])
         elif key == "reset" and key in settings:
             arguments[key] = reset(settings[key])
-        elif key in settings and key != "augment":
+        elif key in settings and key not in ("augment", "serve"):
             arguments[key] = settings[key]
         elif key in heads:
             arguments[key] = heads[key]

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import launch, problem, train
+from experiments import launch, train
+from experiments.tasks import images
 from tests.experiments import tiny_config
-from ttt_jax import checkpoint, data
+from ttt_jax import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,10 @@ class StopAtEight:
             raise Stop
 
 
+def with_task(config):
+    return config, images.task(config)
+
+
 def assert_same_parameters(folder, other):
     both = (checkpoint.load(at / "checkpoints" / "seed_0").params for at in (folder, other))
     for a, b in zip(*map(jax.tree.leaves, both), strict=True):
@@ -35,7 +40,7 @@ def assert_same_parameters(folder, other):
 
 def test_interrupted_training_resumes_to_the_same_parameters(trained, tmp_path):
     with pytest.raises(Stop):
-        train.train(tiny_config.get_config(), tmp_path, 0, StopAtEight())
+        train.train(*with_task(tiny_config.get_config()), tmp_path, 0, StopAtEight())
     assert (tmp_path / "training" / "seed_0" / "step_5").is_dir()
     train.run(tiny_config.get_config(), str(tmp_path))
     assert_same_parameters(trained, tmp_path)
@@ -46,21 +51,19 @@ def test_many_steps_per_call_equal_the_loop(tmp_path):
     config.train.steps_per_call = 6
     config.train.save_every = 4
     with pytest.raises(Stop):
-        train.train(config, tmp_path / "killed", 0, StopAtEight())
+        train.train(*with_task(config), tmp_path / "killed", 0, StopAtEight())
     assert (tmp_path / "killed" / "training" / "seed_0" / "step_4").is_dir()
     for name in ("killed", "whole"):
         train.run(config, str(tmp_path / name))
     assert_same_parameters(tmp_path / "whole", tmp_path / "killed")
 
-    source = problem.load_data(config, "train")
-    step, optimizer = train.make_step(problem.build(config, source), config)
-    variables = problem.initial(problem.build(config, source), 0)
-    state, run = (variables, optimizer.init(variables["params"])), jax.jit(step)
-    places = data.training_places(source, batch_size=config.train.batch_size, seed=0)
-    for number, where in zip(range(config.train.num_steps), places, strict=False):
-        batch = source.take(where)
-        key = jax.random.fold_in(jax.random.key(0), number)
-        *state, _ = run(*state, batch.image, batch.label, key)
+    task, optimizer = images.task(config), train.optimizer(config)
+    run = jax.jit(train.make_step(config, task, optimizer))
+    variables = task.init(jax.random.key(0))
+    state = [variables, optimizer.init(variables["params"])]
+    batches = task.training(0).steps(0)
+    for number, batch in zip(range(config.train.num_steps), batches, strict=False):
+        *state, _ = run(*state, batch, jax.random.fold_in(jax.random.key(0), number))
     trained = checkpoint.load(tmp_path / "whole" / "checkpoints" / "seed_0").params
     for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(state[0]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
