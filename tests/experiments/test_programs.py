@@ -41,7 +41,7 @@ def assert_equal_rows(left, right):
     )
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
-        for name in {"aux_loss_before", "aux_loss_after", "drift"} & set(a):
+        for name in {"aux_loss_before", "aux_loss_after", "cross_entropy", "drift"} & set(a):
             assert a.pop(name) == pytest.approx(b.pop(name), rel=1e-4)
         assert a == b
 

@@ -9,6 +9,7 @@ from experiments import launch, train
 from experiments.tasks import images
 from tests.experiments import tiny_config
 from ttt_jax import checkpoint
+from ttt_jax.task import take
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +60,13 @@ def test_many_steps_per_call_equal_the_loop(tmp_path):
 
     task, optimizer = images.task(config), train.optimizer(config)
     run = jax.jit(train.make_step(config, task, optimizer))
-    variables = task.init(jax.random.key(0))
+    variables = jax.jit(task.init)(jax.random.key(0))
     state = [variables, optimizer.init(variables["params"])]
-    batches = task.training(0).steps(0)
-    for number, batch in zip(range(config.train.num_steps), batches, strict=False):
-        *state, _ = run(*state, batch, jax.random.fold_in(jax.random.key(0), number))
+    images_at = task.training(0).places(0)
+    resident = task.training(0).resident()
+    for number, index in zip(range(config.train.num_steps), images_at, strict=False):
+        key = jax.random.fold_in(jax.random.key(0), number)
+        *state, _ = run(*state, take(resident, index), key)
     trained = checkpoint.load(tmp_path / "whole" / "checkpoints" / "seed_0").params
     for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(state[0]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
