@@ -294,7 +294,7 @@ def test_a_method_that_could_not_adapt_is_named(capsys):
         return {"method": method, "status": "ok", "non_finite": lost, "num_examples": 20}
 
     (line,) = result_rows.not_adapted([row(1), row(15), row(1, "memo"), row(1, "memo")])
-    assert line.startswith("rotation: steps were not finite on 16 of 40 images")
+    assert line.startswith("rotation: steps were not finite on 16 of 40 instances")
 
 
 def test_an_unknown_method_is_refused(trained, tmp_path):

@@ -33,11 +33,11 @@ def test_a_selection_and_its_counts(task, select):
     }
     expected = {path for path in sizes if CHOSEN[select](path)}
     assert set(ttt.select.describe(settings.selection(select), shapes).paths) == expected
-    found = settings.parameter_counts({"select": select, "learning_rate": 0.1}, shapes)
+    found = settings.parameter_counts(settings.selection(select), shapes)
     total = sum(sizes.values())
     adapted = sum(sizes[path] for path in expected)
     assert found == {"adapted_parameters": adapted, "total_parameters": total}
-    found = settings.parameter_counts({"num_views": 4}, shapes)
+    found = settings.parameter_counts(None, shapes)
     assert found == {"adapted_parameters": 0, "total_parameters": total}
 
 
@@ -119,3 +119,7 @@ def test_a_measured_method_knows_its_scope_before_it_measures(monkeypatch):
     )
     (candidate,) = settings.candidates(config, images.task(config))["eata"]
     assert candidate.scope == "stream" and candidate.facts["predict"] == "before"
+    # What is left out is the method's own: the affine parameters of norms.
+    shapes = pristine.layout(images.task(config))
+    chosen = ttt.select.describe(candidate.select, shapes).paths
+    assert chosen and all("bn" in path for path in chosen)
