@@ -257,7 +257,7 @@ def run(
         diagnose_record.require_own(workdir)
         task = tasks.build(config)
         source = images.load_data(config, options.split)
-        network = images.Network(config, source)
+        network = images.ImageModel(config, source)
         name, grid = candidates_of(config, options.method, task)
         settings = settings_of(workdir, options.method, grid)
         rates = rates_of(settings, options.learning_rates)

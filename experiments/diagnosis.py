@@ -12,7 +12,7 @@ import optax
 import ttt_jax as ttt
 from experiments import settings as settings_lib
 from experiments.settings import Settings
-from experiments.tasks.images import Network
+from experiments.tasks.images import ImageModel
 from ttt_jax import diagnostics, methods
 
 # A choice without labels must keep this share of the classes that the source predictions use.
@@ -56,18 +56,18 @@ def filled(name: str, settings: Settings) -> Settings:
     return {"select": "all", **defaults, **settings}
 
 
-def heads_of(network: Network, settings: Settings) -> Mapping[str, Any]:
+def heads_of(network: ImageModel, settings: Settings) -> Mapping[str, Any]:
     """The model functions of some settings, with kernels private to each image."""
     return network.heads(norm=settings.get("prior", "running"), private=True)
 
 
-def auxiliary_of(name: str, network: Network, settings: Settings) -> Auxiliary:
+def auxiliary_of(name: str, network: ImageModel, settings: Settings) -> Auxiliary:
     """The auxiliary task of a method in :data:`METHODS` under its settings.
 
     Raises:
       ValueError: a model without the head that the loss calls.
     """
-    heads, kind = heads_of(network, settings), type(network.private)
+    heads, kind = heads_of(network, settings), type(network.private.module)
     images = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
     needed = {"ttt_rotation": "rotation", "ttt_mae": "reconstruct"}.get(name, "classify")
     if needed not in heads:
@@ -94,7 +94,7 @@ def auxiliary_of(name: str, network: Network, settings: Settings) -> Auxiliary:
     return Auxiliary(loss, kind.rotation, (images,), accuracy)
 
 
-def shared_encoder(network: Network, settings: Settings, task: Auxiliary) -> ttt.Selection:
+def shared_encoder(network: ImageModel, settings: Settings, task: Auxiliary) -> ttt.Selection:
     """The adapting parameters that both the classifier and the auxiliary head read.
 
     In the others one of the two gradients is zero, so they add nothing to the inner product and
@@ -107,13 +107,14 @@ def shared_encoder(network: Network, settings: Settings, task: Auxiliary) -> ttt
     def read_by(method: Any, *inputs: jax.ShapeDtypeStruct) -> set[str]:
         # Linen creates just the parameters that a method touches.
         tree = jax.eval_shape(
-            lambda key: network.private.lazy_init(key, *inputs, method=method), jax.random.key(0)
+            lambda key: network.private.module.lazy_init(key, *inputs, method=method),
+            jax.random.key(0),
         )
         return set(ttt.select.describe(ttt.select.everything(), tree).paths)
 
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     adapting = ttt.select.describe(settings_lib.selection(settings["select"]), shapes).paths
-    classifier = read_by(type(network.private).__call__, task.inputs[0])
+    classifier = read_by(type(network.private.module).__call__, task.inputs[0])
     both = classifier & read_by(task.head, *task.inputs)
     chosen = [re.escape(path) for path in adapting if path in both]
     if not chosen:
@@ -155,7 +156,7 @@ def secant_smoothness(
 
 
 def build(
-    network: Network,
+    network: ImageModel,
     method: str,
     settings: Settings,
     learning_rates: Sequence[float],

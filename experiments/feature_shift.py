@@ -165,7 +165,7 @@ def run(
             f"data.test must have at least 2 images; {config.data.test!r} has {count}. Take more, "
             "as --config.data.test='test'."
         )
-    network = image_task.Network(config, test)
+    network = image_task.ImageModel(config, test)
     plain = network.heads(norm=norm).get("features")
     if plain is None:
         raise launch.UserError(

@@ -56,6 +56,7 @@ class Candidate(NamedTuple):
       scope: ``per_sample``, ``batch`` or ``stream``.
       facts: ``num_steps``, ``reset`` and ``predict`` of its rows.
       bind: ``bind(params, seed) -> Parametric``, which measures the source data where needed.
+      select: the parameters that adapt; None where no gradient is taken.
     """
 
     label: str
@@ -63,6 +64,7 @@ class Candidate(NamedTuple):
     scope: str
     facts: Settings
     bind: Callable[[Any, int], evaluation.Parametric]
+    select: ttt.Selection | None = None
 
 
 def candidates(config: ml_collections.ConfigDict, task: Task) -> dict[str, list[Candidate]]:
@@ -191,13 +193,13 @@ def auxiliary(config: ml_collections.ConfigDict, task: Task) -> training.Auxilia
     return training.Auxiliary(label, loss, config.train.get("aux_weight", 1.0))
 
 
-def parameter_counts(settings: Settings, shapes: Any) -> dict[str, int]:
-    """How many parameters some settings adapt, 0 where no gradient is taken, and of how many."""
+def parameter_counts(select: ttt.Selection | None, shapes: Any) -> dict[str, int]:
+    """How many parameters a selection has, 0 without one, and of how many."""
     learned = {"params": shapes["params"]} if "params" in shapes else shapes
     total = sum(leaf.size for leaf in jax.tree.leaves(learned))
-    if "learning_rate" not in settings:
+    if select is None:
         return {"adapted_parameters": 0, "total_parameters": total}
-    chosen = ttt.select.describe(selection(settings.get("select", "all")), learned)
+    chosen = ttt.select.describe(select, learned)
     return {"adapted_parameters": chosen.num_elements, "total_parameters": chosen.total_elements}
 
 
@@ -249,7 +251,11 @@ def _candidate(label: str, options: Settings, task: Task, batch_size: int) -> Ca
         return evaluation.Parametric(build, values, key)
 
     scope = _scope(method(settings), build, numbers, task)
-    return Candidate(label, options, scope, _facts(settings, parameters, scope), bind)
+    select = None
+    if "select" in parameters:
+        default = parameters["select"].default
+        select = selection(settings["select"]) if "select" in settings else default
+    return Candidate(label, options, scope, _facts(settings, parameters, scope), bind, select)
 
 
 def _scope(plain: Any, build: Callable[[Any], Any], numbers: Any, task: Task) -> str:
@@ -306,6 +312,9 @@ def _arguments(
         known = sorted({*parameters, *allowed, *_OPTIMIZER, "method", "prior"} - {"private"})
         raise ValueError(f"{unknown[0]!r} is no setting of {name}; choose from {known}.")
     heads = dict(task.heads(**serving))
+    if name == "source":
+        # Whatever a task predicts, it is its first head.
+        heads.setdefault("classify", next(iter(heads.values())))
     if "augment" in settings:
         heads["augment"] = _head(heads, settings["augment"], name, task)
     arguments: dict[str, Any] = {}

@@ -77,6 +77,8 @@ def check(config: ml_collections.ConfigDict, task: Task) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"train.{name} must be at least 1; got {count}.")
+    # Needed at the end of the training: a split that is missing is said now.
+    task.streams("validation", config.seeds[0])
     auxiliary = settings.auxiliary(config, task)
     _check_main_select(launch.setting(config, "train.main_select"), auxiliary, task)
     for key, allowed in (("train.schedule", SCHEDULES), ("train.optimizer", OPTIMIZERS)):

@@ -141,4 +141,4 @@ def _rows(
 
 def _parameter_counts(run: Any, candidate: Candidate) -> dict[str, int]:
     """How many parameters a candidate adapts, and of how many."""
-    return settings.parameter_counts(candidate.settings, pristine.layout(run.task))
+    return settings.parameter_counts(candidate.select, pristine.layout(run.task))

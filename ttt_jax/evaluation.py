@@ -1,7 +1,4 @@
-"""The one loop over a task: methods x streams -> rows of sums. It writes no file.
-
->>> rows = list(evaluate(task, {"source": predict}, params, role="reported", seed=0))
-"""
+"""The one loop over a task: methods x streams -> rows of sums. It writes no file."""
 
 import dataclasses
 import time

@@ -6,8 +6,10 @@ from typing import Any
 
 # A share of a row's images.
 _SHARES = ("error", "turned_right", "turned_wrong", "agreement")
-_MEANS = ("aux_loss_before", "aux_loss_after")
-_SUMS = ("num_examples", "seconds", "non_finite", "resets")
+_MEANS = ("aux_loss_before", "aux_loss_after", "cross_entropy")
+_SUMS = ("num_examples", "seconds", "non_finite", "updated", "resets")
+# Of all images together; those of ranges do not say it.
+_TOGETHER = ("predicted_classes_before", "predicted_classes_after")
 # Of work that ranges do at different times, or each for itself.
 _LONGEST = ("compile_seconds", "source_seconds")
 _TIMES = ("seconds", "samples_per_second", "compile_seconds", "source_seconds")
@@ -26,13 +28,15 @@ def joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ``source_seconds`` the longest is taken. Every other field is equal in all rows.
 
     Returns:
-      The row, with ``samples_per_second`` of the whole.
+      The row, with ``samples_per_second`` of the whole, and without the numbers of predicted
+      classes, which those of ranges do not say.
 
     Raises:
       ValueError: rows of a method that takes several images at once or of a gradual sequence, rows
         that differ in what is no measurement, or rows with errors of groups of classes, whose
         sizes they do not say.
     """
+    rows = [{name: v for name, v in row.items() if name not in _TOGETHER} for row in rows]
     first = rows[0]
     if first["scope"] != "per_sample":
         raise ValueError(

@@ -7,13 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import launch, problem, provenance, train
+from experiments import launch, provenance, train
+from experiments.tasks import images as image_task
 from tests.experiments import tiny_config, tiny_model
 from ttt_jax import checkpoint, views
-
-
-def built(config):
-    return problem.build(config, problem.load_data(config, "test"), shared_kernels=True)
 
 
 def moved(before, after):
@@ -44,8 +41,19 @@ def test_a_task_trains_its_head_and_names_its_loss(tmp_path, aux, losses, parts)
     assert all(scalars[f"train/{name}_loss"] > 0 for name in losses)
     trained = checkpoint.load(tmp_path / "checkpoints" / "seed_0")
     assert trained.metadata["aux"] == aux
-    initial = problem.initial(built(config), 0)
+    initial = jax.jit(image_task.task(config).init)(jax.random.key(0))
     assert moved(initial, trained.params) == parts
+
+
+def one_step(config, task):
+    """Parameters before and after a training step on eight images, its losses and the images."""
+    config.train.batch_size = 8
+    before, optimizer = task.init(jax.random.key(0)), train.optimizer(config)
+    step = jax.jit(train.make_step(config, task, optimizer))
+    batch = next(task.training(0).steps(0))
+    state = optimizer.init(before["params"])
+    after, _, losses = step(before, state, batch, jax.random.key(0))
+    return before, after, losses, batch
 
 
 def test_contrastive_training_is_the_library_on_two_views(monkeypatch):
@@ -53,22 +61,18 @@ def test_contrastive_training_is_the_library_on_two_views(monkeypatch):
     config = tiny_config.get_batch_norm_config()
     config.model.projection = 5
     config.train.update({"aux": "contrastive", "aux_weight": 0.5, "weight_decay": 0.0})
-    of = built(config)
-    before = problem.initial(of, 0)
-    assert before["params"]["projection_out"]["kernel"].shape == (6, 5)
-    step, optimizer = train.make_step(of, config)
-    images = problem.load_data(config, "test").take(np.arange(8))
+    task = image_task.task(config)
+    before, after, losses, batch = one_step(config, task)
     key = jax.random.key(0)
-    state = optimizer.init(before["params"])
-    after, _, losses = jax.jit(step)(before, state, images.image, images.label, key)
+    assert before["params"]["projection_out"]["kernel"].shape == (6, 5)
     assert moved(before, after) == {"encoder", "bn", "fc", "projection_out"}
 
     view_key, aux_key = jax.random.split(key)
-    crops = jax.vmap(of.view)(images.image, jax.random.split(view_key, 8))
+    crops = jax.vmap(task.augment)(batch.x, jax.random.split(view_key, 8))
     pair_key = jax.random.split(aux_key)[0]
     keys = jnp.concatenate([jax.random.split(k) for k in jax.random.split(pair_key, 8)])
     pairs = jax.jit(jax.vmap(views.image.simclr()))(jnp.repeat(crops, 2, axis=0), keys)
-    z = np.asarray(of.model("batch").project(before, pairs), np.float64)
+    z = np.asarray(task.heads(norm="batch")["project"](before, pairs), np.float64)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     scores = np.exp(z @ z.T / 0.5)
     expected = [-np.log(scores[i, i ^ 1] / (scores[i].sum() - scores[i, i])) for i in range(len(z))]
@@ -79,12 +83,7 @@ def test_without_a_task_the_statistics_of_its_branch_stay(monkeypatch):
     tiny_model.install(monkeypatch)
     config = tiny_config.get_batch_norm_config()
     config.train.aux = "none"
-    of = built(config)
-    before = problem.initial(of, 0)
-    step, optimizer = train.make_step(of, config)
-    images = problem.load_data(config, "test").take(np.arange(8))
-    state = optimizer.init(before["params"])
-    after, _, losses = step(before, state, images.image, images.label, jax.random.key(0))
+    _, after, losses, _ = one_step(config, image_task.task(config))
     assert set(losses) == {"main"}
     statistics = after["batch_stats"]
     assert jnp.any(statistics["bn"]["mean"] != 0)
@@ -97,15 +96,21 @@ def test_without_a_task_the_statistics_of_its_branch_stay(monkeypatch):
         (
             "vit",
             "mea",
-            r"train\.aux must be one of \['rotation', 'mae', 'contrastive', 'none'\]; got",
+            r"train\.aux must be 'rotation', 'mae', 'contrastive', 'none' or .*; got 'mea'",
         ),
-        ("vit", "contrastive", r"train\.aux='contrastive' needs a projection .*name='vit'"),
-        ("resnet", "mae", r"train\.aux='mae' needs .* ResNet .*model\.name='vit'"),
+        (
+            "vit",
+            "contrastive",
+            r"train\.aux='contrastive' needs 'project'; .*digits has .*Add a head",
+        ),
+        ("resnet", "mae", r"train\.aux='mae' needs 'reconstruct'; .*digits has"),
     ],
 )
 def test_an_impossible_task_is_refused_and_leaves_the_folder_free(tmp_path, model, aux, words):
     config = tiny_config.get_config()
-    config.train.aux, config.model.name = aux, model
+    config.train.aux = aux
+    if model == "resnet":
+        config.model = {"name": "resnet", "depth": 8, "width": 8, "groups": 4}
     with pytest.raises(ValueError, match=words):
         train.run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import ttt_jax as ttt
-from experiments import launch, methods, problem
-from experiments.methods import steps
+from experiments import launch, pristine, settings, tasks
 
 CONFIGS = sorted((pathlib.Path(launch.__file__).parent / "configs").glob("[!_]*.py"))
 
@@ -16,9 +15,13 @@ CONFIGS = sorted((pathlib.Path(launch.__file__).parent / "configs").glob("[!_]*.
 def stand_in(config, folder):
     """Noise in the shape of CIFAR-10 for configs that read files of their own."""
     if config.data.name.startswith("npz:"):
-        images = np.random.default_rng(0).random((20, 32, 32, 3), np.float32)
-        labels = np.arange(20, dtype=np.int32) % 10
-        np.savez(folder / "test.npz", images=images, labels=labels)
+        images = np.random.default_rng(0).random((40, 32, 32, 3), np.float32)
+        labels = np.arange(40, dtype=np.int32) % 10
+        for split in ("train", "validation", "test"):
+            np.savez(folder / f"{split}.npz", images=images, labels=labels)
+        if "imbalance" in config.data:
+            config.data.imbalance = 2
+        config.data.train = "train"
         config.data.name = f"npz:{folder}/{{split}}.npz"
 
 
@@ -39,18 +42,14 @@ def test_config(path, tmp_path):
         assert word in text, f"{path.name} does not say its {word}"
     config = launch.config_from(path)
     stand_in(config, tmp_path)
-    source = problem.load_data(config, "test")
-    built = problem.build(config, source)
-    plain = problem.build(config, source, shared_kernels=True)
-    made = methods.build(config, built, plain)
-    shapes = {"params": problem.shapes(built)["params"]}
+    task = tasks.build(config)
+    made = settings.candidates(config, task)
+    shapes = {"params": pristine.layout(task)["params"]}
     assert set(made) == set(config.methods)
-    for method in made.values():
-        for settings in method.grid:
-            forwards, backwards = method.cost(settings)
-            assert forwards >= 1 and backwards >= 0
-            if backwards and "select" in settings:
-                assert_selects(settings["select"], steps.selection(settings), shapes)
+    for grid in made.values():
+        for candidate in grid:
+            if select := candidate.settings.get("select"):
+                assert_selects(select, settings.selection(select), shapes)
     chosen = launch.setting(config, "train.main_select")
     if chosen != "all":
         assert_selects(chosen, ttt.select.paths(chosen), shapes)
@@ -61,9 +60,8 @@ def test_rotation_leaves_the_main_branch_alone(name, tmp_path):
     """Of its blocks and its classifier the auxiliary head reads nothing."""
     config = launch.config_from(CONFIGS[0].parent / f"{name}.py")
     stand_in(config, tmp_path)
-    built = problem.build(config, problem.load_data(config, "test"))
-    selection = steps.selection(config.methods.rotation)
-    paths = ttt.select.describe(selection, problem.shapes(built)).paths
+    selection = settings.selection(config.methods.rotation.select)
+    paths = ttt.select.describe(selection, pristine.layout(tasks.build(config))).paths
     parts = {path.split("/")[1] for path in paths}
     shared = {"conv1", "layer1", "layer2"}
     assert shared < parts and all(part.startswith("rotation_") for part in parts - shared)

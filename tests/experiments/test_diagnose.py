@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 import ttt_jax as ttt
-from experiments import diagnose, diagnosis, problem, train, trials
+from experiments import diagnose, diagnosis, train
 from experiments.report import alignment, committed
+from experiments.tasks import image_order
+from experiments.tasks.images import ImageModel, load_data
 from tests.experiments import tiny_config, tiny_model
 from tests.experiments.diagnosed import OPTIONS, PRIOR, RATES, get_config, make, train_in
 from ttt_jax import checkpoint, data, models
@@ -44,8 +46,8 @@ def diagnosed(trained, tmp_path_factory):
 def by_hand(trained):
     """The cell (fog, 5) with its model, outside of the program."""
     config = get_config()
-    source = problem.load_data(config, "test")
-    built = problem.build(config, source)
+    source = load_data(config, "test")
+    built = ImageModel(config, source)
     variables = checkpoint.load(trained / "checkpoints" / "seed_0").params
     plan = data.streams.shuffled(source, seed=0, domain="fog", severity=5)
     examples = [source[int(i)] for i in plan.index[:3]]
@@ -62,8 +64,12 @@ def row_of(record, domain, severity):
     return row
 
 
+def heads_of(built):
+    return built.heads(norm=PRIOR, private=True)
+
+
 def rotation_loss(built):
-    return ttt.losses.rotation(built.model(PRIOR).rotation, copies=2, augment=built.view)
+    return ttt.losses.rotation(heads_of(built)["rotation"], copies=2, augment=built.view)
 
 
 def test_a_row_per_cell_with_its_origin(diagnosed):
@@ -90,7 +96,7 @@ def flat(params):
 
 def test_alignment_is_that_of_plain_gradients(diagnosed, by_hand):
     built, variables, images, labels, keys = by_hand
-    apply = models.from_linen(built.module, norm=PRIOR)
+    apply = models.from_linen(built.private.module, norm=PRIOR)
 
     def main(params, image, label):
         logits = apply(params, (image[None] - 0.5) / 0.5)[0]
@@ -114,8 +120,8 @@ def test_alignment_is_that_of_plain_gradients(diagnosed, by_hand):
 
 def test_errors_gain_and_monitors_by_hand(diagnosed, by_hand):
     built, variables, images, labels, keys = by_hand
-    model = built.model(PRIOR)
-    classify, rotate = jax.jit(model.classify), jax.jit(model.rotation)
+    heads = heads_of(built)
+    classify, rotate = jax.jit(heads["classify"]), jax.jit(heads["rotation"])
     grad = jax.jit(jax.grad(rotation_loss(built)))
     before, after, moved, right = [], [], [], []
     for image, key in zip(images, keys, strict=True):
@@ -184,20 +190,22 @@ def test_smoothness_of_a_quadratic():
 
 
 def test_only_what_both_heads_read_is_compared():
-    net = models.ResNet(depth=8, width=8, groups=4, num_classes=3)
-    built = problem.Problem(net, *[None] * 4, (8, 8, 1), 0.75)
+    config = get_config()
+    config.model = {"name": "resnet", "depth": 8, "width": 8, "groups": 4}
+    built = ImageModel(config, load_data(config, "test"))
+    shapes = jax.eval_shape(built.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((1, 8, 8, 1), np.float32)
-    task = diagnosis.Task(None, models.ResNet.rotation, (images,))
+    task = diagnosis.Auxiliary(None, models.ResNet.rotation, (images,))
     encoder = diagnosis.shared_encoder(built, {"select": "all"}, task)
-    paths = ttt.select.describe(encoder, problem.shapes(built)).paths
+    paths = ttt.select.describe(encoder, shapes).paths
     assert {path.split("/")[1] for path in paths} == {"conv1", "layer1", "layer2"}
     norms = diagnosis.shared_encoder(built, {"select": "norm"}, task)
-    assert set(ttt.select.describe(norms, problem.shapes(built)).paths) < set(paths)
+    assert set(ttt.select.describe(norms, shapes).paths) < set(paths)
     with pytest.raises(ValueError, match=r"select='\.\*rotation_fc.*' adapts no parameter that"):
         diagnosis.shared_encoder(built, {"select": ".*rotation_fc.*"}, task)
-    main = diagnosis.Task(None, models.ResNet.__call__, (images,))
+    main = diagnosis.Auxiliary(None, models.ResNet.__call__, (images,))
     everything = diagnosis.shared_encoder(built, {"select": "all"}, main)
-    paths = ttt.select.describe(everything, problem.shapes(built)).paths
+    paths = ttt.select.describe(everything, shapes).paths
     assert any(path.startswith("params/fc/") for path in paths)
     assert not any("rotation_" in path for path in paths)
 
@@ -207,6 +215,7 @@ def test_another_method_has_rows_of_its_own(diagnosed, tmp_path):
     shutil.copytree(diagnosed[0], folder)
     config = get_config()
     memo = {
+        "trace": True,
         "num_views": 2,
         "num_steps": 1,
         "learning_rate": (0.03,),
@@ -235,8 +244,8 @@ def test_other_names_of_a_method_have_its_task(trained, tmp_path):
     common = {"num_steps": 1, "learning_rate": 0.03, "select": "all", "prior": PRIOR}
     tiny_config.with_methods(
         config,
-        rotation_tuned={**common, "copies": 2},
-        memo_augmix={**common, "num_views": 2, "views": "augmix"},
+        rotation_tuned={**common, "method": "ttt_rotation", "copies": 2},
+        memo_augmix={**common, "method": "memo", "num_views": 2, "augment": "augmix"},
     )
     few = OPTIONS._replace(severities=(5,), corruptions=("fog",), learning_rates=(0.03,))
     (tuned,), (augmix,) = (
@@ -244,7 +253,7 @@ def test_other_names_of_a_method_have_its_task(trained, tmp_path):
         for name in ("rotation_tuned", "memo_augmix")
     )
     assert tuned["settings"]["copies"] == 2 and tuned["auxiliary_accuracy_after"] is not None
-    assert augmix["settings"]["views"] == "augmix" and "auxiliary_accuracy_after" not in augmix
+    assert augmix["settings"]["augment"] == "augmix" and "auxiliary_accuracy_after" not in augmix
     assert tuned["source_error"] == augmix["source_error"] and augmix["aux_norm"] > 0
 
 
@@ -256,22 +265,22 @@ def test_masked_reconstruction_is_aligned_in_the_encoder(tmp_path):
         method="mae", severities=(5,), corruptions=("fog",), num_images=2, learning_rates=(0.03,)
     )
     (row,) = diagnose.run(config, str(tmp_path), options)["rows"]
-    source = problem.load_data(config, "test")
-    model = problem.build(config, source).model()
+    source = load_data(config, "test")
+    heads = ImageModel(config, source).heads(private=True)
     variables = checkpoint.load(tmp_path / "checkpoints" / "seed_0").params
-    batch = trials.first_images(config, source, "fog", 5, count=2, seed=0)
+    batch = image_order.first_images(config, source, "fog", 5, count=2, seed=0)
     inner = []
     for image, label, number in zip(batch.image, batch.label, batch.id, strict=True):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), number), 0)
 
         def reconstruct(params, image=image, key=key):
             loss = ttt.losses.masked_reconstruction(
-                model.reconstruct, patch=4, mask_ratio=0.5, num_masks=2
+                heads["reconstruct"], patch=4, mask_ratio=0.5, num_masks=2
             )
             return loss(params, image, key)
 
         def main(params, image=image, label=label):
-            return -jax.nn.log_softmax(model.classify(params, image[None])[0])[label]
+            return -jax.nn.log_softmax(heads["classify"](params, image[None])[0])[label]
 
         grads = [jax.grad(loss)(variables)["params"]["encoder"] for loss in (reconstruct, main)]
         inner.append(sum(jax.tree.leaves(jax.tree.map(lambda a, b: (a * b).sum(), *grads))))

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments import diagnose, launch, problem
+from experiments import diagnose, launch
+from experiments.tasks import images
 from tests.experiments import tiny_config
 
 OPTIONS = diagnose.Options(severities=(5,), corruptions=("fog",), num_images=3)
@@ -12,23 +13,23 @@ OPTIONS = diagnose.Options(severities=(5,), corruptions=("fog",), num_images=3)
 
 def test_several_candidates_need_the_choice_of_adapt(tmp_path):
     config = tiny_config.get_config()
-    built = problem.build(config, problem.load_data(config, "test"))
-    method = diagnose.method_of(config, "rotation", built)
+    name, grid = diagnose.candidates_of(config, "rotation", images.task(config))
+    assert name == "ttt_rotation"
     with pytest.raises(launch.UserError, match=r"2 candidates.*run experiments\.adapt"):
-        diagnose.settings_of(tmp_path, "rotation", method.grid)
+        diagnose.settings_of(tmp_path, "rotation", grid)
     chosen = {"copies": 2, "num_steps": 2, "learning_rate": 0.01, "prior": 16, "select": "all"}
+    chosen |= {"method": "ttt_rotation", "trace": True, "probe": "rotation"}
     (tmp_path / "selection.json").write_text(
         json.dumps({"chosen": {"rotation": chosen}, "tried": []})
     )
-    assert diagnose.settings_of(tmp_path, "rotation", method.grid) == chosen
+    assert diagnose.settings_of(tmp_path, "rotation", grid) == chosen
 
 
 @pytest.mark.parametrize("name", ["rotation_jump", "source", "rotation_online"])
 def test_a_method_that_does_not_fit_is_refused(name):
     config = tiny_config.get_config()
-    built = problem.build(config, problem.load_data(config, "test"))
     with pytest.raises(launch.UserError, match=rf"\(rotation\); got '{name}'"):
-        diagnose.method_of(config, name, built)
+        diagnose.candidates_of(config, name, images.task(config))
 
 
 def test_the_map_always_has_the_learning_rate_of_the_config():

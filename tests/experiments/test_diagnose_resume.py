@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from experiments import diagnose, diagnose_record, journal, launch, trials
+from experiments import diagnose, diagnose_record, journal, launch
+from experiments.tasks import image_order
 from tests.experiments import tiny_model
 from tests.experiments.diagnosed import OPTIONS, get_config, make, train_in
 
@@ -22,13 +23,13 @@ def test_finished_cells_are_skipped(diagnosed, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(diagnosed[0], folder)
     made = []
-    first_images = trials.first_images
+    first_images = image_order.first_images
 
     def counted(config, source, domain, severity, *rest):
         made.append((domain, severity))
         return first_images(config, source, domain, severity, *rest)
 
-    monkeypatch.setattr(trials, "first_images", counted)
+    monkeypatch.setattr(image_order, "first_images", counted)
     path = folder / "diagnostics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:40])

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import feature_shift, launch, problem as problem_lib
+from experiments import feature_shift, launch, pristine
+from experiments.tasks import images
 from tests.experiments import tiny_config, tiny_model
 from ttt_jax import checkpoint, data
 
@@ -50,10 +51,9 @@ def test_no_batch_is_of_one_image(monkeypatch):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     config = tiny_config.get_config()
-    problem = problem_lib.build(config, problem_lib.load_data(config, "test"))
     path = tmp_path_factory.mktemp("model") / "seed_0"
-    metadata = problem_lib.checkpoint_metadata(config)
-    checkpoint.save(path, problem_lib.initial(problem, 0), metadata=metadata)
+    metadata = pristine.metadata(config)
+    checkpoint.save(path, images.task(config).init(jax.random.key(0)), metadata=metadata)
     return config, str(path)
 
 
@@ -95,10 +95,9 @@ def test_a_row_is_of_the_images_that_it_says(tmp_path, monkeypatch):
     """A changed config gives the rows that a folder of its own gives."""
     tiny_model.install(monkeypatch)
     config = tiny_config.get_batch_norm_config()
-    problem = problem_lib.build(config, problem_lib.load_data(config, "test"))
-    metadata = problem_lib.checkpoint_metadata(config)
+    metadata = pristine.metadata(config)
     path = tmp_path / "seed_0"
-    checkpoint.save(path, problem_lib.initial(problem, 0), metadata=metadata)
+    checkpoint.save(path, images.task(config).init(jax.random.key(0)), metadata=metadata)
 
     def run(folder, **changes):
         changed = tiny_config.get_batch_norm_config()
@@ -130,10 +129,9 @@ def test_the_record_of_an_older_program_is_not_replaced(model, tmp_path):
 def test_the_statistics_of_a_batch(tmp_path, monkeypatch):
     tiny_model.install(monkeypatch)
     config = tiny_config.get_batch_norm_config()
-    problem = problem_lib.build(config, problem_lib.load_data(config, "test"))
     path = tmp_path / "seed_0"
-    metadata = problem_lib.checkpoint_metadata(config)
-    checkpoint.save(path, problem_lib.initial(problem, 0), metadata=metadata)
+    metadata = pristine.metadata(config)
+    checkpoint.save(path, images.task(config).init(jax.random.key(0)), metadata=metadata)
     made = {"checkpoint_path": str(path), "domains": ("contrast",), "num_images": 25}
     running, batch = (
         feature_shift.run(config, str(tmp_path / norm), norm=norm, **made)

@@ -16,6 +16,11 @@ RANGES = ("test[:7]", "test[7:22]", "test[22:30]")
 PER_SAMPLE = ("source", "rotation")
 
 
+def without_classes(rows):
+    """Rows without the numbers of predicted classes, which rows of ranges cannot be joined to."""
+    return [{k: v for k, v in row.items() if "predicted_classes" not in k} for row in rows]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
@@ -52,7 +57,7 @@ def test_parts_are_the_table(table, parts, tmp_path, capsys):
     alone = rows_of(pathlib.Path(table("whole")))
     found = rows_of(tmp_path)
     assert f"{len(found)} rows of 6 parts" in capsys.readouterr().out
-    assert_equal_rows(found, alone)
+    assert_equal_rows(*map(without_classes, (found, alone)))
     joined = next(r for r in found if r["method"] == "rotation" and r["domain"] == "clean")
     assert joined["num_examples"] == 30
     assert joined["seconds"] == pytest.approx(
@@ -84,7 +89,8 @@ def test_a_merged_table_is_resumed_and_merged_again(table, trained, parts, tmp_p
     config = team_config.get_config()
     part = adapt.Part(domains=DOMAINS)
     assert adapt.run(config, str(folder), part=part, checkpoint_path=str(trained)) == 0
-    assert_equal_rows(rows_of(folder), rows_of(pathlib.Path(table("whole"))))
+    whole = rows_of(pathlib.Path(table("whole")))
+    assert_equal_rows(*map(without_classes, (rows_of(folder), whole)))
     # These parts lack the rows that adapt added.
     with pytest.raises(launch.UserError, match=r"these parts lack.*choose another --workdir"):
         merge.run(str(folder), parts[:3])

@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import adapt, launch, pack_pacs, problem, train, trials
+from experiments import adapt, launch, pack_pacs, train
 from experiments.configs import pacs
+from experiments.tasks import image_order, images
 from tests.experiments import tiny_config
 from ttt_jax import data
 
@@ -60,9 +61,9 @@ def test_the_program_writes_what_the_config_reads(sets, tmp_path, monkeypatch):
     subprocess.run([*program, source, "--held_out=photo"], check=True, capture_output=True)
     monkeypatch.chdir(tmp_path)
     config = pacs.get_config("photo")
-    test = problem.load_data(config, "test")
+    test = images.load_data(config, "test")
     assert (len(test), test.title) == (20, "PACS, 8 px")
-    assert len(problem.load_data(config, "train")) == 70 - 6
+    assert len(images.load_data(config, "train")) == 70 - 6
     assert not (tmp_path / "data" / "pacs" / "sketch").exists()
     for bad, words in (
         (source.replace("_8", "_9"), "there is no file"),
@@ -94,7 +95,7 @@ def test_rows_carry_the_domain_and_settings_are_chosen_on_the_other_domains(sets
     assert cells == [("validation", "clean", 0)] * 2 + [("reported", "photo", 0)] * 2
     assert {row["num_examples"] for row in rows if row["domain"] == "photo"} == {20}
     record = json.loads((folder / "selection.json").read_text())
-    assert "held-out training images as they are" in record["note"]
+    assert "validation streams (clean)" in record["note"]
     assert [one["params"]["num_views"] for one in record["tried"]] == [2, 3]
     before = (folder / "results.jsonl").read_bytes()
     assert adapt.run(config, str(folder)) == 0
@@ -104,11 +105,12 @@ def test_rows_carry_the_domain_and_settings_are_chosen_on_the_other_domains(sets
 def test_a_named_domain_may_be_corrupted_too():
     config = tiny_config.get_config()
     config.data.domain = "scans"
-    found = trials.reported(config, problem.load_data(config, "test"), seed=0)
-    assert [trial.cells for trial in found[:2]] == [(("scans", 0),), (("gaussian_noise", 5),)]
-    checked = trials.checked(config, problem.load_data(config, "validation"), seed=0)
-    assert len(found) == 16
-    assert [trial.cells[0][0] for trial in checked] == list(data.corruptions.VALIDATION_CORRUPTIONS)
+    found = image_order.streams(config, images.load_data(config, "test"), "reported", 0)
+    assert list(found) == ["scans", *data.corruptions.CORRUPTIONS]
+    (batch, *_) = found["scans"]
+    assert set(batch.tags["domain"]) == {"scans"} and set(batch.tags["severity"]) == {0}
+    checked = image_order.streams(config, images.load_data(config, "validation"), "validation", 0)
+    assert list(checked) == list(data.corruptions.VALIDATION_CORRUPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_impossible_domains_are_refused(adapt_options, words):
     config = tiny_config.get_config()
     config.adapt.update(adapt_options)
     with pytest.raises(ValueError, match=words):
-        trials.check(config)
+        image_order.check(config)
 
 
 @pytest.mark.parametrize("name", ["pacs", "pacs_source"])

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import problem as problem_lib, train
+from experiments import train
+from experiments.tasks import images
 from tests.experiments import tiny_config
 from ttt_jax import audit, checkpoint
 
@@ -70,7 +71,8 @@ def test_interrupted_adamw_goes_on_where_it_was(tmp_path, monkeypatch):
 )
 def test_an_impossible_optimizer_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        train.check(config_of(**options))
+        config = config_of(**options)
+        train.check(config, images.task(config))
 
 
 @pytest.mark.parametrize("main_select", ["all", "params/head.*"])
@@ -79,13 +81,12 @@ def test_what_the_main_task_trains(main_select):
     config = tiny_config.get_mae_config()
     config.model.head_depth = 1
     config.train.update({"aux_weight": 0.0, "weight_decay": 0.0, "main_select": main_select})
-    source = problem_lib.load_data(config, "train")
-    problem = problem_lib.build(config, source)
-    step, optim = train.make_step(problem, config)
-    before = problem_lib.initial(problem, 0)
-    batch = source.take(np.arange(8))
-    state = (before, optim.init(before["params"]), batch.image, batch.label, jax.random.key(0))
-    after = jax.jit(step)(*state)[0]["params"]
+    task, optim = images.task(config), train.optimizer(config)
+    step = train.make_step(config, task, optim)
+    before = task.init(jax.random.key(0))
+    batch = next(task.training(0).steps(0))
+    state = (before, optim.init(before["params"]))
+    after = jax.jit(step)(*state, batch, jax.random.key(0))[0]["params"]
     moved = {
         part: any(
             bool((a != b).any())

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from experiments import adapt, journal, launch, rows as rows_lib, runner, train
+from experiments import adapt, journal, launch, result_rows, train
 from tests.experiments import tiny_config
-from ttt_jax import audit
+from ttt_jax import audit, evaluation
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "tests" / "experiments" / "tiny_config.py"
@@ -45,7 +45,8 @@ def assert_equal_rows(left, right):
     )
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
-        for name in {"aux_loss_before", "aux_loss_after", "drift"} & set(a):
+        names = {"aux_loss_before", "aux_loss_after", "cross_entropy", "drift"} & set(a)
+        for name in names:
             limit = audit.tolerance(steps_of(a))
             assert a.pop(name) == pytest.approx(b.pop(name), rel=limit, abs=limit)
         assert a == b
@@ -183,14 +184,14 @@ def test_parts_add_up_to_the_whole(adapted, trained, tmp_path):
 def test_a_failing_trial_is_a_row_and_runs_again(trained, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
-    run_all = runner.Runner.run_all
+    rows_of_unit = evaluation.Evaluation.rows
 
-    def fail_on_fog(self, name, method, settings, trials):
-        if name == "rotation" and trials[0][0].domain[0] == "fog":
+    def fail_on_fog(self, label, method, streams):
+        if label == "rotation" and "fog" in streams:
             raise ValueError("fog is too thick")
-        return run_all(self, name, method, settings, trials)
+        return rows_of_unit(self, label, method, streams)
 
-    monkeypatch.setattr(runner.Runner, "run_all", fail_on_fog)
+    monkeypatch.setattr(evaluation.Evaluation, "rows", fail_on_fog)
     assert adapt.run(tiny_config.get_config(), str(folder)) == 1
     failed = [row for row in rows_of(folder) if row["status"] == "failed"]
     assert [(r["method"], r["domain"]) for r in failed] == [("rotation", "fog")]
@@ -297,16 +298,16 @@ def test_a_method_that_could_not_adapt_is_named(capsys):
     def row(lost, method="rotation"):
         return {"method": method, "status": "ok", "non_finite": lost, "num_examples": 20}
 
-    (line,) = rows_lib.not_adapted([row(1), row(15), row(1, "memo"), row(1, "memo")])
-    assert line.startswith("rotation: steps were not finite on 16 of 40 images")
+    (line,) = result_rows.not_adapted([row(1), row(15), row(1, "memo"), row(1, "memo")])
+    assert line.startswith("rotation: steps were not finite on 16 of 40 instances")
 
 
 def test_an_unknown_method_is_refused(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained / "checkpoints", folder / "checkpoints")
     config = tiny_config.get_config()
-    config.methods.rotate = config.methods.rotation
-    with pytest.raises(ValueError, match=r"methods\.rotate is not a method; choose from"):
+    config.methods.rotate = {"num_steps": 1}
+    with pytest.raises(ValueError, match=r"methods\.rotate: method must be a function of ttt_jax"):
         adapt.run(config, str(folder))
 
 

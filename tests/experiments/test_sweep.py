@@ -124,38 +124,6 @@ def test_trials_of_a_pack_share_a_process():
     assert shared(1, 4, 16) == [[0, 1]]
 
 
-def test_families_share_a_process():
-    """Trials that differ in steps alone stay together, however many workers there are."""
-    units = [plan.Unit("trial", str(n), "d", None, "", "p", f"f{n % 3}") for n in range(9)]
-
-    def shared(workers, most):
-        packs = sweep.packed(units, 99, workers, most)
-        return [[int(unit.id) for unit in pack] for pack in packs]
-
-    families = [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
-    assert shared(3, 16) == shared(9, 16) == families
-    assert shared(1, 16) == [[*families[0], *families[1], *families[2]]]
-    assert shared(1, 6) == [families[0] + families[1], families[2]]
-    assert shared(1, 2) == [[0, 3], [6], [1, 4], [7], [2, 5], [8]]
-
-
-def test_a_family_differs_in_steps_alone(config):
-    body = """
-    for steps in (2, 5):
-        for rate in (0.01, 0.1):
-            add(
-                seeds=(0,),
-                **{"methods.rotation.learning_rate": (rate,), "methods.rotation.num_steps": steps},
-            )
-    """
-    variants = plan.variants(config(body))
-    assert plan.longest(variants) == {"rotation": 5}
-    assert plan.longest(variants[:2]) == {"rotation": 2}
-    families = [unit.family for unit in plan.units(variants) if unit.kind == "trial"]
-    assert families[0] == families[2] != families[1] == families[3]
-    assert len({unit.id for unit in plan.units(variants)}) == 5
-
-
 def test_a_pack_differs_in_seeds_and_settings_alone(config):
     keys = [
         plan.pack_key(variant)

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import launch, problem, train
+from experiments import launch, train
+from experiments.tasks import images
 from tests.experiments import tiny_config
-from ttt_jax import audit, checkpoint, data
+from ttt_jax import audit, checkpoint
+from ttt_jax.task import take
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,10 @@ class StopAtEight:
             raise Stop
 
 
+def with_task(config):
+    return config, images.task(config)
+
+
 def assert_same_parameters(folder, other):
     both = (checkpoint.load(at / "checkpoints" / "seed_0").params for at in (folder, other))
     for a, b in zip(*map(jax.tree.leaves, both), strict=True):
@@ -35,7 +41,7 @@ def assert_same_parameters(folder, other):
 
 def test_interrupted_training_resumes_to_the_same_parameters(trained, tmp_path):
     with pytest.raises(Stop):
-        train.train(tiny_config.get_config(), tmp_path, 0, StopAtEight())
+        train.train(*with_task(tiny_config.get_config()), tmp_path, 0, StopAtEight())
     assert (tmp_path / "training" / "seed_0" / "step_5").is_dir()
     train.run(tiny_config.get_config(), str(tmp_path))
     assert_same_parameters(trained, tmp_path)
@@ -46,21 +52,21 @@ def test_many_steps_per_call_equal_the_loop(tmp_path):
     config.train.steps_per_call = 6
     config.train.save_every = 4
     with pytest.raises(Stop):
-        train.train(config, tmp_path / "killed", 0, StopAtEight())
+        train.train(*with_task(config), tmp_path / "killed", 0, StopAtEight())
     assert (tmp_path / "killed" / "training" / "seed_0" / "step_4").is_dir()
     for name in ("killed", "whole"):
         train.run(config, str(tmp_path / name))
     assert_same_parameters(tmp_path / "whole", tmp_path / "killed")
 
-    source = problem.load_data(config, "train")
-    step, optimizer = train.make_step(problem.build(config, source), config)
-    variables = problem.initial(problem.build(config, source), 0)
-    state, run = (variables, optimizer.init(variables["params"])), jax.jit(step)
-    places = data.training_places(source, batch_size=config.train.batch_size, seed=0)
-    for number, where in zip(range(config.train.num_steps), places, strict=False):
-        batch = source.take(where)
+    task, optimizer = images.task(config), train.optimizer(config)
+    run = jax.jit(train.make_step(config, task, optimizer))
+    variables = jax.jit(task.init)(jax.random.key(0))
+    state = [variables, optimizer.init(variables["params"])]
+    images_at = task.training(0).places(0)
+    resident = task.training(0).resident()
+    for number, index in zip(range(config.train.num_steps), images_at, strict=False):
         key = jax.random.fold_in(jax.random.key(0), number)
-        *state, _ = run(*state, batch.image, batch.label, key)
+        *state, _ = run(*state, take(resident, index), key)
     trained = checkpoint.load(tmp_path / "whole" / "checkpoints" / "seed_0").params
     audit.require_close(
         jax.tree.leaves(trained), jax.tree.leaves(state[0]), num_steps=config.train.num_steps

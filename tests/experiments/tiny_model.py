@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 
-from experiments.tasks import images
+from experiments.tasks import networks
 
 
 class Dense(nn.Module):
@@ -42,4 +42,4 @@ class Dense(nn.Module):
 
 def install(monkeypatch):
     """Makes ``model.name="dense"`` known."""
-    monkeypatch.setitem(images.MODELS, "dense", Dense)
+    monkeypatch.setitem(networks.MODELS, "dense", Dense)

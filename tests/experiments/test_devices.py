@@ -1,0 +1,151 @@
+"""The work of a run on all devices and shared by processes: same rows, choices, failures."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import adapt, launch, train, units
+from tests.experiments import pair, tiny_config, tiny_model
+from tests.experiments.test_programs import assert_equal_rows, rows_of
+from ttt_jax import evaluation
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(
+        jax.local_device_count() < 4,
+        reason="needs four devices (CPU: --xla_force_host_platform_device_count)",
+    ),
+]
+
+PART = adapt.Part(domains=("clean", "fog", "contrast", "saturate"))
+
+
+@pytest.fixture(autouse=True)
+def dense(monkeypatch):
+    tiny_model.install(monkeypatch)
+
+
+def every_scope():
+    """50 images in batches of 20: nothing divides by the number of devices or processes."""
+    rotation = {"copies": 2, "learning_rate": 0.01, "probe": "rotation"}
+    return tiny_config.with_methods(
+        tiny_config.get_batch_norm_config(),
+        source={},
+        rotation={
+            **rotation,
+            "method": "ttt_rotation",
+            "trace": True,
+            "num_steps": 2,
+            "learning_rate": (0.01, 0.03),
+        },
+        rotation_online={**rotation, "method": "ttt_rotation_online"},
+        bn_adapt={},
+        tent={"episodic": True, "predict": "after", "learning_rate": 0.05, "optimizer": "sgd"},
+        tent_online={"method": "tent", "learning_rate": 0.05, "optimizer": "sgd"},
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_model.install(patch)
+        train.run(every_scope(), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(trained, tmp_path_factory):
+    """One process, one device."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    shutil.copytree(trained, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_model.install(patch)
+        assert adapt.run(every_scope(), str(folder), part=PART, devices=1) == 0
+    return folder
+
+
+def assert_same(folder, alone):
+    assert_equal_rows(rows_of(folder), rows_of(alone))
+    chosen = [json.loads((at / "selection.json").read_text())["chosen"] for at in (folder, alone)]
+    assert chosen[0] == chosen[1]
+
+
+def test_all_devices_of_a_process_equal_one(trained, alone, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    used = []
+    load = adapt.pristine_lib.load
+
+    def loaded(*args, **options):
+        pristine = load(*args, **options)
+        used.extend(leaf.sharding.device_set for leaf in jax.tree.leaves(pristine.params))
+        return pristine
+
+    monkeypatch.setattr(adapt.pristine_lib, "load", loaded)
+    assert adapt.run(every_scope(), str(folder), part=PART) == 0
+    assert_same(folder, alone)
+    # The default is all of them, and the checkpoint was restored onto them.
+    assert used and all(devices == set(jax.local_devices()) for devices in used)
+    assert json.loads((folder / "run.json").read_text())["devices"] == len(jax.devices())
+
+
+def test_two_processes_equal_one(trained, alone, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    # Two processes share no programs; these two threads must not either.
+    monkeypatch.setattr(units, "programs", lambda config, mesh: {})
+
+    def work(team):
+        return adapt.run(every_scope(), str(folder), part=PART, devices=1, team=team)
+
+    assert pair.run(work) == [0, 0]
+    assert_same(folder, alone)
+    # Run again, both find all rows and do nothing.
+    before = (folder / "results.jsonl").read_bytes()
+    assert pair.run(work) == [0, 0] and (folder / "results.jsonl").read_bytes() == before
+
+
+def test_a_failing_unit_is_failed_rows_and_holds_no_one_up(trained, alone, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    rows = evaluation.Evaluation.rows
+    monkeypatch.setattr(units, "programs", lambda config, mesh: {})
+
+    def fail(self, label, method, streams):
+        if label == "tent" and "fog" in streams:
+            raise ValueError("fog is too thick")
+        return rows(self, label, method, streams)
+
+    def work(team):
+        return adapt.run(every_scope(), str(folder), part=PART, devices=1, team=team)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.Evaluation, "rows", fail)
+        assert pair.run(work) == [1, 1]
+    made = rows_of(folder)
+    failed = [row for row in made if row["status"] == "failed"]
+    assert [(row["method"], row["domain"]) for row in failed] == [("tent", "fog")]
+    assert failed[0]["message"] == "ValueError: fog is too thick"
+    assert len(made) == len(rows_of(alone))
+    assert pair.run(work) == [0, 0]
+    assert_same(folder, alone)
+
+
+def test_a_number_of_devices():
+    assert adapt.mesh_of(1) is None
+    assert adapt.mesh_of(3).size == 3
+    assert adapt.mesh_of(0).size == jax.local_device_count()
+    for count in (-1, 99):
+        with pytest.raises(launch.UserError, match=rf"--devices must lie .* got {count}\."):
+            adapt.mesh_of(count)
+
+
+def test_instances_beside_the_rows_are_the_rows(alone):
+    """What every image adds to a mean, as paired intervals need it."""
+    for row in rows_of(alone):
+        unit = (row["method"], row["stream"], row["seed"], row["split_role"])
+        saved = np.load(alone / "instances" / ("__".join(map(str, unit)) + ".npz"))
+        column = saved["metrics"].tolist().index("error")
+        assert saved["sums"][:, column].mean() == pytest.approx(row["error"], abs=1e-6)
+        assert len(np.unique(saved["id"])) == row["num_examples"]
