@@ -14,7 +14,7 @@ _MOST_PROGRAM_LINES = 200
 _MOST_FUNCTION_LINES = 80
 _MOST_PARAMETERS = 8
 # All lines of experiments/, which may only become fewer; the aim is 9,500.
-_MOST_EXPERIMENT_LINES = 16_041
+_MOST_EXPERIMENT_LINES = 13_250
 
 # What is still too large. An entry goes when its file is mended; none is added.
 _LARGE_FILES = {"ttt_jax/adapters.py"}
@@ -179,13 +179,7 @@ def test_pallas_is_imported_by_kernels_alone():
         for path in _CODE
         if outside(path) and any("pallas" in module for module in _imported(path))
     }
-    assert users == _PALLAS
-
-
-# Moves to ttt_jax/kernels/.
-_PALLAS: set[str] = set().py"
-    for name in ("activation", "attention", "patches", "places", "taps")
-}
+    assert users == set()
 
 
 def _public_modules():
