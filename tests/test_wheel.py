@@ -86,9 +86,6 @@ def test_every_module_can_be_imported(bare, tmp_path):
     _run(bare, "-c", "\n".join(f"import {name}" for name in modules), cwd=tmp_path)
 
 
-@pytest.mark.skipif(
-    not (_ROOT / "ttt_jax" / "methods").exists(), reason="the example calls ttt_jax.methods"
-)
 def test_the_readme_begins_with_an_example_that_runs_in_an_empty_folder(bare, tmp_path):
     readme = (_ROOT / "README.md").read_text(encoding="utf-8")
     block = re.search(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL).group(1)
