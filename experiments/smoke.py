@@ -32,7 +32,8 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from experiments import adapt, diagnose, feature_shift, launch, report, train
+from experiments import adapt, diagnose, feature_shift, launch, train
+from experiments.report import __main__ as report
 from ttt_jax import data
 
 FOLDER = launch.DEFAULT_CONFIG.parent
@@ -71,8 +72,8 @@ XLA_FLAGS = (
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
 CACHE = pathlib.Path(__file__).resolve().parent.parent / ".jax_cache"
-# The demo's config and those that committed results of these programs are of; diagnose takes a
-# method that no earlier config runs.
+# The demo's config and those that committed results of these programs are of; diagnose takes
+# that method.
 DIAGNOSED = {launch.DEFAULT_CONFIG.stem: "rotation", "cifar10c_level5": "rotation_jump"}
 SHIFTED = "cifar10c_contrastive"
 _NOT_DATA = ("train", "adapt", "report", "diagnose", "bench", "smoke")
@@ -122,28 +123,33 @@ def overrides(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return small
 
 
-def leave_out(config: ml_collections.ConfigDict, seen: set[tuple[str, ...]]) -> list[str]:
+def leave_out(
+    config: ml_collections.ConfigDict, seen: set[tuple[str, ...]], kept: str = ""
+) -> list[str]:
     """Removes the methods that ran already on this kind of network, but never all of them.
 
     Args:
       config: is changed.
       seen: (model, normalization, function, its options' names) that ran; those of this config
         are added. Another option may be another program.
+      kept: a method that stays, as another program needs it.
 
     Returns:
       The names that were removed.
     """
     kind = (config.model.name, str(config.model.get("norm", "")))
     names = list(config.methods)
-    programs = {
-        name: (*kind, config.methods[name].get("method", name), *sorted(config.methods[name]))
-        for name in names
-    }
-    known = [name for name in names if programs[name] in seen]
-    removed = known[1:] if len(known) == len(names) else known
+    removed = []
+    for name in names:
+        options = config.methods[name]
+        program = (*kind, options.get("method", name), *sorted(options))
+        if program in seen and name != kept:
+            removed.append(name)
+        seen.add(program)
+    if len(removed) == len(names):
+        del removed[0]
     for name in removed:
         del config.methods[name]
-    seen.update(programs.values())
     return removed
 
 
@@ -256,7 +262,7 @@ def plan(
                     continue
                 lines.append(f"noise  {name}: its data are absent; they are made by: {make}")
                 excerpt(config, rows, on_noise=True)
-        removed = tuple(leave_out(config, seen))
+        removed = tuple(leave_out(config, seen, DIAGNOSED.get(name, "")))
         small = {"data.name": config.data.name, **overrides(config)}
         parts.append(Part(name, path, removed, small))
     return parts, lines

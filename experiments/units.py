@@ -32,7 +32,9 @@ def programs(config: ml_collections.ConfigDict, mesh: Any) -> dict[Any, Any]:
     """Compiled programs of runs that differ in seeds and settings of methods alone."""
     values = {k: v for k, v in json.loads(config.to_json()).items() if k not in _FREE}
     devices = None if mesh is None else mesh.size
-    return _PROGRAMS.setdefault(json.dumps([values, devices], sort_keys=True), {})
+    # What is read beside the source prediction is part of its program.
+    probes = sorted({str(options.get("probe")) for options in config.methods.values()})
+    return _PROGRAMS.setdefault(json.dumps([values, probes, devices], sort_keys=True), {})
 
 
 def missing(

@@ -266,3 +266,13 @@ def test_seeds_share_their_compiled_programs_and_nothing_else(tmp_path):
         assert {k: v for k, v in ours.items() if k not in timing} == {
             k: v for k, v in theirs.items() if k not in timing
         }
+
+
+def test_runs_with_other_readings_share_no_program(trained, tmp_path):
+    """What a method reads before adapting is read beside the source prediction."""
+    config = tiny_config.with_methods(tiny_config.get_mae_config(), source={})
+    adapted(config, trained, tmp_path / "plain")
+    memo = {"num_views": 2, "learning_rate": 0.01, "probe": "memo"}
+    config = tiny_config.with_methods(tiny_config.get_mae_config(), memo=memo)
+    rows = adapted(config, trained, tmp_path / "probed")
+    assert all(row["aux_loss_before"] > 0 for row in rows)
