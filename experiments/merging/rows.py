@@ -28,8 +28,9 @@ def joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
       rows: finished rows as ``experiments.adapt`` writes them. Their ``sums`` are added, and
         metrics computed from them. Of rows of earlier releases, which have none, shares (``error``,
         ``turned_right``, ``turned_wrong``, ``agreement``, ``error_by_step``) become those of all
-        images, mean losses the mean over them. Numbers of images and seconds are added; of ``compile_seconds`` and
-        ``source_seconds`` the longest is taken. Every other field is equal in all rows.
+        images, mean losses the mean over them. Numbers of images and seconds are added; of
+        ``compile_seconds`` and ``source_seconds`` the longest is taken. Every other field is equal
+        in all rows.
 
     Returns:
       The row, with ``samples_per_second`` of the whole.
