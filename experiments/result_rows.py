@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 import ttt_jax
@@ -46,7 +45,6 @@ def line(candidate: Candidate, row: Row, fields: Mapping[str, Any], unit: int) -
         "non_finite": row.counts["non_finite"],
         "updated": row.counts["updated"],
         "resets": row.counts["resets"],
-        "sums": jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), dict(row.sums)),
         "settings": candidate.settings,
         "ttt_jax": ttt_jax.__version__,
     }
