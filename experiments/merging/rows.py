@@ -4,15 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import numpy as np
-
-from experiments.tasks import image_metrics
-
 # A share of a row's images.
 _SHARES = ("error", "turned_right", "turned_wrong", "agreement")
 _MEANS = ("aux_loss_before", "aux_loss_after", "cross_entropy")
 _SUMS = ("num_examples", "seconds", "non_finite", "updated", "resets")
+# Of all images together; those of ranges do not say it.
+_TOGETHER = ("predicted_classes_before", "predicted_classes_after")
 # Of work that ranges do at different times, or each for itself.
 _LONGEST = ("compile_seconds", "source_seconds")
 _TIMES = ("seconds", "samples_per_second", "compile_seconds", "source_seconds")
@@ -25,21 +22,21 @@ def joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Rows of one key over several ranges of images, as the row of all of them.
 
     Args:
-      rows: finished rows as ``experiments.adapt`` writes them. Their ``sums`` are added, and
-        metrics computed from them. Of rows of earlier releases, which have none, shares (``error``,
-        ``turned_right``, ``turned_wrong``, ``agreement``, ``error_by_step``) become those of all
-        images, mean losses the mean over them. Numbers of images and seconds are added; of
-        ``compile_seconds`` and ``source_seconds`` the longest is taken. Every other field is equal
-        in all rows.
+      rows: finished rows as ``experiments.adapt`` writes them. Shares (``error``, ``turned_right``,
+        ``turned_wrong``, ``agreement``, ``error_by_step``) become those of all images, mean losses
+        the mean over them; numbers of images and seconds are added; of ``compile_seconds`` and
+        ``source_seconds`` the longest is taken. Every other field is equal in all rows.
 
     Returns:
-      The row, with ``samples_per_second`` of the whole.
+      The row, with ``samples_per_second`` of the whole, and without the numbers of predicted
+      classes, which those of ranges do not say.
 
     Raises:
       ValueError: rows of a method that takes several images at once or of a gradual sequence, rows
-        that differ in what is no measurement, or rows without sums that have errors of groups of
-        classes, whose sizes they do not say.
+        that differ in what is no measurement, or rows with errors of groups of classes, whose
+        sizes they do not say.
     """
+    rows = [{name: v for name, v in row.items() if name not in _TOGETHER} for row in rows]
     first = rows[0]
     if first["scope"] != "per_sample":
         raise ValueError(
@@ -50,17 +47,7 @@ def joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "an image's place in a gradual sequence says how severe its corruption is, so one part "
             "must have them all; cut by --methods instead"
         )
-    sums = first.get("sums", {})
-    measured = {
-        "sums",
-        *sums,
-        *_SHARES,
-        *_MEANS,
-        *_SUMS,
-        *_LONGEST,
-        "samples_per_second",
-        "error_by_step",
-    }
+    measured = {*_SHARES, *_MEANS, *_SUMS, *_LONGEST, "samples_per_second", "error_by_step"}
     for row in rows[1:]:
         for name in sorted({*first, *row}):
             if name.startswith("error_") and name not in measured:
@@ -96,26 +83,13 @@ def joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             whole[name] = sum(values)
         elif name in _LONGEST:
             whole[name] = max(values)
-    if sums:
-        whole["sums"] = {
-            name: jax.tree.map(lambda *leaves: np.sum(leaves, 0).tolist(), *each)
-            for name, each in ((name, [row["sums"][name] for row in rows]) for name in sums)
-        }
-        whole |= _values(whole["sums"])
     whole["samples_per_second"] = total / whole["seconds"]
     return whole
 
 
-def _values(sums: dict[str, Any]) -> dict[str, Any]:
-    """What sums amount to, by metric."""
-    groups = [name.removeprefix("error_") for name in sums if name.startswith("error_")]
-    known = image_metrics.metrics(0, dict.fromkeys(groups, np.zeros(0)))
-    return {name: known[name].value(sum_) for name, sum_ in sums.items()}
-
-
 def difference(one: dict[str, Any], other: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """A field in which two rows of the same images differ, and both values; times apart."""
-    for name in sorted({*one, *other} - {"sums", *_TIMES}):
+    for name in sorted({*one, *other} - {*_TIMES}):
         mine, theirs = one.get(name), other.get(name)
         if mine != theirs and not (name in _ROUNDED and _close(mine, theirs)):
             return name, mine, theirs

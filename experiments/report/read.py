@@ -86,7 +86,7 @@ def results(path: str | pathlib.Path) -> Results:
             raise ReportError(str(error)) from error
         for row in held.rows:
             _name_failed(row)
-        records = [_typed(row, f"trial {row['trial']}") for row in held.rows]
+        records = [_typed(_with_domain(row), f"trial {row['trial']}") for row in held.rows]
         run, more = side_file(held.run_file) if held.run_file else ({}, [])
         notes = held.notes + more
         return collect(records, path, run=run, notes=notes, trials=held.counts)
@@ -194,10 +194,18 @@ def _typed(row: dict[str, Any], where: str) -> dict[str, Any]:
     return row
 
 
+def _with_domain(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a task without domains, in which its stream is the domain."""
+    if row.get("stream") is None or row.get("domain") is not None:
+        return row
+    return {**row, "domain": row["stream"], "severity": 0}
+
+
 def _checked(row: Any, where: str) -> dict[str, Any]:
     """A row of a run, whose identity must be complete."""
     if not isinstance(row, dict):
         raise ReportError(f"{where}: a row must be a JSON object, got {type(row).__name__}.")
+    row = _with_domain(row)
     missing = [name for name in IDENTITY if row.get(name) is None]
     if missing:
         raise ReportError(f"{where}: missing {', '.join(f'`{name}`' for name in missing)}.")
@@ -239,7 +247,8 @@ def json_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
                 "running the experiment again completes it."
             )
             continue
-        rows.append(_checked(record, f"{path}, line {number}"))
+        record = _checked(record, f"{path}, line {number}")
+        rows.append(record)
         # Tags of other kinds of task are part of what a row is, too.
         key = tuple((k, v) for k, v in sorted(record.items()) if isinstance(v, str))
         key += (record["severity"], record["seed"])
