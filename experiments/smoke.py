@@ -122,13 +122,16 @@ def overrides(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return small
 
 
-def leave_out(config: ml_collections.ConfigDict, seen: set[tuple[str, ...]]) -> list[str]:
+def leave_out(
+    config: ml_collections.ConfigDict, seen: set[tuple[str, ...]], kept: str | None = None
+) -> list[str]:
     """Removes the methods that ran already on this kind of network, but never all of them.
 
     Args:
       config: is changed.
       seen: (model, normalization, function, its options' names) that ran; those of this config
         are added. Another option may be another program.
+      kept: a method that stays in any case, since it is diagnosed.
 
     Returns:
       The names that were removed.
@@ -139,7 +142,7 @@ def leave_out(config: ml_collections.ConfigDict, seen: set[tuple[str, ...]]) -> 
         name: (*kind, config.methods[name].get("method", name), *sorted(config.methods[name]))
         for name in names
     }
-    known = [name for name in names if programs[name] in seen]
+    known = [name for name in names if programs[name] in seen and name != kept]
     removed = known[1:] if len(known) == len(names) else known
     for name in removed:
         del config.methods[name]
@@ -256,7 +259,7 @@ def plan(
                     continue
                 lines.append(f"noise  {name}: its data are absent; they are made by: {make}")
                 excerpt(config, rows, on_noise=True)
-        removed = tuple(leave_out(config, seen))
+        removed = tuple(leave_out(config, seen, DIAGNOSED.get(name)))
         small = {"data.name": config.data.name, **overrides(config)}
         parts.append(Part(name, path, removed, small))
     return parts, lines

@@ -193,7 +193,7 @@ def test_a_gradual_sequence_is_not_cut(trained, tmp_path):
         config = team_config.get_config()
         config.adapt.sequence = "gradual"
         config.data.test = test
-        part = adapt.Part(("source",), ("fog",))
+        part = adapt.Part(("source",), ("gradual",))
         folder = tmp_path / f"{number}"
         assert adapt.run(config, str(folder), part=part, checkpoint_path=str(trained)) == 0
         parts.append(str(folder))
