@@ -86,11 +86,8 @@ def candidates_of(
       ValueError: options that are missing or impossible.
     """
     grids = settings_lib.candidates(config, task)
-    names = {
-        known: diagnosis.name_of(grid[0].settings, known)
-        for known, grid in grids.items()
-        if diagnosis.name_of(grid[0].settings, known) in diagnosis.METHODS
-    }
+    names = {known: grid[0].settings.get("method", known) for known, grid in grids.items()}
+    names = {known: name for known, name in names.items() if name in diagnosis.METHODS}
     if label not in names:
         raise launch.UserError(
             "--method must be a method of the config with private steps on one loss "

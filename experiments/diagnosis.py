@@ -44,11 +44,6 @@ class Auxiliary(NamedTuple):
     accuracy: Callable[[Any, jax.Array], jax.Array] | None = None
 
 
-def name_of(settings: Settings, label: str) -> str:
-    """Which function of ``ttt_jax.methods`` some settings are of, under a label of a config."""
-    return settings.get("method", label)
-
-
 def filled(name: str, settings: Settings) -> Settings:
     """Settings with the defaults of a method for those that a config leaves out."""
     parameters = inspect.signature(getattr(methods, name)).parameters.values()

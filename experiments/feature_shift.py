@@ -89,13 +89,8 @@ def distances(source: Any, target: Any, count: int) -> tuple[float, float]:
 def scatter(moments: Any, count: int) -> tuple[jax.Array, jax.Array]:
     """How far the moments of ``count`` source images lie from the source's, for normal features.
 
-    Args:
-      moments: of the source, as ``ttt_jax.losses.feature_moments`` measures them.
-      count: n, how many images, at least 2.
-
-    Returns:
-      The expected ``|S - S'|_F^2 / (4 D^2)``, which is ``(|S|_F^2 + tr(S)^2) / (n - 1) / (4 D^2)``,
-      and the expected ``mean((mu - mu')^2) / 2``, which is ``tr(S) / (2 n D)``.
+    The expected ``|S - S'|_F^2 / (4 D^2)``, which is ``(|S|_F^2 + tr(S)^2) / (n - 1) / (4 D^2)``,
+    and the expected ``mean((mu - mu')^2) / 2``, which is ``tr(S) / (2 n D)``.
     """
     mean = moments["mean"]
     covariance = moments["outer"] - jnp.outer(mean, mean)
