@@ -312,6 +312,11 @@ def _arguments(
         known = sorted({*parameters, *allowed, *_OPTIMIZER, "method", "prior"} - {"private"})
         raise ValueError(f"{unknown[0]!r} is no setting of {name}; choose from {known}.")
     heads = dict(task.heads(**serving))
+    if name == "bn_adapt" and not heads.get("batch_norm", True):
+        raise ValueError(
+            f"bn_adapt needs a model with BatchNorm, and that of {task.name} has none; set "
+            "model.norm='batch', or remove the method."
+        )
     if name == "source":
         # Whatever a task predicts, it is its first head.
         heads.setdefault("classify", next(iter(heads.values())))

@@ -190,6 +190,7 @@ class ImageModel:
         extra: dict[str, Any] = {} if served is None else {"serve": served}
         extra |= {
             "num_classes": self.num_classes,
+            "batch_norm": self.has_batch_norm,
             "augment": self.view,
             "crops": self.view,
             "augmix": views.chain(self.view, augmix.augmix),

@@ -123,3 +123,11 @@ def test_a_measured_method_knows_its_scope_before_it_measures(monkeypatch):
     shapes = pristine.layout(images.task(config))
     chosen = ttt.select.describe(candidate.select, shapes).paths
     assert chosen and all("bn" in path for path in chosen)
+
+
+def test_statistics_of_a_batch_need_a_model_that_has_them():
+    config = tiny_config.with_methods(tiny_config.get_config(), bn_adapt={})
+    with pytest.raises(
+        ValueError, match=r"methods.bn_adapt: bn_adapt needs a model with BatchNorm"
+    ):
+        settings.candidates(config, images.task(config))
