@@ -4,6 +4,7 @@ and run every code block with ``-b doctest``; neither needs a network."""
 import os
 import pathlib
 import sys
+import types
 
 from sphinx.util.docutils import SphinxDirective
 
@@ -67,8 +68,21 @@ class _Alignment(SphinxDirective):
         return self.parse_text_to_nodes(alignment.markdown(committed.read(name)))
 
 
+def _restore_signatures(app, env):
+    """Takes back what autodoc_preserve_defaults wrote into the library's functions.
+
+    The blocks of the pages are run afterwards, and the programs read defaults off signatures.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "ttt_jax":
+            for value in list(vars(module).values()):
+                if isinstance(value, types.FunctionType):
+                    value.__dict__.pop("__signature__", None)
+
+
 def setup(app):
     app.add_directive("alignment", _Alignment)
+    app.connect("env-updated", _restore_signatures)
 
 
 html_theme = "furo"
