@@ -32,7 +32,6 @@ from ttt_jax.adapters import (
     filtered,
     gradient_adapter,
     sharpness_aware_adapter,
-    statistics_adapter,
 )
 from ttt_jax.base import (
     Adapter,
@@ -50,6 +49,7 @@ from ttt_jax.base import (
 )
 from ttt_jax.batching import batched, sample_keys, unbatched
 from ttt_jax.inner import inner_loop
+from ttt_jax.running_statistics import statistics_adapter
 
 # After the modules whose names they share: `ttt_jax.online` and `ttt_jax.source` are functions.
 from ttt_jax.source import SourceStatistics, source_statistics  # isort: skip

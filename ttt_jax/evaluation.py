@@ -168,7 +168,9 @@ class Evaluation:
         if role not in ("validation", "reported", "choosing"):
             raise ValueError(f"role must be 'validation' or 'reported', got {role!r}.")
         self._task, self._seed = task, seed
-        self._restore = params if callable(params) else lambda: params
+        # Parameters may be callable too, as modules that are trees; a function is no tree.
+        restores = callable(params) and jax.tree_util.all_leaves([params])
+        self._restore = params if restores else lambda: params
         self._chunk_size, self._parallel = chunk_size, parallel_streams
         self._devices = Devices(mesh)
         self._streams = dict(task.streams(role, seed))

@@ -167,6 +167,34 @@ def test_candidates_of_one_key_share_a_program():
     assert len([key for key in run.programs if key != "source" and key[0] == "same"]) == 1
 
 
+@jax.tree_util.register_pytree_node_class
+class CallableTree(dict):
+    """Parameters that are a tree and can be called, as modules of other libraries are."""
+
+    def __call__(self):
+        raise AssertionError("parameters were called")
+
+    def tree_flatten(self):
+        return tuple(self.values()), tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, names, values):
+        return cls(zip(names, values, strict=True))
+
+
+def test_parameters_that_can_be_called_are_parameters():
+    run = evaluation.Evaluation(task_of(), CallableTree(PARAMS), role="reported", seed=0)
+    expected = rows_of({"source": ttt.source(ttt.unbatched(classify))})
+    rows = run.rows("source", ttt.source(ttt.unbatched(classify)), ["a"])
+    assert [row.values for row in rows] == [row.values for row in expected[:2]]
+    calls = []
+    run = evaluation.Evaluation(
+        task_of(), lambda: calls.append(1) or PARAMS, role="reported", seed=0
+    )
+    run.rows("source", ttt.source(ttt.unbatched(classify)), ["a"])
+    assert calls
+
+
 def test_source_statistics_come_from_the_training_split():
     method = ttt.FromSource(
         measure=lambda params, x: x.mean(), reduce="mean", build=lambda mean: episodic()

@@ -7,10 +7,10 @@ import jax
 
 from ttt_jax import resets
 from ttt_jax._trees import is_integer
-from ttt_jax.adapters import statistics_adapter
 from ttt_jax.base import Adapter, Key, Params, PyTree, Reset, StepInfo, Stream
 from ttt_jax.methods._batches import Serve, prediction, with_batch_axis
 from ttt_jax.online import online
+from ttt_jax.running_statistics import statistics_adapter
 
 
 def dua(

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from ttt_jax import losses, select
-from ttt_jax.adapters import gradient_adapter, statistics_adapter
+from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import (
     Adapter,
     AdapterState,
@@ -20,6 +20,7 @@ from ttt_jax.base import (
 )
 from ttt_jax.methods._batches import Serve, prediction
 from ttt_jax.predictors import episodic
+from ttt_jax.running_statistics import statistics_adapter
 
 
 def ttt_rotation_statistics(
