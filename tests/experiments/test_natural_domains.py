@@ -2,6 +2,7 @@
 
 import collections
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -15,6 +16,9 @@ from tests.experiments import tiny_config
 from ttt_jax import data
 
 COUNTS = {"photo": 20, "art_painting": 40, "cartoon": 20, "sketch": 10}
+
+# The programs are run from a checkout.
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,9 @@ def test_the_program_writes_what_the_config_reads(sets, tmp_path, monkeypatch):
         np.savez(tmp_path / f"{domain}_8.npz", **arrays)
     program = [sys.executable, "-m", "experiments.pack_pacs", f"--target={tmp_path}/data/pacs"]
     source = f"--source={tmp_path}/{{domain}}_8.npz"
-    subprocess.run([*program, source, "--held_out=photo"], check=True, capture_output=True)
+    subprocess.run(
+        [*program, source, "--held_out=photo"], check=True, capture_output=True, cwd=_ROOT
+    )
     monkeypatch.chdir(tmp_path)
     config = pacs.get_config("photo")
     test = images.load_data(config, "test")
@@ -69,7 +75,7 @@ def test_the_program_writes_what_the_config_reads(sets, tmp_path, monkeypatch):
         (source.replace("_8", "_9"), "there is no file"),
         ("--source=x", "{domain}"),
     ):
-        done = subprocess.run([*program, bad], capture_output=True, text=True)
+        done = subprocess.run([*program, bad], capture_output=True, text=True, cwd=_ROOT)
         assert done.returncode == 2 and words in done.stderr
 
 
