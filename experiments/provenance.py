@@ -41,10 +41,11 @@ def of(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Command, device, versions, commit and configuration of this run."""
     import jax  # what only starts programs needs none
 
-    program = pathlib.Path(sys.argv[0]).stem
+    file = pathlib.Path(sys.argv[0])
+    folder = "benchmarks" if file.parent.name == "benchmarks" else "experiments"
     packages = ("ttt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
-        "command": f"python -m experiments.{program} {shlex.join(sys.argv[1:])}".rstrip(),
+        "command": f"python -m {folder}.{file.stem} {shlex.join(sys.argv[1:])}".rstrip(),
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "versions": {"python": sys.version.split()[0], **{p: version(p) for p in packages}},

@@ -170,6 +170,11 @@ def test_the_library_never_imports_the_programs():
         assert not {_member(module) for module in _imported(path)} & {"experiments", "benchmarks"}
 
 
+def test_the_experiments_never_import_the_benchmarks():
+    for path in _sources("experiments"):
+        assert "benchmarks" not in {_member(module) for module in _imported(path)}
+
+
 def test_pallas_is_imported_by_kernels_alone():
     def outside(path):
         return not _name(path).startswith("ttt_jax/kernels/")

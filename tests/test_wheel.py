@@ -36,7 +36,7 @@ def wheel(tmp_path_factory):
             shutil.copy(path, tree)
     shutil.copy(_ROOT / "LICENSE", tree)
     unused = shutil.ignore_patterns("__pycache__", "results")
-    for name in ("ttt_jax", "experiments", "tests"):
+    for name in ("ttt_jax", "experiments", "benchmarks", "tests"):
         shutil.copytree(_ROOT / name, tree / name, ignore=unused)
     _run(*_PIP, "wheel", "--no-deps", "--wheel-dir", folder, tree, cwd=folder)
     (built,) = folder.glob("*.whl")

@@ -2,9 +2,9 @@
 
 Command: ``python -m experiments.train --workdir=W
 --config=experiments/configs/cifar10c_level5.py``, then the same with ``experiments.adapt``. Both
-read ``data/cifar10_jpeg/train.npz`` and ``test.npz``, which ``python -m experiments.shuffle_pack``
-writes (rows sorted by class must be shuffled); ``--config.data.name=tfds:cifar10`` takes the
-lossless TFDS set instead.
+read ``data/cifar10_jpeg/train.npz`` and ``test.npz``, which
+``python -m experiments.prepare.shuffle`` writes (rows sorted by class must be shuffled);
+``--config.data.name=tfds:cifar10`` takes the lossless TFDS set instead.
 ``experiments/configs/cifar10c_level5_source.py`` is the model without the auxiliary task.
 
 Cost: about five minutes of training and fifteen of adapting on one H100, in bfloat16; four of them

@@ -1,6 +1,6 @@
 """Step sizes of rotation TTT on digits under fog, 16 of them x 3 seeds: what packing saves.
 
-Command: ``python -m experiments.sweep_bench --out=FILE
+Command: ``python -m benchmarks.sweep --out=FILE
 --config=experiments/configs/digits_packed.py``, which runs the sweep twice, with trials that share
 processes and with a process each.
 

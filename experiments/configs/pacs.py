@@ -1,6 +1,6 @@
 """PACS with one domain left out: a shift of style that is no corruption.
 
-Command: ``python -m experiments.pack_pacs --source='DIR/{domain}_32.npz'`` once, then
+Command: ``python -m experiments.prepare.pacs --source='DIR/{domain}_32.npz'`` once, then
 ``python -m experiments.train --workdir=W --config=experiments/configs/pacs.py:sketch`` and the same
 with ``experiments.adapt``. What follows the colon is the domain that is left out: ``photo``,
 ``art_painting``, ``cartoon`` or ``sketch`` (also without a colon); each has a work folder of its

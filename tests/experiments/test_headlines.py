@@ -1,8 +1,9 @@
 """The numbers that pages show in prose are those of the raw rows."""
 
-import importlib
+import importlib.util
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -28,7 +29,10 @@ def test_a_headline_is_computed_from_the_rows_of_its_file(name):
     record = json.loads(pathlib.Path(entry["file"]).read_text())
     value = getattr(importlib.import_module(module), function)(record)
     assert round(value, headlines.SOURCES[name].digits) == entry["value"]
-    assert entry["device"] == record["device"] and entry["command"] == record["command"]
+    assert entry["device"] == record["device"]
+    assert entry == headlines.compute()[name]
+    for program in re.findall(r"python -m (\S+)", entry["command"]):
+        assert importlib.util.find_spec(program), f"there is no program {program}"
 
 
 @pytest.mark.parametrize("name", HEADLINES)

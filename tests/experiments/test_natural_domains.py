@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import adapt, launch, pack_pacs, train
+from experiments import adapt, launch, train
 from experiments.configs import pacs
+from experiments.prepare import pacs as prepare_pacs
 from experiments.tasks import image_order, images
 from tests.experiments import tiny_config
 from ttt_jax import data
@@ -35,7 +36,7 @@ def sets():
 
 
 def test_every_image_is_in_one_split_and_validation_is_a_tenth_of_each_class(sets):
-    splits = pack_pacs.leave_one_out(sets, "cartoon", seed=0)
+    splits = prepare_pacs.leave_one_out(sets, "cartoon", seed=0)
     ids = np.concatenate([splits[name]["ids"] for name in ("train", "validation", "test")])
     assert sorted(ids) == list(range(90))
     test, validation = splits["test"], splits["validation"]
@@ -60,7 +61,7 @@ def test_every_image_is_in_one_split_and_validation_is_a_tenth_of_each_class(set
 def test_the_program_writes_what_the_config_reads(sets, tmp_path, monkeypatch):
     for domain, arrays in sets.items():
         np.savez(tmp_path / f"{domain}_8.npz", **arrays)
-    program = [sys.executable, "-m", "experiments.pack_pacs", f"--target={tmp_path}/data/pacs"]
+    program = [sys.executable, "-m", "experiments.prepare.pacs", f"--target={tmp_path}/data/pacs"]
     source = f"--source={tmp_path}/{{domain}}_8.npz"
     subprocess.run(
         [*program, source, "--held_out=photo"], check=True, capture_output=True, cwd=_ROOT
@@ -80,7 +81,7 @@ def test_the_program_writes_what_the_config_reads(sets, tmp_path, monkeypatch):
 
 
 def natural(folder, sets):
-    for name, arrays in pack_pacs.leave_one_out(sets, "photo", seed=0).items():
+    for name, arrays in prepare_pacs.leave_one_out(sets, "photo", seed=0).items():
         noise = np.random.default_rng(0).integers(0, 256, arrays["images"].shape, np.uint8)
         np.savez(folder / f"{name}.npz", **arrays | {"images": noise})
     config = tiny_config.get_config()

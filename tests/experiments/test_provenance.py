@@ -63,5 +63,8 @@ def test_a_folder_is_bound_once_something_was_made(tmp_path, made):
 
 def test_a_command_can_be_pasted(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x/adapt.py", "--workdir=a b", "--config.seeds=(0, 1)"])
-    found = provenance.of(tiny_config.get_config())["command"]
-    assert found == "python -m experiments.adapt '--workdir=a b' '--config.seeds=(0, 1)'"
+    command = provenance.of(tiny_config.get_config())["command"]
+    assert command == "python -m experiments.adapt '--workdir=a b' '--config.seeds=(0, 1)'"
+    monkeypatch.setattr("sys.argv", ["x/benchmarks/vision.py", "--out=F"])
+    command = provenance.of(tiny_config.get_config())["command"]
+    assert command == "python -m benchmarks.vision --out=F"

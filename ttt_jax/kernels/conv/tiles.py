@@ -1,6 +1,6 @@
 """How the kernels of :mod:`ttt_jax.kernels.conv.passes` cut their work, from timings on an H100.
 
-The timed work: 128 instances of 32 images of 32 x 32 (``experiments.bench_kernels``).
+The timed work: 128 instances of 32 images of 32 x 32 (``benchmarks.kernels``).
 """
 
 from typing import NamedTuple

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from experiments import shuffle_pack
+from experiments.prepare import shuffle
 
 
 def packed(**more):
@@ -23,7 +23,7 @@ def packed(**more):
 def test_what_belongs_to_an_image_stays_with_it():
     domains = np.array(list("abcde"))
     source = packed(ids=np.arange(100, 105), domains=domains, class_names=np.array(list("vwxyz")))
-    found = shuffle_pack.shuffled(source, seed=1)
+    found = shuffle.shuffled(source, seed=1)
     order = found["ids"] - 100
     assert sorted(order) == list(range(5)) and list(order) != list(range(5))
     np.testing.assert_array_equal(found["labels"], order * 10)
@@ -33,11 +33,11 @@ def test_what_belongs_to_an_image_stays_with_it():
         np.testing.assert_array_equal(found["data"][start:stop], np.full(image + 1, image))
     for name in ("header", "class_names"):
         np.testing.assert_array_equal(found[name], source[name])
-    np.testing.assert_array_equal(shuffle_pack.shuffled(packed(), seed=1)["ids"], order)
+    np.testing.assert_array_equal(shuffle.shuffled(packed(), seed=1)["ids"], order)
 
 
 def run(source, target):
-    command = [sys.executable, "-m", "experiments.shuffle_pack"]
+    command = [sys.executable, "-m", "experiments.prepare.shuffle"]
     arguments = [f"--source={source}", f"--target={target}", "--title=Five"]
     return subprocess.run([*command, *arguments], capture_output=True, text=True)
 

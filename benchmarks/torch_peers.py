@@ -1,4 +1,4 @@
-"""The PyTorch peers of :mod:`experiments.bench`; imports torch, which is no dependency of ours.
+"""The PyTorch peers of :mod:`benchmarks.vision`; imports torch, which is no dependency of ours.
 
 Three ways to the same work: ``torch_loop``, one sample after another as in published code of
 test-time training (restore the weights, one optimizer step, predict); ``torch_func_vmap``, all
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from experiments import bench_torch_mae, bench_works
+from benchmarks import torch_mae, works
 
 TURNS = 4
-LEARNING_RATE, PADDING = bench_works.ROTATION_LEARNING_RATE, bench_works.PADDING
-ATTENTION = bench_torch_mae.ATTENTION
+LEARNING_RATE, PADDING = works.ROTATION_LEARNING_RATE, works.PADDING
+ATTENTION = torch_mae.ATTENTION
 
 
 def norm_of(channels: int, groups: int | None) -> nn.Module:
@@ -69,7 +69,7 @@ class Branch(nn.Module):
 class Net(nn.Module):
     """ResNet whose rotation branch leaves it after the second layer; BatchNorm for batches."""
 
-    def __init__(self, sizes: bench_works.ResNetSizes):
+    def __init__(self, sizes: works.ResNetSizes):
         super().__init__()
         width, groups = sizes.width, sizes.groups if sizes.batch == 1 else None
 
@@ -158,7 +158,7 @@ def func_vmap(
         logits = call(net, {**params, **fast}, (inputs, "rotation"))
         return F.cross_entropy(logits.float(), turns)
 
-    def one(image: torch.Tensor, *drawn: torch.Tensor) -> torch.Tensor:
+    def adapted_logits(image: torch.Tensor, *drawn: torch.Tensor) -> torch.Tensor:
         fast = {name: params[name] for name in names}
         for inputs, turns in zip(drawn[::2], drawn[1::2], strict=True):
             gradient = torch.func.grad(objective)(fast, inputs, turns)
@@ -167,14 +167,14 @@ def func_vmap(
 
     drawn = [array for _ in range(num_steps) for array in views(images, copies)]
     with torch.no_grad(), cast():
-        return torch.func.vmap(one)(images, *drawn)
+        return torch.func.vmap(adapted_logits)(images, *drawn)
 
 
 def torch_ttt(net: Net, images: torch.Tensor, batch: int, num_steps: int, cast: Autocast) -> Any:
     """One batch after another through the package's Tent engine, a copy of the model for each."""
     from torch_ttt.engine.tent_engine import TentEngine
 
-    options = {"optimizer_name": "adam", "lr": bench_works.TENT_LEARNING_RATE}
+    options = {"optimizer_name": "adam", "lr": works.TENT_LEARNING_RATE}
     engine = TentEngine(net, {**options, "num_steps": num_steps, "copy_model": True}).eval()
     with cast():
         return torch.cat([engine(part)[0] for part in images.split(batch)])
@@ -200,7 +200,7 @@ def resnet_call(case: Any, device: str, cast: Autocast) -> Callable[[], torch.Te
 def measure(
     case: Any, clock: Callable[[Callable[[], Any]], float]
 ) -> tuple[float, None, int | None, str]:
-    """Times a case, an ``experiments.bench.Case`` of bfloat16 (autocast) or float32 (TF32 allowed).
+    """Times a case, an ``benchmarks.vision.Case`` of bfloat16 (autocast) or float32 (TF32 allowed).
 
     Args:
       case: what to time.
@@ -219,7 +219,7 @@ def measure(
     def cast() -> Any:
         return torch.autocast(device, torch.bfloat16, enabled=half)
 
-    build = bench_torch_mae.mae_call if case.work == "ttt_mae" else resnet_call
+    build = torch_mae.mae_call if case.work == "ttt_mae" else resnet_call
     timed = build(case, device, cast)
 
     def call() -> None:

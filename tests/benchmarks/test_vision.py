@@ -1,15 +1,20 @@
 """The benchmark: its rows, its count of FLOP, and what it refuses."""
 
+import contextlib
+import io
 import json
 import math
+import pathlib
 import types
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import pytest
 
-from experiments import bench, bench_works, launch
+from benchmarks import vision, works
+from experiments import launch
 
 FIELDS = (
     "work way compute_dtype attention num_steps copies batch samples devices param_dtype precision "
@@ -40,17 +45,39 @@ def restore_environment(monkeypatch):
         monkeypatch.setenv(f"XLA_PYTHON_CLIENT_{name}", value)
 
 
-def test_a_smoke_run_writes_its_rows(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "util", types.SimpleNamespace(find_spec=lambda name: None))
-    restore_environment(monkeypatch)
-    # One step has no loop to compile.
-    work = bench.WORKS["ttt_mae"]._replace(num_steps=(1,))
-    monkeypatch.setitem(bench.WORKS, "ttt_mae", work)
-    path = tmp_path / "out" / "bench.json"
-    record = bench.run(path, settings(ways=bench.WAYS))
-    assert json.loads(path.read_text()) == json.loads(json.dumps(record))
+class SmokeRun(NamedTuple):
+    """A run on a CPU: the work, its file, the record, what was printed, the meshes."""
+
+    work: works.Work
+    path: pathlib.Path
+    record: dict[str, Any]
+    lines: list[str]
+    meshes: list[Any]
+
+
+@pytest.fixture(scope="module")
+def smoke_run(tmp_path_factory):
+    """One work of one step, which has no loop to compile, on one and two devices, no PyTorch."""
+    path = tmp_path_factory.mktemp("smoke") / "out" / "bench.json"
+    work = vision.WORKS["ttt_mae"]._replace(num_steps=(1,))
+    over, meshes, printed = works.Program.over, [], io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        restore_environment(patch)
+        patch.setattr(vision, "util", types.SimpleNamespace(find_spec=lambda name: None))
+        patch.setitem(vision.WORKS, "ttt_mae", work)
+        patch.setattr(
+            works.Program, "over", lambda self, mesh: meshes.append(mesh) or over(self, mesh)
+        )
+        devices = (1, 2) if jax.local_device_count() > 1 else (1,)
+        record = vision.run(path, settings(ways=vision.WAYS, devices=devices))
+    return SmokeRun(work, path, record, printed.getvalue().splitlines(), meshes)
+
+
+def test_a_smoke_run_writes_its_rows(smoke_run):
+    record = smoke_run.record
+    assert json.loads(smoke_run.path.read_text()) == json.loads(json.dumps(record))
     assert {"command", "device", "device_count", "versions", "commit", "started"} <= set(record)
-    (row,) = record["rows"]
+    row = record["rows"][0]
     assert list(row) == FIELDS
     assert (row["work"], row["way"]) == ("ttt_mae", "ttt_jax")
     assert (row["compute_dtype"], row["param_dtype"]) == ("bfloat16", "float32")
@@ -59,38 +86,33 @@ def test_a_smoke_run_writes_its_rows(tmp_path, capsys, monkeypatch):
     assert row["compiler_options"] == {}
     assert (row["num_steps"], row["copies"], row["batch"], row["samples"]) == (1, 2, 1, 2)
     seconds = row["samples"] / row["sample_steps_per_second"]
-    flop = 2 * bench_works.mae_flop(work.smoke, 1)
+    flop = 2 * works.mae_flop(smoke_run.work.smoke, 1)
     assert row["tflops"] == pytest.approx(flop / seconds / 1e12)
     rate = record["matmul"]["tflops"]["bfloat16"]
     assert row["matmul_share"] == pytest.approx(row["tflops"] / rate)
     assert row["peak_gib"] > 0 and row["compile_seconds"] > 0
-    printed = capsys.readouterr().out
-    assert "torch_loop is skipped: torch not installed." in printed
-    assert "torch_ttt is skipped: torch, torch_ttt, torchvision, einops not installed." in printed
-    assert printed.count("ttt_mae") == 2
+    assert "torch_loop is skipped: torch not installed." in smoke_run.lines
+    assert (
+        "torch_ttt is skipped: torch, torch_ttt, torchvision, einops not installed."
+        in smoke_run.lines
+    )
+    # Each row has a line when it is measured, and one in the table.
+    printed = [line for line in smoke_run.lines if line.startswith("ttt_mae")]
+    assert len(printed) == 2 * len(record["rows"])
 
 
 @pytest.mark.cpu
-def test_several_devices_have_as_many_images_each(tmp_path, capsys, monkeypatch):
-    restore_environment(monkeypatch)
-    work = bench.WORKS["ttt_mae"]._replace(num_steps=(1,))
-    monkeypatch.setitem(bench.WORKS, "ttt_mae", work)
-    spread_over = []
-    over = bench_works.Program.over
-    monkeypatch.setattr(
-        bench_works.Program, "over", lambda self, mesh: spread_over.append(mesh) or over(self, mesh)
-    )
-    record = bench.run(tmp_path / "bench.json", settings(devices=(1, 2)))
-    one, two = record["rows"]
+def test_several_devices_have_as_many_images_each(smoke_run):
+    one, two = smoke_run.record["rows"]
     assert [(row["devices"], row["samples"]) for row in (one, two)] == [(1, 2), (2, 4)]
-    assert [mesh and mesh.size for mesh in spread_over] == [None, 2]
+    assert [mesh and mesh.size for mesh in smoke_run.meshes] == [None, 2]
     assert two["matmul_share"] / two["tflops"] == pytest.approx(
         one["matmul_share"] / one["tflops"] / 2
     )
     gain = two["sample_steps_per_second"] / one["sample_steps_per_second"]
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[8] for line in lines[-2:]] == ["-", f"{gain:.2f}"]
-    assert "devices=2" in lines[1] and "devices" not in lines[0]
+    printed = [line for line in smoke_run.lines if line.startswith("ttt_mae")]
+    assert [line.split()[8] for line in printed[-2:]] == ["-", f"{gain:.2f}"]
+    assert "devices=2" in printed[1] and "devices" not in printed[0]
 
 
 @pytest.mark.parametrize(
@@ -104,13 +126,13 @@ def test_several_devices_have_as_many_images_each(tmp_path, capsys, monkeypatch)
 def test_impossible_devices(tmp_path, monkeypatch, devices, message):
     restore_environment(monkeypatch)
     with pytest.raises(launch.UserError, match=message):
-        bench.run(tmp_path / "bench.json", settings(devices=devices))
+        vision.run(tmp_path / "bench.json", settings(devices=devices))
     assert not list(tmp_path.iterdir())
 
 
 def test_options_of_the_compiler():
     pairs = ("xla_llvm_disable_expensive_passes=true", "xla_dump_to=/tmp", "a=b=c", "n=3")
-    assert bench.compiler_options(pairs) == {
+    assert vision.compiler_options(pairs) == {
         "xla_llvm_disable_expensive_passes": True,
         "xla_dump_to": "/tmp",
         "a": "b=c",
@@ -118,25 +140,25 @@ def test_options_of_the_compiler():
     }
     for wrong in ("name", "=value", "name="):
         with pytest.raises(launch.UserError, match=f"takes name=value; got '{wrong}'"):
-            bench.compiler_options([wrong])
+            vision.compiler_options([wrong])
 
 
 def test_flop_of_the_resnet_by_hand():
-    sizes = bench_works.ResNetSizes(depth=8, width=2, groups=2, image_size=8, copies=3)
+    sizes = works.ResNetSizes(depth=8, width=2, groups=2, image_size=8, copies=3)
     # Multiply-adds: stem 3 -> 2 and two convolutions 2 -> 2 on 8 x 8; 2 -> 4 and 4 -> 4 on 4 x 4;
     # 4 -> 8 and 8 -> 8 on 2 x 2; 8 -> 10.
     stem, first = 9 * 6 * 64, 2 * 9 * 4 * 64
     second, third = 9 * (8 + 16) * 16, 9 * (32 + 64) * 4
-    forward = bench_works.resnet_forward_flop(sizes)
+    forward = works.resnet_forward_flop(sizes)
     assert forward == 2 * (stem + first + second + third + 80) == 30_112
-    assert bench.WORKS["rotation"].flop(sizes, 10) == 30_112 * (3 * 3 * 10 + 1)
-    assert bench.WORKS["rotation_norm_only"].flop(sizes, 1) == 30_112 * (3 * 2 + 1)
-    assert bench_works.resnet_forward_flop(bench_works.ResNetSizes()) == 109_413_632
+    assert vision.WORKS["rotation"].flop(sizes, 10) == 30_112 * (3 * 3 * 10 + 1)
+    assert vision.WORKS["rotation_norm_only"].flop(sizes, 1) == 30_112 * (3 * 2 + 1)
+    assert works.resnet_forward_flop(works.ResNetSizes()) == 109_413_632
     # Of a batch every image is one copy: two passes and a prediction.
-    assert bench.WORKS["tent_batch"].flop(sizes._replace(copies=1, batch=8), 1) == 30_112 * 3
+    assert vision.WORKS["tent_batch"].flop(sizes._replace(copies=1, batch=8), 1) == 30_112 * 3
 
 
-SMALL = bench_works.ViTSizes(8, 4, 4, 1, 1, 8, 1, 1, classes=3, copies=5)
+SMALL = works.ViTSizes(8, 4, 4, 1, 1, 8, 1, 1, classes=3, copies=5)
 
 
 def test_flop_of_masked_autoencoding_by_hand():
@@ -146,11 +168,11 @@ def test_flop_of_masked_autoencoding_by_hand():
     mixing = 2 * 8 * 4 * 4
     step = 5 * (2 * embedding + 3 * encoder + 2 * decoder + 3 * mixing)
     prediction = 48 * 4 * 4 + 12 * 16 * 4 + 2 * 4 * 4 * 4 + 4 * 3
-    assert bench_works.mae_flop(SMALL, 2) == 2 * (2 * step + prediction) == 208_632
+    assert works.mae_flop(SMALL, 2) == 2 * (2 * step + prediction) == 208_632
     # 128 masks of ViT-B/16: six TFLOP a step.
-    sizes = bench_works.ViTSizes()
+    sizes = works.ViTSizes()
     assert (sizes.tokens, sizes.visible) == (196, 49)
-    step = bench_works.mae_flop(sizes, 1) - bench_works.mae_flop(sizes, 0)
+    step = works.mae_flop(sizes, 1) - works.mae_flop(sizes, 0)
     assert step == pytest.approx(6.05e12, rel=1e-2)
 
 
@@ -171,17 +193,17 @@ def product_flop(jaxpr):
 
 def test_flop_of_masked_autoencoding_are_those_of_the_traced_program():
     sizes = SMALL._replace(depth=2, decoder_depth=2, width=8, heads=2, decoder_heads=2)
-    program = bench_works.mae(sizes, "bfloat16", 3)
+    program = works.mae(sizes, "bfloat16", 3)
     params = jax.eval_shape(program.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((1, *program.shape), jnp.float32)
     traced = jax.make_jaxpr(program.predict)(params, images, jax.random.split(jax.random.key(0), 1))
     # The model also predicts the visible patches, forward and backward; no one needs them.
     wasted = 3 * sizes.copies * 2 * 2 * 8 * 48 * sizes.visible
-    assert product_flop(traced.jaxpr) == bench_works.mae_flop(sizes, 3) + wasted
+    assert product_flop(traced.jaxpr) == works.mae_flop(sizes, 3) + wasted
 
 
 def test_pytorch_comes_first_and_with_fewer_samples():
-    made = bench.cases(settings(ways=bench.WAYS, works=("rotation",), smoke=False))
+    made = vision.cases(settings(ways=vision.WAYS, works=("rotation",), smoke=False))
     assert [(case.way, case.num_steps, case.samples) for case in made] == [
         *[("torch_loop", 1, 32), ("torch_loop", 10, 32)] * 2,
         *[("torch_func_vmap", 1, 128), ("torch_func_vmap", 10, 128)] * 2,
@@ -190,17 +212,17 @@ def test_pytorch_comes_first_and_with_fewer_samples():
 
 
 def test_dtypes_and_steps_can_be_left_out(tmp_path):
-    made = bench.cases(
+    made = vision.cases(
         settings(works=("rotation",), dtypes=("bfloat16",), num_steps=(10,), smoke=False)
     )
     assert [(case.dtype, case.num_steps) for case in made] == [("bfloat16", 10)]
     with pytest.raises(launch.UserError, match=r"no work has dtypes \['float8'\] and num_steps"):
-        bench.run(tmp_path / "bench.json", settings(dtypes=("float8",)))
+        vision.run(tmp_path / "bench.json", settings(dtypes=("float8",)))
 
 
 def test_samples_and_forms_of_attention_are_tried_in_turn():
     tried = {"samples": (1, 4), "attention": ("fused", "xla"), "smoke": False}
-    made = bench.cases(settings(ways=("ttt_jax", "torch_loop"), works=("ttt_mae",), **tried))
+    made = vision.cases(settings(ways=("ttt_jax", "torch_loop"), works=("ttt_mae",), **tried))
     assert [(case.way, case.samples, case.sizes.attention) for case in made] == [
         ("torch_loop", 1, "fused"),
         *[("ttt_jax", count, form) for count in (1, 4) for form in ("fused", "xla")],
@@ -208,7 +230,7 @@ def test_samples_and_forms_of_attention_are_tried_in_turn():
 
 
 def test_the_package_is_timed_on_whole_batches_only():
-    made = bench.cases(settings(ways=bench.WAYS, works=tuple(bench.WORKS), smoke=False))
+    made = vision.cases(settings(ways=vision.WAYS, works=tuple(vision.WORKS), smoke=False))
     theirs = [case for case in made if case.way == "torch_ttt"]
     assert [(case.work, case.samples, case.sizes.batch) for case in theirs] == [
         ("tent_batch", 1024, 128)
@@ -223,7 +245,7 @@ def test_the_table_compares_equal_work():
         return same | {"way": way, "num_steps": steps, "sample_steps_per_second": speed}
 
     rows = [row("torch_loop", 1, 2.0), row("ttt_jax", 1, 9.0), row("ttt_jax", 10, 8.0)]
-    lines = bench.table(rows).splitlines()
+    lines = vision.table(rows).splitlines()
     assert lines[2].split()[-5:] == ["40.0", "%", "-", "4.50", "-"]
     assert lines[3].split()[-3:] == ["-", "-", "-"]
 
@@ -244,6 +266,6 @@ def test_the_table_compares_equal_work():
 )
 def test_an_unknown_name_is_refused_with_the_choices(tmp_path, changed, message):
     with pytest.raises(launch.UserError) as refused:
-        bench.run(tmp_path / "bench.json", settings(**changed))
+        vision.run(tmp_path / "bench.json", settings(**changed))
     assert str(refused.value) == message
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The works that :mod:`experiments.bench` times: what is computed, and the FLOP it takes.
+"""The works that :mod:`benchmarks.vision` times: what is computed, and the FLOP it takes.
 
 FLOP are 2 per multiply-add of matrix products and convolutions, as is usual; normalization,
 activations, softmax and optimizer do not count. A layer that adapts costs three products a step:
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import ttt_jax as ttt
-from ttt_jax import losses, models, views
+from ttt_jax import methods, models, views
 
 ROTATION_LEARNING_RATE = 1e-3
 PADDING = 4
@@ -90,15 +90,16 @@ def rotation(sizes: ResNetSizes, dtype: str, num_steps: int, *, norm_only: bool)
         num_classes=sizes.classes,
         dtype=jnp.dtype(dtype),
     )
-    loss = losses.rotation(
+    predict = methods.ttt_rotation(
+        models.from_linen(module),
         models.from_linen(module, "rotation"),
-        copies=sizes.copies,
         augment=views.image.shift(PADDING),
+        copies=sizes.copies,
+        optimizer=optax.sgd(ROTATION_LEARNING_RATE),
+        select=ttt.select.norm_affine() if norm_only else ttt.select.everything(),
+        num_steps=num_steps,
     )
-    select = ttt.select.norm_affine() if norm_only else ttt.select.everything()
-    adapter = ttt.gradient_adapter(loss, optax.sgd(ROTATION_LEARNING_RATE), select=select)
     shape = (sizes.image_size, sizes.image_size, 3)
-    predict = ttt.episodic(adapter, ttt.unbatched(models.from_linen(module)), num_steps=num_steps)
     return Program(predict, lambda key: models.init(module, key, shape), shape)
 
 
@@ -111,14 +112,14 @@ def tent(sizes: ResNetSizes, dtype: str, num_steps: int) -> Program:
         norm="batch",
         dtype=jnp.dtype(dtype),
     )
-    apply = models.from_linen(module, norm="batch")
-    adapter = ttt.gradient_adapter(
-        losses.entropy(apply, batch=True),
-        optax.adam(TENT_LEARNING_RATE),
-        select=ttt.select.norm_affine(),
+    stream = methods.tent(
+        models.from_linen(module, norm="batch"),
+        optimizer=optax.adam(TENT_LEARNING_RATE),
+        num_steps=num_steps,
+        predict="after",
     )
+    predict = ttt.episode(stream)
     image = (sizes.image_size, sizes.image_size, 3)
-    predict = ttt.episodic(adapter, apply, num_steps=num_steps)
     return Program(predict, lambda key: models.init(module, key, image), (sizes.batch, *image))
 
 
@@ -137,18 +138,17 @@ def mae(sizes: ViTSizes, dtype: str, num_steps: int) -> Program:
         attention=sizes.attention,
         dtype=jnp.dtype(dtype),
     )
-    adapter = ttt.gradient_adapter(
-        losses.masked_reconstruction(
-            models.from_linen(module, "reconstruct"),
-            patch=sizes.patch,
-            mask_ratio=MASK_RATIO,
-            num_masks=sizes.copies,
-        ),
-        optax.sgd(MAE_LEARNING_RATE, momentum=MAE_MOMENTUM),
+    predict = methods.ttt_mae(
+        models.from_linen(module),
+        models.from_linen(module, "reconstruct"),
+        patch=sizes.patch,
+        mask_ratio=MASK_RATIO,
+        num_masks=sizes.copies,
+        optimizer=optax.sgd(MAE_LEARNING_RATE, momentum=MAE_MOMENTUM),
         select=ttt.select.paths("params/encoder/.*"),
+        num_steps=num_steps,
     )
     shape = (sizes.image_size, sizes.image_size, 3)
-    predict = ttt.episodic(adapter, ttt.unbatched(models.from_linen(module)), num_steps=num_steps)
     return Program(predict, lambda key: models.init(module, key, shape), shape)
 
 

@@ -1,7 +1,7 @@
 """How fast is Vision test-time training, beside PyTorch, in one run on one device or on several?
 
-``python -m experiments.bench --out=runs/bench.json`` times the works of
-:mod:`experiments.bench_works`: copies of a network that adapt to their image, or to a batch, and
+``python -m benchmarks.vision --out=runs/bench.json`` times the works of
+:mod:`benchmarks.works`: copies of a network that adapt to their image, or to a batch, and
 then classify it. Compilation is apart, one call warms up, and a row holds the median of the timed
 calls. The device's rate on large square matrix products, measured once per file, stands beside.
 ``--devices=1,2`` times ``ttt_jax`` on so many devices of this machine, with as many images on each.
@@ -26,8 +26,9 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 import ttt_jax as ttt
-from experiments import adapt, bench_record, kernels, launch, provenance
-from experiments.bench_works import WORKS, ViTSizes
+from benchmarks import record as record_lib, trace as trace_lib
+from benchmarks.works import WORKS, ViTSizes
+from experiments import adapt, launch, provenance
 from ttt_jax.kernels import attention as attention_lib
 
 WAYS = ("ttt_jax", "torch_loop", "torch_func_vmap", "torch_ttt")
@@ -130,7 +131,7 @@ def time_jax(case: Case, repeats: int, options: dict[str, Any], trace: str) -> T
         raise RuntimeError("an inner step was not finite.")
     seconds = median_seconds(lambda: jax.block_until_ready(compiled(params, images, keys)), repeats)
     if trace:
-        print(kernels.table(kernels.trace(lambda: compiled(params, images, keys), trace)))
+        print(trace_lib.table(trace_lib.trace(lambda: compiled(params, images, keys), trace)))
     memory = compiled.memory_analysis()
     peak = memory and (
         memory.temp_size_in_bytes + memory.output_size_in_bytes + memory.argument_size_in_bytes
@@ -144,12 +145,12 @@ def identity(case: Case) -> dict[str, Any]:
     if attention and case.way == "ttt_jax":
         attention = attention_lib.form_of(attention, case.dtype)
     elif attention:
-        from experiments import bench_torch
+        from benchmarks import torch_peers
 
-        attention = bench_torch.ATTENTION[case.way]
+        attention = torch_peers.ATTENTION[case.way]
     same = (case.num_steps, case.sizes.copies, case.sizes.batch, case.samples, case.devices)
     values = (case.work, case.way, case.dtype, attention, *same)
-    return dict(zip(bench_record.KEY, values, strict=True))
+    return dict(zip(record_lib.KEY, values, strict=True))
 
 
 def measure(
@@ -163,10 +164,10 @@ def measure(
         options |= compiler_options(settings.compiler_options)
         timing = time_jax(case, settings.repeats, options, settings.trace)
     else:
-        from experiments import bench_torch
+        from benchmarks import torch_peers
 
         timing = Timing(
-            *bench_torch.measure(case, lambda call: median_seconds(call, settings.repeats))
+            *torch_peers.measure(case, lambda call: median_seconds(call, settings.repeats))
         )
     flop = WORKS[case.work].flop(case.sizes, case.num_steps) * case.samples
     tflops = flop / timing.seconds / 1e12
@@ -244,7 +245,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             row[k] for k in ("work", "way", "compute_dtype", "num_steps", "samples", "devices")
         ]
         names.append(row["attention"] or "-")
-        fewest = min((one for one in rows if _alike(one, row)), key=lambda one: one["devices"])
+        fewest = min((r for r in rows if _alike(r, row)), key=lambda r: r["devices"])
         gain = "-"
         if fewest["devices"] < row["devices"]:
             gain = f"{here / fewest['sample_steps_per_second']:.2f}"
@@ -254,11 +255,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two rows differ in the number of devices alone."""
     same = ("work", "way", "compute_dtype", "num_steps", "attention")
-    each = (row["samples"] // row["devices"] for row in (one, other))
-    return all(one[k] == other[k] for k in same) and len(set(each)) == 1
+    each = {row["samples"] // row["devices"] for row in (a, b)}
+    return all(a[k] == b[k] for k in same) and len(each) == 1
 
 
 def runnable(ways: Iterable[str]) -> tuple[str, ...]:
@@ -315,10 +316,10 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
     for name, package in PACKAGES.items():
         if any(name in NEEDS.get(way, ()) for way in settings.ways):
             new["versions"][package] = provenance.version(package)
-    with bench_record.opened(path, new) as record:
+    with record_lib.opened(path, new) as record:
         # Two forms of attention may be one here.
         wanted = {tuple(identity(case).values()): case for case in made}
-        done = {bench_record.key_of(row) for row in record["rows"]}
+        done = {record_lib.key_of(row) for row in record["rows"]}
         todo = {key: case for key, case in wanted.items() if key not in done}
         if len(todo) < len(wanted):
             print(f"{len(wanted) - len(todo)} of {len(wanted)} rows are in {path} already.")
@@ -330,7 +331,7 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
         for key, case in todo.items():
             name = " ".join(map(str, case[:3])) + f" steps={case.num_steps} samples={case.samples}"
             name += f" devices={case.devices}" if case.devices > 1 else ""
-            record["failed"] = [one for one in record["failed"] if bench_record.key_of(one) != key]
+            record["failed"] = [r for r in record["failed"] if record_lib.key_of(r) != key]
             try:
                 row = measure(case, settings, rates)
             except RuntimeError as error:  # out of memory, in both libraries

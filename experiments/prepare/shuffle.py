@@ -2,7 +2,7 @@ r"""Writes a packed image set in random order.
 
 Usage::
 
-    python -m experiments.shuffle_pack --source=train_jpegpack.npz --target=DIR/train.npz \
+    python -m experiments.prepare.shuffle --source=train_jpegpack.npz --target=DIR/train.npz \
         --title="CIFAR-10, JPEG q75"
 
 A set whose rows are sorted by class cannot be sliced into a training and a validation part. The

@@ -1,4 +1,4 @@
-"""The file of :mod:`experiments.bench`, begun by one call and gone on with by others."""
+"""The file of :mod:`benchmarks.vision`, begun by one call and gone on with by others."""
 
 import contextlib
 import json

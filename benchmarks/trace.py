@@ -40,18 +40,18 @@ def trace(call: Callable[[], Any], folder: str | os.PathLike[str]) -> list[Kerne
     if device is not None:
         return summed(_events(device, "Stream"))
     # On a CPU the threads of XLA hold its computations, among marks of their own.
-    found = _events(planes["/host:CPU"], "tf_XLA")
+    events = _events(planes["/host:CPU"], "tf_XLA")
     return summed(
         (name, seconds)
-        for name, seconds in found
+        for name, seconds in events
         if "::" not in name and not name.startswith("end:")
     )
 
 
-def _events(plane: Any, line: str) -> Iterable[tuple[str, float]]:
-    for found in plane.lines:
-        if line in found.name:
-            for event in found.events:
+def _events(plane: Any, name: str) -> Iterable[tuple[str, float]]:
+    for line in plane.lines:
+        if name in line.name:
+            for event in line.events:
                 yield event.name, event.duration_ns / 1e9
 
 

@@ -5,8 +5,9 @@ import json
 import jax
 import pytest
 
-from experiments import bench, launch, provenance
-from tests.experiments.test_bench import restore_environment, settings
+from benchmarks import vision
+from experiments import launch, provenance
+from tests.benchmarks.test_vision import restore_environment, settings
 
 BOTH = {"works": ("rotation", "rotation_norm_only"), "dtypes": ("bfloat16",)}
 
@@ -20,22 +21,22 @@ def timed(monkeypatch):
 
     def time_jax(case, *_):
         cases.append(case.work)
-        return bench.Timing(1.0 / len(cases), 1.0, None, bench.jax_precision(case.dtype))
+        return vision.Timing(1.0 / len(cases), 1.0, None, vision.jax_precision(case.dtype))
 
-    monkeypatch.setattr(bench, "time_jax", time_jax)
+    monkeypatch.setattr(vision, "time_jax", time_jax)
     return cases
 
 
 def fail_on(monkeypatch, work, error):
     """Makes the cases of a work fail."""
-    working = bench.time_jax
+    working = vision.time_jax
 
     def time_jax(case, *rest):
         if case.work == work:
             raise error
         return working(case, *rest)
 
-    monkeypatch.setattr(bench, "time_jax", time_jax)
+    monkeypatch.setattr(vision, "time_jax", time_jax)
 
 
 def read(path):
@@ -47,11 +48,11 @@ def test_a_cut_run_goes_on_with_its_file(tmp_path, timed, monkeypatch, capsys):
     with monkeypatch.context() as cut:
         fail_on(cut, "rotation_norm_only", KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
-            bench.run(path, settings(**BOTH))
+            vision.run(path, settings(**BOTH))
     before = read(path)
     assert [row["work"] for row in before["rows"]] == timed == ["rotation"]
-    monkeypatch.setattr("sys.argv", ["bench.py", "--again"])
-    after = bench.run(path, settings(**BOTH))
+    monkeypatch.setattr("sys.argv", ["vision.py", "--again"])
+    after = vision.run(path, settings(**BOTH))
     assert timed == [*BOTH["works"]] and read(path) == json.loads(json.dumps(after))
     assert after["rows"][:1] == before["rows"] and after["rows"][1]["work"] == "rotation_norm_only"
     # Both shares are of one measured rate; the record is of the call that began it.
@@ -63,7 +64,7 @@ def test_a_cut_run_goes_on_with_its_file(tmp_path, timed, monkeypatch, capsys):
     assert [run["command"].endswith("--again") for run in after["runs"]] == [False, True]
     assert "1 of 2 rows are in" in capsys.readouterr().out
     text = path.read_text()
-    bench.run(path, settings(**BOTH))
+    vision.run(path, settings(**BOTH))
     assert timed == [*BOTH["works"]] and path.read_text() == text
 
 
@@ -71,20 +72,20 @@ def test_other_rows_are_added(tmp_path, timed, monkeypatch):
     """Rows are told apart by all that chooses them."""
     path = tmp_path / "bench.json"
     first = settings(works=("rotation",), dtypes=("bfloat16",))
-    bench.run(path, first)
+    vision.run(path, first)
     rates = read(path)["matmul"]["tflops"]
     assert list(rates) == ["bfloat16"]
-    bench.run(path, settings(works=("rotation",)))
+    vision.run(path, settings(works=("rotation",)))
     record = read(path)
     assert [row["compute_dtype"] for row in record["rows"]] == ["bfloat16", "float32"]
     assert record["matmul"]["tflops"]["bfloat16"] == rates["bfloat16"]
     assert set(record["matmul"]["tflops"]) == {"bfloat16", "float32"}
     assert record["config"]["dtypes"] == []
-    work = bench.WORKS["rotation"]._replace(num_steps=(2,))
+    work = vision.WORKS["rotation"]._replace(num_steps=(2,))
     with monkeypatch.context() as patch:
-        patch.setitem(bench.WORKS, "rotation", work)
-        bench.run(path, first)
-    bench.run(path, settings(works=("rotation",), dtypes=("bfloat16",), devices=(1, 2)))
+        patch.setitem(vision.WORKS, "rotation", work)
+        vision.run(path, first)
+    vision.run(path, settings(works=("rotation",), dtypes=("bfloat16",), devices=(1, 2)))
     rows = [(row["num_steps"], row["samples"], row["devices"]) for row in read(path)["rows"]]
     assert rows == [(1, 2, 1), (1, 2, 1), (2, 2, 1), (1, 4, 2)] and len(timed) == 4
 
@@ -93,20 +94,20 @@ def test_a_failed_row_runs_again(tmp_path, timed, monkeypatch):
     path = tmp_path / "bench.json"
     with monkeypatch.context() as broken:
         fail_on(broken, "rotation", RuntimeError("out of memory"))
-        record = bench.run(path, settings(**BOTH))
+        record = vision.run(path, settings(**BOTH))
     assert [(one["work"], one["message"]) for one in record["failed"]] == [
         ("rotation", "out of memory")
     ]
     # It is kept by a call that is about something else.
-    bench.run(path, settings(works=("tent_batch",)))
+    vision.run(path, settings(works=("tent_batch",)))
     assert read(path)["failed"] == record["failed"]
-    bench.run(path, settings(**BOTH))
+    vision.run(path, settings(**BOTH))
     assert read(path)["failed"] == [] and len(read(path)["rows"]) == 3
     assert timed == ["rotation_norm_only", "tent_batch", "rotation"]
 
 
 def test_forms_of_attention_that_are_one_here_are_one_row(tmp_path, timed):
-    record = bench.run(tmp_path / "bench.json", settings(attention=("fused", "xla")))
+    record = vision.run(tmp_path / "bench.json", settings(attention=("fused", "xla")))
     assert [row["attention"] for row in record["rows"]] == ["xla"] and timed == ["ttt_mae"]
 
 
@@ -125,29 +126,29 @@ def test_forms_of_attention_that_are_one_here_are_one_row(tmp_path, timed):
 )
 def test_a_file_made_otherwise_is_refused(tmp_path, timed, changed, edit, message):
     path = tmp_path / "bench.json"
-    bench.run(path, settings())
+    vision.run(path, settings())
     path.write_text(json.dumps(read(path) | edit))
     text = path.read_text()
     with pytest.raises(launch.UserError, match=f"has rows made otherwise: {message}"):
-        bench.run(path, settings(**{"works": ("rotation",)} | changed))
+        vision.run(path, settings(**{"works": ("rotation",)} | changed))
     assert path.read_text() == text and timed == ["ttt_mae"]
 
 
 def test_another_precision_of_float32_is_refused(tmp_path, timed, monkeypatch):
     path = tmp_path / "bench.json"
-    bench.run(path, settings())
-    monkeypatch.setattr(bench, "jax_precision", lambda dtype: "tf32")
+    vision.run(path, settings())
+    monkeypatch.setattr(vision, "jax_precision", lambda dtype: "tf32")
     with pytest.raises(launch.UserError, match=r"matmul\.precision was 'ieee', now 'tf32'"):
-        bench.run(path, settings())
+        vision.run(path, settings())
 
 
 def test_a_package_that_one_call_needs_is_no_difference(tmp_path, timed):
     path = tmp_path / "bench.json"
-    bench.run(path, settings())
+    vision.run(path, settings())
     old = read(path)
     old["versions"]["torch"] = "2.9"
     path.write_text(json.dumps(old))
-    record = bench.run(path, settings(**BOTH))
+    record = vision.run(path, settings(**BOTH))
     assert record["versions"]["torch"] == "2.9" and record["versions"]["jax"] == jax.__version__
 
 
@@ -156,11 +157,11 @@ def test_a_file_that_is_no_record_is_refused(tmp_path, timed, text):
     path = tmp_path / "bench.json"
     path.write_text(text)
     with pytest.raises(launch.UserError, match=r"no record that can be gone on with"):
-        bench.run(path, settings())
+        vision.run(path, settings())
     assert path.read_text() == text and not timed
 
 
 def test_two_calls_at_a_time_are_refused(tmp_path, timed):
     with launch.locked(tmp_path), pytest.raises(launch.BusyError, match="an --out in another"):
-        bench.run(tmp_path / "bench.json", settings())
+        vision.run(tmp_path / "bench.json", settings())
     assert not timed and not (tmp_path / "bench.json").exists()

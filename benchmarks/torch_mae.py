@@ -1,4 +1,4 @@
-"""TTT-MAE in PyTorch: the peers of ``ttt_mae`` in :mod:`experiments.bench`.
+"""TTT-MAE in PyTorch: the peers of ``ttt_mae`` in :mod:`benchmarks.vision`.
 
 The network computes what :class:`ttt_jax.models.ViT` does, written the usual PyTorch way: one
 product for query, key and value, ``scaled_dot_product_attention`` (written out for ``vmap``), mask
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from experiments import bench_works
+from benchmarks import works
 from ttt_jax.models.vit import sincos_positions
 
 # The fused kernels have no vmap rule of their own for the backward pass, and the softmax inside
@@ -63,9 +63,7 @@ class Part(nn.Module):
 class Mae(nn.Module):
     """ViT with a decoder of masked autoencoders."""
 
-    def __init__(
-        self, sizes: bench_works.ViTSizes, attend: Attend = F.scaled_dot_product_attention
-    ):
+    def __init__(self, sizes: works.ViTSizes, attend: Attend = F.scaled_dot_product_attention):
         super().__init__()
         pixels, side = 3 * sizes.patch**2, sizes.image_size // sizes.patch
         self.patch = sizes.patch
@@ -110,13 +108,13 @@ class Mae(nn.Module):
         return getattr(self, method)(*args)
 
 
-def masks(sizes: bench_works.ViTSizes, device: str) -> torch.Tensor:
+def masks(sizes: works.ViTSizes, device: str) -> torch.Tensor:
     """Random orders of the patches, ``[masks, T]``."""
     return torch.rand(sizes.copies, sizes.tokens, device=device).argsort(1)
 
 
 def loop(
-    net: Mae, images: torch.Tensor, sizes: bench_works.ViTSizes, num_steps: int, cast: Autocast
+    net: Mae, images: torch.Tensor, sizes: works.ViTSizes, num_steps: int, cast: Autocast
 ) -> torch.Tensor:
     """One image after another, weights restored and a new optimizer for each."""
     pristine = copy.deepcopy(net.state_dict())
@@ -126,7 +124,7 @@ def loop(
     for image in images:
         net.load_state_dict(pristine)
         optimizer = torch.optim.SGD(
-            net.encoder.parameters(), bench_works.MAE_LEARNING_RATE, bench_works.MAE_MOMENTUM
+            net.encoder.parameters(), works.MAE_LEARNING_RATE, works.MAE_MOMENTUM
         )
         for _ in range(num_steps):
             order = masks(sizes, images.device)
@@ -142,7 +140,7 @@ def loop(
 
 
 def func_vmap(
-    net: Mae, images: torch.Tensor, sizes: bench_works.ViTSizes, num_steps: int, cast: Autocast
+    net: Mae, images: torch.Tensor, sizes: works.ViTSizes, num_steps: int, cast: Autocast
 ) -> torch.Tensor:
     """All images at once, each with its own encoder."""
     params = {name: leaf.detach() for name, leaf in net.named_parameters()}
@@ -152,17 +150,15 @@ def func_vmap(
     def objective(fast: Any, image: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         return call(net, {**params, **fast}, ("loss", image, order, sizes.visible))
 
-    def one(image: torch.Tensor, orders: torch.Tensor) -> torch.Tensor:
+    def adapted_logits(image: torch.Tensor, orders: torch.Tensor) -> torch.Tensor:
         fast, momentum = pristine, {name: torch.zeros_like(p) for name, p in pristine.items()}
         for order in orders.unbind(0):
             gradient = torch.func.grad(objective)(fast, image, order)
             momentum = {
-                name: bench_works.MAE_MOMENTUM * trace + gradient[name]
+                name: works.MAE_MOMENTUM * trace + gradient[name]
                 for name, trace in momentum.items()
             }
-            fast = {
-                name: p - bench_works.MAE_LEARNING_RATE * momentum[name] for name, p in fast.items()
-            }
+            fast = {name: p - works.MAE_LEARNING_RATE * momentum[name] for name, p in fast.items()}
         return call(net, {**params, **fast}, ("classify", image[None]))[0]
 
     orders = torch.stack(
@@ -172,7 +168,7 @@ def func_vmap(
         ]
     )
     with torch.no_grad(), cast():
-        return torch.func.vmap(one)(images, orders)
+        return torch.func.vmap(adapted_logits)(images, orders)
 
 
 def mae_call(case: Any, device: str, cast: Autocast) -> Callable[[], torch.Tensor]:

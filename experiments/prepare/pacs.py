@@ -2,7 +2,7 @@
 
 Usage::
 
-    python -m experiments.pack_pacs --source='DIR/{domain}_32.npz' [--target=data/pacs]
+    python -m experiments.prepare.pacs --source='DIR/{domain}_32.npz' [--target=data/pacs]
     [--held_out=sketch]
 
 Reads one ``npz`` set (``images``, ``labels``, ``class_names``) for each of photo, art_painting,
@@ -39,16 +39,18 @@ def leave_one_out(sets: Mapping[str, Arrays], held_out: str, seed: int) -> dict[
       ``ids`` and ``domains``, the domain's name of every image.
     """
     images, labels = (
-        np.concatenate([one[name] for one in sets.values()]) for name in ("images", "labels")
+        np.concatenate([arrays[name] for arrays in sets.values()]) for name in ("images", "labels")
     )
-    domains = np.concatenate([np.full(len(one["labels"]), name) for name, one in sets.items()])
+    domains = np.concatenate(
+        [np.full(len(arrays["labels"]), name) for name, arrays in sets.items()]
+    )
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
     split = np.where(domains == held_out, "test", "train").astype("<U10")
     for domain in sets.keys() - {held_out}:
         for label in np.unique(labels):
-            mine = order[(domains[order] == domain) & (labels[order] == label)]
-            split[mine[: round(VALIDATION_SHARE * len(mine))]] = "validation"
+            members = order[(domains[order] == domain) & (labels[order] == label)]
+            split[members[: round(VALIDATION_SHARE * len(members))]] = "validation"
     parts = {name: order[split[order] == name] for name in ("train", "validation", "test")}
     return {
         name: {

@@ -8,7 +8,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments import bench_kernels, launch
+from benchmarks import kernels
+from experiments import launch
 from ttt_jax.kernels.conv import patches, taps, tiles
 
 
@@ -17,6 +18,8 @@ def settings(**options):
 
 
 def test_all_kernels_and_other_tiles(tmp_path, capsys, monkeypatch):
+    # One layer of either stride; `make smoke` times them all.
+    monkeypatch.setattr(kernels, "LAYERS", kernels.LAYERS[:2])
     built = []
     for module in (taps, patches):
         for name in ("_forward_kernel", "_weight_gradient_kernel"):
@@ -28,10 +31,10 @@ def test_all_kernels_and_other_tiles(tmp_path, capsys, monkeypatch):
 
             monkeypatch.setattr(module, name, spied)
     given = ("forward:16:16:1:patches:2:4:1:0", "weights:16:16:1:taps:2:8:3:1:2")
-    record = bench_kernels.run(str(tmp_path / "k.json"), settings(tiles=given))
+    record = kernels.run(str(tmp_path / "k.json"), settings(tiles=given))
     assert json.loads((tmp_path / "k.json").read_text())["rows"] == record["rows"]
     own = [row for row in record["rows"] if row["chosen"]]
-    assert len(own) == 3 * len(bench_kernels.LAYERS)
+    assert len(own) == 3 * len(kernels.LAYERS)
     assert all(row["ms"] > 0 and row["distance"] == 0 for row in own)
     others = [row for row in record["rows"] if not row["chosen"]]
     assert [(row["layer"], row["kernel"], row["tile"]) for row in others] == [
@@ -44,7 +47,7 @@ def test_all_kernels_and_other_tiles(tmp_path, capsys, monkeypatch):
 
 
 def test_what_is_timed_is_written_and_a_tile_that_fails_is_named(tmp_path, capsys, monkeypatch):
-    path, real, calls = tmp_path / "k.json", bench_kernels.measure, []
+    path, real, calls = tmp_path / "k.json", kernels.measure, []
 
     def breaking(*arguments):
         calls.append(arguments)
@@ -54,9 +57,9 @@ def test_what_is_timed_is_written_and_a_tile_that_fails_is_named(tmp_path, capsy
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(bench_kernels, "measure", breaking)
+    monkeypatch.setattr(kernels, "measure", breaking)
     with pytest.raises(KeyboardInterrupt):
-        bench_kernels.run(str(path), settings(tiles=("forward:16:16:1:patches:2:4:1:0",)))
+        kernels.run(str(path), settings(tiles=("forward:16:16:1:patches:2:4:1:0",)))
     record = json.loads(path.read_text())
     assert [(row["kernel"], row["chosen"]) for row in record["rows"]] == [
         ("forward", True),
@@ -69,18 +72,18 @@ def test_what_is_timed_is_written_and_a_tile_that_fails_is_named(tmp_path, capsy
 
 
 def test_the_modules_own_tile():
-    layer = bench_kernels.Layer(32, 16, 16, 1)
+    layer = kernels.Layer(32, 16, 16, 1)
     for kernel, field in (("forward", "forward"), ("weights", "weight_gradient")):
         due = getattr(tiles.TIMED[16, 16, 1, 2], field)
-        assert bench_kernels.own(kernel, layer, jnp.bfloat16) == due
+        assert kernels.own(kernel, layer, jnp.bfloat16) == due
 
 
 def test_operands_are_normalized():
-    layer = bench_kernels.Layer(4, 16, 16, 1)
-    o = bench_kernels.operands(jax.random.key(0), layer, 2, 3, jnp.float32)
+    layer = kernels.Layer(4, 16, 16, 1)
+    o = kernels.operands(jax.random.key(0), layer, 2, 3, jnp.float32)
     a, b = o.affine[:2]
     normal = (a[:, :, None] * o.x + b[:, :, None]) / o.gamma[:, None, None]
-    grouped = normal.reshape(2, 3, 16, bench_kernels.GROUPS, 2)
+    grouped = normal.reshape(2, 3, 16, kernels.GROUPS, 2)
     np.testing.assert_allclose(grouped.mean((2, 4)), 0, atol=1e-5)
     np.testing.assert_allclose(grouped.var((2, 4)), 1, rtol=1e-3)
 
@@ -104,19 +107,19 @@ def test_operands_are_normalized():
 )
 def test_tiles_that_there_are_not(tmp_path, text):
     with pytest.raises(launch.UserError, match=f"a tile is KERNEL:CHANNELS.*got '{text}'"):
-        bench_kernels.run(str(tmp_path / "k.json"), settings(tiles=(text,)))
+        kernels.run(str(tmp_path / "k.json"), settings(tiles=(text,)))
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="here is a GPU")
 def test_without_a_gpu(tmp_path):
     with pytest.raises(launch.UserError, match="for a GPU, and this is cpu; --smoke interprets"):
-        bench_kernels.run(str(tmp_path / "k.json"), settings(smoke=False))
+        kernels.run(str(tmp_path / "k.json"), settings(smoke=False))
     with pytest.raises(launch.UserError, match="unknown dtype 'float16'"):
-        bench_kernels.run(str(tmp_path / "k.json"), settings(dtypes=("float16",)))
+        kernels.run(str(tmp_path / "k.json"), settings(dtypes=("float16",)))
 
 
 def test_a_file_that_is_there_is_kept(tmp_path):
     (tmp_path / "k.json").write_text("measured")
     with pytest.raises(launch.UserError, match=r"k\.json exists and is not replaced; remove it or"):
-        bench_kernels.run(str(tmp_path / "k.json"), settings())
+        kernels.run(str(tmp_path / "k.json"), settings())
     assert (tmp_path / "k.json").read_text() == "measured"

@@ -1,6 +1,6 @@
 """What does packing save: a sweep whose trials share processes, and one with a process each.
 
-``python -m experiments.sweep_bench --out=FILE --config=CONFIG`` runs the sweep of a config twice on
+``python -m benchmarks.sweep --out=FILE --config=CONFIG`` runs the sweep of a config twice on
 this machine, each time from nothing, and compares the tables. One worker trains the models before
 it runs any trial, so that their time stands apart.
 """
@@ -26,8 +26,8 @@ PACKS = (16, 1)
 
 
 def _table(folder: pathlib.Path) -> pa.Table:
-    found = pq.read_table(folder / collect.TABLE)
-    return found.drop_columns([name for name in found.column_names if name in TIMING])
+    rows = pq.read_table(folder / collect.TABLE)
+    return rows.drop_columns([name for name in rows.column_names if name in TIMING])
 
 
 def _sweep(config: str, folder: pathlib.Path, pack: int) -> dict[str, Any]:

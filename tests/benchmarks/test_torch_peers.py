@@ -8,7 +8,7 @@ import pytest
 from flax import traverse_util
 
 import ttt_jax as ttt
-from experiments import bench, bench_works
+from benchmarks import vision, works
 from ttt_jax import losses, models
 
 torch = pytest.importorskip("torch", reason="torch is no dependency; its peers are checked with it")
@@ -66,13 +66,13 @@ def vit_arrays(params):
 
 
 def test_masked_autoencoder():
-    from experiments import bench_torch_mae
+    from benchmarks import torch_mae
 
-    sizes = bench_works.ViTSizes(8, 2, 8, 1, 2, 4, 1, 2, classes=3, copies=3)
-    program = bench_works.mae(sizes, "float32", 1)
+    sizes = works.ViTSizes(8, 2, 8, 1, 2, 4, 1, 2, classes=3, copies=3)
+    program = works.mae(sizes, "float32", 1)
     variables = filled(program.init)
     module = models.ViT(8, 2, 3, 8, 1, 2, 3, 4, 4, 1, 2)
-    net = bench_torch_mae.Mae(sizes)
+    net = torch_mae.Mae(sizes)
     net.load_state_dict(
         {name: part for name, part in net.state_dict().items() if "positions" in name}
         | {name: torch.tensor(a) for name, a in vit_arrays(variables["params"]).items()}
@@ -103,18 +103,18 @@ def test_masked_autoencoder():
 
 
 def test_loop_and_vmap_take_the_same_steps(monkeypatch):
-    from experiments import bench_torch_mae
+    from benchmarks import torch_mae
 
-    sizes = bench_works.ViTSizes(8, 4, 8, 1, 2, 4, 1, 2, classes=3, copies=2)
+    sizes = works.ViTSizes(8, 4, 8, 1, 2, 4, 1, 2, classes=3, copies=2)
     # One order for all, since the two ways draw in different places.
     order = torch.tensor([[2, 0, 1, 3], [1, 3, 0, 2]])
-    monkeypatch.setattr(bench_torch_mae, "masks", lambda sizes, device: order)
+    monkeypatch.setattr(torch_mae, "masks", lambda sizes, device: order)
     torch.manual_seed(0)
-    net, images = bench_torch_mae.Mae(sizes), torch.rand(2, 8, 8, 3)
-    written_out = bench_torch_mae.Mae(sizes, bench_torch_mae.products)
+    net, images = torch_mae.Mae(sizes), torch.rand(2, 8, 8, 3)
+    written_out = torch_mae.Mae(sizes, torch_mae.products)
     written_out.load_state_dict(net.state_dict())
-    apart = bench_torch_mae.loop(net, images, sizes, 3, EXACT)
-    together = bench_torch_mae.func_vmap(written_out, images, sizes, 3, EXACT)
+    apart = torch_mae.loop(net, images, sizes, 3, EXACT)
+    together = torch_mae.func_vmap(written_out, images, sizes, 3, EXACT)
     np.testing.assert_allclose(apart, together, atol=1e-6)
     with torch.no_grad():
         source = net.classify(images)
@@ -142,12 +142,12 @@ def resnet_arrays(params):
 
 def test_tent_of_the_package():
     pytest.importorskip("torch_ttt.engine.tent_engine", reason="torch-ttt is no dependency")
-    from experiments import bench_torch
+    from benchmarks import torch_peers
 
-    sizes = bench.WORKS["tent_batch"].smoke._replace(image_size=8, batch=4)
-    program = bench_works.tent(sizes, "float32", 1)
+    sizes = vision.WORKS["tent_batch"].smoke._replace(image_size=8, batch=4)
+    program = works.tent(sizes, "float32", 1)
     variables = filled(program.init)
-    net = loaded(bench_torch.Net(sizes), resnet_arrays(variables["params"]))
+    net = loaded(torch_peers.Net(sizes), resnet_arrays(variables["params"]))
     images = np.random.default_rng(1).uniform(size=(2, 4, 8, 8, 3)).astype(np.float32)
     keys = ttt.sample_keys(jax.random.key(0), np.arange(2))
     predicted, info = jax.jit(program.predict)(variables, images, keys)
@@ -155,7 +155,7 @@ def test_tent_of_the_package():
     channels_first = torch.tensor(images.reshape(8, 8, 8, 3)).permute(0, 3, 1, 2)
     with torch.no_grad():
         source = torch.cat([net(part) for part in channels_first.split(4)])
-    theirs = bench_torch.torch_ttt(net, channels_first, 4, 1, EXACT)
+    theirs = torch_peers.torch_ttt(net, channels_first, 4, 1, EXACT)
     ours = np.asarray(predicted).reshape(theirs.shape)
     moved = np.abs((theirs - source).numpy()).max()
     assert np.abs(theirs.numpy() - ours).max() < 0.02 * moved

@@ -1,8 +1,8 @@
 """How long each fused convolution kernel takes, layer by layer, to choose its tiles.
 
-``python -m experiments.bench_kernels --out=kernels.json`` times the three kernels of
+``python -m benchmarks.kernels --out=kernels.json`` times the three kernels of
 :mod:`ttt_jax.kernels.conv.passes` on the layers of a ResNet of width 16, each on the work of one
-inner step of ``experiments.bench``'s ``rotation``: 128 instances with kernels of their own and 32
+inner step of :mod:`benchmarks.vision`: 128 instances with kernels of their own and 32
 images each. ``--tiles=forward:16:16:1:taps:128:2:1,weights:16:32:2:taps:8:64:9:1:3`` times other
 tiles beside the module's own choice: the kernel, the layer's channels, outputs and stride, the
 form, and the fields of that form's class in ``ttt_jax/kernels/conv/tiles.py``. Values are compared
@@ -133,7 +133,7 @@ def tile(text: str) -> tuple[str, tuple[int, int, int], Any]:
         fields = chosen._asdict()
         ahead = fields.pop("ahead", 0)
         powers = [fields.get(name, 1) for name in ("rows", "cells", "positions")]
-        if layer not in {one[1:] for one in LAYERS} or min(fields.values()) < 1 or ahead < 0:
+        if layer not in {known[1:] for known in LAYERS} or min(fields.values()) < 1 or ahead < 0:
             raise KeyError(text)
         if any(n & (n - 1) for n in powers) or fields.get("rows", 1) > 2:
             raise KeyError(text)
@@ -161,14 +161,14 @@ def measure(program: Any, arguments: Operands, repeats: int) -> tuple[Any, float
     return result, 1e3 * statistics.median(times)
 
 
-def distance(found: Any, wanted: Any) -> float:
+def distance(result: Any, expected: Any) -> float:
     """The largest relative distance of their arrays, by Euclidean norm."""
 
-    def one(a: jax.Array, b: jax.Array) -> float:
+    def of_arrays(a: jax.Array, b: jax.Array) -> float:
         a, b = a.astype(jnp.float32).ravel(), b.astype(jnp.float32).ravel()
         return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
 
-    return max(map(one, jax.tree.leaves(found), jax.tree.leaves(wanted)))
+    return max(map(of_arrays, jax.tree.leaves(result), jax.tree.leaves(expected)))
 
 
 def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What is timed, and beside which peer; each runs as ``python -m benchmarks.NAME``."""
