@@ -18,8 +18,8 @@ demo-seeds: $(VENV)/.run
 	$(BIN)/python -m experiments.adapt --workdir=$(WORKDIR) --config=$(CONFIG) --config.seeds="(0, 1, 2)"
 	$(BIN)/python -m experiments.report --workdir=$(WORKDIR)
 
-smoke: $(VENV)/.run
-	$(BIN)/python -m experiments.smoke
+smoke: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m smoke tests/test_smoke.py
 
 test: lint types unit docs
 
@@ -35,7 +35,7 @@ unit: $(VENV)/.dev
 
 # What `make test` runs, and the whole product of losses, selections and adapters.
 test-full: lint types docs
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not faults and not slurm'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not faults and not slurm and not smoke'
 
 # A hundred kills at random moments during the example sweep: about twenty minutes. Then disks that
 # are full or read-only, which needs root to mount them.
