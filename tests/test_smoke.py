@@ -1,6 +1,6 @@
 """Every config trains, adapts and reports, and every benchmark runs, cut down to two CPU cores.
 
-``make smoke`` runs what is marked so, in about two minutes: tiny networks, few steps, a few images,
+``make smoke`` runs what is marked so, in a few minutes: tiny networks, few steps, a few images,
 noise in place of files. It shows that all still runs; its numbers mean nothing. A new config is
 covered as soon as its file is there. ``pytest -m smoke tests/test_smoke.py -k NAME`` repeats one.
 """
