@@ -67,7 +67,7 @@ def run(folder: str, parts: Sequence[str], program: str = "adapt") -> int:
         origin = {
             "command": f"python -m experiments.merge {shlex.join(sys.argv[1:])}",
             "config": config,
-            "parts": [parts_lib.origin(part) for part in read],
+            "parts": [origin for part in read for origin in parts_lib.origins(part)],
         }
         kind.write(workdir, read, rows, origin)
     return 0

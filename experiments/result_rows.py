@@ -103,6 +103,11 @@ def joined(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Metric]) -> 
         both = first["sums"].keys() & row["sums"].keys()
         if found := difference(first, row, without=("sums", *_ADDED, *_TIMES, *both)):
             raise ValueError("{} is {!r} and {!r}".format(*found))
+    if unknown := sorted(first["sums"].keys() - metrics.keys()):
+        raise ValueError(
+            f"the task has no metric {', '.join(unknown)} in this release; merge with the release "
+            "that made the parts"
+        )
     sums = jax.tree.map(lambda *leaves: sum(leaves), *(row["sums"] for row in rows))
     whole = {**first, "sums": sums} | {name: sum(row[name] for row in rows) for name in _ADDED}
     whole |= {name: metrics[name].value(_arrays(held)) for name, held in sums.items()}

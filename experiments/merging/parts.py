@@ -85,11 +85,13 @@ def label(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {row[name]}" for name in names if row.get(name) is not None)
 
 
-def origin(part: Part) -> dict[str, Any]:
+def origins(part: Part) -> list[dict[str, Any]]:
     """Where the rows of a part were made: of a merged one, its parts and what was added to it."""
-    kept = {name: part.record[name] for name in ("parts", "runs") if name in part.record}
+    nested: list[dict[str, Any]] = part.record.get("parts", [])
+    runs = {"runs": part.record["runs"]} if "runs" in part.record else {}
     own = {"folder": str(part.folder), "test": part.test, "rows": len(part.rows)}
-    return own | provenance.origin(part.record) | kept
+    own |= provenance.origin(part.record) | runs
+    return nested if nested and not runs else [*nested, own]
 
 
 def require_more(

@@ -10,6 +10,8 @@ import pytest
 from experiments import adapt, launch, merge, result_rows, train
 from experiments.merging import ranges
 from experiments.report import __main__ as report, read
+from experiments.sweeping import collect
+from experiments.sweeping.unit import Unit
 from experiments.tasks import image_metrics
 from tests.experiments import team_config, tiny_model
 from tests.experiments.test_programs import assert_equal_rows, rows_of
@@ -114,6 +116,15 @@ def test_parts_are_the_table(whole, parts, tmp_path, capsys):
     assert len(frame) == len(found) and "sums" not in frame
 
 
+def test_sums_are_no_column_of_a_sweep(whole, tmp_path):
+    unit = Unit("trial", "one", "", None, "")
+    unit.folder(tmp_path).parent.mkdir(parents=True)
+    shutil.copytree(whole, unit.folder(tmp_path))
+    found = collect.rows(tmp_path, [unit])
+    assert len(found) == len(rows_of(whole))
+    assert "sums" not in collect.table(found).column_names
+
+
 def test_a_merged_table_is_resumed_and_merged_again(whole, models, parts, tmp_path):
     folder = tmp_path / "whole"
     merge.run(str(folder), parts[:3])
@@ -128,9 +139,9 @@ def test_a_merged_table_is_resumed_and_merged_again(whole, models, parts, tmp_pa
     # What was made after the merge has an origin of its own beside those of the parts.
     again = tmp_path / "copied"
     merge.run(str(again), [str(folder)])
-    (origin,) = json.loads((again / "run.json").read_text())["parts"]
-    assert origin["folder"] == str(folder) and origin["runs"][-1]["devices"] >= 1
-    assert [each["folder"] for each in origin["parts"]] == parts[:3]
+    origins = json.loads((again / "run.json").read_text())["parts"]
+    assert [origin["folder"] for origin in origins] == [*parts[:3], str(folder)]
+    assert origins[-1]["runs"][-1]["devices"] >= 1
     other = tmp_path / "again"
     for _ in range(2):
         merge.run(str(other), parts[:3])
@@ -144,8 +155,7 @@ def test_a_merge_replaces_no_larger_table(parts, tmp_path):
         merge.run(str(half), [str(half), parts[2]])
     # Of a part that was merged, the origins of its own parts are kept.
     merge.run(str(whole), [str(half), parts[2]])
-    merged, last = json.loads((whole / "run.json").read_text())["parts"]
-    origins = [*merged["parts"], last]
+    origins = json.loads((whole / "run.json").read_text())["parts"]
     assert [origin["folder"] for origin in origins] == parts[:3]
     for origin, part in zip(origins, parts, strict=False):
         own = json.loads((pathlib.Path(part) / "run.json").read_text())
@@ -155,7 +165,7 @@ def test_a_merge_replaces_no_larger_table(parts, tmp_path):
         merge.run(str(whole), parts[:2])
     assert (whole / "results.jsonl").read_text() == before
     merge.run(str(whole), parts[:3])
-    assert_equal_rows(list(map(json.loads, before.splitlines())), rows_of(whole))
+    assert (whole / "results.jsonl").read_text() == before
 
 
 def refusal(folder, parts):
@@ -361,6 +371,8 @@ def test_sums_are_added_and_say_every_metric():
         sums = tuple(leaf.sum(0) for leaf in leaves)
         value = known[name].value(sums if len(sums) > 1 else sums[0])
         assert whole[name] == pytest.approx(value, rel=1e-12), name
+    with pytest.raises(ValueError, match="no metric mixed in this release; merge with"):
+        result_rows.joined(rows, {name: known[name] for name in each if name != "mixed"})
     assert whole["error"] == each["error"][0].sum() / 10
     assert whole["sums"]["error"] == [each["error"][0].sum(), 10]
     assert (whole["num_examples"], whole["updated"], whole["seconds"]) == (10, 2, 2.0)
