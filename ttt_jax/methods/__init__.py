@@ -14,7 +14,6 @@ Streams of instances (a :class:`~ttt_jax.Stream`):
 
 What any of them may predict with: :func:`mean_over_views`.
 
-Whole batches and streams (the instance is a batch):
 Whole batches and streams (an instance is a batch):
 
 * :func:`tent`, :func:`pseudo_label`, :func:`sar`, :func:`rdumb`, :func:`deyo`, :func:`cotta`,
