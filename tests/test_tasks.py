@@ -9,6 +9,7 @@ import pytest
 
 import ttt_jax as ttt
 from experiments import tasks
+from experiments.tasks import documents
 from ttt_jax import metrics
 from ttt_jax.task import Examples, Task
 
@@ -70,3 +71,13 @@ def test_a_broken_rule_is_named(message):
     task, _ = toy(**BROKEN[message])
     with pytest.raises(ttt.audit.AuditError, match=message):
         ttt.audit.check_task(task)
+
+
+def test_bits_of_the_second_half_of_documents():
+    """Two documents of four chunks of two bytes; the second ends after three bytes."""
+    metric = documents._metrics()["late_bits_per_byte"]
+    mask = np.array([[[1, 1]] * 4, [[1, 1], [1, 0], [0, 0], [0, 0]]])
+    nats = np.log(2) * np.array([[9.0, 9.0, 3.0, 1.0], [9.0, 9.0, 0.0, 0.0]])
+    examples = Examples(np.arange(2), {"mask": mask}, mask.sum((1, 2)), {})
+    sums = metric.of(nats, nats, examples)
+    assert metric.value([leaf.sum(0) for leaf in sums]) == pytest.approx((3 + 1) / 4)
