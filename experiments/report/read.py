@@ -23,6 +23,7 @@ _ALLOWED = {
 # Shares of all examples, shown in percent. Other measures are shown as they are.
 _SHARES = re.compile(r"error|harmed|agreement|solved|accuracy|mean_iou|turned_(right|wrong)|gain")
 _LABEL_PARTS = re.compile(r"(?:^| )(seeds|methods|domains)=(\S*)")
+_SPREAD = ("settings", "sums")  # objects, which are no columns
 _NOT_TAGS = ("label", "trial", "checkpoint", "chooses", *TEXTS)
 
 
@@ -110,7 +111,7 @@ def collect(
     spread = [_settings(row) for row in records]
     names = dict.fromkeys(name for row in records for name in row)
     frame = pd.DataFrame(
-        {name: [row.get(name) for row in records] for name in names if name != "settings"}
+        {name: [row.get(name) for row in records] for name in names if name not in _SPREAD}
     )
     for name in (*TEXTS, *NUMBERS):
         if name not in frame:
