@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import launch, team as team_lib
+from experiments import launch, provenance, team as team_lib
 from experiments.settings import Candidate
 from ttt_jax import evaluation, tuning
 from ttt_jax.task import Task
@@ -167,11 +167,10 @@ def _require_model(
         with the model of another seed.
     """
     seed, chosen_with = record.get("seed"), record.get("checkpoint")
-    if seed == runs.seed and chosen_with != runs.fingerprint:
-        raise launch.UserError(
-            f"{path} was chosen with another checkpoint ({chosen_with}, now {runs.fingerprint}). "
-            "Use another --workdir, or remove the file and the rows."
-        )
+    if seed == runs.seed:
+        model = {"checkpoint": chosen_with}, {"checkpoint": runs.fingerprint}
+        differing = provenance.differences(*model)
+        provenance.require_same(differing, path, "remove the file and the rows")
     several = [label for label, grid in candidates.items() if len(grid) > 1]
     open_choices = [label for label in several if label not in record["chosen"]]
     if seed != runs.seed and open_choices:
