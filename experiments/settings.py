@@ -31,9 +31,8 @@ CONTRASTIVE_TEMPERATURE = 0.5
 TRACED = ("learning_rate", "memo_weight", "prior", "reset_below")
 
 _OPTIMIZER = ("optimizer", "learning_rate", "momentum", "nesterov", "weight_decay")
-_SOURCE = {"source_examples": None, "source_batch": 500}
 # What only this file reads.
-_OWN = ("method", "episodic", "augment", *_OPTIMIZER, *_SOURCE)
+_OWN = ("method", "episodic", "augment", "source_examples", "source_batch", *_OPTIMIZER)
 
 # Published rules that one number of a config cannot say: the optimizer whose learning rate it
 # sets, statistics of BatchNorm, and the source data that is measured.
@@ -282,13 +281,12 @@ def _candidate(label: str, options: Settings, task: Task, batch_size: int) -> Ca
     numbers = {k: jnp.float32(v) for k, v in settings.items() if k in TRACED}
     static = tuple(sorted((k, v) for k, v in settings.items() if k not in TRACED))
     key = (task.name, label, static, tuple(sorted(numbers)), batch_size)
-    source = _SOURCE | {k: v for k, v in settings.items() if k in _SOURCE}
 
     def bind(params: Any, seed: int) -> evaluation.Parametric:
         statistics: Any = ()
         plain = method(settings)
         if isinstance(plain, ttt.FromSource):
-            size, count = source["source_batch"], source["source_examples"]
+            size, count = settings.get("source_batch", 500), settings.get("source_examples")
             statistics = evaluation.measured(plain, params, task, seed=seed, size=size, count=count)
         values = {"numbers": numbers, "statistics": statistics}
         return evaluation.Parametric(build, values, key)
