@@ -16,29 +16,27 @@ takes methods on streams of its own; the first one alone writes.
 import contextlib
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
-import tqdm
 from absl import flags
 
 from experiments import (
-    choice,
     journal,
     launch,
     pristine as pristine_lib,
     provenance,
     result_rows,
+    seed_run,
     settings,
     tasks,
     team as team_lib,
-    units,
     writers,
 )
-from ttt_jax import checkpoint, evaluation
+from ttt_jax import checkpoint
 
 
 class Part(NamedTuple):
@@ -116,103 +114,11 @@ def run(
                 if mesh is not None:
                     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
                 held = pristine_lib.load(path, task, config, sharding=sharding)
-                seed_run = _Seed(config, task, held, seed, restore, mesh)
-                chosen = seed_run.choose(workdir / "selection.json", candidates, team)
+                model = seed_run.SeedRun(config, task, held, seed, restore, mesh)
+                chosen = model.choose(workdir / "selection.json", candidates, team)
                 for role in ("validation", "reported"):
-                    seed_run.evaluate(role, chosen, part, results, writer, team)
+                    model.evaluate(role, chosen, part.domains, results, writer, team)
     return _summary(results, team)
-
-
-class _Seed:
-    """The model of one seed: its evaluations by role, and its measured source statistics."""
-
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        task: Any,
-        held: checkpoint.Pristine,
-        seed: int,
-        restore: str,
-        mesh: Any,
-    ):
-        self.task = task
-        self._config, self._held = config, held
-        self._seed, self._restore, self._mesh = seed, restore, mesh
-        self._bound: dict[int, evaluation.Parametric] = {}
-        self._evaluations: dict[str, evaluation.Evaluation] = {}
-
-    def evaluation_of(self, role: str) -> evaluation.Evaluation:
-        """That of a role, made once; all share compiled programs with all other seeds."""
-        if role not in self._evaluations:
-            self._evaluations[role] = evaluation.Evaluation(
-                self.task,
-                lambda: self._held.restore(self._restore),
-                role=role,
-                seed=self._seed,
-                chunk_size=self._config.adapt.chunk_size,
-                mesh=self._mesh,
-                parallel_streams=launch.setting(self._config, "adapt.parallel_streams"),
-            )
-            self._evaluations[role].programs = units.programs(self._config, self._mesh)
-        return self._evaluations[role]
-
-    def bound(self, candidate: settings.Candidate) -> evaluation.Parametric:
-        """The candidate with the statistics that it measures, once."""
-        if id(candidate.bind) not in self._bound:
-            params = self._held.restore("memory")
-            self._bound[id(candidate.bind)] = candidate.bind(params, self._seed)
-        return self._bound[id(candidate.bind)]
-
-    def choose(
-        self,
-        path: pathlib.Path,
-        candidates: Mapping[str, Sequence[settings.Candidate]],
-        team: team_lib.Team,
-    ) -> dict[str, settings.Candidate]:
-        """The candidate per method that the validation streams choose."""
-        passes = launch.setting(self._config, "adapt.selection_passes")
-        runs = choice.Runs(
-            self.task,
-            self.evaluation_of("choosing" if passes > 1 else "validation"),
-            self.bound,
-            seed=self._seed,
-            fingerprint=self._held.fingerprint,
-            errors=units.ERRORS,
-        )
-        return choice.choose(path, candidates, self.task, runs, team)
-
-    def evaluate(
-        self,
-        role: str,
-        chosen: Mapping[str, settings.Candidate],
-        part: Part,
-        results: journal.Journal,
-        writer: writers.Writer,
-        team: team_lib.Team,
-    ) -> None:
-        """Adds the missing rows of one role; a failing unit becomes failed rows."""
-        fields = {
-            "dataset": self.task.name,
-            "seed": self._seed,
-            "split_role": role,
-            "checkpoint": self._held.fingerprint,
-            "chooses": self.task.chooses,
-        }
-        result_rows.require_checkpoint(results, fields)
-        work = units.missing(self, role, chosen, part.domains, results, fields)
-        bar = tqdm.tqdm(
-            total=len(work),
-            desc=f"{role} seed {self._seed}",
-            disable=team.index > 0 or not sys.stderr.isatty(),
-        )
-        for rows in units.done(self, role, work, fields, results.path.parent, team):
-            bar.update(1)
-            results.add(*(row for row in rows if results.get(**row) is None))
-            for row in rows:
-                if row["status"] == "ok":
-                    name = f"{role}/{row['method']}/{row['stream']}"
-                    writer.scalars(self._seed, {name: row[self.task.chooses]})
-        bar.close()
 
 
 def _summary(results: journal.Journal, team: team_lib.Team) -> int:

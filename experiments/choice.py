@@ -5,9 +5,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import launch, team as team_lib
+from experiments import launch, provenance, team as team_lib
 from experiments.settings import Candidate
-from ttt_jax import evaluation, tuning
+from ttt_jax import tuning
 from ttt_jax.task import Task
 
 
@@ -30,7 +30,7 @@ def choose(
     path: pathlib.Path,
     candidates: Mapping[str, Sequence[Candidate]],
     task: Task,
-    runs: "Runs",
+    runs: Any,
     team: team_lib.Team,
 ) -> dict[str, Candidate]:
     """The chosen candidate per method; reads ``selection.json`` if the folder has one.
@@ -41,7 +41,7 @@ def choose(
       path: ``selection.json``: ``{"note", "chosen": {method: settings}, "tried": [...]}``.
       candidates: of each method.
       task: whose ``chooses`` decides.
-      runs: measures a candidate on the validation streams.
+      runs: the model of a seed, an :class:`experiments.seed_run.SeedRun`.
       team: the processes that share the run.
 
     Raises:
@@ -92,39 +92,6 @@ def choose(
     }
 
 
-class Runs:
-    """Measures candidates of one seed's model on the validation streams."""
-
-    def __init__(
-        self,
-        task: Task,
-        evaluation_of: evaluation.Evaluation,
-        bind: Any,
-        *,
-        seed: int,
-        fingerprint: str,
-        errors: tuple[type[Exception], ...],
-    ):
-        self._task, self._evaluation, self._bind = task, evaluation_of, bind
-        self.seed, self.fingerprint, self._errors = seed, fingerprint, errors
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """Names of the validation streams."""
-        return self._evaluation.streams
-
-    def score(self, candidate: Candidate) -> dict[str, Any]:
-        """Its scores by metric, or the message of its failure."""
-        try:
-            trial = tuning.tried(
-                self._evaluation, self._task, candidate.label, self._bind(candidate)
-            )
-        except self._errors as failure:
-            # The evaluation will meet the same failure and record it as rows.
-            return {"message": f"{failure}"[:500]}
-        return dict(trial.scores)
-
-
 def _note(task: Task, streams: Sequence[str]) -> str:
     ties = "".join(f", then the lowest mean {name}" for name in task.ties)
     return (
@@ -157,7 +124,7 @@ def _trial(task: Task, entry: dict[str, Any]) -> tuning.Trial:
 def _require_model(
     path: pathlib.Path,
     record: dict[str, Any],
-    runs: Runs,
+    runs: Any,
     candidates: Mapping[str, Sequence[Candidate]],
 ) -> None:
     """One model chooses for all methods and seeds of a folder.
@@ -167,11 +134,10 @@ def _require_model(
         with the model of another seed.
     """
     seed, chosen_with = record.get("seed"), record.get("checkpoint")
-    if seed == runs.seed and chosen_with != runs.fingerprint:
-        raise launch.UserError(
-            f"{path} was chosen with another checkpoint ({chosen_with}, now {runs.fingerprint}). "
-            "Use another --workdir, or remove the file and the rows."
-        )
+    if seed == runs.seed:
+        model = {"checkpoint": chosen_with}, {"checkpoint": runs.fingerprint}
+        differing = provenance.differences(*model)
+        provenance.require_same(differing, path, "remove the file and the rows")
     several = [label for label, grid in candidates.items() if len(grid) > 1]
     open_choices = [label for label in several if label not in record["chosen"]]
     if seed != runs.seed and open_choices:

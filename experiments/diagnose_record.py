@@ -2,12 +2,12 @@
 
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 
-from experiments import journal, launch
+from experiments import journal, launch, provenance
 from experiments.report import alignment
 
 ROLES = {"test": "reported", "validation": "validation"}
@@ -28,7 +28,7 @@ def made_with(config: ml_collections.ConfigDict, split: str) -> dict[str, Any]:
 
 def differences(
     row: dict[str, Any], fields: dict[str, Any], config: ml_collections.ConfigDict
-) -> Iterator[tuple[str, Any, Any]]:
+) -> list[provenance.Difference]:
     """In what a row was made otherwise than another one of its method.
 
     Rows of a method are in one record, under one config, and in one correlation. Of the other
@@ -38,25 +38,19 @@ def differences(
       row: a row.
       fields: the other one, or what it is to have.
       config: what the other one is made with.
-
-    Yields:
-      A name, its value in the row and in the other one.
     """
-
-    def by_key(row: dict[str, Any]) -> dict[str, Any]:
-        settings = {f"settings.{name}": value for name, value in row["settings"].items()}
-        return row | settings | row["config"]
-
-    now = by_key(fields | {"config": made_with(config, _SPLITS[row["split_role"]])})
-    was = by_key(row)
-    names = [name for name in now | was if "." in name]
+    names = []
     if row["split_role"] == fields["split_role"]:
         names += ["dataset", "num_examples", "learning_rates"]
     if row["seed"] == fields["seed"]:
         names += ["checkpoint"]
-    for name in names:
-        if was.get(name) != now.get(name):
-            yield name, was.get(name), now.get(name)
+
+    def shared(row: dict[str, Any]) -> dict[str, Any]:
+        settings = {f"settings.{name}": value for name, value in row["settings"].items()}
+        return settings | row["config"] | {name: row.get(name) for name in names}
+
+    now = fields | {"config": made_with(config, _SPLITS[row["split_role"]])}
+    return provenance.differences(shared(row), shared(now))
 
 
 def require_same(
@@ -80,15 +74,7 @@ def require_same(
                 f"{book.path} has rows that do not say what made them, of an older version. Use "
                 "another --workdir, or remove the file."
             )
-        changed = [
-            f"{name} was {was!r}, now {now!r}"
-            for name, was, now in differences(row, fields, config)
-        ]
-        if changed:
-            raise launch.UserError(
-                f"{book.path} has rows made otherwise: {'; '.join(changed)}. Use another "
-                "--workdir, or remove the file."
-            )
+        provenance.require_same(differences(row, fields, config), book.path)
 
 
 def require_own(workdir: pathlib.Path) -> None:
@@ -123,11 +109,8 @@ def write(
     """
     reported = [row for row in rows if row["split_role"] == "reported"] or rows
     r = alignment.correlation(reported)
-    record = {
-        **origin,
-        "correlation": {"inner_product_and_gain": r, "sets": len(reported)},
-        "rows": rows,
-    }
+    correlation = {"inner_product_and_gain": r, "sets": len(reported)}
+    record = {**origin, "correlation": correlation, "rows": rows}
     launch.write_json(workdir / "diagnostics.json", record)
     page = alignment.render({**record, "rows": reported})
     launch.write_atomically(workdir / "diagnostics.html", page)

@@ -14,12 +14,10 @@ earlier runs too, with their origin. Run it again to resume.
 """
 
 import json
-import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
@@ -27,24 +25,16 @@ from absl import flags
 import ttt_jax as ttt
 from experiments import journal, launch, pristine as pristine_lib, provenance, tasks
 from experiments.tasks import image_order, images as image_task
-from ttt_jax import data
+from ttt_jax import data, diagnostics
 
 NORMS = ("running", "batch")
 _BATCH = 256
 # What of a config a row depends on beside its other fields and the model's parameters.
 _MADE_WITH = ("data.name", "data.train", "data.imbalance", "data.test")
 _MADE_WITH += ("adapt.corruption_seed", "model.dtype")
-# What the rows of one record share.
-_SAME = ("num_examples", "norm", "dataset", "seed", "checkpoint", "config")
 
 
-def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What identifies a row: all that makes it, so that rows of several options stay apart."""
-    names = ("domain", "severity", *_SAME)
-    return tuple(json.dumps(row[name], sort_keys=True) for name in names)
-
-
-def moments_of(features: Any, params: Any, images: Iterator[np.ndarray]) -> dict[str, jax.Array]:
+def moments_of(features: Any, params: Any, images: Iterable[np.ndarray]) -> dict[str, jax.Array]:
     """Mean and second moment of the features of images that come in batches.
 
     Args:
@@ -56,68 +46,18 @@ def moments_of(features: Any, params: Any, images: Iterator[np.ndarray]) -> dict
       ``{"mean": [D], "outer": [D, D]}``, as ``ttt_jax.losses.feature_moments`` has them.
     """
     measure = ttt.losses.feature_moments(features)
-    total: Any = None
+    total: Any = {"mean": 0, "outer": 0}
     count = 0
     for batch in images:
-        size, found = len(batch), measure(params, batch)
-        weighted = {name: size * leaf for name, leaf in found.items()}
-        total = weighted if total is None else jax.tree.map(jnp.add, total, weighted)
+        size, moments = len(batch), measure(params, batch)
+        total = {name: total[name] + size * leaf for name, leaf in moments.items()}
         count += size
-    return jax.tree.map(lambda leaf: leaf / count, total)
+    return {name: leaf / count for name, leaf in total.items()}
 
 
-def distances(source: Any, target: Any, count: int) -> tuple[float, float]:
-    """How far covariance and mean lie from the source's.
-
-    Args:
-      source: ``{"mean": [D], "outer": [D, D]}`` of the source.
-      target: the same of some images.
-      count: how many images these are, at least 2.
-
-    Returns:
-      The distance of the covariances and that of the means, each in units of what ``count`` source
-      images would show (:func:`scatter`).
-    """
-    covariances = [m["outer"] - jnp.outer(m["mean"], m["mean"]) for m in (source, target)]
-    width = source["mean"].shape[0]
-    coral = jnp.square(covariances[0] - covariances[1]).sum() / (4 * width**2)
-    means = jnp.square(source["mean"] - target["mean"]).mean() / 2
-    units = scatter(source, count)
-    return float(coral / units[0]), float(means / units[1])
-
-
-def scatter(moments: Any, count: int) -> tuple[jax.Array, jax.Array]:
-    """How far the moments of ``count`` source images lie from the source's, for normal features.
-
-    The expected ``|S - S'|_F^2 / (4 D^2)``, which is ``(|S|_F^2 + tr(S)^2) / (n - 1) / (4 D^2)``,
-    and the expected ``mean((mu - mu')^2) / 2``, which is ``tr(S) / (2 n D)``.
-    """
-    mean = moments["mean"]
-    covariance = moments["outer"] - jnp.outer(mean, mean)
-    width, trace = mean.shape[0], jnp.trace(covariance)
-    of_covariance = (jnp.square(covariance).sum() + trace**2) / (count - 1) / (4 * width**2)
-    return of_covariance, trace / (2 * count * width)
-
-
-def _batches(source: data.Source, places: np.ndarray) -> Iterator[np.ndarray]:
-    """Images of about equal batches: a batch of one has no statistics."""
-    for some in np.array_split(places, -(-len(places) // _BATCH)):
-        yield source.take(some).image
-
-
-def _opened(workdir: pathlib.Path) -> journal.Journal:
-    """The rows of a folder.
-
-    Raises:
-      UserError: they would be lost, being in the record alone, which has no origin per row.
-    """
-    book = workdir / "feature_shift.jsonl"
-    if not book.exists() and (workdir / "feature_shift.json").exists():
-        raise launch.UserError(
-            f"{workdir / 'feature_shift.json'} has rows that {book} lacks, and would be replaced; "
-            "move it away, or use another --workdir."
-        )
-    return journal.Journal(book, identity=_identity)
+def _parts(count: int) -> list[np.ndarray]:
+    """Indices of images in about equal batches: a batch of one has no statistics."""
+    return np.array_split(np.arange(count), -(-count // _BATCH))
 
 
 def run(
@@ -151,14 +91,12 @@ def run(
     launch.chosen("--domains value", domains, data.corruptions.CORRUPTIONS)
     seed, severity = config.seeds[0], config.adapt.severity
     data.corruptions.check_name(domains[0], severity)
-    if num_images < 2:
-        raise launch.UserError(f"--num_images must be at least 2; got {num_images}.")
     test, train = (image_task.load_data(config, split) for split in ("test", "train"))
     count = min(num_images, len(test))
     if count < 2:
         raise launch.UserError(
-            f"data.test must have at least 2 images; {config.data.test!r} has {count}. Take more, "
-            "as --config.data.test='test'."
+            "--num_images and the images of data.test must be at least 2; got "
+            f"{num_images} and {len(test)} of {config.data.test!r}. Take more of both."
         )
     network = image_task.ImageModel(config, test)
     plain = network.heads(norm=norm).get("features")
@@ -182,27 +120,36 @@ def run(
         "checkpoint": pristine.fingerprint,
         "config": journal.made_with(config, _MADE_WITH),
     }
+
+    def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+        # All that makes a row, so that rows of several options stay apart.
+        names = ("domain", "severity", *same)
+        return tuple(json.dumps(row[name], sort_keys=True) for name in names)
+
     with launch.locked(workdir):
-        book = _opened(workdir)
-        wanted = [("clean", 0), *((domain, severity) for domain in domains)]
-        cells = [{"domain": domain, "severity": level} for domain, level in wanted]
+        book = journal.Journal(workdir / "feature_shift.jsonl", identity=identity)
+        record = workdir / "feature_shift.json"
+        if record.exists() and not book.path.exists():
+            raise launch.UserError(
+                f"{record} has rows that {book.path} lacks, and would be replaced; move it away, "
+                "or use another --workdir."
+            )
+        wanted = {"clean": 0} | dict.fromkeys(domains, severity)
+        cells = [{"domain": domain, "severity": level} for domain, level in wanted.items()]
         todo = [cell for cell in cells if book.get(**cell, **same) is None]
         if todo:
-            everything = _batches(train, np.arange(len(train)))
-            source = moments_of(features, pristine.params, everything)
+            batches = (train.take(part).image for part in _parts(len(train)))
+            source = moments_of(features, pristine.params, batches)
         for cell in todo:
             batch = image_order.first_images(config, test, **cell, count=count, seed=seed)
-            parts = iter(np.array_split(batch.image, -(-count // _BATCH)))
-            found = moments_of(features, pristine.params, parts)
-            covariance, mean = distances(source, found, count)
-            measured = {"mean": mean, "covariance": covariance, "status": "ok"}
-            book.add(cell | measured | same)
-        rows = [
-            row
-            for row in book.rows()
-            if row["severity"] in (0, severity) and {name: row[name] for name in _SAME} == same
-        ]
-        launch.write_json(workdir / "feature_shift.json", provenance.of(config) | {"rows": rows})
+            batches = (batch.image[part] for part in _parts(count))
+            target = moments_of(features, pristine.params, batches)
+            shift = diagnostics.feature_shift(source, target, count=count)
+            measured = {name: float(value) for name, value in shift._asdict().items()}
+            book.add(cell | measured | {"status": "ok"} | same)
+        rows = [row for row in book.rows() if row["severity"] in (0, severity)]
+        rows = [row for row in rows if same.items() <= row.items()]
+        launch.write_json(record, provenance.of(config) | {"rows": rows})
     for row in rows:
         where = f"{row['domain']:18} {row['severity']}"
         print(f"{where}  mean {row['mean']:9.1f}  covariance {row['covariance']:9.1f}")
@@ -212,20 +159,17 @@ def run(
 def main(argv: Sequence[str]) -> None:
     """The program."""
     del argv
-    run(
-        _CONFIG.value,
-        _WORKDIR.value,
-        checkpoint_path=_CHECKPOINT.value,
-        norm=_NORM.value,
-        domains=_DOMAINS.value,
-        num_images=_NUM_IMAGES.value,
-    )
+    run(_CONFIG.value, _WORKDIR.value, **{name: flag.value for name, flag in _FLAGS.items()})
 
 
 if __name__ == "__main__":
     _CONFIG, _WORKDIR = launch.define_flags()
-    _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Default: WORKDIR/checkpoints/seed_SEED.")
-    _NORM = flags.DEFINE_enum("norm", "running", NORMS, "Statistics of a BatchNorm model.")
-    _DOMAINS = flags.DEFINE_list("domains", list(data.corruptions.CORRUPTIONS), "Corruptions.")
-    _NUM_IMAGES = flags.DEFINE_integer("num_images", 1536, "Test images per domain.")
+    _FLAGS = {
+        "checkpoint_path": flags.DEFINE_string(
+            "checkpoint", None, "Default: WORKDIR/checkpoints/seed_SEED."
+        ),
+        "norm": flags.DEFINE_enum("norm", "running", NORMS, "Statistics of a BatchNorm model."),
+        "domains": flags.DEFINE_list("domains", list(data.corruptions.CORRUPTIONS), "Corruptions."),
+        "num_images": flags.DEFINE_integer("num_images", 1536, "Test images per domain."),
+    }
     launch.run(main)

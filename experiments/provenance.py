@@ -6,6 +6,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -60,16 +61,41 @@ def origin(record: dict[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in ORIGIN if name in record}
 
 
+Difference = tuple[str, Any, Any]
+"""``(name, stored value, present value)``."""
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """In what two records differ; a name that one of them lacks has None there."""
+    names = dict.fromkeys((*now, *was))
+    return [(n, was.get(n), now.get(n)) for n in names if was.get(n) != now.get(n)]
+
+
+def require_same(
+    differing: Sequence[Difference], path: pathlib.Path, mend: str = "remove the file"
+) -> None:
+    """Refuses to go on with what was made otherwise.
+
+    Args:
+      differing: what differs.
+      path: the file or folder that was made otherwise.
+      mend: what helps beside another work folder.
+
+    Raises:
+      launch.UserError: naming each difference, its stored and its present value.
+    """
+    if differing:
+        changed = "; ".join(f"{name} was {was!r}, now {now!r}" for name, was, now in differing)
+        raise launch.UserError(
+            f"{path} was made otherwise: {changed}. Use another --workdir, or {mend}."
+        )
+
+
 # What a folder holds once a configuration has made something of it.
 _MADE = ("results.jsonl", "selection.json", "checkpoints/*", "training/*/*")
 
 
-def claim(
-    folder: pathlib.Path,
-    config: ml_collections.ConfigDict,
-    seeds_may_grow: bool = True,
-    **more: Any,
-):
+def claim(folder: pathlib.Path, config: ml_collections.ConfigDict, **more: Any) -> None:
     """Writes ``run.json``, or refuses a folder whose results were made with another config.
 
     The file is of the program that began the rows, or of the last one while there are none. Its
@@ -93,18 +119,9 @@ def claim(
                 f"{path} is damaged ({error}). Use another --workdir."
             ) from error
         after = launch.DEFAULTS | launch.flat(ml_collections.ConfigDict(record["config"]))
-        free = {"seeds"} if seeds_may_grow else set()
-        changed = [
-            f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
-            for key in sorted({*before, *after} - free)
-            if before.get(key) != after.get(key)
-        ]
-        made = [found for pattern in _MADE for found in folder.glob(pattern)]
-        if changed and made:
-            raise launch.UserError(
-                f"{folder} holds results of another configuration: {'; '.join(changed)}. Use "
-                "another --workdir, or the old values."
-            )
+        before["seeds"] = after["seeds"]  # which may grow
+        if any(any(folder.glob(pattern)) for pattern in _MADE):
+            require_same(differences(before, after), folder, "the old values")
         if (folder / "results.jsonl").exists():
             record = old | {"config": record["config"]}
     if not runs or _without_time(runs[-1]) != _without_time(latest):

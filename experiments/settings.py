@@ -31,9 +31,8 @@ CONTRASTIVE_TEMPERATURE = 0.5
 TRACED = ("learning_rate", "memo_weight", "prior", "reset_below")
 
 _OPTIMIZER = ("optimizer", "learning_rate", "momentum", "nesterov", "weight_decay")
-_SOURCE = {"source_examples": None, "source_batch": 500}
 # What only this file reads.
-_OWN = ("method", "episodic", "augment", *_OPTIMIZER, *_SOURCE)
+_OWN = ("method", "episodic", "augment", "source_examples", "source_batch", *_OPTIMIZER)
 
 # Published rules that one number of a config cannot say: the optimizer whose learning rate it
 # sets, statistics of BatchNorm, and the source data that is measured.
@@ -133,6 +132,49 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
         )
     decay = settings.get("weight_decay")
     return base if decay is None else optax.chain(optax.add_decayed_weights(decay), base)
+
+
+def training_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """The optimizer, the weight decay and the schedule of a training.
+
+    Raises:
+      ValueError: an unknown ``train.schedule`` or ``train.optimizer``, or a ``train.warmup_steps``
+        that is not shorter than the training.
+    """
+    kinds = (("train.schedule", ("cosine", "step")), ("train.optimizer", ("sgd", "adamw")))
+    for key, allowed in kinds:
+        if (name := launch.setting(config, key)) not in allowed:
+            raise ValueError(f"{key} must be one of {list(allowed)}; got {name!r}.")
+    warmup = launch.setting(config, "train.warmup_steps")
+    if not 0 <= warmup < config.train.num_steps:
+        raise ValueError(
+            f"train.warmup_steps must lie between 0 and the {config.train.num_steps} of "
+            f"train.num_steps; got {warmup}."
+        )
+    train = config.train
+    steps = train.num_steps - warmup
+    if launch.setting(config, "train.schedule") == "cosine":
+        rate = optax.cosine_decay_schedule(train.learning_rate, steps)
+    else:
+        # A tenth at 1/2 and at 5/6 of the training: epochs 75 and 125 of 150 (Sun et al. 2020).
+        rate = optax.piecewise_constant_schedule(
+            train.learning_rate, {steps // 2: 0.1, steps * 5 // 6: 0.1}
+        )
+    if warmup:
+        climb = optax.linear_schedule(0.0, train.learning_rate, warmup)
+        rate = optax.join_schedules([climb, rate], [warmup])
+    if launch.setting(config, "train.optimizer") == "adamw":
+        # As for the MAE of He et al. 2022: the second moment forgets faster than by default, and
+        # only matrices decay.
+        return optax.adamw(
+            rate,
+            b2=0.95,
+            weight_decay=train.weight_decay,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        )
+    return optax.chain(
+        optax.add_decayed_weights(train.weight_decay), optax.sgd(rate, momentum=train.momentum)
+    )
 
 
 def selection(chosen: str) -> ttt.Selection:
@@ -239,13 +281,12 @@ def _candidate(label: str, options: Settings, task: Task, batch_size: int) -> Ca
     numbers = {k: jnp.float32(v) for k, v in settings.items() if k in TRACED}
     static = tuple(sorted((k, v) for k, v in settings.items() if k not in TRACED))
     key = (task.name, label, static, tuple(sorted(numbers)), batch_size)
-    source = _SOURCE | {k: v for k, v in settings.items() if k in _SOURCE}
 
     def bind(params: Any, seed: int) -> evaluation.Parametric:
         statistics: Any = ()
         plain = method(settings)
         if isinstance(plain, ttt.FromSource):
-            size, count = source["source_batch"], source["source_examples"]
+            size, count = settings.get("source_batch", 500), settings.get("source_examples")
             statistics = evaluation.measured(plain, params, task, seed=seed, size=size, count=count)
         values = {"numbers": numbers, "statistics": statistics}
         return evaluation.Parametric(build, values, key)

@@ -11,53 +11,19 @@ one continues from its last saved step.
 
 import math
 import pathlib
-import shutil
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 import optax
 import tqdm
 
 from experiments import launch, pristine, provenance, settings, tasks, writers
-from ttt_jax import checkpoint, evaluation, training
+from ttt_jax import checkpoint, evaluation, training, tuning
 from ttt_jax.task import Task
 
-SCHEDULES = ("cosine", "step")
-OPTIMIZERS = ("sgd", "adamw")
 _COUNTS = ("num_steps", "batch_size", "log_every", "save_every")
-
-
-def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """The optimizer, the weight decay and the schedule of a config."""
-    train = config.train
-    warmup = launch.setting(config, "train.warmup_steps")
-    steps = train.num_steps - warmup
-    if launch.setting(config, "train.schedule") == "cosine":
-        rate = optax.cosine_decay_schedule(train.learning_rate, steps)
-    else:
-        # A tenth at 1/2 and at 5/6 of the training: epochs 75 and 125 of 150 (Sun et al. 2020).
-        rate = optax.piecewise_constant_schedule(
-            train.learning_rate, {steps // 2: 0.1, steps * 5 // 6: 0.1}
-        )
-    if warmup:
-        climb = optax.linear_schedule(0.0, train.learning_rate, warmup)
-        rate = optax.join_schedules([climb, rate], [warmup])
-    if launch.setting(config, "train.optimizer") == "adamw":
-        # As for the MAE of He et al. 2022: the second moment forgets faster than by default, and
-        # only matrices decay.
-        return optax.adamw(
-            rate,
-            b2=0.95,
-            weight_decay=train.weight_decay,
-            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
-        )
-    return optax.chain(
-        optax.add_decayed_weights(train.weight_decay), optax.sgd(rate, momentum=train.momentum)
-    )
 
 
 def check(config: ml_collections.ConfigDict, task: Task) -> None:
@@ -81,15 +47,7 @@ def check(config: ml_collections.ConfigDict, task: Task) -> None:
     task.streams("validation", config.seeds[0])
     auxiliary = settings.auxiliary(config, task)
     _check_main_select(launch.setting(config, "train.main_select"), auxiliary, task)
-    for key, allowed in (("train.schedule", SCHEDULES), ("train.optimizer", OPTIMIZERS)):
-        if (name := launch.setting(config, key)) not in allowed:
-            raise ValueError(f"{key} must be one of {list(allowed)}; got {name!r}.")
-    warmup = launch.setting(config, "train.warmup_steps")
-    if not 0 <= warmup < config.train.num_steps:
-        raise ValueError(
-            f"train.warmup_steps must lie between 0 and the {config.train.num_steps} of "
-            f"train.num_steps; got {warmup}."
-        )
+    settings.training_optimizer(config)
 
 
 def _check_main_select(chosen: Any, auxiliary: Any, task: Task) -> None:
@@ -125,37 +83,6 @@ def make_step(
     )
 
 
-class _SavedState:
-    """The training state on disk: the newest complete save, older ones removed after it."""
-
-    def __init__(self, folder: pathlib.Path):
-        self._folder = folder
-
-    def _saves(self) -> list[tuple[int, pathlib.Path]]:
-        if not self._folder.is_dir():
-            return []
-        saves = [path for path in self._folder.iterdir() if path.name.startswith("step_")]
-        return sorted((int(path.name.removeprefix("step_")), path) for path in saves)
-
-    def load(self, like: Any) -> tuple[int, Any]:
-        """The newest state that reads back complete, or step 0 and ``like``."""
-        for step, path in reversed(self._saves()):
-            try:
-                return step, checkpoint.load(path, like=like).params
-            except checkpoint.CheckpointError as error:
-                print(f"training state {path} is not usable, trying an older one: {error}")
-        return 0, like
-
-    def save(self, step: int, state: Any) -> None:
-        older = self._saves()
-        checkpoint.save(self._folder / f"step_{step}", state)
-        for _, path in older:
-            shutil.rmtree(path, ignore_errors=True)
-
-    def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
 def train(
     config: ml_collections.ConfigDict,
     task: Task,
@@ -168,14 +95,12 @@ def train(
     if target.exists():
         print(f"seed {seed}: {target} is already trained")
         return target
-    optim = optimizer(config)
+    optim = settings.training_optimizer(config)
     params = jax.jit(task.init)(jax.random.key(seed))
-    saved = _SavedState(workdir / "training" / f"seed_{seed}")
+    saved = checkpoint.Saves(workdir / "training" / f"seed_{seed}")
     start, state = saved.load((params, optim.init(training.learned(params))))
     total, every = config.train.num_steps, (config.train.log_every, config.train.save_every)
-    bar = tqdm.tqdm(
-        desc=f"train seed {seed}", initial=start, total=total, disable=not sys.stderr.isatty()
-    )
+    bar = tqdm.tqdm(desc=f"train seed {seed}", initial=start, total=total, disable=None)
     blocks = training.blocks(
         make_step(config, task, optim),
         state,
@@ -213,9 +138,7 @@ def train(
 def validation(task: Task, params: Any, seed: int) -> float:
     """Mean of the metric that chooses over the validation streams, unadapted."""
     run = evaluation.Evaluation(task, params, role="validation", seed=seed)
-    method = evaluation.source_of(task)
-    rows = [row for name in run.streams for row in run.rows("source", method, [name])]
-    return float(np.mean([row.values[task.chooses] for row in rows]))
+    return tuning.tried(run, task, "source", evaluation.source_of(task)).scores[task.chooses]
 
 
 def _require_finite(losses: dict[str, float], done: int) -> None:

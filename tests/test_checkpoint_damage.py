@@ -269,3 +269,22 @@ def test_fingerprint_depends_on_content_alone():
         {"a": tree["a"], "b": {"c": -tree["b"]["c"]}},
     ):
         assert checkpoint.fingerprint(other) != name
+
+
+def test_an_older_state_serves_where_the_newest_is_damaged(tmp_path):
+    saves = checkpoint.Saves(tmp_path / "training")
+    assert saves.load(like=PARAMS) == (0, PARAMS)
+    saves.save(5, PARAMS)
+    shutil.copytree(tmp_path / "training" / "step_5", tmp_path / "kept")
+    newer = jax.tree.map(lambda leaf: leaf + 1, PARAMS)
+    saves.save(10, newer)
+    assert [path.name for path in (tmp_path / "training").iterdir()] == ["step_10"]
+    step, state = saves.load(like=PARAMS)
+    assert step == 10 and checkpoint.fingerprint(state) == checkpoint.fingerprint(newer)
+    shutil.move(tmp_path / "kept", tmp_path / "training" / "step_5")
+    (tmp_path / "training" / "step_10" / "ttt_jax.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"step_10 cannot be used, so an older one is: .*"):
+        step, state = saves.load(like=PARAMS)
+    assert step == 5 and checkpoint.fingerprint(state) == checkpoint.fingerprint(PARAMS)
+    saves.remove()
+    assert not (tmp_path / "training").exists()

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import launch, provenance, train
+from experiments import launch, provenance, settings, train
 from experiments.tasks import images as image_task
-from tests.experiments import tiny_config, tiny_model
+from tests.experiments import tiny_config
+from tests.experiments.diagnosed import get_config
 from ttt_jax import checkpoint, views
 
 
@@ -26,13 +27,13 @@ def moved(before, after):
 @pytest.mark.parametrize(
     ("aux", "losses", "parts"),
     [
-        ("rotation", {"main", "rotation"}, {"encoder", "head", "rotation_head"}),
+        ("rotation", {"main", "rotation"}, {"encoder", "bn", "fc", "rotation_bn", "rotation_fc"}),
         ("mae", {"main", "mae"}, {"encoder", "head", "decoder"}),
-        ("none", {"main"}, {"encoder", "head"}),
+        ("none", {"main"}, {"encoder", "bn", "fc"}),
     ],
 )
-def test_a_task_trains_its_head_and_names_its_loss(tmp_path, aux, losses, parts):
-    config = tiny_config.get_config()
+def test_a_task_trains_its_head_and_names_its_loss(dense, tmp_path, aux, losses, parts):
+    config = tiny_config.get_config() if aux == "mae" else get_config()
     config.train.update({"aux": aux, "num_steps": 3, "weight_decay": 0.0, "log_every": 3})
     train.run(config, str(tmp_path))
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -48,7 +49,7 @@ def test_a_task_trains_its_head_and_names_its_loss(tmp_path, aux, losses, parts)
 def one_step(config, task):
     """Parameters before and after a training step on eight images, its losses and the images."""
     config.train.batch_size = 8
-    before, optimizer = task.init(jax.random.key(0)), train.optimizer(config)
+    before, optimizer = task.init(jax.random.key(0)), settings.training_optimizer(config)
     step = jax.jit(train.make_step(config, task, optimizer))
     batch = next(task.training(0).steps(0))
     state = optimizer.init(before["params"])
@@ -56,8 +57,7 @@ def one_step(config, task):
     return before, after, losses, batch
 
 
-def test_contrastive_training_is_the_library_on_two_views(monkeypatch):
-    tiny_model.install(monkeypatch)
+def test_contrastive_training_is_the_library_on_two_views(dense):
     config = tiny_config.get_batch_norm_config()
     config.model.projection = 5
     config.train.update({"aux": "contrastive", "aux_weight": 0.5, "weight_decay": 0.0})
@@ -67,20 +67,23 @@ def test_contrastive_training_is_the_library_on_two_views(monkeypatch):
     assert before["params"]["projection_out"]["kernel"].shape == (6, 5)
     assert moved(before, after) == {"encoder", "bn", "fc", "projection_out"}
 
-    view_key, aux_key = jax.random.split(key)
-    crops = jax.vmap(task.augment)(batch.x, jax.random.split(view_key, 8))
-    pair_key = jax.random.split(aux_key)[0]
-    keys = jnp.concatenate([jax.random.split(k) for k in jax.random.split(pair_key, 8)])
-    pairs = jax.jit(jax.vmap(views.image.simclr()))(jnp.repeat(crops, 2, axis=0), keys)
-    z = np.asarray(task.heads(norm="batch")["project"](before, pairs), np.float64)
+    @jax.jit
+    def projections(images):
+        view_key, aux_key = jax.random.split(key)
+        crops = jax.vmap(task.augment)(images, jax.random.split(view_key, 8))
+        pair_key = jax.random.split(aux_key)[0]
+        keys = jnp.concatenate([jax.random.split(k) for k in jax.random.split(pair_key, 8)])
+        pairs = jax.vmap(views.image.simclr())(jnp.repeat(crops, 2, axis=0), keys)
+        return task.heads(norm="batch")["project"](before, pairs)
+
+    z = np.asarray(projections(batch.x), np.float64)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     scores = np.exp(z @ z.T / 0.5)
     expected = [-np.log(scores[i, i ^ 1] / (scores[i].sum() - scores[i, i])) for i in range(len(z))]
     assert float(losses["contrastive"]) == pytest.approx(np.mean(expected), rel=1e-4)
 
 
-def test_without_a_task_the_statistics_of_its_branch_stay(monkeypatch):
-    tiny_model.install(monkeypatch)
+def test_without_a_task_the_statistics_of_its_branch_stay(dense):
     config = tiny_config.get_batch_norm_config()
     config.train.aux = "none"
     _, after, losses, _ = one_step(config, image_task.task(config))

@@ -8,47 +8,30 @@ import statistics
 from xml.etree import ElementTree
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
 
 import ttt_jax as ttt
-from experiments import diagnose, diagnosis, train
+from experiments import diagnose, pristine
 from experiments.report import alignment, committed
 from experiments.tasks import image_order
 from experiments.tasks.images import ImageModel, load_data
-from tests.experiments import tiny_config, tiny_model
-from tests.experiments.diagnosed import OPTIONS, PRIOR, RATES, get_config, make, train_in
+from tests.experiments import tiny_config
+from tests.experiments.diagnosed import OPTIONS, PRIOR, RATES, get_config
 from ttt_jax import checkpoint, data, models
 
+pytestmark = pytest.mark.usefixtures("dense")
 LABELED_MAPS = {"entropy_map", "effective_classes_map", "oracle_error_map"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def dense():
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_model.install(patch)
-        yield
-
-
 @pytest.fixture(scope="module")
-def trained(dense, tmp_path_factory):
-    return train_in(tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture(scope="module")
-def diagnosed(trained, tmp_path_factory):
-    return make(trained, tmp_path_factory.mktemp("diagnosed") / "run")
-
-
-@pytest.fixture(scope="module")
-def by_hand(trained):
+def by_hand(dense_folder):
     """The cell (fog, 5) with its model, outside of the program."""
     config = get_config()
     source = load_data(config, "test")
     built = ImageModel(config, source)
-    variables = checkpoint.load(trained / "checkpoints" / "seed_0").params
+    variables = checkpoint.load(dense_folder / "checkpoints" / "seed_0").params
     plan = data.streams.shuffled(source, seed=0, domain="fog", severity=5)
     examples = [source[int(i)] for i in plan.index[:3]]
     images = np.stack(
@@ -177,39 +160,6 @@ def test_choices_come_from_the_maps(diagnosed):
         assert row["label_free_error"] == pytest.approx(errors[place])
 
 
-def test_smoothness_of_a_quadratic():
-    """The curvature along the auxiliary gradient e_2 of 0.5 x'Ax is the norm of A e_2."""
-    hessian = jnp.array([[2.0, 1.0], [1.0, 5.0]])
-    smoothness = diagnosis.secant_smoothness(
-        lambda params, x, label, key: 0.5 * params @ hessian @ params,
-        lambda params, x, key: 3 * params[1],
-        ttt.select.everything(),
-    )
-    value = smoothness(jnp.array([1.0, 2.0]), None, None, jax.random.key(0))
-    assert float(value) == pytest.approx(np.sqrt(26), rel=1e-4)
-
-
-def test_only_what_both_heads_read_is_compared():
-    config = get_config()
-    config.model = {"name": "resnet", "depth": 8, "width": 8, "groups": 4}
-    built = ImageModel(config, load_data(config, "test"))
-    shapes = jax.eval_shape(built.init, jax.random.key(0))
-    images = jax.ShapeDtypeStruct((1, 8, 8, 1), np.float32)
-    task = diagnosis.Auxiliary(None, models.ResNet.rotation, (images,))
-    encoder = diagnosis.shared_encoder(built, {"select": "all"}, task)
-    paths = ttt.select.describe(encoder, shapes).paths
-    assert {path.split("/")[1] for path in paths} == {"conv1", "layer1", "layer2"}
-    norms = diagnosis.shared_encoder(built, {"select": "norm"}, task)
-    assert set(ttt.select.describe(norms, shapes).paths) < set(paths)
-    with pytest.raises(ValueError, match=r"select='\.\*rotation_fc.*' adapts no parameter that"):
-        diagnosis.shared_encoder(built, {"select": ".*rotation_fc.*"}, task)
-    main = diagnosis.Auxiliary(None, models.ResNet.__call__, (images,))
-    everything = diagnosis.shared_encoder(built, {"select": "all"}, main)
-    paths = ttt.select.describe(everything, shapes).paths
-    assert any(path.startswith("params/fc/") for path in paths)
-    assert not any("rotation_" in path for path in paths)
-
-
 def test_another_method_has_rows_of_its_own(diagnosed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(diagnosed[0], folder)
@@ -237,9 +187,9 @@ def test_another_method_has_rows_of_its_own(diagnosed, tmp_path):
     assert (folder / "diagnostics.jsonl").read_text() == after
 
 
-def test_other_names_of_a_method_have_its_task(trained, tmp_path):
+def test_other_names_of_a_method_have_its_task(dense_folder, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(trained, folder)
+    shutil.copytree(dense_folder, folder)
     config = get_config()
     common = {"num_steps": 1, "learning_rate": 0.03, "select": "all", "prior": PRIOR}
     tiny_config.with_methods(
@@ -260,30 +210,34 @@ def test_other_names_of_a_method_have_its_task(trained, tmp_path):
 def test_masked_reconstruction_is_aligned_in_the_encoder(tmp_path):
     config = tiny_config.get_mae_config()
     config.methods.mae.learning_rate = (0.03,)
-    train.run(config, str(tmp_path))
+    source = load_data(config, "test")
+    built = ImageModel(config, source)
+    heads, variables = built.heads(private=True), jax.jit(built.init)(jax.random.key(0))
+    checkpoint.save(pristine.path_of(tmp_path, 0), variables, metadata=pristine.metadata(config))
     options = diagnose.Options(
         method="mae", severities=(5,), corruptions=("fog",), num_images=2, learning_rates=(0.03,)
     )
     (row,) = diagnose.run(config, str(tmp_path), options)["rows"]
-    source = load_data(config, "test")
-    heads = ImageModel(config, source).heads(private=True)
-    variables = checkpoint.load(tmp_path / "checkpoints" / "seed_0").params
     batch = image_order.first_images(config, source, "fog", 5, count=2, seed=0)
-    inner = []
-    for image, label, number in zip(batch.image, batch.label, batch.id, strict=True):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), number), 0)
 
-        def reconstruct(params, image=image, key=key):
-            loss = ttt.losses.masked_reconstruction(
-                heads["reconstruct"], patch=4, mask_ratio=0.5, num_masks=2
-            )
-            return loss(params, image, key)
+    def reconstruct(params, image, label, key):
+        loss = ttt.losses.masked_reconstruction(
+            heads["reconstruct"], patch=4, mask_ratio=0.5, num_masks=2
+        )
+        return loss(params, image, jax.random.fold_in(key, 0))
 
-        def main(params, image=image, label=label):
-            return -jax.nn.log_softmax(heads["classify"](params, image[None])[0])[label]
+    def main(params, image, label, key):
+        return -jax.nn.log_softmax(heads["classify"](params, image[None])[0])[label]
 
-        grads = [jax.grad(loss)(variables)["params"]["encoder"] for loss in (reconstruct, main)]
-        inner.append(sum(jax.tree.leaves(jax.tree.map(lambda a, b: (a * b).sum(), *grads))))
+    @jax.jit
+    def product(*example):
+        grads = [
+            jax.grad(loss)(variables, *example)["params"]["encoder"] for loss in (reconstruct, main)
+        ]
+        return sum(jax.tree.leaves(jax.tree.map(lambda a, b: (a * b).sum(), *grads)))
+
+    keys = [jax.random.fold_in(jax.random.key(0), number) for number in batch.id]
+    inner = [product(*example) for example in zip(batch.image, batch.label, keys, strict=True)]
     assert row["inner_product"] == pytest.approx(float(np.mean(inner)), rel=1e-3)
     assert row["ttt_error"] is not None and "auxiliary_accuracy_before" not in row
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import diagnose, launch
+from experiments import diagnose, diagnosis, launch
 from experiments.tasks import images
 from tests.experiments import tiny_config
 
@@ -13,29 +13,29 @@ OPTIONS = diagnose.Options(severities=(5,), corruptions=("fog",), num_images=3)
 
 def test_several_candidates_need_the_choice_of_adapt(tmp_path):
     config = tiny_config.get_config()
-    name, grid = diagnose.candidates_of(config, "rotation", images.task(config))
+    name, grid = diagnosis.candidates_of(config, "rotation", images.task(config))
     assert name == "ttt_rotation"
     with pytest.raises(launch.UserError, match=r"2 candidates.*run experiments\.adapt"):
-        diagnose.settings_of(tmp_path, "rotation", grid)
+        diagnosis.settings_of(tmp_path, "rotation", grid)
     chosen = {"copies": 2, "num_steps": 2, "learning_rate": 0.01, "prior": 16, "select": "all"}
     chosen |= {"method": "ttt_rotation", "trace": True, "probe": "rotation"}
     (tmp_path / "selection.json").write_text(
         json.dumps({"chosen": {"rotation": chosen}, "tried": []})
     )
-    assert diagnose.settings_of(tmp_path, "rotation", grid) == chosen
+    assert diagnosis.settings_of(tmp_path, "rotation", grid) == chosen
 
 
 @pytest.mark.parametrize("name", ["rotation_jump", "source", "rotation_online"])
 def test_a_method_that_does_not_fit_is_refused(name):
     config = tiny_config.get_config()
     with pytest.raises(launch.UserError, match=rf"\(rotation\); got '{name}'"):
-        diagnose.candidates_of(config, name, images.task(config))
+        diagnosis.candidates_of(config, name, images.task(config))
 
 
 def test_the_map_always_has_the_learning_rate_of_the_config():
     settings = {"learning_rate": 0.001}
-    assert diagnose.rates_of(settings, None) == (0.0003, 0.001, 0.003, 0.01)
-    assert diagnose.rates_of(settings, (0.1,)) == (0.001, 0.1)
+    assert diagnosis.rates_of(settings, None) == (0.0003, 0.001, 0.003, 0.01)
+    assert diagnosis.rates_of(settings, (0.1,)) == (0.001, 0.1)
 
 
 def test_numbers_may_come_as_text():

@@ -7,16 +7,9 @@ import pytest
 
 from experiments import diagnose, diagnose_record, journal, launch
 from experiments.tasks import image_order
-from tests.experiments import tiny_model
-from tests.experiments.diagnosed import OPTIONS, get_config, make, train_in
+from tests.experiments.diagnosed import OPTIONS, get_config
 
-
-@pytest.fixture(scope="module")
-def diagnosed(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_model.install(patch)
-        trained = train_in(tmp_path_factory.mktemp("trained"))
-        yield make(trained, tmp_path_factory.mktemp("diagnosed") / "run")
+pytestmark = pytest.mark.usefixtures("dense")
 
 
 def test_finished_cells_are_skipped(diagnosed, tmp_path, monkeypatch):
@@ -71,7 +64,7 @@ def test_rows_made_otherwise_are_refused(diagnosed, corruptions, key, value, mes
         for name in key.split(".")[:-1]:
             section = section[name]
         section[key.split(".")[-1]] = value
-    with pytest.raises(launch.UserError, match=rf"rows made otherwise: {message}\. Use another"):
+    with pytest.raises(launch.UserError, match=rf"was made otherwise: {message}\. Use another"):
         diagnose.run(config, str(folder), OPTIONS._replace(corruptions=corruptions))
     assert (folder / "diagnostics.jsonl").read_text() == before
     assert json.loads((folder / "diagnostics.json").read_text()) == record

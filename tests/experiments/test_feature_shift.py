@@ -3,30 +3,13 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import feature_shift, launch, pristine
 from experiments.tasks import images
-from tests.experiments import tiny_config, tiny_model
-from ttt_jax import checkpoint, data
-
-
-def test_as_many_source_images_are_one_unit_apart():
-    """The mean over many draws of normal features; means by the law of large numbers."""
-    count, width = 200, 3
-    mix = jnp.array([[1.0, 0.0, 0.0], [0.5, 2.0, 0.0], [0.0, -1.0, 0.3]])
-    covariance, mean = mix @ mix.T, jnp.array([1.0, -2.0, 0.5])
-    source = {"mean": mean, "outer": covariance + jnp.outer(mean, mean)}
-
-    def drawn(key):
-        z = mean[None] + jax.random.normal(key, (count, width)) @ mix.T
-        return {"mean": z.mean(axis=0), "outer": z.T @ z / count}
-
-    draws = [drawn(jax.random.key(n)) for n in range(300)]
-    found = np.array([feature_shift.distances(source, draw, count) for draw in draws])
-    np.testing.assert_allclose(found.mean(axis=0), 1.0, rtol=0.1)
+from tests.experiments import tiny_config
+from ttt_jax import checkpoint
 
 
 def test_moments_in_batches_are_those_of_all():
@@ -39,29 +22,24 @@ def test_moments_in_batches_are_those_of_all():
 
 def test_no_batch_is_of_one_image(monkeypatch):
     monkeypatch.setattr(feature_shift, "_BATCH", 4)
-
-    class Source:
-        def take(self, places):
-            return data.Batch(places, places, places)
-
-    sizes = [len(batch) for batch in feature_shift._batches(Source(), np.arange(9))]
-    assert sizes == [3, 3, 3]
+    assert [len(part) for part in feature_shift._parts(9)] == [3, 3, 3]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    config = tiny_config.get_config()
+def model(dense, tmp_path_factory):
+    """The path of a checkpoint of the model with BatchNorm."""
+    config = tiny_config.get_batch_norm_config()
     path = tmp_path_factory.mktemp("model") / "seed_0"
-    metadata = pristine.metadata(config)
-    checkpoint.save(path, images.task(config).init(jax.random.key(0)), metadata=metadata)
-    return config, str(path)
+    params = images.task(config).init(jax.random.key(0))
+    checkpoint.save(path, params, metadata=pristine.metadata(config))
+    return str(path)
 
 
 def test_the_program(model, tmp_path, capsys):
-    config, path = model
+    config = tiny_config.get_batch_norm_config()
 
     def run(*domains):
-        made = {"checkpoint_path": path, "domains": domains, "num_images": 25}
+        made = {"checkpoint_path": model, "domains": domains, "num_images": 25}
         return feature_shift.run(config, str(tmp_path), **made)
 
     first = run("contrast")
@@ -79,7 +57,7 @@ def test_the_program(model, tmp_path, capsys):
     three = run("fog")
     assert [row["domain"] for row in three] == ["clean", "contrast", "fog"]
     other = feature_shift.run(
-        config, str(tmp_path), checkpoint_path=path, domains=("fog",), num_images=20
+        config, str(tmp_path), checkpoint_path=model, domains=("fog",), num_images=20
     )
     assert [(row["domain"], row["num_examples"]) for row in other] == [("clean", 20), ("fog", 20)]
     # Nor is it lost: the record is of the options at hand, the lines are of all.
@@ -91,18 +69,13 @@ def test_the_program(model, tmp_path, capsys):
     assert (tmp_path / "feature_shift.jsonl").read_text().splitlines() == lines
 
 
-def test_a_row_is_of_the_images_that_it_says(tmp_path, monkeypatch):
+def test_a_row_is_of_the_images_that_it_says(model, tmp_path):
     """A changed config gives the rows that a folder of its own gives."""
-    tiny_model.install(monkeypatch)
-    config = tiny_config.get_batch_norm_config()
-    metadata = pristine.metadata(config)
-    path = tmp_path / "seed_0"
-    checkpoint.save(path, images.task(config).init(jax.random.key(0)), metadata=metadata)
 
     def run(folder, **changes):
         changed = tiny_config.get_batch_norm_config()
         changed.update_from_flattened_dict(changes)
-        made = {"checkpoint_path": str(path), "domains": ("shot_noise",), "num_images": 9}
+        made = {"checkpoint_path": model, "domains": ("shot_noise",), "num_images": 9}
         return feature_shift.run(changed, str(tmp_path / folder), **made)
 
     first = run("shared")
@@ -119,20 +92,16 @@ def test_a_row_is_of_the_images_that_it_says(tmp_path, monkeypatch):
 
 
 def test_the_record_of_an_older_program_is_not_replaced(model, tmp_path):
-    config, path = model
+    config = tiny_config.get_batch_norm_config()
     (tmp_path / "feature_shift.json").write_text('{"rows": []}')
     with pytest.raises(launch.UserError, match=r"has rows that .*jsonl lacks.*move it away"):
-        feature_shift.run(config, str(tmp_path), checkpoint_path=path, num_images=2)
+        feature_shift.run(config, str(tmp_path), checkpoint_path=model, num_images=2)
     assert (tmp_path / "feature_shift.json").read_text() == '{"rows": []}'
 
 
-def test_the_statistics_of_a_batch(tmp_path, monkeypatch):
-    tiny_model.install(monkeypatch)
+def test_the_statistics_of_a_batch(model, tmp_path):
     config = tiny_config.get_batch_norm_config()
-    path = tmp_path / "seed_0"
-    metadata = pristine.metadata(config)
-    checkpoint.save(path, images.task(config).init(jax.random.key(0)), metadata=metadata)
-    made = {"checkpoint_path": str(path), "domains": ("contrast",), "num_images": 25}
+    made = {"checkpoint_path": model, "domains": ("contrast",), "num_images": 25}
     running, batch = (
         feature_shift.run(config, str(tmp_path / norm), norm=norm, **made)
         for norm in ("running", "batch")
@@ -148,12 +117,12 @@ def test_the_statistics_of_a_batch(tmp_path, monkeypatch):
         ({"domains": ("rain",)}, "unknown --domains value 'rain'"),
         ({"domains": ()}, "unknown --domains value ''"),
         ({"domains": ("fog", "fog")}, "--domains value 'fog' is there twice"),
-        ({"num_images": 1}, "at least 2; got 1"),
+        ({"num_images": 1}, "at least 2; got 1 and 30 of"),
     ],
 )
-def test_refusals(model, tmp_path, options, message):
+def test_refusals(tmp_path, options, message):
     with pytest.raises(launch.UserError, match=message):
-        feature_shift.run(model[0], str(tmp_path / "w"), checkpoint_path=model[1], **options)
+        feature_shift.run(tiny_config.get_config(), str(tmp_path / "w"), **options)
     assert not (tmp_path / "w").exists()
 
 
@@ -161,13 +130,13 @@ def test_refusals(model, tmp_path, options, message):
     ("change", "message"),
     [
         ({"seeds": ()}, r"config\.seeds must list .* got \(\)"),
-        ({"data.test": "test[:1]"}, r"at least 2 images; 'test\[:1\]' has 1"),
+        ({"data.test": "test[:1]"}, r"at least 2; got 1536 and 1 of 'test\[:1\]'"),
         ({"adapt.severity": 6}, "from 1 .* to 5"),
     ],
 )
-def test_refusals_of_a_config(model, tmp_path, change, message):
-    config = model[0].copy_and_resolve_references()
+def test_refusals_of_a_config(tmp_path, change, message):
+    config = tiny_config.get_config()
     config.update_from_flattened_dict(change)
     with pytest.raises((launch.UserError, ValueError), match=message):
-        feature_shift.run(config, str(tmp_path / "w"), checkpoint_path=model[1])
+        feature_shift.run(config, str(tmp_path / "w"))
     assert not (tmp_path / "w").exists()

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import adapt, journal, train
+from experiments import adapt, journal, train, units
 from experiments.tasks import image_order, images
 from tests.experiments import tiny_config
 from ttt_jax import data
@@ -253,7 +253,7 @@ def test_seeds_share_their_compiled_programs_and_nothing_else(tmp_path):
     shutil.copytree(tmp_path / "both" / "checkpoints", tmp_path / "alone" / "checkpoints")
     # The settings that the first seed chose hold for all.
     shutil.copy(tmp_path / "both" / "selection.json", tmp_path / "alone")
-    adapt.units._PROGRAMS.clear()
+    units._PROGRAMS.clear()
     assert adapt.run(config, str(tmp_path / "alone")) == 0
     both, alone = (
         [row for row in journal.Journal(tmp_path / name / "results.jsonl").rows() if row["seed"]]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import train
+from experiments import settings, train
 from experiments.tasks import images
 from tests.experiments import tiny_config
 from ttt_jax import audit, checkpoint
@@ -19,7 +19,7 @@ def config_of(**options):
 
 
 def test_adamw_with_warmup_by_hand():
-    optim = train.optimizer(config_of(warmup_steps=2))
+    optim = settings.training_optimizer(config_of(warmup_steps=2))
     params = {"kernel": jnp.array([[2.0]]), "bias": jnp.array([2.0])}
     state = optim.init(params)
     grads = [0.3, -0.1, 0.2]
@@ -40,14 +40,15 @@ def test_adamw_with_warmup_by_hand():
             np.testing.assert_allclose(params[name].ravel(), [value], rtol=1e-5)
 
 
-def test_interrupted_adamw_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_interrupted_adamw_goes_on_where_it_was(dense, tmp_path, monkeypatch):
     config = config_of(learning_rate=0.01, warmup_steps=1, save_every=3, aux="none")
+    config.model = {"name": "dense"}
     train.run(config, str(tmp_path / "whole"))
 
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train._SavedState, "remove", stop)
+    monkeypatch.setattr(checkpoint.Saves, "remove", stop)
     with pytest.raises(KeyboardInterrupt):
         train.run(config, str(tmp_path / "cut"))
     monkeypatch.undo()
@@ -81,7 +82,7 @@ def test_what_the_main_task_trains(main_select):
     config = tiny_config.get_mae_config()
     config.model.head_depth = 1
     config.train.update({"aux_weight": 0.0, "weight_decay": 0.0, "main_select": main_select})
-    task, optim = images.task(config), train.optimizer(config)
+    task, optim = images.task(config), settings.training_optimizer(config)
     step = train.make_step(config, task, optim)
     before = task.init(jax.random.key(0))
     batch = next(task.training(0).steps(0))

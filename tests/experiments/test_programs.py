@@ -332,5 +332,7 @@ def test_rows_of_another_checkpoint_are_refused(adapted, tmp_path):
         adapt.run(tiny_config.get_config(), str(folder))
     selection = json.loads((folder / "selection.json").read_text())
     (folder / "selection.json").write_text(json.dumps(selection | {"checkpoint": "other"}))
-    with pytest.raises(launch.UserError, match="chosen with another checkpoint"):
+    with pytest.raises(
+        launch.UserError, match=r"selection\.json was made otherwise: checkpoint was"
+    ):
         adapt.run(tiny_config.get_config(), str(folder))

@@ -55,9 +55,7 @@ def test_a_folder_is_bound_once_something_was_made(tmp_path, made):
     (tmp_path / made).write_text("{}")
     provenance.claim(tmp_path, config)
     config.adapt.severity = 4
-    with pytest.raises(
-        launch.UserError, match=r"another configuration: adapt\.severity was 3, now 4"
-    ):
+    with pytest.raises(launch.UserError, match=r"made otherwise: adapt\.severity was 3, now 4"):
         provenance.claim(tmp_path, config)
 
 

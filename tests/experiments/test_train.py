@@ -5,18 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import launch, train
+from experiments import launch, settings, train
 from experiments.tasks import images
 from tests.experiments import tiny_config
+from tests.experiments.diagnosed import get_config
 from ttt_jax import audit, checkpoint
 from ttt_jax.task import take
 
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    train.run(tiny_config.get_config(), str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("dense")
 
 
 class Stop(Exception):
@@ -39,16 +35,16 @@ def assert_same_parameters(folder, other):
         np.testing.assert_array_equal(a, b)
 
 
-def test_interrupted_training_resumes_to_the_same_parameters(trained, tmp_path):
+def test_interrupted_training_resumes_to_the_same_parameters(dense_folder, tmp_path):
     with pytest.raises(Stop):
-        train.train(*with_task(tiny_config.get_config()), tmp_path, 0, StopAtEight())
+        train.train(*with_task(get_config()), tmp_path, 0, StopAtEight())
     assert (tmp_path / "training" / "seed_0" / "step_5").is_dir()
-    train.run(tiny_config.get_config(), str(tmp_path))
-    assert_same_parameters(trained, tmp_path)
+    train.run(get_config(), str(tmp_path))
+    assert_same_parameters(dense_folder, tmp_path)
 
 
 def test_many_steps_per_call_equal_the_loop(tmp_path):
-    config = tiny_config.get_config()
+    config = get_config()
     config.train.steps_per_call = 6
     config.train.save_every = 4
     with pytest.raises(Stop):
@@ -58,7 +54,7 @@ def test_many_steps_per_call_equal_the_loop(tmp_path):
         train.run(config, str(tmp_path / name))
     assert_same_parameters(tmp_path / "whole", tmp_path / "killed")
 
-    task, optimizer = images.task(config), train.optimizer(config)
+    task, optimizer = images.task(config), settings.training_optimizer(config)
     run = jax.jit(train.make_step(config, task, optimizer))
     variables = jax.jit(task.init)(jax.random.key(0))
     state = [variables, optimizer.init(variables["params"])]
@@ -77,7 +73,7 @@ def test_step_schedule_ends_at_a_hundredth():
     config = tiny_config.get_config()
     config.train.schedule = "step"
     config.train.update({"weight_decay": 0.0, "momentum": 0.0, "learning_rate": 0.5})
-    optimizer = train.optimizer(config)
+    optimizer = settings.training_optimizer(config)
     state, rates = optimizer.init(jnp.ones(())), []
     for _ in range(config.train.num_steps):
         update, state = optimizer.update(jnp.ones(()), state, jnp.ones(()))
@@ -117,7 +113,7 @@ def test_a_missing_split_is_refused_before_the_training(tmp_path):
 
 @pytest.mark.parametrize("per_call", [1, 4])
 def test_a_training_that_diverges_ends_and_says_so(tmp_path, per_call):
-    config = tiny_config.get_config()
+    config = get_config()
     config.train.learning_rate = 1e30
     config.train.update({"log_every": 8, "save_every": 4})
     with config.unlocked():

@@ -24,6 +24,7 @@ Every failure is a :class:`CheckpointError` that names the leaf or the file.
 from ttt_jax.checkpoint.errors import CheckpointError
 from ttt_jax.checkpoint.held import MODES, Pristine, pristine
 from ttt_jax.checkpoint.leaves import Leaf, fingerprint
+from ttt_jax.checkpoint.saves import Saves
 from ttt_jax.checkpoint.store import load, save
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "Leaf",
     "Pristine",
+    "Saves",
     "fingerprint",
     "load",
     "pristine",

@@ -9,6 +9,12 @@ from ttt_jax.diagnostics.alignment import (
     Alignment as Alignment,
     gradient_alignment as gradient_alignment,
     guaranteed_step as guaranteed_step,
+    secant_smoothness as secant_smoothness,
+    shared_parameters as shared_parameters,
+)
+from ttt_jax.diagnostics.features import (
+    FeatureShift as FeatureShift,
+    feature_shift as feature_shift,
 )
 from ttt_jax.diagnostics.maps import step_size_map as step_size_map
 from ttt_jax.diagnostics.monitors import (
@@ -20,6 +26,7 @@ from ttt_jax.diagnostics.monitors import (
     harm as harm,
     predicted_classes as predicted_classes,
 )
+from ttt_jax.diagnostics.probes import Probe as Probe, probe as probe, summary as summary
 from ttt_jax.diagnostics.selectors import (
     Choice as Choice,
     OracleChoice as OracleChoice,

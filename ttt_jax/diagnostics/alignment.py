@@ -1,13 +1,22 @@
 """Alignment: does a step on the auxiliary loss also lower the main loss?"""
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.interpreters import partial_eval
 
-from ttt_jax import _trees
+from ttt_jax import _trees, select as select_lib
 from ttt_jax.base import AuxLoss, Key, Params, PyTree, Selection
+
+MainLoss = Callable[[Params, Any, Any, Key], jax.Array]
+
+# How far the smoothness is measured, relative to the norm of the parameters: far enough for
+# bfloat16 to resolve the change of the gradient.
+_RADIUS = 0.01
 
 
 class Alignment(NamedTuple):
@@ -41,10 +50,7 @@ def _divided(value: jax.Array, *norms: jax.Array) -> jax.Array:
 
 
 def gradient_alignment(
-    main_loss: Callable[[Params, Any, Any, Key], jax.Array],
-    aux_loss: AuxLoss,
-    *,
-    select: Selection,
+    main_loss: MainLoss, aux_loss: AuxLoss, *, select: Selection
 ) -> Callable[[Params, Any, Any, Key], Alignment]:
     """The inner product of the main and the auxiliary gradient, in the selected parameters.
 
@@ -108,6 +114,84 @@ def gradient_alignment(
         return Alignment(inner, _divided(inner, main_norm, aux_norm), main_norm, aux_norm)
 
     return align
+
+
+def shared_parameters(
+    main_loss: MainLoss, aux_loss: AuxLoss, *, select: Selection
+) -> Callable[[Params, Any, Any, Key], Selection]:
+    """The selected parameters that both losses read, such as those of a shared encoder.
+
+    In the others one of the two gradients is zero, so that they add nothing to the inner product
+    of :func:`gradient_alignment` and would only dilute the cosine.
+
+    Args:
+      main_loss: as in :func:`gradient_alignment`.
+      aux_loss: as in :func:`gradient_alignment`.
+      select: the parameters that adapt.
+
+    Returns:
+      ``(params, x, label, key) -> Selection`` for one instance, of which shapes do
+      (``jax.ShapeDtypeStruct``): nothing is computed.
+
+    Raises:
+      ValueError: when called: both losses read none of the selected parameters.
+    """
+
+    def shared(params: Params, x: Any, label: Any, key: Key) -> Selection:
+        paths = [path for path, leaf in _trees.named_leaves(params) if leaf is not None]
+        chosen = select_lib.describe(select, params).paths
+        used = set(chosen)
+        for loss, inputs in ((main_loss, (x, label, key)), (aux_loss, (x, key))):
+            jaxpr = jax.make_jaxpr(loss)(params, *inputs).jaxpr
+            read = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
+            used &= {path for path, needed in zip(paths, read, strict=False) if needed}
+        if not used:
+            raise ValueError(
+                "The main and the auxiliary loss share no selected parameter, so their gradients "
+                f"cannot be compared; got {', '.join(chosen[:3])}. Select part of the shared "
+                "encoder."
+            )
+        return select_lib.paths(*(re.escape(path) for path in paths if path in used))
+
+    return shared
+
+
+def secant_smoothness(
+    main_loss: MainLoss, aux_loss: AuxLoss, *, select: Selection
+) -> Callable[[Params, Any, Any, Key], jax.Array]:
+    """How fast the main gradient changes along the auxiliary one.
+
+    The beta of Theorem 1 bounds this everywhere and in every direction; here it is read off one
+    secant, from the pristine parameters along minus the auxiliary gradient, 1 % of their norm
+    long. That is never more than the bound, so a step of :func:`guaranteed_step` computed with it
+    may exceed the one that the theorem guarantees.
+
+    Args:
+      main_loss: as in :func:`gradient_alignment`.
+      aux_loss: as in :func:`gradient_alignment`.
+      select: the parameters that adapt.
+
+    Returns:
+      ``(params, x, label, key) -> float32 scalar`` for one instance, keys as in
+      :func:`gradient_alignment`; 0 where the auxiliary gradient is zero.
+
+    References:
+      Sun et al., `Test-Time Training with Self-Supervision
+      <https://arxiv.org/abs/1909.13231>`_, 2020, Theorem 1.
+    """
+
+    def smoothness(params: Params, x: Any, label: Any, key: Key) -> jax.Array:
+        fast, frozen = select.split(params)
+        aux_key, main_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+        aux = jax.grad(lambda fast: aux_loss(select.merge(fast, frozen), x, aux_key))(fast)
+        main = jax.grad(lambda fast: main_loss(select.merge(fast, frozen), x, label, main_key))
+        length, reach = optax.tree.norm(aux), _RADIUS * optax.tree.norm(fast)
+        step = reach / jnp.where(length == 0, 1.0, length)
+        moved = jax.tree.map(lambda p, g: p - step * g, fast, aux)
+        change = jax.tree.map(jnp.subtract, main(moved), main(fast))
+        return jnp.where(length == 0, 0.0, optax.tree.norm(change) / reach)
+
+    return smoothness
 
 
 def guaranteed_step(alignment: Alignment, *, smoothness: Any) -> jax.Array:
