@@ -22,7 +22,8 @@ def test_tasks_of_the_programs(name):
         config.data.update({"test": "test[:20]", "validation": "train[1257:1277]"})
         config.adapt.batch_size = 10
     if name == "documents":
-        config.data.update({"chunks": 3, "most": 6})
+        config.data.update({"chunk": 16, "chunks": 3, "most": 6})
+        config.model.update({"width": 16, "depth": 1})
     ttt.audit.check_task(tasks.build(config))
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 
 _QUICK = {
     "xla_backend_optimization_level": 0,
@@ -28,10 +29,17 @@ def _options() -> dict[str, Any]:
     return _known
 
 
+def _on_host(leaf: Any) -> Any:
+    return leaf if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
+
+
 def quickly(function: Any, *args: Any) -> Any:
-    """``function(*args)``, compiled with as little optimization as possible."""
+    """``function(*args)``, compiled with as little optimization as possible.
+
+    In NumPy but for keys: what a test does with the results compiles nothing more.
+    """
     compiled = jax.jit(function).lower(*args).compile(compiler_options=dict(_options()))
-    return compiled(*args)
+    return jax.tree.map(_on_host, compiled(*args))
 
 
 def recorded(build: Any, *args: Any) -> tuple[Any, list[Any]]:

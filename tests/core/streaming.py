@@ -32,7 +32,7 @@ def scanned(stream, params, xs, keys):
 
 def adam_with_memory(loss=None):
     """An adapter with everything that a reset could forget: moments, memory and count."""
-    chosen = select.paths(r".*/encoder/.*", r".*/norm/.*", ".*/head/kernel")
+    chosen = select.paths(r".*/norm/.*", ".*/head/kernel")
     # A generous epsilon: Adam would blow rounding errors of a zero gradient up to full steps.
     optimizer = optax.adam(0.05, eps=1e-2)
     return ttt.gradient_adapter(loss or models.moving_center(), optimizer, select=chosen)

@@ -23,6 +23,7 @@ from .stepping import (
     sgd,
     value_of,
 )
+from .streaming import rows
 
 
 class TestGradientAdapter:
@@ -145,11 +146,12 @@ class TestNoStepAsked:
             return state, *adapter.step(PARAMS, state, second, KEY)
 
         batch = np.array([[1.0, 2.0, 0.0], [3.0, 1.0, 1.0]], np.float32)
-        warm, after, info = quickly(go, batch, -batch)
+        seconds = np.stack([-batch, batch])
+        results = quickly(jax.vmap(go, in_axes=(None, 0)), batch, seconds)
+        (warm, after, info), (_, moved, _) = rows(results, 0), rows(results, 1)
         assert warm.count == 1 and (warm.fast["w"] != W).any()
         jax.tree.map(np.testing.assert_array_equal, warm, after)
         assert info.finite
-        _, moved, _ = quickly(go, batch, batch)
         assert moved.count == 2 and (moved.fast["w"] != warm.fast["w"]).any()
 
     def test_tiny_gradients_are_not_zero(self):
@@ -215,7 +217,7 @@ class TestTracedHyperParameters:
             return ttt.inner_loop(adapter, 2)(PARAMS, adapter.init(PARAMS), 0.7, KEY)[0].fast["w"]
 
         rows = quickly(jax.vmap(go), self.VALUES)
-        apart = [run(build(float(value)), 2)[0].fast["w"] for value in self.VALUES]
+        apart = quickly(lambda: [go(float(value)) for value in self.VALUES])
         ttt.audit.require_close(rows, np.stack(apart), num_steps=2)
         assert len(np.unique(np.asarray(rows)[:, 0])) == 3
 

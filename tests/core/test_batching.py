@@ -11,6 +11,7 @@ from ttt_jax import losses, predictors, select
 
 from . import models
 from .compiling import quickly
+from .streaming import rows
 
 PARAMS = models.make_params()
 KEY = jax.random.key(0)
@@ -58,16 +59,15 @@ class TestBatched:
         predict = ttt.episodic(adapter, ttt.unbatched(models.classify), num_steps=1)
         ids = np.array([11, 5, 7, 2])
         order = np.array([2, 0, 3, 1])
-        xs = models.make_images(4)
+        xs, places = models.make_images(4), np.stack([np.arange(4), order])
 
-        def both(xs):
+        def both(xs, keys):
             batched = ttt.batched(predict)
-            straight = batched(PARAMS, xs, ttt.sample_keys(KEY, ids))
-            shuffled = batched(PARAMS, xs[order], ttt.sample_keys(KEY, ids[order]))
-            return straight, shuffled
+            return jax.lax.map(lambda pair: batched(PARAMS, *pair), (xs, keys))
 
-        straight, shuffled = quickly(both, xs)
-        ttt.audit.require_close(shuffled, jax.tree.map(lambda leaf: leaf[order], straight))
+        keys = jnp.stack([ttt.sample_keys(KEY, ids[at]) for at in places])
+        results = quickly(both, xs[places], keys)
+        ttt.audit.require_close(rows(results, 1), rows(rows(results, 0), order))
 
 
 class TestUnbatched:

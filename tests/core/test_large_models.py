@@ -1,5 +1,6 @@
 """A decoder split over devices while each instance has its own low-rank factors."""
 
+import functools
 import re
 
 import jax
@@ -11,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import ttt_jax as ttt
 from ttt_jax import budget, checkpoint, select
+
+from .compiling import quickly
 
 pytestmark = pytest.mark.skipif(
     len(jax.devices()) < 4,
@@ -107,38 +110,54 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def alone():
-    return jax.jit(ttt.batched(PREDICT))(decoder_params(), *inputs())
+    """On one device: after the steps, and before them."""
+
+    def both(params, tokens, keys):
+        return ttt.batched(PREDICT)(params, tokens, keys), decode(params, tokens)
+
+    return quickly(both, decoder_params(), *inputs())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "decoder"
+    checkpoint.save(path, decoder_params())
+    return path
+
+
+@functools.cache
+def compiled(shape):
+    mesh, params = mesh_of(*shape), decoder_params()
+    placed = jax.device_put(params, shardings(mesh, params))
+    run = ttt.batched(PREDICT, mesh=mesh, chunk_size=1)
+    return jax.jit(run).lower(placed, *inputs()).compile()
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (2, 2)])
-def test_a_split_decoder_equals_one_device(alone, shape, tmp_path):
+def test_a_split_decoder_equals_one_device(alone, saved, shape):
     """From a checkpoint, which goes straight to where its parts belong."""
-    mesh, params = mesh_of(*shape), decoder_params()
-    checkpoint.save(tmp_path / "decoder", params)
-    placed = checkpoint.load(tmp_path / "decoder", sharding=shardings(mesh, params)).params
+    placement = shardings(mesh_of(*shape), decoder_params())
+    placed = checkpoint.load(saved, sharding=placement).params
     shard = placed["blocks"]["up"].addressable_shards[0].data
     assert shard.shape == (LAYERS, WIDTH, 5 * WIDTH // shape[1])
-    run = jax.jit(ttt.batched(PREDICT, mesh=mesh, chunk_size=1))
-    logits, info = run(placed, *inputs())
+    logits, info = compiled(shape)(placed, *inputs())
     assert bool(info.updated.all())
-    ttt.audit.require_close(info.loss, alone[1].loss, num_steps=3)
-    ttt.audit.require_close(logits, alone[0], num_steps=3)
-    assert np.abs(logits - decode(params, inputs()[0])).max() > 0.1
+    (expected, one), before = alone
+    ttt.audit.require_close(info.loss, one.loss, num_steps=3)
+    ttt.audit.require_close(logits, expected, num_steps=3)
+    assert np.abs(logits - before).max() > 0.1
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (2, 2)])
 def test_no_device_holds_the_decoder(shape):
     """A device needs its share and little more: parameters are not gathered, only activations."""
-    mesh, params = mesh_of(*shape), decoder_params()
-    placed = jax.device_put(params, shardings(mesh, params))
-    run = ttt.batched(PREDICT, mesh=mesh, chunk_size=1)
-    compiled = jax.jit(run).lower(placed, *inputs()).compile()
+    program, params = compiled(shape), decoder_params()
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     owned = 4 * budget.copy_bytes(ADAPTER, params)  # parameters, moments, gradient
-    assert budget.used(compiled) < whole / shape[1] + owned + whole / 4
+    assert budget.used(program) < whole / shape[1] + owned + whole / 4
     for name in ("query", "up", "down", "embed"):
         leaf = params.get(name, params["blocks"].get(name))
         for part in (leaf.shape, leaf.shape[1:]):
             if len(part) > 1:
                 dimensions = ",".join(map(str, part))
-                assert not re.search(rf"f32\[(\d+,)?{dimensions}\]", compiled.as_text()), name
+                assert not re.search(rf"f32\[(\d+,)?{dimensions}\]", program.as_text()), name

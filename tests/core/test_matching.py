@@ -1,5 +1,6 @@
 """Matching the source's statistics, against numbers worked out by hand or in NumPy."""
 
+import functools
 import typing
 
 import jax
@@ -63,6 +64,7 @@ def actmad(xs, params=0.5, source_params=1.5):
     )
 
 
+@functools.cache
 def activation_source(plain=False):
     moments = losses.activation_moments(collect)
     return ttt.source_statistics(moments, 1.5, Data(ROWS, plain))
@@ -199,6 +201,7 @@ def features(params, inputs):
     return inputs * params
 
 
+@functools.cache
 def feature_source():
     return ttt.source_statistics(losses.feature_moments(features), 1.5, Data(VECTORS))
 

@@ -9,7 +9,7 @@ import pytest
 import ttt_jax as ttt
 from ttt_jax import losses, select
 
-from . import models
+from . import models, stepping
 from .compiling import quickly, recorded
 
 KEY = jax.random.key(0)
@@ -19,11 +19,12 @@ KEYS = ttt.sample_keys(KEY, np.arange(4))
 classify = ttt.unbatched(models.classify)
 
 
-def rotation_ttt(num_steps, *, rate=0.1, trace=False, loss=None):
+def rotation_ttt(num_steps, *, rate=0.1, trace=False, loss=None, chosen=None):
+    """Each step augments with a key of its own."""
     adapter = ttt.gradient_adapter(
-        loss or losses.rotation(models.turn, copies=2, augment=models.jitter),
+        loss or losses.rotation(models.turn, augment=models.jitter),
         optax.sgd(rate, momentum=0.9),
-        select=select.everything(),
+        select=chosen or select.norm_affine(),
     )
     return ttt.episodic(adapter, classify, num_steps=num_steps, trace=trace)
 
@@ -131,8 +132,10 @@ class TestVote:
         predict = ttt.vote(rotation_ttt(1), 3, combine=lambda logits: logits.mean(axis=0))
 
         def both(params, x, key):
-            single = [rotation_ttt(1)(params, x, jax.random.fold_in(key, i))[0] for i in range(3)]
-            return predict(params, x, key)[0], jnp.stack(single).mean(axis=0)
+            def single(i):
+                return rotation_ttt(1)(params, x, jax.random.fold_in(key, i))[0]
+
+            return predict(params, x, key)[0], jax.lax.map(single, jnp.arange(3)).mean(axis=0)
 
         voted, mean = quickly(both, PARAMS, IMAGES[0], KEY)
         ttt.audit.require_close(voted, mean)
@@ -219,7 +222,8 @@ class TestFailures:
     @staticmethod
     def over_rates(num_steps, trace=False):
         def one(x, key, rate):
-            predict = rotation_ttt(num_steps, rate=rate, trace=trace)
+            chosen = select.everything()
+            predict = rotation_ttt(num_steps, rate=rate, trace=trace, chosen=chosen)
             return predict(PARAMS, x, key), ttt.source(classify)(PARAMS, x, key)[0]
 
         return jax.vmap(one)
@@ -299,37 +303,36 @@ class TestTracedHyperParameters:
     """``vmap`` over a hyper-parameter by building the predictor inside the mapped function."""
 
     def check(self, build, values):
-        def one(value):
-            return build(value)(PARAMS, IMAGES[0], KEY)[0]
+        self.compare(lambda value: build(value)(PARAMS, IMAGES[0], KEY)[0], values)
 
+    def compare(self, one, values):
         rows = quickly(jax.vmap(one), np.asarray(values, np.float32))
         apart = quickly(lambda: [one(value) for value in values])
         ttt.audit.require_close(rows, np.stack(apart), num_steps=2)
         assert len(np.unique(np.asarray(rows)[:, 0])) == len(values)
 
     def test_learning_rate(self):
-        self.check(lambda rate: rotation_ttt(2, rate=rate), [0.0, 0.01, 0.3])
+        self.check(lambda rate: rotation_ttt(1, rate=rate), [0.0, 0.01, 0.3])
+
+    def check_steps(self, build, values):
+        """On the three weights of ``stepping``."""
+
+        def one(value):
+            predict = ttt.episodic(build(value), lambda params, x: params["w"], num_steps=2)
+            return predict(stepping.PARAMS, 0.7, KEY)[0]
+
+        self.compare(one, values)
 
     def test_anchor(self):
-        def build(anchor):
-            adapter = ttt.gradient_adapter(
-                losses.rotation(models.turn),
-                optax.sgd(0.1),
-                select=select.norm_affine(),
-                anchor=anchor,
-            )
-            return ttt.episodic(adapter, classify, num_steps=2)
-
-        self.check(build, [0.0, 1.0, 5.0])
+        self.check_steps(lambda anchor: stepping.sgd(anchor=anchor), [0.0, 1.0, 5.0])
 
     def test_rho(self):
         def build(rho):
-            adapter = ttt.sharpness_aware_adapter(
-                losses.entropy(models.classify), optax.sgd(0.5), select=select.biases(), rho=rho
+            return ttt.sharpness_aware_adapter(
+                stepping.quartic, optax.sgd(0.01), select=stepping.ALL_W, rho=rho
             )
-            return ttt.episodic(adapter, classify, num_steps=1)
 
-        self.check(build, [0.0, 0.1, 0.5])
+        self.check_steps(build, [0.0, 0.1, 0.5])
 
     def test_threshold(self):
         def build(threshold):

@@ -59,11 +59,16 @@ class TestEvery:
         """The symptom by which moments that survive a reset give themselves away."""
         xs = jnp.stack([IMAGES[0]] * 3)
         keys = ttt.sample_keys(KEY, [7, 7, 7])
-        adapter = adam_with_memory(losses.rotation(models.turn, copies=2, augment=models.jitter))
-        _, (outputs, info), _ = run(adapter, reset=resets.every(1), xs=xs, keys=keys, num_steps=2)
-        assert_equal(rows((outputs, info), 0), rows((outputs, info), 1))
-        assert_equal(rows((outputs, info), 0), rows((outputs, info), 2))
-        _, (outputs, _), _ = run(adapter, reset=resets.never(), xs=xs, keys=keys, num_steps=2)
+        adapter = adam_with_memory(losses.rotation(models.turn, augment=models.jitter))
+
+        def after(period):
+            stream = ttt.online(adapter, classify, num_steps=2, reset=resets.every(period))
+            return scanned(stream, PARAMS, xs, keys)[1]
+
+        results = quickly(lambda periods: jax.lax.map(after, periods), np.array([1, 4]))
+        forgetful, (outputs, _) = rows(results, 0), rows(results, 1)
+        assert_equal(rows(forgetful, 0), rows(forgetful, 1))
+        assert_equal(rows(forgetful, 0), rows(forgetful, 2))
         assert (np.abs(np.diff(outputs, axis=0)).max(axis=1) > 1e-4).all()
 
     def test_equals_episodic(self):
@@ -100,7 +105,7 @@ class TestEvery:
 
 class TestNever:
     def test_nothing_is_restored(self):
-        _, (_, info), carries = run(adam_with_memory(), reset=resets.never())
+        _, (_, info), carries = walk_stream(range(1, N + 1), reset=resets.never())
         assert not info.reset.any()
         np.testing.assert_array_equal(carries.state.count, np.arange(1, N + 1))
 
@@ -165,17 +170,26 @@ class TestOnCollapse:
 
 
 class TestStochasticRestore:
-    @pytest.mark.parametrize(("p", "restored"), [(0.0, False), (1.0, True)])
-    def test_all_or_nothing(self, p, restored):
+    def test_all_or_nothing(self):
         adapter = adam_with_memory()
-        _, (_, info), carries = run(adapter, reset=resets.stochastic_restore(p))
-        assert (np.asarray(info.reset) == restored).all()
-        start, last = adapter.init(PARAMS), rows(carries.state, N - 1)
-        for old, new in zip(jax.tree.leaves(start.fast), jax.tree.leaves(last.fast), strict=True):
-            assert (np.asarray(old) == np.asarray(new)).all() == restored
-        assert last.count == N
-        assert (last.opt_state[0].mu["params"]["head"]["kernel"] != 0).all()
-        assert (last.memory["center"] != 0).all()
+
+        def after(p):
+            stream = ttt.online(adapter, classify, reset=resets.stochastic_restore(p))
+            carry, (_, info), _ = scanned(stream, PARAMS, IMAGES, KEYS)
+            return carry.state, info.reset
+
+        probabilities = np.array([0.0, 1.0], np.float32)
+        states, fired = quickly(lambda values: jax.lax.map(after, values), probabilities)
+        start = adapter.init(PARAMS)
+        for place, restored in enumerate([False, True]):
+            assert (np.asarray(fired[place]) == restored).all()
+            last = rows(states, place)
+            leaves = zip(jax.tree.leaves(start.fast), jax.tree.leaves(last.fast), strict=True)
+            for old, new in leaves:
+                assert (np.asarray(old) == np.asarray(new)).all() == restored
+            assert last.count == N
+            assert (last.opt_state[0].mu["params"]["head"]["kernel"] != 0).all()
+            assert (last.memory["center"] != 0).all()
 
     def test_share_of_elements(self):
         """Elementwise, about p of them, and other ones at every step."""

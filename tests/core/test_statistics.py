@@ -8,6 +8,8 @@ import pytest
 
 import ttt_jax as ttt
 
+from .compiling import quickly
+
 
 class Data:
     """Batches of unequal size with a split."""
@@ -63,7 +65,8 @@ def test_fisher_serves_as_anchor():
     adapter = ttt.gradient_adapter(
         lambda p, x, k: jnp.sum(p["w"] * x), optax.sgd(0.1), select=selection, anchor=found.value
     )
-    _, info = adapter.step(params, adapter.init(params), jnp.ones(4), jax.random.key(0))
+    state, x = adapter.init(params), np.ones(4, np.float32)
+    _, info = quickly(adapter.step, params, state, x, jax.random.key(0))
     assert info.finite
 
 

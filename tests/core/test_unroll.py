@@ -10,17 +10,19 @@ import ttt_jax as ttt
 from tests.core.models import classify, make_images, make_params, snapshot, turn
 from ttt_jax import losses, resets, select
 
+from .compiling import quickly
+
 PARAMS = make_params()
 DOCUMENTS = jnp.stack([make_images(4, seed=seed) for seed in range(3)])
 KEYS = ttt.sample_keys(jax.random.key(0), jnp.arange(3))
 
 
+ADAPTER = ttt.gradient_adapter(losses.rotation(turn), optax.sgd(0.1), select=select.norm_affine())
+
+
 def stream(predict="before", num_steps=2, reset=None):
-    adapter = ttt.gradient_adapter(
-        losses.rotation(turn), optax.sgd(0.1), select=select.norm_affine()
-    )
     return ttt.online(
-        adapter,
+        ADAPTER,
         ttt.unbatched(classify),
         num_steps=num_steps,
         reset=reset or resets.never(),
@@ -30,16 +32,19 @@ def stream(predict="before", num_steps=2, reset=None):
 
 def test_it_is_the_stream_chunk_by_chunk():
     steps = stream()
-    outputs, info = jax.jit(ttt.unroll(steps))(PARAMS, DOCUMENTS[0], KEYS[0])
+    outputs, info = quickly(ttt.unroll(steps), PARAMS, DOCUMENTS[0], KEYS[0])
     carry, expected, losses_seen = steps.init(PARAMS), [], []
-    step = jax.jit(steps.step)
-    for t, chunk in enumerate(DOCUMENTS[0]):
-        key = jax.random.fold_in(KEYS[0], t)
-        carry, (output, chunk_info) = step(PARAMS, carry, chunk, key)
+
+    def read(params, carry, document, key, t):
+        return steps.step(params, carry, document[t], jax.random.fold_in(key, t))
+
+    step = jax.jit(read)
+    for t in range(len(DOCUMENTS[0])):
+        carry, (output, chunk_info) = step(PARAMS, carry, DOCUMENTS[0], KEYS[0], t)
         expected.append(output)
-        losses_seen.extend(chunk_info.loss)
+        losses_seen.append(chunk_info.loss)
     ttt.audit.require_close(outputs, np.stack(expected), num_steps=8)
-    ttt.audit.require_close(info.loss, np.stack(losses_seen), num_steps=8)
+    ttt.audit.require_close(info.loss, np.concatenate(losses_seen), num_steps=8)
     assert info.loss.shape == (8,) and bool(info.ok) and bool(info.updated)
 
 
@@ -57,13 +62,13 @@ def test_many_documents_keep_the_promises():
 
 
 def test_reset_at_every_chunk_is_episodic():
-    outputs, _ = ttt.unroll(stream("after", reset=resets.every(1)))(PARAMS, DOCUMENTS[0], KEYS[0])
-    adapter = ttt.gradient_adapter(
-        losses.rotation(turn), optax.sgd(0.1), select=select.norm_affine()
-    )
-    predict = ttt.episodic(adapter, ttt.unbatched(classify), num_steps=2)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(KEYS[0], jnp.arange(4))
-    expected, _ = ttt.batched(predict)(PARAMS, DOCUMENTS[0], keys)
+    def both(params, document, key):
+        steps = ttt.unroll(stream("after", reset=resets.every(1)))
+        predict = ttt.episodic(ADAPTER, ttt.unbatched(classify), num_steps=2)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(4))
+        return steps(params, document, key)[0], ttt.batched(predict)(params, document, keys)[0]
+
+    outputs, expected = quickly(both, PARAMS, DOCUMENTS[0], KEYS[0])
     ttt.audit.require_close(outputs, expected, num_steps=2)
 
 
