@@ -29,6 +29,8 @@ IMAGES = models.make_images(N)
 BATCHES = models.make_images(N, batch=4)
 TRAINING = models.make_images(8, seed=2)
 SGD = optax.sgd(0.1, momentum=0.9)
+# Few leaves, as each takes time to compile; which adapt is for tests/core/test_conformance.py.
+SOME = ttt.select.paths(r"params/(encoder/kernel|norm/scale)")
 PRIOR = 4
 plain = ttt.unbatched(models.classify)
 
@@ -65,7 +67,14 @@ def classify_blended(params, images):
 
 def neighbors(**options):
     method = methods.neighbors(
-        models.classify, models.turn, models.features, copies=2, k=3, optimizer=SGD, **options
+        models.classify,
+        models.turn,
+        models.features,
+        copies=2,
+        k=3,
+        optimizer=SGD,
+        select=SOME,
+        **options,
     )
     return method.build(quickly(method.measure, PARAMS, TRAINING))
 
@@ -73,7 +82,7 @@ def neighbors(**options):
 # Method -> (options -> Predictor): small and by large steps, beside the published settings.
 ADAPTING = {
     "ttt_rotation": functools.partial(
-        methods.ttt_rotation, models.classify, models.turn, copies=3, optimizer=SGD
+        methods.ttt_rotation, models.classify, models.turn, copies=3, optimizer=SGD, select=SOME
     ),
     "ttt_rotation_statistics": functools.partial(
         methods.ttt_rotation_statistics,
@@ -82,6 +91,7 @@ ADAPTING = {
         augment=jitter_pixels,
         copies=4,
         optimizer=SGD,
+        select=SOME,
     ),
     "ttt_mae": functools.partial(
         methods.ttt_mae,
@@ -90,10 +100,15 @@ ADAPTING = {
         patch=models.PATCH,
         num_masks=2,
         optimizer=SGD,
-        select=ttt.select.paths(r"params/(encoder|norm)/.*"),
+        select=SOME,
     ),
     "memo": functools.partial(
-        methods.memo, models.classify, augment=jitter_pixels, num_views=3, optimizer=SGD
+        methods.memo,
+        models.classify,
+        augment=jitter_pixels,
+        num_views=3,
+        optimizer=SGD,
+        select=SOME,
     ),
     "rotation_memo": functools.partial(
         methods.rotation_memo,
@@ -104,6 +119,7 @@ ADAPTING = {
         num_views=3,
         memo_weight=0.5,
         optimizer=SGD,
+        select=SOME,
     ),
     "neighbors": neighbors,
     "ttt_denoising": functools.partial(
@@ -113,6 +129,7 @@ ADAPTING = {
         noise=0.3,
         num_copies=2,
         optimizer=optax.sgd(1.0),
+        select=SOME,
     ),
 }
 # The online form of the same method, with the same options.
