@@ -241,6 +241,8 @@ def test_adapting_methods(name):
     assert promises.moved(last["params"], PARAMS) == {"params"} | statistics
     if name in ONLINE:
         promises.require_streams(results["streams"], (last, info), num_steps=num_steps)
+        _, lasting = rows(results["streams"], 1)
+        assert np.delete(lasting.updated, promises.SPOILED).all()
     else:
         promises.close(results["loop"], (last["logits"], info), num_steps=steps)
     if name in TRACED:
