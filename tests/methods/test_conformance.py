@@ -16,8 +16,10 @@ import pytest
 import ttt_jax as ttt
 from tests.core import models
 from tests.core.compiling import quickly
-from tests.core.streaming import scanned
-from ttt_jax import audit, methods, resets
+from tests.core.streaming import rows
+from tests.methods import promises
+from tests.methods.linear_model import probabilities as softmax
+from ttt_jax import methods, resets
 
 N = 5
 PARAMS = models.make_params()
@@ -27,6 +29,8 @@ IMAGES = models.make_images(N)
 BATCHES = models.make_images(N, batch=4)
 TRAINING = models.make_images(8, seed=2)
 SGD = optax.sgd(0.1, momentum=0.9)
+# Few leaves, as each takes time to compile; which adapt is for tests/core/test_conformance.py.
+SOME = ttt.select.paths(r"params/(encoder/kernel|norm/scale)")
 PRIOR = 4
 plain = ttt.unbatched(models.classify)
 
@@ -63,15 +67,22 @@ def classify_blended(params, images):
 
 def neighbors(**options):
     method = methods.neighbors(
-        models.classify, models.turn, models.features, copies=2, k=3, optimizer=SGD, **options
+        models.classify,
+        models.turn,
+        models.features,
+        copies=2,
+        k=3,
+        optimizer=SGD,
+        select=SOME,
+        **options,
     )
-    return method.build(method.measure(PARAMS, TRAINING))
+    return method.build(quickly(method.measure, PARAMS, TRAINING))
 
 
 # Method -> (options -> Predictor): small and by large steps, beside the published settings.
 ADAPTING = {
     "ttt_rotation": functools.partial(
-        methods.ttt_rotation, models.classify, models.turn, copies=3, optimizer=SGD
+        methods.ttt_rotation, models.classify, models.turn, copies=3, optimizer=SGD, select=SOME
     ),
     "ttt_rotation_statistics": functools.partial(
         methods.ttt_rotation_statistics,
@@ -80,6 +91,7 @@ ADAPTING = {
         augment=jitter_pixels,
         copies=4,
         optimizer=SGD,
+        select=SOME,
     ),
     "ttt_mae": functools.partial(
         methods.ttt_mae,
@@ -88,10 +100,15 @@ ADAPTING = {
         patch=models.PATCH,
         num_masks=2,
         optimizer=SGD,
-        select=ttt.select.paths(r"params/(encoder|norm)/.*"),
+        select=SOME,
     ),
     "memo": functools.partial(
-        methods.memo, models.classify, augment=jitter_pixels, num_views=3, optimizer=SGD
+        methods.memo,
+        models.classify,
+        augment=jitter_pixels,
+        num_views=3,
+        optimizer=SGD,
+        select=SOME,
     ),
     "rotation_memo": functools.partial(
         methods.rotation_memo,
@@ -102,6 +119,7 @@ ADAPTING = {
         num_views=3,
         memo_weight=0.5,
         optimizer=SGD,
+        select=SOME,
     ),
     "neighbors": neighbors,
     "ttt_denoising": functools.partial(
@@ -111,6 +129,7 @@ ADAPTING = {
         noise=0.3,
         num_copies=2,
         optimizer=optax.sgd(1.0),
+        select=SOME,
     ),
 }
 # The online form of the same method, with the same options.
@@ -134,115 +153,103 @@ def online_form(name, **options):
     return stream(*given.args, **given.keywords, **options)
 
 
-def judge(differences, *, num_steps=2):
-    changed = float(models.snapshot(PARAMS) != PRISTINE)
-    audit.require(audit.findings({**differences, "pristine": changed}, num_steps=num_steps))
+# Two steps compile their body twice. Those of every loss are in tests/core/test_conformance.py.
+NUM_STEPS = {"ttt_rotation": 2}
+# A setting that may be traced: (its value in the row above, another, value -> options).
+TRACED = {
+    "ttt_rotation": (0.1, 0.9, lambda rate: {"optimizer": optax.sgd(rate, momentum=0.9)}),
+    "ttt_rotation_statistics": (0.9, 0.1, lambda share: {"statistics_momentum": share}),
+    "rotation_memo": (0.5, 0.1, lambda weight: {"memo_weight": weight}),
+    "ttt_denoising": (0.3, 0.9, lambda noise: {"noise": noise}),
+}
+mean_over_views = methods.mean_over_views(models.classify, views)
 
 
-def measured(predict, xs):
-    return quickly(lambda p, x, k: audit.differences(predict, p, x, k), PARAMS, xs, KEYS)
+def serve(params, x):
+    """The prediction beside what it was made with."""
+    return {"logits": plain(params, x), "params": params}
+
+
+def serve_views(params, x):
+    by_view = models.classify(params, views(x))
+    return {**serve(params, x), "mean": mean_over_views(params, x), "views": by_view}
 
 
 @pytest.mark.parametrize("name", WITHOUT_GRADIENT)
 def test_methods_without_gradient(name):
     predict, xs = WITHOUT_GRADIENT[name]
-    differences = measured(predict, xs)
-    assert set(differences) == {"loop", "order", "mates", "poison"}
-    judge(differences)
+
+    def run(*inputs):
+        return promises.in_company(predict, *inputs), promises.alone(predict, *inputs)
+
+    results, loop = promises.measured(run, PARAMS, xs, KEYS)
+    base = promises.require_company(results, num_steps=0)
+    promises.close(loop, base, num_steps=0)
+    assert models.snapshot(PARAMS) == PRISTINE
+
+
+def measured(name, num_steps):
+    """Every promise of a method in one program; its parallel form is traced, and the loop plain.
+
+    Where it has an online form, the loop is the stream that forgets after every instance.
+    """
+    make = functools.partial(ADAPTING[name], num_steps=num_steps)
+    traced = make(trace=True, serve=serve_views if name in ONLINE else serve)
+    without_steps = ADAPTING[name](num_steps=0)
+
+    def stream_of(period):
+        return online_form(name, num_steps=num_steps, reset=resets.every(period), serve=serve_views)
+
+    def untouched(params, x, key):
+        return without_steps(params, x, key)[0], plain(params, x)
+
+    def varied(value, params, x, key):
+        *_, options = TRACED[name]
+        return make(**options(value))(params, x, key)[0]
+
+    def run(params, xs, keys):
+        results = {
+            "company": promises.in_company(traced, params, xs, keys),
+            "zero": promises.alone(untouched, params, xs, keys),
+        }
+        if name in ONLINE:
+            results["streams"] = promises.in_streams(stream_of, params, xs, keys)
+        else:
+            results["loop"] = promises.alone(make(), params, xs, keys)
+        if name in TRACED:
+            values = jnp.array(TRACED[name][:2])
+            several = jax.vmap(varied, (0, None, None, None))
+            results["varied"] = several(values, params, xs[0], keys[0])
+        return results
+
+    return promises.measured(run, PARAMS, IMAGES, KEYS)
 
 
 @pytest.mark.parametrize("name", ADAPTING)
 def test_adapting_methods(name):
-    predict = ADAPTING[name](num_steps=2)
-
-    def measure(params, xs, keys):
-        pairs = (xs, keys)
-        zero, _ = jax.lax.map(lambda pair: ADAPTING[name](num_steps=0)(params, *pair), pairs)
-        expected = jax.lax.map(lambda x: plain(params, x), xs)
-        differences = audit.differences(predict, params, xs, keys)
-        return {**differences, "zero_steps": audit.distance(zero, expected)}
-
-    differences = quickly(measure, PARAMS, IMAGES, KEYS)
-    assert {"loop", "order", "mates", "poison", "poison_ok"} <= set(differences)
+    num_steps = NUM_STEPS.get(name, 1)
+    results = measured(name, num_steps)
     # Statistics of four copies make small differences larger.
-    judge(differences, num_steps=4 if name == "ttt_rotation_statistics" else 2)
-
-
-@pytest.mark.parametrize("name", ONLINE)
-def test_streams(name):
-    episode = ADAPTING[name](num_steps=2)
-    forgetful = online_form(name, num_steps=2, reset=resets.every(1))
-    lasting = online_form(name)
-    swapped, clean = np.array([1, 0, 2, 3, 4]), np.array([0, 2, 3, 4])
-
-    def measure(params, xs, keys):
-        _, (outputs, info), _ = scanned(forgetful, params, xs, keys)
-        expected, alone = jax.lax.map(lambda pair: episode(params, *pair), (xs, keys))
-        # A spoiled instance that leaves no trace may as well come first.
-        spoiled = xs.at[1].set(jnp.nan)
-        _, late, _ = scanned(lasting, params, spoiled, keys)
-        _, early, _ = scanned(lasting, params, spoiled[swapped], keys[swapped])
-        first = jax.tree.map(lambda leaf: leaf[clean], late)
-        second = jax.tree.map(lambda leaf: leaf[swapped[clean]], early)
-        return {
-            "every_1": audit.distance(
-                (outputs, info.loss, info.ok), (expected, alone.loss, alone.ok)
-            ),
-            "stream_poison": audit.distance(first, second),
-            "updates": 1.0 - first[1].updated.all(),
-        }
-
-    judge(quickly(measure, PARAMS, IMAGES, KEYS))
-
-
-@pytest.mark.parametrize("name", ADAPTING)
-def test_serve_predicts_with_the_adapted_parameters(name):
-    """A served copy of the parameters is the source's at entry 0 of a trace, and then another."""
-    predict = ADAPTING[name](num_steps=1, trace=True, serve=lambda params, x: params)
-    served, _ = quickly(lambda p, x, k: predict(p, x, k), PARAMS, IMAGES[0], KEYS[0])
-    entries = {
-        name: (np.asarray(leaf), np.asarray(source))
-        for (name, leaf), source in zip(
-            jax.tree_util.tree_leaves_with_path(served), jax.tree.leaves(PARAMS), strict=True
-        )
-    }
-    assert all((leaf[0] == source).all() for leaf, source in entries.values())
-    moved = {path[0].key for path, (leaf, _) in entries.items() if (leaf[1] != leaf[0]).any()}
+    steps = 4 if name == "ttt_rotation_statistics" else num_steps
+    path, info = promises.require_company(results["company"], num_steps=steps)
+    assert info.updated.any()
+    first, last = rows(path, (slice(None), 0)), rows(path, (slice(None), -1))
+    promises.equal(*results["zero"])
+    promises.close(first["logits"], results["zero"][1], num_steps=0)
+    assert not promises.moved(first["params"], PARAMS)
     statistics = {"batch_stats"} if name == "ttt_rotation_statistics" else set()
-    assert moved == {"params"} | statistics
-
-
-@pytest.mark.parametrize("name", ONLINE)
-def test_streams_serve_the_mean_over_views(name):
-    stream = online_form(name, serve=methods.mean_over_views(models.classify, views))
-    bare = online_form(name, serve=lambda params, x: (params, x))
-    _, (outputs, _), _ = quickly(lambda p, x, k: scanned(stream, p, x, k), PARAMS, IMAGES, KEYS)
-    _, (pairs, _), _ = quickly(lambda p, x, k: scanned(bare, p, x, k), PARAMS, IMAGES, KEYS)
-    for i, output in enumerate(outputs):
-        params, image = jax.tree.map(lambda leaf, i=i: leaf[i], pairs)
-        mean = np.mean(jax.nn.softmax(models.classify(params, views(image))), axis=0)
-        np.testing.assert_allclose(jax.nn.softmax(output), mean, rtol=1e-4)
-
-
-TRACED = {
-    "ttt_rotation": lambda value: ADAPTING["ttt_rotation"](optimizer=optax.sgd(value)),
-    "ttt_rotation_statistics": lambda value: ADAPTING["ttt_rotation_statistics"](
-        statistics_momentum=value
-    ),
-    "rotation_memo": lambda value: ADAPTING["rotation_memo"](memo_weight=value),
-    "ttt_denoising": lambda value: ADAPTING["ttt_denoising"](noise=value),
-}
-
-
-@pytest.mark.parametrize("name", TRACED)
-def test_real_valued_settings_may_be_traced(name):
-    def predict(value, params, x, key):
-        method = functools.partial(TRACED[name], value)
-        return method()(params, x, key)[0]
-
-    values = jnp.array([0.1, 0.9])
-    mapped = jax.vmap(predict, (0, None, None, None))
-    together = quickly(mapped, values, PARAMS, IMAGES[0], KEYS[0])
-    apart = [quickly(predict, value, PARAMS, IMAGES[0], KEYS[0]) for value in values]
-    np.testing.assert_allclose(together, apart, rtol=1e-4, atol=1e-5)
-    assert np.abs(apart[0] - apart[1]).max() > 1e-4
+    assert promises.moved(last["params"], PARAMS) == {"params"} | statistics
+    if name in ONLINE:
+        promises.require_streams(results["streams"], (last, info), num_steps=num_steps)
+        _, lasting = rows(results["streams"], 1)
+        assert np.delete(lasting.updated, promises.SPOILED).all()
+    else:
+        promises.close(results["loop"], (last["logits"], info), num_steps=steps)
+    if name in TRACED:
+        same, other = results["varied"]
+        promises.close(same, last["logits"][0], num_steps=steps)
+        assert np.abs(same - other).max() > 1e-4
+    if name in ONLINE:
+        mean = softmax(last["views"]).mean(axis=1)
+        np.testing.assert_allclose(softmax(last["mean"]), mean, rtol=1e-4)
+    assert models.snapshot(PARAMS) == PRISTINE

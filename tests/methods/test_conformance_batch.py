@@ -14,8 +14,9 @@ import pytest
 import ttt_jax as ttt
 from tests.core import models
 from tests.core.compiling import quickly
-from tests.core.streaming import scanned
-from ttt_jax import audit, methods, resets
+from tests.core.streaming import rows, scanned
+from tests.methods import promises
+from ttt_jax import methods, resets
 
 N = 5
 PARAMS = models.make_params()
@@ -27,6 +28,8 @@ TRAINING = models.make_images(8, seed=2)
 # An epsilon that does not blow rounding errors of a zero gradient up to full steps.
 ADAM = optax.adam(0.05, eps=1e-2)
 SGD = optax.sgd(0.1, momentum=0.9)
+# Few leaves, as each takes time to compile; which adapt is for tests/core/test_conformance.py.
+SOME = ttt.select.paths(r"params/(encoder/kernel|norm/scale)")
 
 
 def classify(params, images):
@@ -49,8 +52,8 @@ def jitter_pixels(image, key):
     return image + 0.3 * jax.random.normal(key, image.shape)
 
 
-def measured(method):
-    return method.build(method.measure(PARAMS, TRAINING))
+def from_source(method):
+    return method.build(quickly(method.measure, PARAMS, TRAINING))
 
 
 def filtered(method, **options):
@@ -65,26 +68,21 @@ STREAMS = {
         classify, threshold=0.4, optimizer=ADAM, **options
     ),
     "rpl": lambda **options: methods.rpl(classify, optimizer=SGD, **options),
-    "eata": lambda **options: measured(filtered(methods.eata, fisher_weight=0.5, **options)),
+    "eata": lambda **options: from_source(filtered(methods.eata, fisher_weight=0.5, **options)),
     "rdumb": lambda **options: filtered(methods.rdumb, **options),
-    "sar": lambda reset=None, **options: methods.sar(
-        classify,
-        margin=0.95,
-        # Without bound it recovers after every batch that was learned from.
-        reset_below=0.0 if reset is None else jnp.inf,
-        optimizer=SGD,
-        **options,
-    ),
-    "actmad": lambda **options: measured(
+    # Its reset is its own: without bound it recovers after every batch that was learned from.
+    "sar": lambda **options: methods.sar(classify, margin=0.95, optimizer=SGD, **options),
+    "actmad": lambda **options: from_source(
         methods.actmad(
             models.classify,
             models.activations,
             augment=models.jitter,
             optimizer=SGD,
+            select=SOME,
             **options,
         )
     ),
-    "ttt_plus_plus": lambda **options: measured(
+    "ttt_plus_plus": lambda **options: from_source(
         methods.ttt_plus_plus(
             classify,
             models.features,
@@ -93,18 +91,19 @@ STREAMS = {
             queue=6,
             count=10,
             optimizer=optax.sgd(0.01, momentum=0.9),
+            select=SOME,
             **options,
         )
     ),
     # Restoration is by time: a spoiled batch has its turn too, so the row goes without.
-    "cotta": lambda reset=None, **options: methods.cotta(
+    "cotta": lambda **options: methods.cotta(
         classify,
         augment=models.jitter,
         num_views=2,
         decay=0.5,
         optimizer=SGD,
-        reset=resets.never() if reset is None else reset,
-        **options,
+        select=SOME,
+        **{"reset": resets.never()} | options,
     ),
     "deyo": lambda **options: methods.deyo(
         classify,
@@ -141,107 +140,89 @@ STREAMS = {
         models.classify, models.batch_moments, augment=jitter_pixels, num_views=3, **options
     ),
 }
-ONE_IMAGE = ("dua",)
 # Statistics alone, a memory alone, and one step at most in many instances.
 NO_STEPS = ("dua", "t3a", "rotta", "note")
 
 
 def instances_of(name):
-    return IMAGES if name in ONE_IMAGE else BATCHES
+    return IMAGES if name == "dua" else BATCHES
 
 
 def source_of(name):
-    if name == "actmad":
-        return models.classify
-    return classify
+    if name == "dua":
+        return ttt.unbatched(models.classify)
+    return models.classify if name in ("actmad", "rotta", "note") else classify
 
 
-def judge(differences, *, num_steps=4):
-    """Statistics of four images make small differences larger."""
-    changed = float(models.snapshot(PARAMS) != PRISTINE)
-    audit.require(audit.findings({**differences, "pristine": changed}, num_steps=num_steps))
+def stream_of(name, period, **options):
+    """The stream that forgets after so many instances, which may be traced."""
+    if name == "sar":
+        reset = {"reset_below": jnp.where(period == 1, jnp.inf, 0.0)}
+    else:
+        reset = {"reset": resets.every(period)}
+    return STREAMS[name](predict="after", **reset, **options)
 
 
-def poisoned(xs, index):
-    return xs.at[index].set(jnp.nan)
+def probe(params, x):
+    return {name: params[name] for name in ("params", "batch_stats")}
 
 
-@pytest.mark.parametrize("name", STREAMS)
-def test_episodes(name):
-    predict = ttt.episode(STREAMS[name](predict="after"))
+def served(name):
+    """The options of a stream whose output shows beside the logits what they were made with."""
+    if name in ("t3a", "cotta"):
+        return {}
+    return {"serve": lambda params, x: (source_of(name)(params, x), probe(params, x))}
 
-    def measure(params, xs, keys):
-        return audit.differences(predict, params, xs, keys)
 
-    judge(quickly(measure, PARAMS, instances_of(name), KEYS))
+def measured(name):
+    """Every promise of a method in one program; its episodes predict as the method does."""
+    episode = ttt.episode(STREAMS[name](predict="after"))
+    options = served(name)
+
+    def run(params, xs, keys):
+        results = {
+            "company": promises.in_company(episode, params, xs, keys),
+            "streams": promises.in_streams(
+                lambda period: stream_of(name, period, **options), params, xs, keys
+            ),
+        }
+        if name == "cotta":
+            stream = STREAMS[name](predict="after", serve=probe)
+            results["served"] = promises.alone(ttt.episode(stream), params, xs[:1], keys[:1])[0]
+        if name not in NO_STEPS:
+            # What CoTTA serves by itself is averaged over views.
+            stream = STREAMS[name](num_steps=0, **({"serve": classify} if name == "cotta" else {}))
+            plain = jax.lax.map(lambda x: source_of(name)(params, x), xs)
+            results["zero"] = scanned(stream, params, xs, keys)[1][0], plain
+        return results
+
+    return promises.measured(run, PARAMS, instances_of(name), KEYS)
 
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_streams(name):
-    xs = instances_of(name)
-    forgetful = STREAMS[name](reset=resets.every(1), predict="after")
-    lasting = STREAMS[name](predict="after")
-    swapped = np.array([1, 0, 2, 3, 4])
-
-    def measure(params, xs, keys):
-        _, (outputs, info), _ = scanned(forgetful, params, xs, keys)
-        episodes, alone = jax.lax.map(lambda pair: ttt.episode(lasting)(params, *pair), (xs, keys))
-        # A spoiled instance that leaves no trace may as well come first.
-        spoiled = poisoned(xs, 1)
-        _, late, _ = scanned(lasting, params, spoiled, keys)
-        _, early, _ = scanned(lasting, params, spoiled[swapped], keys[swapped])
-        clean = np.array([0, 2, 3, 4])
-        first, second = (
-            jax.tree.map(lambda leaf, order=order: leaf[order], result)
-            for result, order in ((late, clean), (early, swapped[clean]))
-        )
-        return {
-            "every_1": audit.distance(
-                (outputs, info.loss, info.ok), (episodes, alone.loss, alone.ok)
-            ),
-            "stream_poison": audit.distance(first, second),
-            "updates": 1.0 - info.updated.any(),
-        }
-
-    judge(quickly(measure, PARAMS, xs, KEYS))
-
-
-@pytest.mark.parametrize("name", [name for name in STREAMS if name not in NO_STEPS])
-def test_zero_steps_are_the_source_prediction(name):
-    serving = {"serve": classify} if name == "cotta" else {}
-    stream = STREAMS[name](num_steps=0, **serving)
-
-    def measure(params, xs, keys):
-        _, (outputs, _), _ = scanned(stream, params, xs, keys)
-        plain = jax.lax.map(lambda x: source_of(name)(params, x), xs)
-        return {"zero_steps": audit.distance(outputs, plain)}
-
-    judge(quickly(measure, PARAMS, BATCHES, KEYS))
-
-
-@pytest.mark.parametrize("name", [name for name in STREAMS if name != "t3a"])
-def test_serve_predicts_with_the_adapted_parameters(name):
-    """A probe beside the logits; with ``predict="after"`` its parameters are not the source's."""
-
-    def serve(params, x):
-        return {"params": params["params"], "batch_stats": params["batch_stats"]}
-
-    stream = STREAMS[name](predict="after", serve=serve)
-    _, (outputs, _), _ = quickly(
-        lambda p, x, k: scanned(stream, p, x, k), PARAMS, instances_of(name), KEYS
-    )
-    moved = jax.tree.map(
-        lambda new, old: bool((new[0] != old).any()),
-        outputs,
-        {name: PARAMS[name] for name in outputs},
-    )
-    assert any(jax.tree.leaves(moved["batch_stats" if name == "dua" else "params"]))
+    results = measured(name)
+    outputs, infos = results["streams"]
+    if served(name):
+        outputs, parameters = outputs
+        results["served"] = rows(parameters, 0)
+    # Statistics of four images make small differences larger.
+    episodes = promises.require_company(results["company"], num_steps=4)
+    promises.require_streams((outputs, infos), episodes, num_steps=4)
+    if name not in NO_STEPS:
+        promises.equal(*results["zero"])
+    if name != "t3a":
+        first = promises.moved(rows(results["served"], 0), PARAMS)
+        assert first >= {"batch_stats" if name == "dua" else "params"}
+    assert models.snapshot(PARAMS) == PRISTINE
 
 
 def test_lame():
     predict = methods.lame(classify, models.features, num_neighbors=2)
 
-    def measure(params, xs, keys):
-        return audit.differences(predict, params, xs, keys)
+    def run(*inputs):
+        return promises.in_company(predict, *inputs), promises.alone(predict, *inputs)
 
-    judge(quickly(measure, PARAMS, BATCHES, KEYS))
+    results, loop = promises.measured(run, PARAMS, BATCHES, KEYS)
+    promises.close(loop, promises.require_company(results, num_steps=4), num_steps=4)
+    assert models.snapshot(PARAMS) == PRISTINE

@@ -17,10 +17,15 @@ def grain(x, key):
     return x + 0.5 * jax.random.normal(key, x.shape)
 
 
+@jax.jit
+def all_views(batch, key):
+    keys = jax.random.split(key, VIEWS)
+    return [jax.vmap(grain)(batch, jax.random.split(k, len(batch))) for k in keys]
+
+
 def views_of(batch, key):
     """``[V, N, 3]``: every instance of every augmented batch has a draw of its own."""
-    keys = jax.random.split(key, VIEWS)
-    views = [jax.vmap(grain)(batch, jax.random.split(k, len(batch))) for k in keys]
+    views = all_views(batch, key)
     assert len(np.unique(np.array(views).round(5))) == VIEWS * batch.size
     return np.array(views, np.float64)
 

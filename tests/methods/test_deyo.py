@@ -1,11 +1,14 @@
 """DeYO against NumPy in float64: the shuffle, both filters, the weights, the step."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
 import pytest
 
 import ttt_jax as ttt
+from tests.core.compiling import quickly, recorded
 from ttt_jax import methods
 
 from . import linear_model as lab
@@ -42,19 +45,23 @@ def stream_of(model=classify, **options):
 
 
 def step(stream, images=IMAGES):
-    return stream.step(PARAMS, stream.init(PARAMS), images, KEY)
+    return quickly(lambda p, x: stream.step(p, stream.init(p), x, KEY), PARAMS, images)
 
 
+@functools.cache
 def shuffled_images():
     """What the model function is given beside the images."""
-    seen = []
 
-    def recorder(params, images):
-        seen.append(np.asarray(images))
-        return classify(params, images)
+    def build(record):
+        def recorder(params, images):
+            record(images)
+            return classify(params, images)
 
-    step(stream_of(recorder))
-    (other,) = [images for images in seen if not np.array_equal(images, IMAGES)]
+        stream = stream_of(recorder)
+        return lambda params, images: stream.step(params, stream.init(params), images, KEY)
+
+    _, seen = recorded(build, PARAMS, IMAGES)
+    (other,) = [images for images in map(np.asarray, seen) if not np.array_equal(images, IMAGES)]
     return other
 
 
@@ -112,7 +119,7 @@ def test_without_such_an_image_there_is_no_step():
 def test_one_image():
     single = stream_of(batch=False, threshold=-1.0, entropy_margin=2.0)
     predict = ttt.batched(ttt.episode(single))
-    outputs, info = predict(PARAMS, IMAGES, ttt.sample_keys(KEY, np.arange(COUNT)))
+    outputs, info = quickly(predict, PARAMS, IMAGES, ttt.sample_keys(KEY, np.arange(COUNT)))
     lab.close(outputs, classify(PARAMS, IMAGES))
     assert info.aux["kept"].shape == (COUNT, 1, 1) and info.updated.all()
 

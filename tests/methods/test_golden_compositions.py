@@ -5,6 +5,7 @@ Random views are recorded from the library's losses and given to ``golden``.
 
 import functools
 
+import jax
 import numpy as np
 import optax
 
@@ -38,7 +39,7 @@ POOL = RNG.normal(size=(9, *IMAGES.shape[1:])).astype(np.float32)
 def episodes(method, params):
     """``(outputs, weights, info)`` of a predictor that serves its parameters too, by image."""
     predict = method(serve=with_weights(classify, IMAGES))
-    (outputs, weights), info = quickly(ttt.batched(predict), params, IMAGES, KEYS)
+    (outputs, weights), info = jax.device_get(quickly(ttt.batched(predict), params, IMAGES, KEYS))
     return outputs, weights, info
 
 
@@ -77,9 +78,17 @@ class TestRotationMemo:
         second = {name: self.WEIGHT * slope for name, slope in second.items()}
         return rotation + self.WEIGHT * entropy, golden_features.added(first, second)
 
+    @staticmethod
+    @functools.cache
+    def views():
+        """The copies and views of two steps of each image; those of one are the first."""
+        loss = TestRotationMemo().loss
+        (copies,) = drawn(lambda model: loss(turn=model), turn, TWO_HEADS, 2)
+        (views,) = drawn(lambda model: loss(classify=model), classify, TWO_HEADS, 2)
+        return copies, views
+
     def data(self, num_steps):
-        (copies,) = drawn(lambda model: self.loss(turn=model), turn, TWO_HEADS, num_steps)
-        (views,) = drawn(lambda model: self.loss(classify=model), classify, TWO_HEADS, num_steps)
+        copies, views = (drawn[:, :num_steps] for drawn in self.views())
         return [
             [(c, turns_of(c, image), v) for c, v in zip(copies[i], views[i], strict=True)]
             for i, image in enumerate(IMAGES)
@@ -108,8 +117,8 @@ class TestRotationMemo:
     def test_online(self):
         """The weights go on from image to image; each is predicted after its step."""
         stream = self.method(methods.rotation_memo_online)(serve=with_weights(classify, IMAGES))
-        _, ((outputs, weights), info), _ = quickly(
-            lambda p, x, k: scanned(stream, p, x, k), TWO_HEADS, IMAGES, KEYS
+        _, ((outputs, weights), info), _ = jax.device_get(
+            quickly(lambda p, x, k: scanned(stream, p, x, k), TWO_HEADS, IMAGES, KEYS)
         )
         p, optimizer = SOURCE, golden.SGD(RATE)
         for i, data in enumerate(self.data(1)):

@@ -6,6 +6,7 @@ the published ones, so that a few steps move a tiny model far beyond the toleran
 
 import functools
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -35,15 +36,15 @@ from ttt_jax import losses, methods, resets, select
 def episodes(method, model, params):
     """``(outputs, weights, info)`` of a predictor that serves its parameters too, by image."""
     predict = method(serve=with_weights(model, IMAGES))
-    (outputs, weights), info = quickly(ttt.batched(predict), params, IMAGES, KEYS)
+    (outputs, weights), info = jax.device_get(quickly(ttt.batched(predict), params, IMAGES, KEYS))
     return outputs, weights, info
 
 
 def run_stream(method, model, params):
     """As ``episodes``, and the adapter's parameters after each image."""
     stream = method(serve=with_weights(model, IMAGES))
-    _, ((outputs, weights), info), carries = quickly(
-        lambda p, x, k: scanned(stream, p, x, k), params, IMAGES, KEYS
+    _, ((outputs, weights), info), carries = jax.device_get(
+        quickly(lambda p, x, k: scanned(stream, p, x, k), params, IMAGES, KEYS)
     )
     return (outputs, weights, info), carries.state.fast
 
@@ -84,10 +85,16 @@ class TestRotation:
             make, classify, turn, optimizer=optax.sgd(rate), select=chosen, **settings
         )
 
+    @staticmethod
+    @functools.cache
+    def views():
+        """Of ten steps of each image; those of fewer are the first of them."""
+        (views,) = drawn(TestRotation.copied, turn, TWO_HEADS, 10)
+        return views
+
     def data(self, num_steps):
         """``(views, turns)`` of each step of each image."""
-        (views,) = drawn(self.copied, turn, TWO_HEADS, num_steps)
-        pairs = zip(views, IMAGES, strict=True)
+        pairs = zip(self.views()[:, :num_steps], IMAGES, strict=True)
         return [[(v, self.turns(v, image)) for v in steps] for steps, image in pairs]
 
     @staticmethod

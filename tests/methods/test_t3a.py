@@ -77,4 +77,4 @@ def test_bad_input():
         methods.t3a(features, linear=linear, num_supports=0)
     stream = methods.t3a(features, linear=linear)
     with pytest.raises(ValueError, match=r"features \[N, D\] .* got \(6, 2\) and \(3, 3\)"):
-        stream.step(lab.PARAMS, stream.init(lab.PARAMS), XS[0][:, :2], jax.random.key(0))
+        lab.run(stream, XS[:, :, :2])

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.core.compiling import quickly
 from ttt_jax import models
 
 X = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
@@ -85,9 +86,8 @@ def by_flax(params, norm):
 @pytest.mark.parametrize("norm", ["running", "batch"])
 def test_outputs_and_paths(net, norm, train):
     collect = models.linen_activations(Net(), norm=norm, kwargs={"train": train})
-    found = collect(net, X)
+    found, expected = quickly(lambda p: (collect(p, X), by_flax(p, norm == "batch")), net)
     assert sorted(found) == ["bn", "gn", "ln/0", "ln/1"]
-    expected = by_flax(net, norm == "batch")
     np.testing.assert_allclose(found["bn"], expected["bn"]["__call__"][0], rtol=1e-5)
     np.testing.assert_allclose(found["gn"], expected["gn"]["__call__"][0], rtol=1e-4, atol=1e-5)
     for i in range(2):
@@ -97,19 +97,19 @@ def test_outputs_and_paths(net, norm, train):
 
 
 def test_other_layers(net):
-    found = models.linen_activations(Net(), layers=(nn.Dense,))(net, X)
+    collect = models.linen_activations(Net(), layers=(nn.Dense,))
+    found, expected = quickly(lambda p: (collect(p, X), by_flax(p, False)), net)
     assert sorted(found) == ["dense"]
-    np.testing.assert_allclose(
-        found["dense"], by_flax(net, False)["dense"]["__call__"][0], rtol=1e-5
-    )
+    np.testing.assert_allclose(found["dense"], expected["dense"]["__call__"][0], rtol=1e-5)
 
 
 def test_a_prior_is_served(net):
     """N -> infinity is the source's normalization, N = 0 the batch's."""
-    outputs = [
-        models.linen_activations(Net(), norm=norm)(net, X)["bn"]
-        for norm in ("running", "batch", 0, 5)
-    ]
+    norms = ("running", "batch", 0, 5)
+    outputs = quickly(
+        lambda p: [models.linen_activations(Net(), norm=norm)(p, X)["bn"] for norm in norms], net
+    )
+    outputs = jax.device_get(outputs)
     np.testing.assert_allclose(outputs[2], outputs[1], rtol=1e-4, atol=1e-5)
     assert np.abs(outputs[3] - outputs[0]).max() > 1e-2
     assert np.abs(outputs[3] - outputs[1]).max() > 1e-2
@@ -121,7 +121,7 @@ def test_gradients_flow(net):
     def total(params):
         return (collect({**net, "params": params}, X)["gn"] ** 3).sum()
 
-    gradient = jax.grad(total)(net["params"])
+    gradient = quickly(jax.grad(total), net["params"])
     for layer, leaf in (("dense", "kernel"), ("gn", "bias"), ("bn", "scale")):
         assert np.abs(gradient[layer][leaf]).max() > 1e-3
     np.testing.assert_array_equal(gradient["ln"]["scale"], np.zeros(4))
@@ -146,8 +146,8 @@ def test_under_remat():
     module = Remat()
     params = make(module)
     collect = models.linen_activations(module)
-    assert list(collect(params, X)) == ["block/norm"]
-    gradient = jax.grad(lambda p: (collect(p, X)["block/norm"] ** 3).sum())(params)
+    assert list(jax.eval_shape(collect, params, X)) == ["block/norm"]
+    gradient = quickly(jax.grad(lambda p: (collect(p, X)["block/norm"] ** 3).sum()), params)
     assert np.abs(gradient["params"]["block"]["dense"]["kernel"]).max() > 1e-3
 
 

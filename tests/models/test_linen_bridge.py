@@ -201,13 +201,20 @@ class Lifted(nn.Module):
 def test_subclasses_and_lifted_transformations():
     module = Lifted()
     variables = jax.jit(module.init)(jax.random.key(0), X)
-    # A plain call first: a cached trace must not hide the bridge's norm.
-    evaluated = module.apply(variables, X)
-    trained, updated = module.apply(variables, X, train=True, mutable=["batch_stats"])
-    batch = from_linen(module, norm="batch")(variables, X)
+
+    @jax.jit
+    def run(variables):
+        # A plain call first: a cached trace must not hide the bridge's norm.
+        plain = module.apply(variables, X)
+        trained, updated = module.apply(variables, X, train=True, mutable=["batch_stats"])
+        bridged = from_linen(module, norm="batch")(variables, X), from_linen(module)(variables, X)
+        collected = linen_statistics(module)(variables, X)["batch_stats"]
+        return (trained, plain), bridged, updated, collected
+
+    variables = jax.device_get(variables)
+    (trained, plain), (batch, running), updated, collected = jax.device_get(run(variables))
     np.testing.assert_allclose(batch, trained, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(from_linen(module)(variables, X), evaluated, rtol=1e-5, atol=1e-6)
-    collected = linen_statistics(module)(variables, X)["batch_stats"]
+    np.testing.assert_allclose(running, plain, rtol=1e-5, atol=1e-6)
     assert collected["scan"]["bn"]["mean"].shape == (2, 3)
     moved = jax.tree.map(
         lambda old, new: 0.99 * old + 0.01 * new, variables["batch_stats"], collected

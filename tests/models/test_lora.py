@@ -80,7 +80,7 @@ def test_factors_start_as_the_source():
         source, added = VIT.init(key, images), net.init(key, images)
         return source, added, VIT.apply(source, images), net.apply(added, images)
 
-    source, added, before, after = both(jax.random.key(0))
+    source, added, before, after = jax.device_get(both(jax.random.key(0)))
     added = flat(added)
     assert all(np.array_equal(added[name], leaf) for name, leaf in flat(source).items())
     factors = {name: leaf for name, leaf in added.items() if "_lora_" in name}

@@ -106,13 +106,16 @@ def test_classification_by_hand(prompted):
 
 def test_without_prompts_nothing_changes():
     """Names and initial values of the other parameters do not depend on the prompts."""
-    trees = []
-    for count in (0, 3):
-        module = ViT(**OPTIONS, num_prompts=count)
-        draw = functools.partial(module.lazy_init, method="features")
-        variables = jax.jit(lambda key, draw=draw: draw(key, IMAGE))(jax.random.key(0))
-        trees.append(traverse_util.flatten_dict(variables["params"], sep="/"))
-    plain, three = trees
+    modules = [ViT(**OPTIONS, num_prompts=count) for count in (0, 3)]
+
+    @jax.jit
+    def draw(key):
+        return [module.lazy_init(key, IMAGE, method="features") for module in modules]
+
+    plain, three = (
+        traverse_util.flatten_dict(variables["params"], sep="/")
+        for variables in jax.device_get(draw(jax.random.key(0)))
+    )
     assert set(plain) == set(three) - {"encoder/prompt"}
     assert all(np.array_equal(plain[name], three[name]) for name in plain)
     prompt = three["encoder/prompt"]
@@ -126,16 +129,17 @@ def test_reconstruction_keeps_patch_indices(prompted):
     module, variables, images = prompted
     run = jax.jit(lambda v, x, keep: module.apply(v, x, keep, method="reconstruct"))
     keep = jnp.array([[0, 5, 15]] * 3)
-    found = run(variables, images, keep)
+    found = np.asarray(run(variables, images, keep))
     assert found.shape == (3, 16, 8)
-    visible = jnp.zeros((16,), bool).at[keep[0]].set(True)
-    swapped = unpatchify(jnp.where(visible[None, :, None], patchify(images, 2), 7.0), 2, (8, 8))
+    visible = np.isin(np.arange(16), keep[0])
+    patches = np.where(visible[None, :, None], patchify(images, 2), np.float32(7))
+    swapped = unpatchify(patches, 2, (8, 8))
     np.testing.assert_array_equal(found, run(variables, swapped, keep))
     np.testing.assert_allclose(found, run(variables, images, keep[:, ::-1]), rtol=1e-4, atol=1e-5)
     # The prompts are read, at every place of the output.
-    moved = jax.tree.map(jnp.asarray, variables)
-    moved["params"]["encoder"]["prompt"] *= -1.0
-    assert (jnp.abs(found - run(moved, images, keep)).max(axis=(0, 2)) > 1e-4).all()
+    moved = jax.tree.map(np.array, variables)
+    moved["params"]["encoder"]["prompt"] *= -1
+    assert (np.abs(found - run(moved, images, keep)).max(axis=(0, 2)) > 1e-4).all()
 
 
 def test_only_the_prompts_adapt(prompted):

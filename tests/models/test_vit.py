@@ -54,9 +54,8 @@ def test_heads_have_the_documented_shapes_and_names(vit):
 def test_reconstruction_never_sees_hidden_patches(vit):
     module, variables, images = vit
     keep = jnp.array([[0, 5], [1, 2], [14, 15]])
-    patches = patchify(images, 2)
-    visible = jnp.zeros((3, 16), bool).at[jnp.arange(3)[:, None], keep].set(True)
-    other = jnp.where(visible[..., None], patches, 7.0)
+    visible = (np.arange(16) == np.asarray(keep)[..., None]).any(axis=1)
+    other = np.where(visible[..., None], patchify(images, 2), np.float32(7))
     swapped = unpatchify(other, 2, (8, 8))
     run = jax.jit(lambda images: module.apply(variables, images, keep, method="reconstruct"))
     np.testing.assert_array_equal(run(images), run(swapped))
@@ -98,15 +97,15 @@ def test_bfloat16_compute_gives_float32_outputs(vit):
     module = ViT(**OPTIONS, dtype=jnp.bfloat16)
     heads = jax.eval_shape(lambda v: module.apply(v, images, method="all_heads"), variables)
     assert {out.dtype for out in heads} == {jnp.dtype("float32")}
-    narrow = jax.jit(lambda v: module.apply(v, images))(variables)
-    exact = jax.jit(lambda v: ViT(**OPTIONS).apply(v, images))(variables)
-    assert 0 < float(jnp.max(jnp.abs(narrow - exact))) < 0.05 * float(jnp.max(jnp.abs(exact)))
+    both = jax.jit(lambda v: [net.apply(v, images) for net in (module, ViT(**OPTIONS))])
+    narrow, exact = jax.device_get(both(variables))
+    assert 0 < np.abs(narrow - exact).max() < 0.05 * np.abs(exact).max()
 
 
 def test_init_creates_every_head():
     module = ViT(**{**OPTIONS, "width": 8, "decoder_width": 4})
     variables = jax.jit(lambda key: init(module, key, (8, 8, 2)))(jax.random.key(0))
-    flat = traverse_util.flatten_dict(variables["params"], sep="/")
+    flat = traverse_util.flatten_dict(jax.device_get(variables["params"]), sep="/")
     assert {leaf.dtype for leaf in flat.values()} == {jnp.dtype("float32")}
     limit = np.sqrt(6 / (8 + 8))
     embed = np.abs(flat["encoder/patch_embed/kernel"])

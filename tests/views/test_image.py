@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.core.compiling import quickly
 from ttt_jax.views import image as views
+
+
+def drawn(view, image, keys):
+    """A view for each key, ``[N, H, W, C]``."""
+    return np.asarray(quickly(jax.vmap(view, (None, 0)), image, keys))
 
 
 def test_factors_by_hand():
@@ -22,10 +28,11 @@ def test_factors_by_hand():
 
 def test_a_crop_is_the_part_stretched():
     image = jnp.arange(16.0).reshape(4, 4, 1) / 16
-    whole = views.stretch(image, jnp.zeros(2), jnp.ones(2))
+    stretch = jax.jit(views.stretch)
+    whole = stretch(image, jnp.zeros(2), jnp.ones(2))
     np.testing.assert_allclose(whole, image, atol=1e-6)
     # The lower half of the rows at their places 1.75, 2.25, 2.75, 3.25: the last is clamped.
-    part = views.stretch(image, jnp.array([0.5, 0.0]), jnp.array([0.5, 1.0]))
+    part = stretch(image, jnp.array([0.5, 0.0]), jnp.array([0.5, 1.0]))
     rows = np.interp([1.75, 2.25, 2.75, 3.25], np.arange(4), np.arange(0.0, 16.0, 4.0))
     expected = (rows[:, None] + np.arange(4.0)[None]) / 16
     np.testing.assert_allclose(part[..., 0], expected, atol=1e-5)
@@ -34,12 +41,12 @@ def test_a_crop_is_the_part_stretched():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_views_are_images_that_differ(channels):
     image = jax.random.uniform(jax.random.key(0), (8, 8, channels))
-    made = jax.vmap(views.simclr(), (None, 0))(image, jax.random.split(jax.random.key(1), 200))
+    made = drawn(views.simclr(), image, jax.random.split(jax.random.key(1), 200))
     assert made.shape == (200, 8, 8, channels)
     assert made.min() >= 0 and made.max() <= 1 + 1e-6
-    assert len(np.unique(np.asarray(made).round(5), axis=0)) == 200
+    assert len(np.unique(made.round(5), axis=0)) == 200
     if channels == 3:
-        gray = (np.ptp(np.asarray(made), axis=-1) < 1e-6).all((1, 2))
+        gray = (np.ptp(made, axis=-1) < 1e-6).all((1, 2))
         # 40 expected, standard deviation 5.7.
         assert 18 <= gray.sum() <= 62
 
@@ -48,7 +55,7 @@ def test_crops_have_the_share_that_was_asked_for():
     ramp = jnp.linspace(0.0, 1.0, 16)
     image = jnp.stack(jnp.broadcast_arrays(ramp[:, None], ramp[None, :]), axis=-1)
     keys = jax.random.split(jax.random.key(0), 300)
-    crops = np.asarray(jax.vmap(views.resized_crop(0.2), (None, 0))(image, keys))
+    crops = drawn(views.resized_crop(0.2), image, keys)
     # On a ramp the range of a channel is the share of that side.
     shares = np.ptp(crops, axis=(1, 2)) * 15 / 16
     assert (shares.prod(1) > 0.1).all() and shares.prod(1).min() < 0.35
@@ -71,21 +78,19 @@ def test_padding_repeats_the_edge_or_is_black():
 def test_a_shift_draws_every_view(pad_mode):
     image = jax.random.uniform(jax.random.key(0), (3, 3, 1))
     keys = jax.random.split(jax.random.key(1), 200)
-    drawn = jax.vmap(views.shift(1, pad_mode), (None, 0))(image, keys)
-    drawn, every = (
-        {bytes(view) for view in np.asarray(found)}
-        for found in (drawn, views.every_view(1, False, pad_mode)(image))
-    )
-    assert drawn == every and len(every) == 9
+    shifted = drawn(views.shift(1, pad_mode), image, keys)
+    every = np.asarray(views.every_view(1, False, pad_mode)(image))
+    shifted, every = ({bytes(view) for view in images} for images in (shifted, every))
+    assert shifted == every and len(every) == 9
 
 
 def test_the_published_crop_and_flip_is_padded_with_black():
     image = jnp.arange(1.0, 10.0).reshape(3, 3, 1)
     keys = jax.random.split(jax.random.key(2), 400)
-    drawn = jax.vmap(views.crop_flip(1), (None, 0))(image, keys)
-    every = views.every_view(1, True, "constant")(image)
-    drawn, every = ({bytes(view) for view in np.asarray(found)} for found in (drawn, every))
-    assert drawn == every and len(every) == 18
+    shifted = drawn(views.crop_flip(1), image, keys)
+    every = np.asarray(views.every_view(1, True, "constant")(image))
+    shifted, every = ({bytes(view) for view in images} for images in (shifted, every))
+    assert shifted == every and len(every) == 18
 
 
 @pytest.mark.parametrize("make", [views.shift, views.crop_flip])
