@@ -98,23 +98,26 @@ class LocalPool:
     """Threads that hold a process each; these die with this one."""
 
     def __init__(self, job: Job, workers: Sequence[Worker]):
-        self._job, self._workers = job, workers
+        self._job, self._workers, self._wanted = job, workers, 0
         self._stop = threading.Event()
         self._threads = futures.ThreadPoolExecutor(len(workers))
         self._running: list[futures.Future[None]] = []
 
-    def _run(self, worker: Worker) -> None:
+    def _run(self, number: int) -> None:
+        worker = self._workers[number]
         environment = {**self._job.environment, **worker.environment}
         job = self._job._replace(environment=environment, cores=worker.cores)
         while not self._stop.is_set():
-            if not work.run(job, self._stop):
+            # No more of them look for a unit than there are.
+            if number >= self._wanted or not work.run(job, self._stop):
                 self._stop.wait(_POLL_S)
 
     def tend(self, now: Progress) -> None:
         """Waits a moment; see :class:`Pool`."""
-        del now
+        self._wanted = now.wanted
         if not self._running:
-            self._running = [self._threads.submit(self._run, each) for each in self._workers]
+            numbers = range(len(self._workers))
+            self._running = [self._threads.submit(self._run, number) for number in numbers]
         for ended in futures.wait(self._running, _POLL_S, futures.FIRST_EXCEPTION).done:
             ended.result()
 

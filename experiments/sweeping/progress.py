@@ -60,28 +60,22 @@ def measure(
 ) -> Progress:
     """Reads the states of all units, but for those that had ended in an earlier measurement."""
     known = earlier.states if earlier else [State()] * len(units)
-    return summarized(
-        units,
-        [
-            state if state.state in FINAL else state_lib.read(unit.folder(workdir))
-            for unit, state in zip(units, known, strict=True)
-        ],
-    )
+    states = [
+        state if state.state in FINAL else state_lib.read(unit.folder(workdir))
+        for unit, state in zip(units, known, strict=True)
+    ]
+    return summarized(units, states)
 
 
 def summarized(units: Sequence[Unit], states: Sequence[State]) -> Progress:
     """The progress that the states of all units, in their order, amount to."""
-    of_model = {unit.id: state.state for unit, state in zip(units, states, strict=True)}
-    models = [of_model.get(unit.needs or "", "done") for unit in units]
-    seen = [
-        state._replace(state="failed") if model == "failed" else state
-        for state, model in zip(states, models, strict=True)
-    ]
-    wanted = sum(
-        state.state not in FINAL and model == "done"
-        for state, model in zip(seen, models, strict=True)
-    )
-    trials = [state for unit, state in zip(units, seen, strict=True) if unit.kind == "trial"]
+    models = {unit.id: state.state for unit, state in zip(units, states, strict=True)}
+    wanted, trials = 0, []
+    for unit, state in zip(units, states, strict=True):
+        model = models.get(unit.needs or "", "done")
+        wanted += model == "done" and state.state not in FINAL
+        if unit.kind == "trial":
+            trials.append(state._replace(state="failed") if model == "failed" else state)
     counts = {name: sum(s.state == name for s in trials) for name in state_lib.STATES}
     return Progress(list(states), counts, wanted, _left(trials, counts))
 

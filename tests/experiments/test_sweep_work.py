@@ -249,7 +249,7 @@ def test_a_killed_attempt_waits_to_go_on(tmp_path):
 
 def test_a_sweep_that_ends_ends_its_processes(tmp_path):
     pool = pools.LocalPool(job(tmp_path, SLEEPER), [pools.Worker((), {})])
-    pool.tend(progress.measure(tmp_path, []))
+    pool.tend(progress.measure(tmp_path, progress.load(tmp_path)))
     pids = sleepers(tmp_path)
     pool.end()
     assert state(tmp_path).message == "told to stop"
