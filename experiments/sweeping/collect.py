@@ -56,11 +56,13 @@ def write(workdir: pathlib.Path, found: Sequence[dict[str, Any]]) -> pathlib.Pat
     """Writes rows to ``results.parquet``; settings, which differ in their keys, are JSON text."""
     path = workdir / TABLE
     names = dict.fromkeys(name for row in found for name in row)
-    columns = {name: [_cell(row.get(name)) for row in found] for name in names}
+    columns = {
+        name: [
+            json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
+            for value in (row.get(name) for row in found)
+        ]
+        for name in names
+    }
     with launch.replacing(path) as draft:
         pq.write_table(pa.table(columns), draft)
     return path
-
-
-def _cell(value: Any) -> Any:
-    return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value

@@ -69,15 +69,15 @@ def workers(count: int, cores_each: int, gpus: Sequence[str]) -> list[Worker]:
             f"{max(wanted, 1)} workers of {each} cores need {max(wanted, 1) * each} cores, and "
             f"this process may use {len(cores)}; give fewer --workers or --cores."
         )
-    made = []
-    for number in range(wanted):
-        share = tuple(cores[number * each : (number + 1) * each])
-        device = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
-        if gpus and wanted > len(gpus):
-            # Several processes share a card: none may reserve most of its memory.
-            device["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-        made.append(Worker(share, device))
-    return made
+    # Where several processes share a card, none may reserve most of its memory.
+    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if wanted > len(gpus) else {}
+    return [
+        Worker(
+            tuple(cores[number * each : (number + 1) * each]),
+            {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)], **shared} if gpus else {},
+        )
+        for number in range(wanted)
+    ]
 
 
 def visible_gpus() -> list[str]:

@@ -82,8 +82,8 @@ def reopen(folders: Iterable[pathlib.Path], *, retry_failed: bool) -> None:
     """
     for folder in folders:
         before = state_lib.read(folder)
-        final = before.state == "done" or (before.state == "failed" and not retry_failed)
-        failures = 0 if before.state == "failed" else before.failures
-        state = before if final else state_lib.State(failures=failures)
+        if before.state == "done" or (before.state == "failed" and not retry_failed):
+            continue
+        state = state_lib.State(failures=0 if before.state == "failed" else before.failures)
         if state != before:
             state_lib.write(folder, state)
