@@ -22,12 +22,14 @@ def rows(workdir: pathlib.Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
     Nothing is written, so a trial may be at work meanwhile.
     """
     made: list[dict[str, Any]] = []
-    broken = {}
+    broken: dict[str | None, str] = {}
     for unit in units:
         folder = unit.folder(workdir)
         state = state_lib.read(folder)
         if state.state == "failed":
             broken[unit.id] = state.message
+        elif unit.needs in broken:
+            broken[unit.id] = f"its model failed: {broken[unit.needs]}"
         if unit.kind != "trial":
             continue
         found = []
@@ -39,45 +41,33 @@ def rows(workdir: pathlib.Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
                 for row in written
                 if row.get("status") == "ok"
             ]
-        message = broken.get(unit.id)
-        if message is None and unit.needs in broken:
-            message = f"its model failed: {broken[unit.needs]}"
-        if message is not None:
-            found = [*found, {"status": "failed", "message": message}]
+        if unit.id in broken:
+            found.append({"status": "failed", "message": broken[unit.id]})
         made += [{"trial": unit.id, "label": unit.label, **row} for row in found]
     return made
 
 
 def up_to_date(workdir: pathlib.Path, units: Sequence[Unit]) -> bool:
-    """Whether every trial is done and the table holds their rows, in order, and no other."""
-    trials = [unit for unit in units if unit.kind == "trial"]
-    if any(state_lib.read(unit.folder(workdir)).state != "done" for unit in trials):
-        return False
+    """Whether the table holds the rows of the trials, in order, and no other."""
+    names = ["trial", "label", "status"]
     try:
-        held = pq.read_table(workdir / TABLE, columns=["trial", "label", "status"]).to_pylist()
+        held = pq.read_table(workdir / TABLE, columns=names).to_pylist()
     except (OSError, KeyError, pa.ArrowException):
         return False
-    order = dict.fromkeys((row["trial"], row["label"]) for row in held)
-    whole = list(order) == [(unit.id, unit.label) for unit in trials]
-    return whole and all(row["status"] == "ok" for row in held)
-
-
-def table(found: Sequence[dict[str, Any]]) -> pa.Table:
-    """The rows as columns; settings, which differ in their keys, are JSON text."""
-    columns: dict[str, list[Any]] = {}
-    for number, row in enumerate(found):
-        for name, value in row.items():
-            column = columns.setdefault(name, [None] * number)
-            column.append(json.dumps(value, sort_keys=True) if isinstance(value, dict) else value)
-        for column in columns.values():
-            if len(column) <= number:
-                column.append(None)
-    return pa.table(columns)
+    return held == [{name: row[name] for name in names} for row in rows(workdir, units)]
 
 
 def write(workdir: pathlib.Path, found: Sequence[dict[str, Any]]) -> pathlib.Path:
-    """Replaces ``results.parquet`` with the :func:`table` of some rows."""
+    """Writes rows to ``results.parquet``; settings, which differ in their keys, are JSON text."""
     path = workdir / TABLE
+    names = dict.fromkeys(name for row in found for name in row)
+    columns = {
+        name: [
+            json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
+            for value in (row.get(name) for row in found)
+        ]
+        for name in names
+    }
     with launch.replacing(path) as draft:
-        pq.write_table(table(found), draft)
+        pq.write_table(pa.table(columns), draft)
     return path

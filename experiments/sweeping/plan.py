@@ -73,7 +73,8 @@ def variants(path: str) -> list[Variant]:
                 "a trial per seed."
             )
         part = adapt.Part(tuple(methods), tuple(domains))
-        found.append(Variant(config, part, {**overrides, **_named(part)}))
+        named = {name: value for name, value in part._asdict().items() if value}
+        found.append(Variant(config, part, {**overrides, **named}))
 
     sweep = namespace.get("sweep")
     if sweep is None:
@@ -91,10 +92,6 @@ def variants(path: str) -> list[Variant]:
                 f"sweep(add) of {path}: trials {first} and {index} are the same ({label(variant)})."
             )
     return found
-
-
-def _named(part: adapt.Part) -> dict[str, Any]:
-    return {name: value for name, value in part._asdict().items() if value}
 
 
 def label(variant: Variant) -> str:
@@ -132,8 +129,7 @@ def pack_key(variant: Variant) -> str:
 
     They differ in the settings of their methods, in seed and in part alone.
     """
-    config = json.loads(variant.config.to_json())
-    return _hash({key: value for key, value in config.items() if key not in ("seeds", "methods")})
+    return _sections(variant.config, [*{*variant.config} - {"seeds", "methods"}])
 
 
 def _hash(*parts: Any) -> str:

@@ -1,50 +1,46 @@
-"""Where jobs run: processes of this machine, or Slurm; both through submitit."""
+"""What takes the units of a sweep: processes of this machine, or jobs of Slurm through submitit."""
 
-import contextlib
 import hashlib
 import os
 import pathlib
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple, Protocol
 
 import submitit
 
 from experiments import launch
-from experiments.sweeping import job as job_lib
+from experiments.sweeping import work
+from experiments.sweeping.process import Job
+from experiments.sweeping.progress import Progress
 
-_UNLIMITED_MIN = 60 * 24 * 365
-_ASK_SLURM_EVERY_S = 2.0
+_POLL_S = 0.5
+_POLL_SLURM_S = 2.0
 # A job that was just submitted may not be listed yet.
-_SLURM_PATIENCE_S = 20.0
+_PATIENCE_S = 20.0
 _SLURM_TIMEOUT_S = 30.0
-_SUBMISSIONS, _SUBMIT_AGAIN_S = 5, 10.0
+# Of jobs in turn that changed nothing; each is waited for longer, in all for an hour.
+_MOST_IDLE, _MOST_REFUSALS = 20, 5
 _END_JOBS_S = 120.0
 
 
-class Handle(Protocol):
-    """A job that was submitted."""
-
-    def alive(self) -> bool:
-        """Whether it runs, or will without being submitted again."""
-
-    def cancel(self) -> None:
-        """Tells it to stop."""
-
-
 class Pool(Protocol):
-    """Runs jobs, at most ``size`` side by side."""
+    """Runs :func:`work.run`, as often as there is something to do."""
 
-    size: int
+    def tend(self, now: Progress) -> None:
+        """Sees to it for a moment that units are taken.
 
-    def room(self) -> int:
-        """How many more jobs it takes now."""
+        Raises:
+          UserError: as :func:`work.run`, or whatever runs it does not.
+        """
 
-    def submit(self, jobs: Sequence[job_lib.Job]) -> Sequence[Handle]:
-        """Starts at most :meth:`room` jobs, which come without an environment of their own."""
+    def end(self) -> None:
+        """Ends all that it started."""
 
 
 class Worker(NamedTuple):
@@ -73,15 +69,15 @@ def workers(count: int, cores_each: int, gpus: Sequence[str]) -> list[Worker]:
             f"{max(wanted, 1)} workers of {each} cores need {max(wanted, 1) * each} cores, and "
             f"this process may use {len(cores)}; give fewer --workers or --cores."
         )
-    made = []
-    for number in range(wanted):
-        share = tuple(cores[number * each : (number + 1) * each])
-        device = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
-        if gpus and wanted > len(gpus):
-            # Several processes share a card: none may reserve most of its memory.
-            device["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-        made.append(Worker(share, device))
-    return made
+    # Where several processes share a card, none may reserve most of its memory.
+    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if wanted > len(gpus) else {}
+    return [
+        Worker(
+            tuple(cores[number * each : (number + 1) * each]),
+            {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)], **shared} if gpus else {},
+        )
+        for number in range(wanted)
+    ]
 
 
 def visible_gpus() -> list[str]:
@@ -99,97 +95,113 @@ def visible_gpus() -> list[str]:
 
 
 class LocalPool:
-    """Processes of this machine, one per worker at a time."""
+    """Threads that hold a process each; these die with this one."""
 
-    def __init__(self, folder: pathlib.Path, workers: Sequence[Worker]):
-        self._folder = folder
-        with launch.writing(folder):
-            self._executor = submitit.LocalExecutor(folder=folder)
-        # The limits are the job's own: those of submitit begin a job anew.
-        self._executor.update_parameters(timeout_min=_UNLIMITED_MIN)
-        self._workers, self.size = list(workers), len(workers)
-        self._busy: list[_LocalHandle | None] = [None] * len(workers)
+    def __init__(self, job: Job, workers: Sequence[Worker]):
+        self._job, self._workers, self._wanted = job, workers, 0
+        self._stop = threading.Event()
+        self._threads = futures.ThreadPoolExecutor(len(workers))
+        self._running: list[futures.Future[None]] = []
 
-    def _free(self) -> list[int]:
-        return [n for n, handle in enumerate(self._busy) if handle is None or not handle.alive()]
+    def _run(self, number: int) -> None:
+        worker = self._workers[number]
+        environment = {**self._job.environment, **worker.environment}
+        job = self._job._replace(environment=environment, cores=worker.cores)
+        while not self._stop.is_set():
+            # No more of them look for a unit than there are.
+            if number >= self._wanted or not work.run(job, self._stop):
+                self._stop.wait(_POLL_S)
 
-    def room(self) -> int:
-        """Workers without a job."""
-        return len(self._free())
+    def tend(self, now: Progress) -> None:
+        """Waits a moment; see :class:`Pool`."""
+        self._wanted = now.wanted
+        if not self._running:
+            numbers = range(len(self._workers))
+            self._running = [self._threads.submit(self._run, number) for number in numbers]
+        for ended in futures.wait(self._running, _POLL_S, futures.FIRST_EXCEPTION).done:
+            ended.result()
 
-    def submit(self, jobs: Sequence[job_lib.Job]) -> Sequence[Handle]:
-        """Starts a job on each of as many workers."""
-        handles = []
-        for job, number in zip(jobs, self._free(), strict=False):
-            worker = self._workers[number]
-            environment = {**job.environment, **worker.environment}
-            job = job._replace(environment=environment, cores=worker.cores, owner=job_lib.owner())
-            with launch.writing(self._folder):
-                handle = _LocalHandle(self._executor.submit(job_lib.run, job))
-            self._busy[number] = handle
-            handles.append(handle)
-        return handles
+    def end(self) -> None:
+        """Ends the processes, which takes a moment."""
+        self._stop.set()
+        self._threads.shutdown()
 
 
-class _LocalHandle:
-    def __init__(self, job: Any):
-        self._job = job
-
-    def alive(self) -> bool:
-        return not self._job.done()
-
-    def cancel(self) -> None:
-        # submitit's own way is an interrupt, whose traceback ends up on this terminal.
-        if self.alive():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(self._job.job_id), signal.SIGTERM)
+def _run_alone(job: Job) -> None:
+    """As :func:`work.run`, in a process that Slurm tells to stop by a signal."""
+    stop = threading.Event()
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda *_: stop.set())
+    work.run(job, stop)
 
 
 class SlurmPool:
     """Arrays of Slurm jobs; Slurm decides how many run at a time."""
 
-    def __init__(self, folder: pathlib.Path, parameters: Mapping[str, Any]):
+    def __init__(self, job: Job, parameters: Mapping[str, Any]):
         if shutil.which("sbatch") is None:
             raise launch.UserError(
                 "--executor=slurm needs Slurm's sbatch on the PATH, and it is not there; run on a "
                 "login node of the cluster, or use --executor=local."
             )
-        self._folder = folder
-        with launch.writing(folder):
-            self._executor = submitit.SlurmExecutor(folder=folder)
+        self._job, self._folder = job, pathlib.Path(job.workdir) / "jobs"
+        with launch.writing(self._folder):
+            self._executor = submitit.SlurmExecutor(folder=self._folder)
         # By its name a later run finds the jobs of one that was killed.
-        name = f"sweep-{hashlib.sha256(str(folder).encode()).hexdigest()[:10]}"
+        name = f"sweep-{hashlib.sha256(job.workdir.encode()).hexdigest()[:10]}"
         self._executor.update_parameters(**{"job_name": name, **parameters})
-        self.size = int(parameters["array_parallelism"])
-        _end_jobs(str(self._executor.parameters["job_name"]))
-        self._queue = _Queue()
-        self._handles: list[_SlurmHandle] = []
+        self._which = ["-n", str(self._executor.parameters["job_name"]), "-u", str(os.getuid())]
+        self._size = int(parameters["array_parallelism"])
+        self._idle, self._next = 0, 0.0
+        self._before: Sequence[Any] = ()
+        self._end_earlier()
 
-    def room(self) -> int:
-        """Jobs that may still run side by side."""
-        self._handles = [handle for handle in self._handles if handle.alive()]
-        return self.size - len(self._handles)
+    def _listed(self) -> int | None:
+        """How many jobs Slurm lists as waiting or running; None where it does not answer."""
+        # -r: an array is listed job by job.
+        answer = _ask("squeue", "-h", "-r", "-o", "%A", *self._which)
+        return None if answer is None else len(answer.split())
 
-    def submit(self, jobs: Sequence[job_lib.Job]) -> Sequence[Handle]:
-        """Submits the jobs as one array."""
-        made = self._array(jobs)
-        handles = [_SlurmHandle(self._queue, job) for job in made]
-        self._handles += handles
-        return handles
+    def _end_earlier(self) -> None:
+        """Cancels what a sweep left behind that was killed, and waits for it."""
+        last = time.monotonic() + _END_JOBS_S
+        while (left := self._listed()) != 0:
+            if left is None or time.monotonic() > last:
+                raise launch.UserError(
+                    f"Slurm does not end the jobs of an earlier run, or does not answer; try "
+                    f"again, or cancel them with scancel {' '.join(self._which)}."
+                )
+            self.end()
+            time.sleep(1.0)
 
-    def _array(self, jobs: Sequence[job_lib.Job]) -> Sequence[Any]:
-        for left in reversed(range(_SUBMISSIONS)):
-            try:
-                with launch.writing(self._folder):
-                    return self._executor.map_array(job_lib.run, list(jobs))
-            except submitit.core.utils.FailedJobError as error:
-                if not left:
-                    raise launch.UserError(
-                        f"Slurm refuses the jobs: {' '.join(str(error).split())[:400]}. What is "
-                        "finished is kept; run the same command to go on."
-                    ) from error
-                time.sleep(_SUBMIT_AGAIN_S)
-        raise AssertionError
+    def tend(self, now: Progress) -> None:
+        """Submits what lacks; see :class:`Pool`."""
+        time.sleep(_POLL_SLURM_S)
+        if time.monotonic() < self._next or (listed := self._listed()) is None:
+            return
+        if (lacking := min(now.wanted, self._size) - listed) <= 0:
+            return
+        self._idle = self._idle + 1 if now.states == self._before else 0
+        if self._idle > _MOST_IDLE:
+            raise launch.UserError(
+                f"the last {_MOST_IDLE} jobs ended and had done nothing; see their logs in "
+                f"{self._folder}. What is finished is kept; run the same command to go on."
+            )
+        try:
+            with launch.writing(self._folder):
+                self._executor.map_array(_run_alone, lacking * [self._job])
+        except submitit.core.utils.FailedJobError as error:
+            # The first refusal is for whoever starts the sweep; a later one may pass.
+            if not self._before or self._idle >= _MOST_REFUSALS:
+                raise launch.UserError(
+                    f"Slurm refuses the jobs: {' '.join(str(error).split())[:400]}. What is "
+                    "finished is kept; run the same command to go on."
+                ) from error
+        self._before, self._next = now.states, time.monotonic() + _PATIENCE_S * (1 + self._idle)
+
+    def end(self) -> None:
+        """Cancels all jobs."""
+        _ask("scancel", *self._which)
 
 
 def _ask(*command: str) -> str | None:
@@ -199,46 +211,3 @@ def _ask(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
-
-
-def _end_jobs(name: str) -> None:
-    """Cancels jobs of that name, which a sweep left behind that was killed, and waits for them."""
-    last = time.monotonic() + _END_JOBS_S
-    while (left := _ask("squeue", "-h", "-n", name, "-u", str(os.getuid()), "-o", "%A")) != "":
-        if left is None or time.monotonic() > last:
-            raise launch.UserError(
-                f"Slurm does not end the jobs of an earlier run ({name}), or does not answer; try "
-                f"again, or cancel them with scancel -n {name}."
-            )
-        _ask("scancel", "-n", name, "-u", str(os.getuid()))
-        time.sleep(1.0)
-
-
-class _Queue:
-    """The ids that Slurm lists as waiting or running, asked for every now and then."""
-
-    def __init__(self) -> None:
-        self._ids: set[str] = set()
-        self._asked = self._answered = 0.0
-
-    def lists(self, job_id: str, since: float) -> bool:
-        """Whether a job is listed, or could not be yet: no answer is late enough to know."""
-        now = time.monotonic()
-        if now - self._asked > _ASK_SLURM_EVERY_S:
-            self._asked = now
-            # -r: an array is listed job by job.
-            listed = _ask("squeue", "-h", "-r", "-o", "%F_%K %A", "-u", str(os.getuid()))
-            if listed is not None:
-                self._answered, self._ids = now, set(listed.split())
-        return job_id in self._ids or self._answered < since + _SLURM_PATIENCE_S
-
-
-class _SlurmHandle:
-    def __init__(self, queue: _Queue, job: Any):
-        self._queue, self._job, self._submitted = queue, job, time.monotonic()
-
-    def alive(self) -> bool:
-        return self._queue.lists(self._job.job_id, self._submitted)
-
-    def cancel(self) -> None:
-        self._job.cancel(check=False)

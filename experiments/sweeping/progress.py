@@ -7,8 +7,11 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import tqdm
+
 from experiments import launch
 from experiments.sweeping import state as state_lib
+from experiments.sweeping.state import FINAL, State
 from experiments.sweeping.unit import Unit
 
 PLAN = "plan.json"
@@ -20,12 +23,14 @@ class Progress(NamedTuple):
 
     Attributes:
       states: that of every unit, in order.
-      counts: trials per state.
+      counts: trials per state; one whose model failed counts as failed.
+      wanted: how many units could be at work side by side now; none once all has ended.
       seconds_left: an estimate, from the trials that are done; None where there is no ground.
     """
 
-    states: list[state_lib.State]
+    states: list[State]
     counts: dict[str, int]
+    wanted: int
     seconds_left: float | None
 
 
@@ -50,26 +55,32 @@ def load(workdir: pathlib.Path) -> list[Unit]:
         raise launch.UserError(f"{path} is damaged ({error}); run the sweep again.") from error
 
 
-def measure(workdir: pathlib.Path, units: Sequence[Unit]) -> Progress:
-    """Reads the states of all units."""
-    return summarized(units, [state_lib.read(unit.folder(workdir)) for unit in units])
-
-
-def summarized(units: Sequence[Unit], states: Sequence[state_lib.State]) -> Progress:
-    """The progress that the states of all units, in their order, amount to."""
-    pairs = list(zip(units, states, strict=True))
-    lost = {unit.id for unit, state in pairs if state.state == "failed"}
-    # A trial whose model failed will not run.
-    trials = [
-        state._replace(state="failed") if unit.needs in lost else state
-        for unit, state in pairs
-        if unit.kind == "trial"
+def measure(
+    workdir: pathlib.Path, units: Sequence[Unit], earlier: Progress | None = None
+) -> Progress:
+    """Reads the states of all units, but for those that had ended in an earlier measurement."""
+    known = earlier.states if earlier else [State()] * len(units)
+    states = [
+        state if state.state in FINAL else state_lib.read(unit.folder(workdir))
+        for unit, state in zip(units, known, strict=True)
     ]
+    return summarized(units, states)
+
+
+def summarized(units: Sequence[Unit], states: Sequence[State]) -> Progress:
+    """The progress that the states of all units, in their order, amount to."""
+    models = {unit.id: state.state for unit, state in zip(units, states, strict=True)}
+    wanted, trials = 0, []
+    for unit, state in zip(units, states, strict=True):
+        model = models.get(unit.needs or "", "done")
+        wanted += model == "done" and state.state not in FINAL
+        if unit.kind == "trial":
+            trials.append(state._replace(state="failed") if model == "failed" else state)
     counts = {name: sum(s.state == name for s in trials) for name in state_lib.STATES}
-    return Progress(list(states), counts, _left(trials, counts))
+    return Progress(list(states), counts, wanted, _left(trials, counts))
 
 
-def _left(trials: Sequence[state_lib.State], counts: dict[str, int]) -> float | None:
+def _left(trials: Sequence[State], counts: dict[str, int]) -> float | None:
     spent = [s.finished - s.started for s in trials if s.state == "done"]
     if not spent or not counts["running"]:
         return None
@@ -90,36 +101,16 @@ def table(units: Sequence[Unit], progress: Progress, columns: int | None = None)
     total = sum(counts.values())
     line = ", ".join(f"{counts[name]} {name}" for name in ("done", "running", "waiting", "failed"))
     if progress.seconds_left is not None:
-        line += f"; about {_duration(progress.seconds_left)} left"
+        line += f"; about {tqdm.tqdm.format_interval(progress.seconds_left)} left"
     filled = _BAR * (counts["done"] + counts["failed"]) // max(1, total)
     lines = [f"[{'#' * filled}{'.' * (_BAR - filled)}] {total} trials: {line}"]
-    now, pairs = time.time(), list(zip(units, progress.states, strict=True))
-    running = [(state.started, unit) for unit, state in pairs if state.state == "running"]
-    running.sort(key=lambda pair: pair[0])
-    lines += _listed(
-        [f"  running {_duration(now - t):>6}  {unit.id}  {unit.label}" for t, unit in running],
-        "run",
-    )
-    lines += _listed(
-        [
-            f"  failed   {unit.id}  {unit.label}: {state.message}"
-            for unit, state in pairs
-            if state.state == "failed"
-        ],
-        "failed",
-    )
+    pairs = list(zip(units, progress.states, strict=True))
+    running = sorted((state.started, u) for u, state in pairs if state.state == "running")
+    failed = [(state.message, unit) for unit, state in pairs if state.state == "failed"]
+    for since, unit in running[:_LISTED]:
+        lasted = tqdm.tqdm.format_interval(time.time() - since)
+        lines.append(f"  running  {unit.id}  {unit.label}: {lasted}")
+    lines += [f"  and {len(running) - _LISTED} more that run"] * (len(running) > _LISTED)
+    lines += [f"  failed   {unit.id}  {unit.label}: {said}" for said, unit in failed[:_LISTED]]
+    lines += [f"  and {len(failed) - _LISTED} more that failed"] * (len(failed) > _LISTED)
     return "\n".join(line[:columns] for line in lines)
-
-
-def _listed(lines: list[str], what: str) -> list[str]:
-    more = len(lines) - _LISTED
-    return lines[:_LISTED] + ([f"  and {more} more that {what}"] if more > 0 else [])
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02} min"
-    return f"{whole // 3600}:{whole % 3600 // 60:02} h"

@@ -8,6 +8,9 @@ from typing import NamedTuple
 from experiments import launch
 
 STATES = ("waiting", "running", "done", "failed", "blocked")
+FINAL = ("done", "failed")
+# Of one unit, in one run of the sweep: something kills it, such as the system for its memory.
+_MOST_INTERRUPTIONS = 20
 
 
 class State(NamedTuple):
@@ -17,7 +20,7 @@ class State(NamedTuple):
       state: one of :data:`STATES`; a unit is blocked by what no other attempt would mend, such as a
         full disk, and the sweep ends.
       failures: attempts that ended in an error.
-      interruptions: attempts that were killed, or told to stop.
+      interruptions: attempts of this run of the sweep that were killed, or told to stop.
       message: of the last error.
       started: when the last attempt began, seconds since 1970.
       finished: when it ended.
@@ -65,13 +68,16 @@ def ended(state: State, outcome: str, message: str, retries: int) -> State:
       state: before.
       outcome: ``"done"``, ``"failed"``, ``"interrupted"`` or ``"blocked"``.
       message: of the error.
-      retries: how often a unit that failed is tried again; an interrupted one always is.
+      retries: how often a unit that failed is tried again; an interrupted one is 20 times.
     """
-    state = state._replace(finished=time.time(), message=message)
-    if outcome in ("done", "blocked"):
-        return state._replace(state=outcome)
+    state = state._replace(state=outcome, finished=time.time(), message=message)
+    if outcome == "failed":
+        state = state._replace(failures=state.failures + 1)
+        return state._replace(state="waiting") if state.failures <= retries else state
     if outcome == "interrupted":
-        return state._replace(state="waiting", interruptions=state.interruptions + 1)
-    failures = state.failures + 1
-    again = failures <= retries
-    return state._replace(state="waiting" if again else "failed", failures=failures)
+        killed = state.interruptions + 1
+        state = state._replace(state="waiting", interruptions=killed)
+        if killed > _MOST_INTERRUPTIONS:
+            message = f"killed {killed} times: {message}"
+            return state._replace(state="failed", message=message)
+    return state

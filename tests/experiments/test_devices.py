@@ -20,7 +20,9 @@ pytestmark = [
     ),
 ]
 
-PART = adapt.Part(domains=("clean", "fog", "contrast", "saturate"))
+PART = adapt.Part(domains=("clean", "fog", "saturate"))
+# A method of every scope.
+SHARED = PART._replace(methods=("rotation", "rotation_online", "tent"))
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +70,12 @@ def alone(trained, tmp_path_factory):
     return folder
 
 
-def assert_same(folder, alone):
-    assert_equal_rows(rows_of(folder), rows_of(alone))
+def assert_same(folder, alone, part=PART):
+    methods = part.methods or every_scope().methods
+    wanted = [row for row in rows_of(alone) if row["method"] in methods]
+    assert_equal_rows(rows_of(folder), wanted)
     chosen = [json.loads((at / "selection.json").read_text())["chosen"] for at in (folder, alone)]
-    assert chosen[0] == chosen[1]
+    assert chosen[0] == {name: chosen[1][name] for name in methods}
 
 
 def test_all_devices_of_a_process_equal_one(trained, alone, tmp_path, monkeypatch):
@@ -92,44 +96,50 @@ def test_all_devices_of_a_process_equal_one(trained, alone, tmp_path, monkeypatc
     assert json.loads((folder / "run.json").read_text())["devices"] == len(jax.devices())
 
 
-def test_two_processes_equal_one(trained, alone, tmp_path, monkeypatch):
+@pytest.fixture
+def shared(trained, tmp_path, monkeypatch):
+    """A folder, and a function that has two processes adapt in it; it returns their statuses."""
     folder = shutil.copytree(trained, tmp_path / "run")
     # Two processes share no programs; these two threads must not either.
     monkeypatch.setattr(units, "programs", lambda config, mesh: {})
 
-    def work(team):
-        return adapt.run(every_scope(), str(folder), part=PART, devices=1, team=team)
+    def work(part):
+        def of(team):
+            return adapt.run(every_scope(), str(folder), part=part, devices=1, team=team)
 
-    assert pair.run(work) == [0, 0]
-    assert_same(folder, alone)
+        return pair.run(of)
+
+    return folder, work
+
+
+def test_two_processes_equal_one(shared, alone):
+    folder, work = shared
+    assert work(SHARED) == [0, 0]
+    assert_same(folder, alone, SHARED)
     # Run again, both find all rows and do nothing.
     before = (folder / "results.jsonl").read_bytes()
-    assert pair.run(work) == [0, 0] and (folder / "results.jsonl").read_bytes() == before
+    assert work(SHARED) == [0, 0] and (folder / "results.jsonl").read_bytes() == before
 
 
-def test_a_failing_unit_is_failed_rows_and_holds_no_one_up(trained, alone, tmp_path, monkeypatch):
-    folder = shutil.copytree(trained, tmp_path / "run")
-    rows = evaluation.Evaluation.rows
-    monkeypatch.setattr(units, "programs", lambda config, mesh: {})
+def test_a_failing_unit_is_failed_rows_and_holds_no_one_up(shared, alone, monkeypatch):
+    folder, work = shared
+    rows, part = evaluation.Evaluation.rows, PART._replace(methods=("source", "tent"))
 
     def fail(self, label, method, streams):
         if label == "tent" and "fog" in streams:
             raise ValueError("fog is too thick")
         return rows(self, label, method, streams)
 
-    def work(team):
-        return adapt.run(every_scope(), str(folder), part=PART, devices=1, team=team)
-
     with monkeypatch.context() as patch:
         patch.setattr(evaluation.Evaluation, "rows", fail)
-        assert pair.run(work) == [1, 1]
+        assert work(part) == [1, 1]
     made = rows_of(folder)
     failed = [row for row in made if row["status"] == "failed"]
     assert [(row["method"], row["domain"]) for row in failed] == [("tent", "fog")]
     assert failed[0]["message"] == "ValueError: fog is too thick"
-    assert len(made) == len(rows_of(alone))
-    assert pair.run(work) == [0, 0]
-    assert_same(folder, alone)
+    assert len(made) == len([row for row in rows_of(alone) if row["method"] in part.methods])
+    assert work(part) == [0, 0]
+    assert_same(folder, alone, part)
 
 
 def test_a_number_of_devices():

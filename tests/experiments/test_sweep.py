@@ -1,21 +1,17 @@
 """Sweeps: which trials there are, who runs them, what is counted and collected."""
 
-import os
+import contextlib
+import json
 import pathlib
+import threading
 import time
 
 import pyarrow.parquet as pq
 import pytest
 
-from experiments import launch, provenance, sweep
-from experiments.sweeping import (
-    collect,
-    job as job_lib,
-    plan,
-    pools,
-    progress,
-    state as state_lib,
-)
+from experiments import launch, provenance, sweep, trial
+from experiments.sweeping import collect, plan, pools, progress, state as state_lib, work
+from experiments.sweeping.process import Limits
 from tests.experiments import tiny_sweep
 
 
@@ -105,25 +101,6 @@ def test_no_such_file():
         plan.variants("nowhere.py")
 
 
-def test_trials_of_a_pack_share_a_process():
-    def unit(n, pack):
-        return plan.Unit("trial" if pack else "model", str(n), "d", None, "", pack)
-
-    units = [unit(n, "p") for n in range(5)] + [unit(5, "q"), unit(6, ""), unit(7, "")]
-
-    def shared(room, workers, most):
-        packs = sweep.packed(units, room, workers, most)
-        return [[int(unit.id) for unit in pack] for pack in packs]
-
-    assert shared(2, 2, 16) == [[0, 1, 2], [3, 4]]
-    assert shared(8, 8, 16) == [[0], [1], [2], [3], [4], [5], [6], [7]]
-    assert shared(4, 4, 16) == [[0, 1], [2, 3], [4], [5]]
-    assert shared(2, 2, 2) == [[0, 1], [2, 3]]
-    assert shared(1, 1, 16) == [[0, 1, 2, 3, 4]]
-    # One worker is free and three are not: the others find something later.
-    assert shared(1, 4, 16) == [[0, 1]]
-
-
 def test_a_pack_differs_in_seeds_and_settings_alone(config):
     keys = [
         plan.pack_key(variant)
@@ -140,120 +117,154 @@ def test_a_pack_differs_in_seeds_and_settings_alone(config):
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_workers_share_the_machine(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert [w.cores for w in pools.workers(0, 0, [])] == [(n,) for n in range(8)]
-    assert [w.cores for w in pools.workers(2, 0, [])] == [(0, 1, 2, 3), (4, 5, 6, 7)]
-    assert [w.cores for w in pools.workers(0, 3, [])] == [(0, 1, 2), (3, 4, 5)]
-    cards = pools.workers(0, 0, ["2", "5"])
-    assert [w.cores for w in cards] == [(0, 1, 2, 3), (4, 5, 6, 7)]
-    assert [w.environment for w in cards] == [{"CUDA_VISIBLE_DEVICES": n} for n in "25"]
-    shared = pools.workers(4, 0, ["2", "5"])
-    assert [w.environment["CUDA_VISIBLE_DEVICES"] for w in shared] == ["2", "5", "2", "5"]
-    assert all(w.environment["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false" for w in shared)
-    with pytest.raises(launch.UserError, match=r"3 workers of 4 cores need 12 cores.* may use 8"):
-        pools.workers(3, 4, [])
+class Pool:
+    """Runs the job here, again and again."""
+
+    def __init__(self, job):
+        self._job = job
+
+    def tend(self, now):
+        work.run(self._job, threading.Event())
+
+    def end(self):
+        pass
 
 
-def test_gpus_are_those_that_are_visible(monkeypatch):
-    for value, names in (("2,3", ["2", "3"]), ("-1", []), ("", []), ("1,-1,2", ["1"])):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-        assert pools.visible_gpus() == names
+def local(job):
+    return pools.LocalPool(job, 2 * [pools.Worker((), {})])
 
 
-class Silent:
-    """Jobs that are gone without having done anything."""
+class Quick:
+    """Writes a row per trial; ``outcomes`` are those that differ, by label."""
 
-    size = 2
-    submitted = 0
+    def __init__(self, job):
+        self._labels = {unit.id: unit.label for unit in progress.load(pathlib.Path(job.workdir))}
 
-    def room(self):
-        return 2
+    def attempt(self, folder, stop):
+        self.done.append(label := self._labels[folder.name])
+        if label in self.outcomes:
+            return self.outcomes[label]
+        if folder.parent.name == "trials":
+            row = {"method": "rotation", "dataset": "digits", "domain": "fog", "severity": 5}
+            row |= {"seed": 0, "split_role": "reported", "status": "ok", "error": 0.25}
+            (folder / "results.jsonl").write_text(json.dumps(row) + "\n")
+        return "done", ""
 
-    def submit(self, jobs):
-        self.submitted += len(jobs)
-        return [Ended() for _ in jobs]
-
-
-def test_jobs_that_die_without_a_word_are_not_submitted_for_ever(config, tmp_path):
-    pool = Silent()
-    assert sweep.run(config("add(seeds=(0,))"), str(tmp_path / "sweep"), lambda jobs: pool) == 1
-    assert pool.submitted == 21
-    (row,) = pq.read_table(tmp_path / "sweep" / "results.parquet").to_pylist()
-    assert row["message"] == "its model failed: killed 21 times: its job was killed"
+    def end(self):
+        pass
 
 
-def test_a_full_disk_ends_the_sweep_and_is_nobodys_failure(config, tmp_path, monkeypatch):
-    path, folder = config('add(domains=("fog",))'), tmp_path / "sweep"
-    sentence = "cannot write X: No space left on device. What was written before is intact"
-
-    class Full(Inline):
-        def submit(self, jobs):
-            for one in jobs:
-                place = pathlib.Path(one.folders[0])
-                begun = state_lib.begun(state_lib.read(place))
-                state_lib.write(place, state_lib.ended(begun, "blocked", sentence, 1))
-            return [Ended() for _ in jobs]
-
-    with pytest.raises(launch.UserError, match="No space left"):
-        sweep.run(path, str(folder), lambda jobs: Full())
-    # With space it goes on by itself.
-    assert sweep.run(path, str(folder), lambda jobs: Inline()) == 0
-    assert [s.failures for s in progress.measure(folder, progress.load(folder)).states] == [0, 0]
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(Quick, "done", [], raising=False)
+    monkeypatch.setattr(Quick, "outcomes", {}, raising=False)
+    monkeypatch.setattr(work, "Process", Quick)
+    return Quick
 
 
-def test_a_model_keeps_its_steps_when_its_trials_change(config, tmp_path):
-    # Its training is interrupted, and meanwhile the first trial becomes another one.
-    folder = tmp_path / "sweep"
-    path = config('add(domains=("fog",))')
+def test_every_trial_is_run_once_and_is_in_the_table(config, tmp_path, quick):
+    path, folder = config(GRID), tmp_path / "sweep"
+    assert sweep.run(path, str(folder), local) == 0
     units = plan.units(plan.variants(path))
-    place = units[0].folder(folder)
-    place.mkdir(parents=True)
-    provenance.claim(place, plan.variants(path)[0].config)
-    state_lib.write(place, state_lib.State("running", interruptions=3))
-    other = config('add(domains=("fog",), **{"methods.rotation.learning_rate": (0.02,)})')
-    assert plan.units(plan.variants(other))[0].id == units[0].id
-    assert sweep.run(other, str(folder), lambda jobs: Inline()) == 0
+    assert sorted(quick.done) == sorted(unit.label for unit in units)
+    assert set(quick.done[:2]) == {"model, seed 0", "model, seed 1"}
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    assert [row["trial"] for row in rows] == [unit.id for unit in units[2:]]
+    assert list(rows[0])[:2] == ["trial", "label"]
 
 
-def test_a_table_with_a_row_that_has_failed_since_is_written_again(config, tmp_path):
+def test_a_model_that_fails_fails_its_trials(config, tmp_path, quick, capsys):
+    path, folder = config(GRID), tmp_path / "sweep"
+    quick.outcomes["model, seed 1"] = ("failed", "no data")
+    assert sweep.run(path, str(folder), local, Limits(retries=2)) == 1
+    assert quick.done.count("model, seed 1") == 3
+    assert "2 of 4 trials done, 2 failed" in capsys.readouterr().out
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "ok", "failed", "failed"]
+    assert rows[2]["message"] == "its model failed: no data" and rows[2]["error"] is None
+    # What failed for good stays so, until it is asked for.
+    assert sweep.run(path, str(folder), local) == 1
+    assert quick.done.count("model, seed 1") == 3
+    quick.outcomes.clear()
+    assert sweep.run(path, str(folder), local, retry_failed=True) == 0
+    assert len(quick.done) == 3 + 1 + 2 + 1 + 2
+
+
+def test_a_full_disk_ends_the_sweep_and_is_nobodys_failure(config, tmp_path, quick):
+    path, folder = config(GRID), tmp_path / "sweep"
+    sentence = "cannot write X: No space left on device. What was written before is intact"
+    quick.outcomes["model, seed 0"] = ("blocked", sentence)
+    for make_pool in (local, Pool):
+        with pytest.raises(launch.UserError, match="No space left"):
+            sweep.run(path, str(folder), make_pool)
+    # With space it goes on by itself.
+    quick.outcomes.clear()
+    assert sweep.run(path, str(folder), local) == 0
+    assert {s.failures for s in progress.measure(folder, progress.load(folder)).states} == {0}
+
+
+def test_one_that_a_scheduler_runs_elsewhere_ends_the_sweep_too(config, tmp_path, quick):
+    path, folder = config("add(seeds=(0,))"), tmp_path / "sweep"
+
+    class Elsewhere(Pool):
+        def tend(self, now):
+            with contextlib.suppress(launch.UserError):
+                super().tend(now)
+
+    quick.outcomes["model, seed 0"] = ("blocked", "the config file has changed")
+    with pytest.raises(launch.UserError, match="the config file has changed"):
+        sweep.run(path, str(folder), Elsewhere)
+
+
+def test_a_table_with_a_row_that_has_failed_since_is_written_again(config, tmp_path, quick):
     path, folder = config('add(domains=("fog",))'), tmp_path / "sweep"
-    assert sweep.run(path, str(folder), lambda jobs: Inline()) == 0
+    assert sweep.run(path, str(folder), local) == 0
     units = progress.load(folder)
     whole = pq.read_table(folder / "results.parquet").to_pylist()
     assert collect.up_to_date(folder, units)
     collect.write(folder, [{**whole[0], "status": "failed"}])
     assert not collect.up_to_date(folder, units)
-    assert sweep.run(path, str(folder), lambda jobs: Inline()) == 0
+    assert sweep.run(path, str(folder), local) == 0
     assert pq.read_table(folder / "results.parquet").to_pylist() == whole
 
 
-class Inline:
-    """Runs every job at once, here."""
+class Here:
+    """Does what the process of a job does, in this one."""
 
-    size = 1
+    def __init__(self, job):
+        given = dict(word[2:].split("=") for word in job.command if word.startswith("--"))
+        self._trials = trial.Trials(given["config"], given["workdir"])
 
-    def room(self):
-        return 1
+    def attempt(self, folder, stop):
+        return self._trials.attempt(folder.name)
 
-    def submit(self, jobs):
-        for one in jobs:
-            job_lib.run(one)
-        return [Ended() for _ in jobs]
-
-
-class Ended:
-    def alive(self):
-        return False
-
-    def cancel(self):
-        raise AssertionError("it has ended")
+    def end(self):
+        pass
 
 
-def test_a_sweep_with_a_trial_that_fails(config, tmp_path, capsys):
+def test_a_model_keeps_its_steps_when_its_trials_change(config, tmp_path):
+    # Its training is interrupted, and meanwhile the first trial becomes another one.
+    path = config('add(domains=("fog",))')
+    units = plan.units(plan.variants(path))
+    place = units[0].folder(tmp_path)
+    place.mkdir(parents=True)
+    provenance.claim(place, plan.variants(path)[0].config)
+    (place / "training" / "seed_0" / "something").mkdir(parents=True)
+    other = config('add(domains=("fog",), **{"methods.rotation.learning_rate": (0.02,)})')
+    changed = plan.units(plan.variants(other))
+    assert changed[0].id == units[0].id and changed[1].id != units[1].id
+    progress.save(tmp_path, units)
+    outcome, message = trial.Trials(other, str(tmp_path)).attempt(units[0].id)
+    assert outcome == "blocked" and "the config file or the code has changed since" in message
+    progress.save(tmp_path, changed)
+    assert trial.Trials(other, str(tmp_path)).attempt(units[0].id) == ("done", "")
+
+
+def test_a_sweep_with_a_trial_that_fails(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(work, "Process", Here)
     path = config('add(domains=("fog",))\nadd(domains=("mist",))')
     folder = tmp_path / "sweep"
-    assert sweep.run(path, str(folder), lambda jobs: Inline(), sweep.Limits(retries=1)) == 1
+    assert sweep.run(path, str(folder), Pool, Limits(retries=1)) == 1
     rows = pq.read_table(folder / "results.parquet").to_pylist()
     assert [(row["status"], row["domain"]) for row in rows] == [("ok", "fog"), ("failed", None)]
     assert "unknown domain 'mist'; choose from" in rows[1]["message"]
@@ -267,19 +278,20 @@ def test_a_sweep_with_a_trial_that_fails(config, tmp_path, capsys):
     failed = state_lib.read(folder / "trials" / rows[1]["trial"])
     assert failed.failures == 2
     first = (folder / "trials" / rows[0]["trial"] / "results.jsonl").stat().st_mtime_ns
-    assert sweep.run(path, str(folder), lambda jobs: Inline()) == 1
-    assert state_lib.read(folder / "trials" / rows[1]["trial"]).failures == 2
-    assert sweep.run(path, str(folder), lambda jobs: Inline(), retry_failed=True) == 1
-    assert state_lib.read(folder / "trials" / rows[1]["trial"]).failures == 2
+    assert sweep.run(path, str(folder), Pool) == 1
+    assert state_lib.read(folder / "trials" / rows[1]["trial"]) == failed
+    assert sweep.run(path, str(folder), Pool, retry_failed=True) == 1
+    retried = state_lib.read(folder / "trials" / rows[1]["trial"])
+    assert retried.failures == 2 and retried.started > failed.started
     assert (folder / "trials" / rows[0]["trial"] / "results.jsonl").stat().st_mtime_ns == first
     # Without the bad trial there is nothing to do but the table, and then nothing at all.
     path = config('add(domains=("fog",))')
     capsys.readouterr()
-    assert sweep.run(path, str(folder), lambda jobs: Inline()) == 0
+    assert sweep.run(path, str(folder), Pool) == 0
     assert "1 of 1 trials done, 0 failed" in capsys.readouterr().out
     assert pq.read_table(folder / "results.parquet").num_rows == 1
     written = (folder / "results.parquet").stat().st_mtime_ns
-    assert sweep.run(path, str(folder), lambda jobs: Inline()) == 0
+    assert sweep.run(path, str(folder), Pool) == 0
     assert "nothing to do: all 1 trials are finished" in capsys.readouterr().out
     assert (folder / "results.parquet").stat().st_mtime_ns == written
 
@@ -290,23 +302,7 @@ def test_a_second_sweep_of_a_folder_is_refused(config, tmp_path):
         launch.locked(folder),
         pytest.raises(launch.UserError, match="in use by another program"),
     ):
-        sweep.run(config("add()"), str(folder), lambda jobs: Inline())
-
-
-def test_trials_of_a_model_that_failed_are_rows(tmp_path):
-    units = [
-        plan.Unit("model", "m", "d", None, "model, seed 0"),
-        plan.Unit("trial", "t", "d", "m", "seeds=0"),
-    ]
-    state_lib.write(tmp_path / "models" / "m", state_lib.State("failed", 2, 0, "no data"))
-    assert collect.rows(tmp_path, units) == [
-        {
-            "trial": "t",
-            "label": "seeds=0",
-            "status": "failed",
-            "message": "its model failed: no data",
-        }
-    ]
+        sweep.run(config("add()"), str(folder), Pool)
 
 
 def test_a_table_of_thousands_fits_a_terminal():
@@ -316,7 +312,7 @@ def test_a_table_of_thousands_fits_a_terminal():
     states += 3000 * [state_lib.State("failed", message="broken")]
     lines = progress.table(units, progress.summarized(units, states)).splitlines()
     assert len(lines) == 1 + 2 * 9
-    assert lines[1].endswith("trial 999") and lines[9] == "  and 992 more that run"
+    assert "trial 999:" in lines[1] and lines[9] == "  and 992 more that run"
     assert lines[18] == "  and 2992 more that failed"
 
 
@@ -335,8 +331,8 @@ def test_progress_counts_and_estimates(tmp_path, monkeypatch):
     assert measured.seconds_left == pytest.approx(160)
     assert progress.table(units, measured).splitlines() == [
         f"[{15 * '#'}{15 * '.'}] 4 trials: 1 done, 1 running, 1 waiting, 1 failed; "
-        "about 2:40 min left",
-        "  running   40 s  1  trial 1",
+        "about 02:40 left",
+        "  running  1  trial 1: 00:40",
         "  failed   2  trial 2: broken",
     ]
     assert all(len(line) <= 20 for line in progress.table(units, measured, 20).splitlines())
