@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from absl import app, flags
 
-from experiments.report import page, read, table, terminal, views
+from experiments.report import charts, page, read, table, terminal
 from experiments.report.read import ReportError
 from experiments.sweeping import collect
 
@@ -97,7 +97,7 @@ def save_figures(data: table.Data, folder: str | os.PathLike[str]) -> list[pathl
     target = pathlib.Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, chart in views.figures(data).items():
+    for name, chart in charts.figures(data).items():
         for kind in ("png", "pdf"):
             written.append(target / f"{name}.{kind}")
             chart.save(written[-1], scale_factor=2 if kind == "png" else 1)

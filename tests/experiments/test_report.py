@@ -17,7 +17,14 @@ from experiments.report.read import ReportError
 from experiments.sweeping import progress, state as state_lib
 from experiments.sweeping.unit import Unit
 from tests.experiments import report_rows
-from tests.experiments.report_rows import failed, put_instances, put_run, put_sweep, row
+from tests.experiments.report_rows import (
+    failed,
+    payload,
+    put_instances,
+    put_run,
+    put_sweep,
+    row,
+)
 
 
 def prepared(folder):
@@ -55,7 +62,7 @@ def test_one_seed_without_instances_has_no_interval(tmp_path):
     data = of_rows(tmp_path, report_rows.table(seeds=(0,)))
     source = line_of(table.means(data), "source")
     assert np.isnan(source["half"]) and source["basis"] == ""
-    assert "no interval: one seed and no instances" in page.lead(data)
+    assert "no interval: one seed and no instances" in notes.lead(data)
 
 
 def test_bootstrap_over_instances_is_that_of_a_share_and_pairs_by_id(tmp_path):
@@ -93,7 +100,7 @@ def test_the_headline_compares_with_the_best_method_without_a_gradient_step(full
     }
     # Seed 0: 52 - 50; seed 1: 51 - 51.
     assert head.differences["per_sample"][0] == pytest.approx(0.01)
-    text = page.lead(prepared(full))
+    text = notes.lead(prepared(full))
     assert "1.0 ± 12.7 points above augmented" in text
     assert "best method without a gradient step is augmented, 50.5" in text
 
@@ -129,7 +136,7 @@ def test_other_tasks_need_no_code(tmp_path):
     assert line_of(table.means(data, "gain"), "next_token")["mean"] == 1.0
     text = page.render(data, name="documents")
     assert "bits per byte" in text and 'data-control="source_kind"' in text
-    assert "2.000, 1.000 below source" in page.lead(data) and "%" not in page.lead(data)
+    assert "2.000, 1.000 below source" in notes.lead(data) and "%" not in notes.lead(data)
 
 
 def test_contradictions_collapses_and_failures_are_said(tmp_path):
@@ -220,11 +227,11 @@ def test_settings_and_headline_of_a_sweep_are_those_that_validation_chose(tmp_pa
     data = prepared(put_sweep(tmp_path, report_rows.grid()))
     kept = table.chosen(data)
     assert set(kept.frame.loc[kept.frame["method"] == "rotation", "learning_rate"]) == {0.1}
-    assert "settings that validation rows chose: rotation" in page.lead(data)
-    assert "15.0 points below source" in page.lead(data)
+    assert "settings that validation rows chose: rotation" in notes.lead(data)
+    assert "15.0 points below source" in notes.lead(data)
     assert data.results.trials == {"done": 41, "failed": 0, "running": 0, "waiting": 0}
     text = page.render(data, name="sweep")
-    assert '"t7":"trials/t7/log.txt"' in text and "Two settings" in text
+    assert payload(text)["logs"]["t7"] == "trials/t7/log.txt" and "Two settings" in text
 
 
 def test_a_sweep_names_what_failed_and_may_be_at_work(tmp_path):
@@ -311,7 +318,7 @@ def test_the_program_writes_page_figures_and_a_kept_file(full, tmp_path):
     record = json.loads(kept.read_text())
     assert record["commit"] == "0123abcd" and len(record["rows"]) == len(report_rows.table())
     names = {path.name for path in figures.iterdir()}
-    assert {"means.png", "means.pdf", "turned.png", "steps.pdf", "cost.png"} <= names
+    assert {"means.png", "means.pdf", "turned.png", "error_by_step.pdf", "cost.png"} <= names
     assert (figures / "means.pdf").read_bytes().startswith(b"%PDF")
     assert read.results(kept).frame["error"].equals(prepared(full).frame["error"])
 

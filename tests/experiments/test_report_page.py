@@ -1,6 +1,5 @@
 """The page in a real, headless browser: no request, no script error, the filter, the means."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -9,7 +8,7 @@ import pytest
 
 from experiments.report import __main__ as report, read, table
 from tests.experiments import report_rows
-from tests.experiments.report_rows import put_instances, put_run, put_sweep
+from tests.experiments.report_rows import payload, put_instances, put_run, put_sweep
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
@@ -90,8 +89,7 @@ def test_a_sweep_shows_maps_links_and_what_validation_chose(tmp_path):
     dom = opened(path, "#chosen=1")
     assert 'data-each="rotation"' in dom and 'href="trials/t0/log.txt"' in dom
     assert cells(dom, "table")["rotation"]["mean"][0] == "30.0"
-    (payload,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', dom)
-    assert json.loads(payload)["axes"] == ["num_steps", "learning_rate"]
+    assert payload(dom)["axes"] == ["num_steps", "learning_rate"]
 
 
 def test_nothing_is_cut_off_on_a_phone(page, tmp_path):
