@@ -14,9 +14,10 @@ takes methods on streams of its own; the first one alone writes.
 """
 
 import contextlib
+import functools
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from absl import flags
 
 from experiments import (
     choice,
+    examples,
     journal,
     launch,
     pristine as pristine_lib,
@@ -138,13 +140,15 @@ class _Seed:
         self.task = task
         self._config, self._held = config, held
         self._seed, self._restore, self._mesh = seed, restore, mesh
+        self._pictured: Callable[..., evaluation.Evaluation] = evaluation.Evaluation
         self._bound: dict[int, evaluation.Parametric] = {}
         self._evaluations: dict[str, evaluation.Evaluation] = {}
 
     def evaluation_of(self, role: str) -> evaluation.Evaluation:
         """That of a role, made once; all share compiled programs with all other seeds."""
         if role not in self._evaluations:
-            self._evaluations[role] = evaluation.Evaluation(
+            make = self._pictured if role == "reported" else evaluation.Evaluation
+            self._evaluations[role] = make(
                 self.task,
                 lambda: self._held.restore(self._restore),
                 role=role,
@@ -170,6 +174,10 @@ class _Seed:
         team: team_lib.Team,
     ) -> dict[str, settings.Candidate]:
         """The candidate per method that the validation streams choose."""
+        label = examples.shown(candidates)
+        if label and team.index == 0 and self._seed == self._config.seeds[0]:
+            pictured = functools.partial(examples.PicturedEvaluation, label=label)
+            self._pictured = functools.partial(pictured, path=path.parent / "examples.npz")
         passes = launch.setting(self._config, "adapt.selection_passes")
         runs = choice.Runs(
             self.task,

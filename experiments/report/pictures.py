@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
+from experiments.report.read import ReportError
+
 _WIDTH = 96
 
 
@@ -30,14 +32,16 @@ def examples(path: pathlib.Path) -> list[Example]:
         ``after``, ``domain`` [K].
 
     Raises:
-      ValueError: an array is missing.
+      ReportError: an array is missing.
     """
     if not path.exists():
         return []
     with np.load(path, allow_pickle=False) as held:
         missing = [name for name in Example._fields if name not in held.files]
         if missing:
-            raise ValueError(f"{path}: needs the arrays {', '.join(missing)}; it has {held.files}.")
+            raise ReportError(
+                f"{path}: needs the arrays {', '.join(missing)}; it has {held.files}."
+            )
         images = [[_png(image) for image in held[name]] for name in ("clean", "shifted")]
         texts = [map(str, held[name]) for name in ("domain", "label", "before", "after")]
         return [Example(*parts) for parts in zip(*images, *texts, strict=True)]

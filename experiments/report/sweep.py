@@ -11,8 +11,6 @@ from experiments import launch
 from experiments.sweeping import collect, progress
 from experiments.sweeping.unit import Unit
 
-_NEEDED = ("trial", "status")
-
 
 class Sweep(NamedTuple):
     """What a sweep's folder holds.
@@ -43,73 +41,62 @@ def read(folder: pathlib.Path) -> Sweep:
       ValueError: a damaged file, a table that is no sweep's, or no row yet.
     """
     notes: list[str] = []
-    units = _plan(folder, notes)
-    counts = _counts(folder, units) if units else None
+    counts: dict[str, int] = {}
     try:
-        rows = _rows(folder, units, counts, notes)
-    except (pa.ArrowException, OSError, TypeError) as error:
-        first = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{folder}: the rows of its trials cannot be read: {first}.") from error
+        units = progress.load(folder)
+        found = progress.measure(folder, units).counts
+        found["waiting"] += found["blocked"]
+        counts = {name: found[name] for name in ("done", "failed", "running", "waiting")}
+    except launch.UserError:
+        places = sorted((folder / "trials").glob("*/results.jsonl"))
+        units = [Unit("trial", place.parent.name, "", None, "") for place in places]
+        fault = "could not be read" if (folder / progress.PLAN).exists() else "is missing"
+        notes.append(
+            f"{progress.PLAN} {fault}, so trials without a row are not known of; running the sweep "
+            "again writes it anew."
+        )
+    rows = _table(folder, units, counts, notes)
+    if rows is None:
+        try:
+            rows = collect.rows(folder, units)
+        except (OSError, TypeError, ValueError, launch.UserError) as error:
+            first = str(error).splitlines()[0].rstrip(".")
+            raise ValueError(
+                f"{folder}: the rows of its trials cannot be read: {first}."
+            ) from error
     if not rows:
         raise ValueError(
             f"{folder}: no trial has a row yet, so there is nothing to report; "
             f"`python -m experiments.sweep --status={folder}` says how far the sweep is."
         )
-    missing = [name for name in _NEEDED if name not in rows[0]]
-    if missing:
+    if missing := ", ".join(f"`{name}`" for name in ("trial", "status") if name not in rows[0]):
         raise ValueError(
-            f"{folder / collect.TABLE}: not a table of a sweep: it lacks "
-            f"{', '.join(f'`{name}`' for name in missing)} among {', '.join(rows[0])}."
+            f"{folder / collect.TABLE}: not a table of a sweep: it lacks {missing} among "
+            f"{', '.join(rows[0])}."
         )
-    if counts is None:
-        trials = {row["trial"] for row in rows}
+    if not counts:
         failed = {row["trial"] for row in rows if row["status"] != "ok"}
-        done = len(trials - failed)
+        done = len({row["trial"] for row in rows} - failed)
         counts = {"done": done, "failed": len(failed), "running": 0, "waiting": 0}
-    folders = [unit.folder(folder) for unit in units if unit.kind == "trial"]
-    folders = folders or sorted((folder / "trials").glob("*"))
-    found = (place / "run.json" for place in folders if (place / "run.json").exists())
-    return Sweep(rows, counts, next(found, None), notes)
+    ran = (unit.folder(folder) / "run.json" for unit in units if unit.kind == "trial")
+    return Sweep(rows, counts, next((path for path in ran if path.exists()), None), notes)
 
 
-def _plan(folder: pathlib.Path, notes: list[str]) -> list[Unit]:
-    if not (folder / progress.PLAN).exists():
-        notes.append(f"There is no {progress.PLAN} here, so trials without a row are not known of.")
-        return []
-    try:
-        return progress.load(folder)
-    except launch.UserError:
-        notes.append(
-            f"{progress.PLAN} could not be read, so trials without a row are not known of; running "
-            "the sweep again writes it anew."
-        )
-        return []
-
-
-def _counts(folder: pathlib.Path, units: Sequence[Unit]) -> dict[str, int]:
-    counts = progress.measure(folder, units).counts
-    counts["waiting"] += counts.pop("blocked")
-    return {name: counts[name] for name in ("done", "failed", "running", "waiting")}
-
-
-def _rows(
-    folder: pathlib.Path, units: Sequence[Unit], counts: dict[str, int] | None, notes: list[str]
-) -> list[dict[str, Any]]:
+def _table(
+    folder: pathlib.Path, units: Sequence[Unit], counts: dict[str, int], notes: list[str]
+) -> list[dict[str, Any]] | None:
+    """The rows of the sweep's table; None, with a note, where the trials' folders know more."""
     path = folder / collect.TABLE
-    if counts and (counts["running"] or counts["waiting"]):
+    if counts.get("running") or counts.get("waiting"):
+        states = ", ".join(f"{count:,} {name}" for name, count in counts.items())
         notes.append(
-            "The sweep is not finished: "
-            + ", ".join(f"{count:,} {name}" for name, count in counts.items())
-            + ". What follows is what its trials have written so far; means are over these alone."
+            f"The sweep is not finished: {states}. What follows is what its trials have written so "
+            "far; means are over these alone."
         )
-        return collect.rows(folder, units)
+        return None
     if not path.exists():
         notes.append(f"There is no {path.name} yet; the rows are those in the trials' folders.")
-        written = units or [
-            Unit("trial", place.parent.name, "", None, "")
-            for place in sorted((folder / "trials").glob("*/results.jsonl"))
-        ]
-        return collect.rows(folder, written)
+        return None
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
@@ -118,10 +105,10 @@ def _rows(
             "report takes the rows in the trials' folders."
         ) from error
     planned = {unit.id for unit in units if unit.kind == "trial"}
-    if planned and "trial" in table.column_names and planned != {*table["trial"].to_pylist()}:
+    if counts and "trial" in table.column_names and planned != {*table["trial"].to_pylist()}:
         notes.append(
             f"{path.name} is not that of the present plan; the rows are those in the trials' "
             "folders."
         )
-        return collect.rows(folder, units)
+        return None
     return table.to_pylist()
