@@ -15,7 +15,6 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from absl import app, flags
 
@@ -26,15 +25,8 @@ from experiments.report.read import ReportError
 _FAILED = 2
 
 
-class Report(NamedTuple):
-    """The page that was written, and what it was made of."""
-
-    path: pathlib.Path
-    data: table.Data
-
-
-def write(workdir: str | os.PathLike[str]) -> Report:
-    """Writes ``report.html`` into the folder of a run or of a sweep.
+def write(workdir: str | os.PathLike[str]) -> tuple[pathlib.Path, table.Data]:
+    """Writes ``report.html`` into the folder of a run or of a sweep; returns it and its data.
 
     Raises:
       ReportError: the results are missing, empty, malformed or doubled.
@@ -44,7 +36,7 @@ def write(workdir: str | os.PathLike[str]) -> Report:
     data = table.prepare(read.results(folder))
     target = folder.with_suffix(".html") if folder.is_file() else folder / "report.html"
     launch.write_atomically(target, page.render(data, name=folder.resolve().name))
-    return Report(target, data)
+    return target, data
 
 
 def export(workdir: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -105,7 +97,7 @@ def run(
     except (ReportError, launch.UserError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return _FAILED
-    text = "\n\n".join([terminal.render(data), *(f"wrote {path}" for path in written)])
+    text = "\n\n".join([terminal.render(data), "\n".join(f"wrote {path}" for path in written)])
     # A terminal without Unicode gets "+-" rather than a traceback.
     encoding = sys.stdout.encoding or "ascii"
     if text.encode(encoding, "replace").decode(encoding) != text:

@@ -5,6 +5,7 @@ percent, from a frame or, in a page, from what the page's script hands over as `
 between two pairs of underscores stand for what a reader of the page chooses.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -81,8 +82,10 @@ def views(data: Data) -> list[View]:
     domains = View("domains", "Compared per domain", text, draw_domains, *per_domain)
     parts.append(domains._replace(methods=tuple(m for m in data.methods if m in named)))
     if frame.loc[frame["domain"] != CLEAN, "severity"].nunique() > 1:
-        by = ("method", "severity")
-        parts.append(View("severity", "Per severity", "", draw_severities, by, by[1:]))
+        draw = functools.partial(draw_lines, along="severity")
+        parts.append(
+            View("severity", "Per severity", "", draw, ("method", "severity"), ("severity",))
+        )
     if len(axes(data)) > 1:
         text = (
             "Mean of the rows that pass the filter, and their number. A dagger marks a mean over "
@@ -92,8 +95,8 @@ def views(data: Data) -> list[View]:
         parts.append(heat._replace(peers=("method",), each="method"))
     for curve in results.curves:
         text = "Mean over the shifted domains. The axis does not start at zero."
-        view = View(curve, title_of(curve).capitalize(), text, draw_steps, ("method", "step"))
-        parts.append(view._replace(peers=("step",), values=(curve,)))
+        draw, by = functools.partial(draw_lines, along="step"), ("method", "step")
+        parts.append(View(curve, title_of(curve).capitalize(), text, draw, by, by[1:], (curve,)))
     both = {"panels": ("shifted", "clean")}
     if auxiliary:
         text = "Each method on its own scale; below, the same on clean instances."
@@ -124,14 +127,7 @@ def axes(data: Data) -> list[str]:
 
 
 def figure(
-    data: Data,
-    name: str = "means",
-    measure: str = "",
-    *,
-    role: str = "reported",
-    price: str = "cost",
-    across: str = "",
-    down: str = "",
+    data: Data, name: str = "means", measure: str = "", *, role: str = "reported", **axes_of: str
 ) -> alt.TopLevelMixin:
     """Returns a chart of the page.
 
@@ -140,9 +136,8 @@ def figure(
       name: of a view: "means", "domains", "severity", "heat", "turned", "cost" or a curve.
       measure: the default is the one that chooses settings.
       role: the split role of the rows.
-      price: of the chart "cost": "cost" (in plain forwards) or "milliseconds".
-      across: the setting along a map; the first that varies by default.
-      down: the other setting of a map.
+      **axes_of: ``price`` ("cost" or "milliseconds") of the chart "cost", ``across`` and ``down``
+        (settings) of "heat"; their defaults are the first that there are.
 
     Raises:
       ValueError: the rows have no such chart; names those that they have.
@@ -151,20 +146,16 @@ def figure(
     if name not in known:
         raise ValueError(f"these rows have the charts {', '.join(known)}; got {name!r}.")
     view, measure = known[name], measure or data.results.primary
-    first = [*axes(data), "", ""]
-    names = {"price": price, "across": across or first[0], "down": down or first[1]}
+    across, down, *_ = [*axes(data), "", ""]
+    price = "cost" if "cost" in data.results.measures else "milliseconds"
+    names = {"price": price, "across": across, "down": down} | axes_of
     lines = lines_of(data, view, measure, role=role, names=names)
-    if not view.each:
-        chart = view.draw(lines, data, title_of(view.values[0] or measure))
+    if view.each:
+        parts = {str(key): view.draw(part, data, "") for key, part in lines.groupby(view.each)}
+        maps = [chart.properties(title=key) for key, chart in parts.items()]
+        text = alt.concat(*maps, columns=3).to_json()
     else:
-        maps = [
-            view.draw(part, data, "").properties(
-                title=str(key), width=60 * part["across"].nunique()
-            )
-            for key, part in lines.groupby(view.each)
-        ]
-        chart = alt.concat(*maps, columns=3)
-    text = chart.to_json()
+        text = view.draw(lines, data, title_of(view.values[0] or measure)).to_json()
     for word, chosen in names.items():
         text = text.replace(f"__{word}__", title_of(chosen))
     return alt.Chart.from_json(text)
@@ -264,7 +255,10 @@ def draw_domains(source: Source, data: Data, title: str) -> alt.LayerChart:
     ).properties(width=WIDTH, height={"step": 24})
 
 
-def _lines(source: Source, data: Data, x: alt.X, title: str) -> alt.LayerChart:
+def draw_lines(source: Source, data: Data, title: str, *, along: str) -> alt.LayerChart:
+    """A line and its intervals along the severities or the inner steps."""
+    name = "inner steps (0: before the first)" if along == "step" else along
+    x = alt.X(f"{along}:O", title=name, axis=alt.Axis(labelAngle=0))
     base = alt.Chart(source).encode(x=x, color=_color(source, data))
     y = alt.Y("mean:Q", title=title, scale=alt.Scale(zero=False))
     tip = ["method:N", x.shorthand, *_INTERVAL]
@@ -272,17 +266,6 @@ def _lines(source: Source, data: Data, x: alt.X, title: str) -> alt.LayerChart:
         base.mark_area(opacity=0.12).encode(y=alt.Y("low:Q"), y2="high:Q")
         + base.mark_line(point={"size": 50}).encode(y=y, tooltip=tip)
     ).properties(width=WIDTH, height=300)
-
-
-def draw_steps(source: Source, data: Data, title: str) -> alt.LayerChart:
-    """A measure after every inner step; step 0 is before the first."""
-    x = alt.X("step:O", title="inner steps (0: before the first)", axis=alt.Axis(labelAngle=0))
-    return _lines(source, data, x, title)
-
-
-def draw_severities(source: Source, data: Data, title: str) -> alt.LayerChart:
-    """A measure at every severity."""
-    return _lines(source, data, alt.X("severity:O", axis=alt.Axis(labelAngle=0)), title)
 
 
 def draw_turned(source: Source, data: Data, title: str) -> alt.LayerChart:

@@ -25,61 +25,46 @@ def percent(value: float, half: float, name: str, unit: str = "%") -> str:
     return " ± ".join(texts).replace("-", "−") + (f" {unit}" if factor > 1 else "")
 
 
-def lead(data: Data) -> str:
-    """Returns the first sentences, in plain text."""
-    name = data.results.primary
+def lead(data: Data) -> list[str]:
+    """Returns the first sentences, in plain text: what there is, the headline, clean instances."""
+    name, trials, text = data.results.primary, data.results.trials, []
+    if trials is not None:
+        counts = ", ".join(f"{count:,} {what}" for what, count in trials.items() if count)
+        text.append(f"{sum(trials.values()):,} trials: {counts}; {len(data.frame):,} rows.")
     if not name or data.rows().empty:
-        return "There is no reported row with a measure yet; what there is follows."
+        return [*text, "There is no reported row with a measure yet; what there is follows."]
     kept = table.chosen(data)
     head = table.headline(kept)
     count = kept.rows(shifted=True)["domain"].nunique()
-    text = f"Mean {title_of(name)} over {count} domain{'s' if count != 1 else ''}"
-    text += ", with the settings that validation rows chose" if kept is not data else ""
+    what = f"Mean {title_of(name)} over {count} domain{'s' if count != 1 else ''}"
+    what += ", with the settings that validation rows chose" if kept is not data else ""
     if not head.best:
-        return f"{text}: no method that takes gradient steps has a complete mean yet."
+        return [*text, f"{what}: no method that takes gradient steps has a complete mean yet."]
     sentences = []
     for scope, line in head.best.items():
-        what = _SCOPES.get(scope, "that takes gradient steps")
         value = percent(line["mean"], line["half"], name)
-        sentences.append(f"{line['method']} is the best method {what}, {value}")
+        rule = _SCOPES.get(scope, "that takes gradient steps")
+        sentences.append(f"{line['method']} is the best method {rule}, {value}")
         if head.plain is not None:
             mean, half, basis = head.differences[scope]
             moved = f"{'below' if mean < 0 else 'above'} {head.plain['method']}"
-            sure = basis or "no interval: one seed and no instances"
+            basis = basis or "no interval: one seed and no instances"
             points = percent(abs(mean), half, name, "points")
-            sentences[-1] += f", {points} {moved} (paired, {sure})"
-    text = f"{text}: {'; '.join(sentences)}."
+            sentences[-1] += f", {points} {moved} (paired, {basis})"
+    text.append(f"{what}: {'; '.join(sentences)}.")
     if head.plain is not None:
-        value = percent(head.plain["mean"], head.plain["half"], name)
-        text += f" The best method without a gradient step is {head.plain['method']}, {value}"
-        if head.source is not None and head.source["method"] != head.plain["method"]:
-            value = percent(head.source["mean"], head.source["half"], name)
-            text += f"; {head.source['method']} has {value}"
-        text += "."
+        plain, source = (
+            "" if x is None else f"{x['method']}, {percent(x['mean'], x['half'], name)}"
+            for x in (head.plain, head.source)
+        )
+        also = f"; {source.replace(',', ' has', 1)}" if source not in ("", plain) else ""
+        text.append(f"The best method without a gradient step is {plain}{also}.")
+    method = next(iter(head.best.values()))["method"]
+    gains = table.by_domain(kept, "gain")
+    for _, x in gains[(gains["method"] == method) & (gains["domain"] == table.CLEAN)].iterrows():
+        value = percent(-x["mean"], x["half"], name, "points")
+        text.append(f"On clean instances {method} changes it by {value}.")
     return text
-
-
-def tiles(data: Data) -> list[tuple[str, str]]:
-    """Returns figures and what they are."""
-    name = data.results.primary
-    if (counts := data.results.trials) is not None:
-        left = counts["running"] + counts["waiting"]
-        named = {"trials": sum(counts.values()), "done": counts["done"], "failed": counts["failed"]}
-        named |= ({"not finished": left} if left else {}) | {"rows": len(data.frame)}
-        return [(f"{count:,}", what) for what, count in named.items()]
-    if not name or data.rows().empty:
-        return []
-    head = table.headline(data)
-    lines = head.lines.items()
-    found = [(percent(x["mean"], x["half"], name), f"{x['method']}: {what}") for what, x in lines]
-    best = next(iter(head.best.values()), {"method": None})["method"]
-    gains = table.by_domain(data, "gain")
-    for _, line in gains[(gains["method"] == best) & (gains["domain"] == table.CLEAN)].iterrows():
-        count = data.rows()["num_examples"].astype(float).median()
-        more = f" ({-line['mean'] * count:+.1f} of {count:,.0f} examples wrong)"
-        value = percent(-line["mean"], line["half"], name, "points")
-        found.append((value, f"{best} against source on clean{more if name == 'error' else ''}"))
-    return found
 
 
 def notes(data: Data) -> list[str]:

@@ -119,9 +119,13 @@ async function chart(view, box, lines) {
   const text = JSON.stringify(view.spec)
     .replace(/"__methods__"/g, methods.map((name) => JSON.stringify(name)).join())
     .replace(/__(\w+?)__/g, (_, name) => JSON.stringify(title(names[name])).slice(1, -1));
-  const ink = getComputedStyle(root).color, held = drawn.get(box);
-  const config = JSON.parse(JSON.stringify(data.config).replaceAll("__ink__", ink));
-  config.legend.columns = box.clientWidth < 500 ? 1 : 3;
+  const color = getComputedStyle(root).color, held = drawn.get(box);
+  const axis = { labelColor: color, titleColor: color, gridColor: color, gridOpacity: 0.1,
+    domainOpacity: 0.4, labelLimit: 0, titleLimit: 0 };
+  const legend = { labelColor: color, labelLimit: 0, symbolLimit: 0, symbolOpacity: 1,
+    columns: box.clientWidth < 500 ? 1 : 3 };
+  const config = { background: "transparent", view: { stroke: null }, title: { color },
+    text: { color }, rule: { color }, axis, axisX: { tickCount: 6 }, legend };
   const key = text + JSON.stringify(config);
   if (held && held.key === key) return held.view.data("rows", lines).runAsync();
   if (held) held.view.finalize();

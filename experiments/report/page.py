@@ -24,7 +24,7 @@ from experiments.report.table import Data
 _HERE = pathlib.Path(__file__).parent
 _SEARCHED = ("trial", "label", "method", "dataset", "domain", "status", "message")
 _FIRST = ("method", "dataset", "domain", "severity", "seed", "split_role", "status", "scope")
-_LAST = ("trial", "label", "message")
+_TRIAL = ("trial", "label", "message")
 _MOST_CHOICES = 80
 # What the address names beside columns; the search finds a column that is called like one.
 _CONTROLS = ("role", "measure", "q", "across", "down", "price", "chosen", "split_role")
@@ -32,25 +32,6 @@ _MOST_VALUES = 14
 _NUM_BINS = 10
 _MOST_LISTED = 200
 _FACTS = ("command", "device", "device_count", "versions", "commit", "started")
-_INK = "__ink__"
-_CONFIG = {
-    "background": "transparent",
-    "view": {"stroke": None},
-    "title": {"color": _INK},
-    "text": {"color": _INK},
-    "rule": {"color": _INK},
-    "axis": {
-        "labelColor": _INK,
-        "titleColor": _INK,
-        "labelLimit": 0,
-        "titleLimit": 0,
-        "gridColor": _INK,
-        "gridOpacity": 0.1,
-        "domainOpacity": 0.4,
-    },
-    "axisX": {"tickCount": 6},
-    "legend": {"labelColor": _INK, "labelLimit": 0, "symbolLimit": 0, "symbolOpacity": 1},
-}
 
 
 def render(data: Data, *, name: str) -> str:
@@ -70,7 +51,6 @@ def render(data: Data, *, name: str) -> str:
     return environment.get_template("page.html.j2").render(
         title=f"{kind}: {name}" if name else kind,
         lead=notes.lead(data),
-        tiles=notes.tiles(data),
         notes=[*results.notes, *notes.notes(data)],
         unfinished=bool(results.trials and (results.trials["running"] + results.trials["waiting"])),
         views=views,
@@ -140,7 +120,7 @@ def _columns(data: Data) -> dict[str, dict[str, Any]]:
     """What the page's script may filter, average and list; shares are in percent."""
     results, frame = data.results, data.frame
     names = [*_FIRST, "num_examples", *results.measures, *results.tags, *results.settings]
-    names += ["num_steps", *results.curves, *_LAST, "place", "setting", "chosen"]
+    names += ["num_steps", *results.curves, *_TRIAL, "place", "setting", "chosen"]
     columns = {}
     for name in dict.fromkeys(name for name in names if name in frame):
         values, factor = frame[name], scale_of(name)
@@ -172,9 +152,10 @@ def _payload(data: Data, views: list[charts.View]) -> dict[str, Any]:
     """All that the page's script needs, ready for JSON."""
     results, columns, axes = data.results, _columns(data), charts.axes(data)
     measures = [name for name in results.measures if name in columns]
-    hidden = {"place", "setting", "chosen", "worse", *results.curves, *_LAST}
+    hidden = {"place", "setting", "chosen", "worse", *results.curves, *_TRIAL}
     listed = [n for n in columns if n not in hidden and not n.endswith((" change", " fell"))]
-    listed += [name for name in _LAST if name in columns]
+    # The link to a log stands first, long texts last.
+    listed = [n for n in (*_TRIAL[:1], *listed, *_TRIAL[1:]) if n in columns]
     roles = {*data.frame["split_role"].dropna()}
     return {
         "rows": len(data.frame),
@@ -204,7 +185,6 @@ def _payload(data: Data, views: list[charts.View]) -> dict[str, Any]:
             for name, matrix in data.replicates.items()
             if name in (results.primary, "gain", "turned_right", "turned_wrong")
         },
-        "config": _CONFIG,
         "logs": _logs(data),
         "views": [_view(view, data) for view in views],
     }
@@ -247,32 +227,24 @@ def _tried(selection: dict[str, Any]) -> list[dict[str, Any]]:
     """The settings that were compared, the best of a method first."""
     tried, chosen = selection.get("tried"), selection.get("chosen") or {}
     kept = [line for line in tried if isinstance(line, dict)] if isinstance(tried, list) else []
-    if not kept:
-        return []
-    lines = pd.DataFrame(kept, columns=["method", "params", "error"]).astype({"method": str})
-    order = lines["method"].map({name: k for k, name in enumerate(lines["method"].unique())})
-    error = pd.to_numeric(lines["error"], errors="coerce")
-    lines = lines.iloc[np.lexsort((error.fillna(np.inf), order))].to_dict("records")
-    return [{**line, "chosen": chosen.get(line["method"]) == line["params"]} for line in lines]
+    lines = pd.DataFrame(kept, columns=["method", "params", "error"])
+    lines["chosen"] = [chosen.get(line.get("method")) == line.get("params") for line in kept]
+    lines["error"] = pd.to_numeric(lines["error"], errors="coerce")
+    return lines.sort_values(["method", "error"], kind="stable").to_dict("records")
 
 
 def facts(data: Data) -> list[tuple[str, Any]]:
     """Returns names and values that say where the rows come from; a list value opens."""
-    run, frame = dict(data.results.run), data.frame
-    if isinstance(run.get("command"), list):
-        run["command"] = " ".join(map(str, run["command"]))
+    run, frame = data.results.run, data.frame
     found: dict[str, Any] = {}
-    for name in dict.fromkeys([*(n for n in _FACTS if run.get(n)), *run]):
+    for name in dict.fromkeys([*(n for n in _FACTS if n in run), *run]):
         value = run[name]
         if name in ("parts", "runs") and isinstance(value, list):
-            keys = ("folder", "test", "command", "device", "commit", "started")
-            value = [", ".join(str(part[k]) for k in keys if part.get(k)) for part in value]
+            found[name] = [words(part) for part in value]
         elif name == "config" and isinstance(value, dict):
-            value = [f"{key}: {words(item)}" for key, item in value.items()]
+            found[name] = [f"{key}: {words(item)}" for key, item in value.items()]
         else:
-            value = words(value)
-        if name != "runs" or len(value) > 1:
-            found[name.replace("_", " ")] = value
+            found[name.replace("_", " ")] = words(value)
     if "checkpoint" in frame and data.results.trials is None:
         pairs = frame[["checkpoint", "seed"]].dropna().drop_duplicates().sort_values("seed")
         found["checkpoints"] = [f"{name} (seed {seed:g})" for name, seed in pairs.to_numpy()]

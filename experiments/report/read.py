@@ -82,12 +82,12 @@ def results(path: str | pathlib.Path) -> Results:
         return collect(rows, path, run=run, selection=record.get("selection"))
     if sweep.is_sweep(path):
         try:
-            held = sweep.read(path)
+            rows, trials, run_file, notes = sweep.read(path)
         except ValueError as error:
             raise ReportError(str(error)) from error
-        rows = [_typed(_named(row), f"trial {row['trial']}") for row in held.rows]
-        run, notes = side_file(held.run_file) if held.run_file else ({}, [])
-        return collect(rows, path, run=run, notes=held.notes + notes, trials=held.counts)
+        rows = [_typed(_named(row), f"trial {row['trial']}") for row in rows]
+        run, more = side_file(run_file)
+        return collect(rows, path, run=run, notes=notes + more, trials=trials)
     rows, notes = json_lines(path / "results.jsonl")
     run, run_notes = side_file(path / "run.json")
     selection, more = side_file(path / "selection.json")

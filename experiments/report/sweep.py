@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,21 +11,7 @@ from experiments import launch
 from experiments.sweeping import collect, progress
 from experiments.sweeping.unit import Unit
 
-
-class Sweep(NamedTuple):
-    """What a sweep's folder holds.
-
-    Attributes:
-      rows: of all trials, each with its ``trial`` and ``status``.
-      counts: trials ``done``, ``failed``, ``running`` and ``waiting``.
-      run_file: the ``run.json`` of the first trial that ran; None if none did.
-      notes: what reading the files brought up, in whole sentences.
-    """
-
-    rows: list[dict[str, Any]]
-    counts: dict[str, int]
-    run_file: pathlib.Path | None
-    notes: list[str]
+Rows = list[dict[str, Any]]
 
 
 def is_sweep(folder: pathlib.Path) -> bool:
@@ -34,8 +20,13 @@ def is_sweep(folder: pathlib.Path) -> bool:
     return not (folder / "results.jsonl").exists() and any((folder / n).exists() for n in names)
 
 
-def read(folder: pathlib.Path) -> Sweep:
-    """Returns a sweep, finished or not; nothing is written, so it may go on meanwhile.
+def read(folder: pathlib.Path) -> tuple[Rows, dict[str, int], pathlib.Path, list[str]]:
+    """Reads a sweep, finished or not; nothing is written, so it may go on meanwhile.
+
+    Returns:
+      The rows of all trials, each with its ``trial`` and ``status``; how many trials are ``done``,
+      ``failed``, ``running`` and ``waiting``; the ``run.json`` of the first that ran; what reading
+      the files brought up, in whole sentences.
 
     Raises:
       ValueError: a damaged file, a table that is no sweep's, or no row yet.
@@ -79,12 +70,12 @@ def read(folder: pathlib.Path) -> Sweep:
         done = len({row["trial"] for row in rows} - failed)
         counts = {"done": done, "failed": len(failed), "running": 0, "waiting": 0}
     ran = (unit.folder(folder) / "run.json" for unit in units if unit.kind == "trial")
-    return Sweep(rows, counts, next((path for path in ran if path.exists()), None), notes)
+    return rows, counts, next(filter(pathlib.Path.exists, ran), folder / "run.json"), notes
 
 
 def _table(
     folder: pathlib.Path, units: Sequence[Unit], counts: dict[str, int], notes: list[str]
-) -> list[dict[str, Any]] | None:
+) -> Rows | None:
     """The rows of the sweep's table; None, with a note, where the trials' folders know more."""
     path = folder / collect.TABLE
     if counts.get("running") or counts.get("waiting"):

@@ -268,31 +268,16 @@ def groups(data: Data) -> list[str]:
 
 
 def as_run(data: Data) -> pd.DataFrame:
-    """Returns how every method was run: scope, steps, reset, counts, seconds."""
+    """Returns how every method was run: scope, steps, reset, and sums of counts and seconds."""
     rows = data.frame[data.frame["status"] == "ok"]
 
     def seen(values: pd.Series) -> str:
-        texts = (f"{v:g}" if isinstance(v, float) else str(v) for v in values.dropna().unique())
-        return ", ".join(texts).replace("_", " ")
+        return ", ".join(f"{v:g}" if isinstance(v, float) else v for v in values.dropna().unique())
 
-    def total(values: pd.Series) -> str:
-        return f"{values.sum():,.0f}" if values.notna().any() else ""
-
-    columns = {
-        "scope": ("scope", seen),
-        "steps": ("num_steps", seen),
-        "predicts": ("predict", seen),
-        "reset": ("reset", seen),
-        "resets fired": ("resets", total),
-        "non-finite": ("non_finite", total),
-        "examples": ("num_examples", seen),
-        "seeds": ("seed", lambda seeds: str(seeds.nunique())),
-        "seconds in all": ("seconds", lambda seconds: f"{seconds.sum():,.1f}"),
-    }
-    held = {title: rule for title, rule in columns.items() if rule[0] in rows}
-    lines = rows.groupby("method").agg(**held) if len(rows) else pd.DataFrame(columns=[*held])
-    lines = lines.reindex(index=data.methods, columns=[*columns]).astype(object)
-    return lines.where(lines.notna() & (lines != ""), "–")
+    names = ("scope", "num_steps", "predict", "reset", "num_examples", "seed")
+    rules = dict.fromkeys(names, seen) | dict.fromkeys(("resets", "non_finite", "seconds"), "sum")
+    lines = rows.groupby("method").agg({n: rule for n, rule in rules.items() if n in rows})
+    return lines.reindex([method for method in data.methods if method in lines.index])
 
 
 def failures(data: Data) -> list[tuple[str, pd.DataFrame]]:

@@ -14,10 +14,7 @@ _LISTED = 5
 def render(data: Data) -> str:
     """Returns the lines, joined."""
     results, parts = data.results, []
-    if results.trials is not None:
-        counts = ", ".join(f"{n:,} {name}" for name, n in results.trials.items() if n)
-        parts.append(f"{sum(results.trials.values()):,} trials: {counts}; {len(data.frame):,} rows")
-    parts.append(textwrap.fill(notes.lead(data), _WIDTH))
+    parts.append(textwrap.fill(" ".join(notes.lead(data)), _WIDTH))
     for role in ("reported", "validation"):
         if results.primary and len(data.rows(role)):
             name = charts.title_of(results.primary)

@@ -46,7 +46,7 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     rows = report_rows.table()
     put_instances(put_run(folder, rows), rows)
-    return report.write(folder).path
+    return report.write(folder)[0]
 
 
 def test_it_opens_alone_and_has_the_means_and_intervals_of_the_frames(page):
@@ -85,7 +85,7 @@ def test_the_address_filters_every_part(page):
 
 
 def test_a_sweep_shows_maps_links_and_what_validation_chose(tmp_path):
-    path = report.write(put_sweep(tmp_path / "sweep", report_rows.grid(400))).path
+    path = report.write(put_sweep(tmp_path / "sweep", report_rows.grid(400)))[0]
     dom = opened(path, "#chosen=1")
     assert 'data-each="rotation"' in dom and 'href="trials/t0/log.txt"' in dom
     assert cells(dom, "table")["rotation"]["mean"][0] == "30.0"
