@@ -72,7 +72,7 @@ def views(data: Data) -> list[View]:
     auxiliary = [n for n in held if n.endswith(("_before", "_after", " change", " fell"))]
     turned = ("turned_right", "turned_wrong")
     per_domain = (("method", "domain"), ("domain",), ("",), ("all",))
-    named = {line["method"] for line in table.headline(data).lines.values()}
+    named = {line["method"] for line in table.headline(data).values()}
     text = "The lowest of a column is marked. The mean is over the shifted domains alone."
     parts = [
         View("means", "Mean over the shifted domains", "", draw_means),

@@ -44,24 +44,15 @@ def minutes(record: Record, **where: Any) -> float:
     The seconds of the calls, and the one compilation that all corruptions share.
     """
     rows = [row for row in record["rows"] if where.items() <= row.items()]
-    return (
-        sum(row["seconds"] for row in rows if _is_shifted(row))
-        + max(row["compile_seconds"] for row in rows)
-    ) / 60
+    shifted = [r for r in rows if r["split_role"] == "reported" and r["domain"] != "clean"]
+    seconds = sum(row["seconds"] for row in shifted)
+    return (seconds + max(row["compile_seconds"] for row in rows)) / 60
 
 
-def mean_error(record: Record, **where: Any) -> float:
-    """Returns the mean error in percent over domains, then over seeds, from the wrong images."""
-    by_seed: dict[int, list[float]] = {}
-    for row in record["rows"]:
-        if _is_shifted(row) and all(row.get(name) == value for name, value in where.items()):
-            wrong = round(row["error"] * row["num_examples"])
-            by_seed.setdefault(row["seed"], []).append(100 * wrong / row["num_examples"])
-    return statistics.mean(statistics.mean(errors) for errors in by_seed.values())
-
-
-def _is_shifted(row: Mapping[str, Any]) -> bool:
-    return row["split_role"] == "reported" and row["domain"] != "clean"
+def mean_error(record: Record, method: str, **where: Any) -> float:
+    """Returns the mean error in percent over the shifted domains, then over the seeds."""
+    errors = committed.errors(record, lambda row: where.items() <= row.items())[method]
+    return statistics.mean(map(committed.mean, errors.values()))
 
 
 def alignment_correlation(record: Record) -> float:

@@ -35,34 +35,34 @@ def lead(data: Data) -> list[str]:
         return [*text, "There is no reported row with a measure yet; what there is follows."]
     kept = table.chosen(data)
     head = table.headline(kept)
+    source, plain = head.pop("source", None), head.pop("plain", None)
     count = kept.rows(shifted=True)["domain"].nunique()
     what = f"Mean {title_of(name)} over {count} domain{'s' if count != 1 else ''}"
     what += ", with the settings that validation rows chose" if kept is not data else ""
-    if not head.best:
+    if not head:
         return [*text, f"{what}: no method that takes gradient steps has a complete mean yet."]
     sentences = []
-    for scope, line in head.best.items():
+    for scope, line in head.items():
         value = percent(line["mean"], line["half"], name)
         rule = _SCOPES.get(scope, "that takes gradient steps")
         sentences.append(f"{line['method']} is the best method {rule}, {value}")
-        if head.plain is not None:
-            mean, half, basis = head.differences[scope]
-            moved = f"{'below' if mean < 0 else 'above'} {head.plain['method']}"
+        if plain is not None:
+            mean, half, basis = table.difference(kept, line["method"], plain["method"])
+            moved = f"{'below' if mean < 0 else 'above'} {plain['method']}"
             basis = basis or "no interval: one seed and no instances"
             points = percent(abs(mean), half, name, "points")
             sentences[-1] += f", {points} {moved} (paired, {basis})"
     text.append(f"{what}: {'; '.join(sentences)}.")
-    if head.plain is not None:
-        plain, source = (
-            "" if x is None else f"{x['method']}, {percent(x['mean'], x['half'], name)}"
-            for x in (head.plain, head.source)
-        )
-        also = f"; {source.replace(',', ' has', 1)}" if source not in ("", plain) else ""
-        text.append(f"The best method without a gradient step is {plain}{also}.")
-    method = next(iter(head.best.values()))["method"]
+    if plain is not None:
+        value = percent(plain["mean"], plain["half"], name)
+        said = f"The best method without a gradient step is {plain['method']}, {value}"
+        if source is not None and source["method"] != plain["method"]:
+            said += f"; {source['method']} has {percent(source['mean'], source['half'], name)}"
+        text.append(f"{said}.")
+    method = next(iter(head.values()))["method"]
     gains = table.by_domain(kept, "gain")
     for _, x in gains[(gains["method"] == method) & (gains["domain"] == table.CLEAN)].iterrows():
-        value = percent(-x["mean"], x["half"], name, "points")
+        value = percent(0 - x["mean"], x["half"], name, "points")
         text.append(f"On clean instances {method} changes it by {value}.")
     return text
 

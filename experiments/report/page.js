@@ -5,9 +5,9 @@ for (let i = 0; i < text.length; i += 1) packed[i] = text.charCodeAt(i);
 const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
 const data = await new Response(unpacked).json();
 // A row is its number; names of settings are anyone's, so columns are in a map.
-const columns = new Map(Object.entries(data.columns).map(
-  ([name, { values, codes }]) => [name, codes.map((code) => values[code] ?? null)]));
-const of = (name) => columns.get(name);
+const columns = new Map(Object.entries(data.columns).map(([name, { values, codes }]) => [name,
+  { codes, size: values.length + 1, values: codes.map((code) => values[code] ?? null) }]));
+const of = (name) => columns.get(name)?.values;
 const rows = Array.from({ length: data.rows }, (_, i) => i);
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -38,13 +38,14 @@ function halfOf(means, parts, measure) {
 
 // As summarize of intervals.py; `also` are plain means of other columns.
 function summarize(list, by, measure, { peers = [], also = [], values = of(measure) } = {}) {
-  const groups = new Map(), most = new Map(), seeds = of("seed"), places = of("place");
-  const axis = (name) => (["across", "down"].includes(name) ? state[name] : name);
-  const [keys, peerKeys] = [by, peers].map((names) => names.map((name) => of(axis(name))));
+  const groups = new Map(), most = new Map();
+  const axis = (name) => columns.get(["across", "down"].includes(name) ? state[name] : name);
+  const [keys, peerKeys] = [by, peers].map((names) => names.map(axis));
+  const joined = (held, i) => held.reduce((all, { codes, size }) => all * size + codes[i] + 1, 0);
+  const seeds = axis("seed").codes, places = axis("place").codes;
   for (const i of list) {
-    if (values[i] == null || keys.some((column) => column[i] == null)) continue;
-    const key = keys.map((column) => column[i]).join("\0"), seed = seeds[i] ?? -1;
-    const peer = peerKeys.map((column) => column[i]).join("\0");
+    if (values[i] == null || keys.some(({ codes }) => codes[i] < 0)) continue;
+    const key = joined(keys, i), peer = joined(peerKeys, i), seed = seeds[i];
     if (!groups.has(key)) groups.set(key, { first: i, peer, seeds: new Map() });
     if (!most.has(peer)) most.set(peer, new Map());
     const held = groups.get(key).seeds;
@@ -61,7 +62,7 @@ function summarize(list, by, measure, { peers = [], also = [], values = of(measu
     const line = { measure, mean: mean(means), half, basis, seeds: parts.length, rows: all.length,
       partial: full.length < most.get(peer).size,
       ...(half >= 0 ? { low: mean(means) - half, high: mean(means) + half } : {}) };
-    by.forEach((name, k) => { line[name] = keys[k][first]; });
+    by.forEach((name, k) => { line[name] = keys[k].values[first]; });
     const pick = (held) => (typeof held[0] === "number" ? mean(held) : held[0] ?? null);
     const known = (name) => all.map((i) => of(name)[i]).filter((value) => value != null);
     for (const name of also) line[name] = pick(known(name));
@@ -73,7 +74,7 @@ const controls = [...document.querySelectorAll("[data-control]")];
 const chosen = () => Object.fromEntries(controls.map(({ dataset, value }) => (
   [dataset.control, value])));
 const plain = chosen();
-let state = plain, keep = [], turn = 0;
+let state = plain, passed = [], turn = 0;
 function readAddress() {
   const given = new URLSearchParams(location.hash.slice(1));
   for (const control of controls) {
@@ -87,11 +88,10 @@ function passing() {
   history.replaceState(null, "", `#${new URLSearchParams(kept)}`);
   const words = state.q.toLowerCase().split(/\s+/).filter(Boolean), role = of("split_role");
   const choices = data.choices.map(([name]) => name).filter((name) => state[name]);
-  keep = rows.map((i) => (role[i] == null || role[i] === state.role)
+  passed = rows.filter((i) => (role[i] == null || role[i] === state.role)
     && (!state.chosen || of("chosen")[i])
     && choices.every((name) => String(of(name)[i]) === state[name])
     && words.every((w) => data.searched.some((n) => String(of(n)[i]).toLowerCase().includes(w))));
-  return rows.filter((i) => keep[i]);
 }
 
 function linesOf(view, list) {
@@ -101,7 +101,7 @@ function linesOf(view, list) {
   const lines = view.values.flatMap((value) => {
     const measure = value || state.measure, options = { peers: view.peers, also };
     if (!data.curves.includes(value)) return summarize(list, view.by, measure, options);
-    const curves = of(value), steps = Math.max(0, ...list.map((i) => curves[i]?.length ?? 0));
+    const curves = of(value), steps = curves.reduce((n, c) => Math.max(n, c?.length ?? 0), 0);
     return Array.from({ length: steps }, (_, step) => summarize(list, ["method"], value,
       { values: curves.map((curve) => curve?.[step]) }).map((line) => ({ ...line, step }))).flat();
   });
@@ -168,30 +168,48 @@ function grid(view, box, lines, list) {
 }
 
 const link = (trial) => make("a", { href: data.logs[trial] }, trial).outerHTML;
+function csv() {
+  const quote = (value) => `"${String(value ?? "").replaceAll('"', '""')}"`;
+  const lines = [data.shown.map(title), ...passed.map((i) => data.shown.map((n) => of(n)[i]))];
+  const parts = lines.map((line) => `${line.map(quote).join(",")}\n`);
+  make("a", { href: URL.createObjectURL(new Blob(parts)), download: "rows.csv" }).click();
+}
+// DataTables asks for a page at a time, as it would ask a server: it never holds all rows.
+function page({ draw, start, length, order }, give) {
+  const sorted = [...passed];
+  for (const { column, dir } of order) {
+    const values = of(data.shown[column]), sign = dir === "desc" ? -1 : 1;
+    const below = (a, b) => (b == null) - (a == null) || (a > b) - (a < b);
+    sorted.sort((a, b) => sign * below(values[a], values[b]));
+  }
+  const list = sorted.slice(start, length < 0 ? undefined : start + length);
+  give({ draw, recordsTotal: rows.length, recordsFiltered: passed.length,
+    data: list.map((i) => data.shown.map((name) => of(name)[i] ?? "")) });
+}
 let table = null;
 function tableOfRows() {
   const escape = jQuery.fn.dataTable.render.text().display;
-  jQuery.fn.dataTable.ext.search.push((settings, cells, i) => keep[i]);
-  const csv = { extend: "csv", text: "Download as CSV", exportOptions: { orthogonal: "export",
-    format: { header: (_, k) => title(data.shown[k]) } } };
-  // With a type DataTables does not read every cell to find one.
-  const shown = data.shown.map((name) => ({ title: escape(broken(title(name))), searchable: false,
-    type: data.measures.includes(name) ? "num" : "string", visible: !data.constant.includes(name),
-    data: ([i]) => of(name)[i] ?? "", createdCell: (cell) => { cell.dataset.label = title(name); },
+  const columns = data.shown.map((name) => ({ title: escape(broken(title(name))),
+    visible: !data.constant.includes(name), orderSequence: ["asc", "desc", ""],
+    createdCell: (cell) => { cell.dataset.label = title(name); },
     render: { display: (value) => (name === "trial" && value ? link(value) : escape(value)) } }));
-  table = jQuery("#rows").DataTable({ data: rows.map((i) => [i]), deferRender: true,
-    autoWidth: false, order: [], columns: shown,
-    layout: { topStart: "pageLength", topEnd: { buttons: [csv] } } });
+  const buttons = [{ text: "Download as CSV", action: csv }];
+  table = jQuery("#rows").DataTable({ serverSide: true, ajax: page, autoWidth: false, order: [],
+    columns, layout: { topStart: "pageLength", topEnd: { buttons } } });
 }
 // What is on the screen comes first; between the others the page answers its reader.
 async function show() {
-  const own = ++turn, list = passing(), domain = of("domain");
-  const ok = list.filter((i) => of("status")[i] === "ok");
+  const own = ++turn, domain = of("domain");
+  passing();
+  const ok = passed.filter((i) => of("status")[i] === "ok");
   const shifted = ok.filter((i) => domain[i] !== "clean");
   const panels = { all: ok, clean: ok.filter((i) => domain[i] === "clean"),
     shifted: shifted.length ? shifted : ok };
-  $("shown").textContent = `${list.length} of ${rows.length} rows`;
-  for (const line of document.querySelectorAll("[data-row]")) line.hidden = !keep[line.dataset.row];
+  $("shown").textContent = `${passed.length} of ${rows.length} rows`;
+  const kept = new Set(passed);
+  for (const line of document.querySelectorAll("[data-row]")) {
+    line.hidden = !kept.has(Number(line.dataset.row));
+  }
   for (const view of data.views) {
     for (const panel of view.panels) {
       const box = $(`${view.name}-${panel}`);

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from experiments import journal, launch
 from experiments.report import sweep
 
 TEXTS = ("method", "dataset", "domain", "split_role", "status", "message", "scope")
@@ -207,41 +208,32 @@ def json_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
       ReportError: no file, no row, a malformed line, or one measurement twice.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        rows, whole = journal.read(path, lambda row: ())
     except FileNotFoundError:
         raise ReportError(
             f"{path}: no results here. Run `python -m experiments.adapt --workdir={path.parent}` "
             "first, or give the folder of a run or of a sweep."
         ) from None
-    rows: dict[tuple[Any, ...], tuple[int, dict[str, Any]]] = {}
-    notes: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            # Only what follows the last newline can be the half line of a killed writer.
-            if number < len(lines):
-                raise ReportError(f"{path}, line {number}: not valid JSON: {error}.") from error
-            notes.append(
-                f"The last line of {path.name} (line {number}) is cut off and was skipped; "
-                "running the experiment again completes it."
-            )
-            continue
-        record = _checked(record, f"{path}, line {number}")
-        # Tags of other kinds of task are part of what a row is, too.
-        key = tuple((k, v) for k, v in sorted(record.items()) if isinstance(v, str))
-        key += (record["severity"], record["seed"])
-        first, _ = rows.setdefault(key, (number, record))
-        if first != number:
-            named = " ".join(f"{name}={record[name]}" for name in IDENTITY[:-1])
-            raise ReportError(
-                f"{path}: the same measurement is written twice: {named} (lines {first}, {number})."
-            )
+    except launch.UserError as error:
+        raise ReportError(str(error)) from error
     if not rows:
         raise ReportError(f"{path}: holds no complete row, so there is nothing to report yet.")
-    return [record for _, record in rows.values()], notes
+    first: dict[tuple[Any, ...], int] = {}
+    for number, row in enumerate(rows, 1):
+        rows[number - 1] = row = _checked(row, f"{path}, line {number}")
+        # Tags of other kinds of task are part of what a row is, too.
+        texts = tuple((k, v) for k, v in sorted(row.items()) if isinstance(v, str))
+        line = first.setdefault((*texts, row["severity"], row["seed"]), number)
+        if line != number:
+            named = " ".join(f"{name}={row[name]}" for name in IDENTITY[:-1])
+            raise ReportError(
+                f"{path}: the same measurement is written twice: {named} (lines {line}, {number})."
+            )
+    cut = (
+        f"The last line of {path.name} (line {len(rows) + 1}) is cut off and was skipped; running "
+        "the experiment again completes it."
+    )
+    return rows, [] if whole else [cut]
 
 
 def side_file(path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:

@@ -204,44 +204,23 @@ def lowest(frame: pd.DataFrame) -> pd.DataFrame:
     return full[full["mean"] <= full["mean"].min() + 1e-12]
 
 
-class Headline(NamedTuple):
-    """The comparison a page opens with; every part is a line of :func:`means`, or None.
+def headline(data: Data) -> dict[str, pd.Series]:
+    """Returns the comparison that a page opens with, as far as there are complete means.
 
-    Attributes:
-      source: the model's own prediction.
-      plain: the best method without a gradient step.
-      best: per scope ("per_sample", ...) the best method that takes steps.
-      differences: per scope, ``best`` minus ``plain`` over the same places: (mean, half, basis).
+    Returns:
+      Lines of :func:`means`: ``source``, the model's own prediction; ``plain``, the best method
+      without a gradient step; and per scope ("per_sample", ...) the best method that takes steps.
     """
-
-    source: pd.Series | None
-    plain: pd.Series | None
-    best: dict[str, pd.Series]
-    differences: dict[str, tuple[float, float, str]]
-
-    @property
-    def lines(self) -> dict[str, pd.Series]:
-        """The lines that there are, by what they are."""
-        lines = {"the model itself": self.source, "best without a gradient step": self.plain}
-        lines |= {f"best, {scope.replace('_', ' ')}": line for scope, line in self.best.items()}
-        return {what: line for what, line in lines.items() if line is not None}
-
-
-def headline(data: Data) -> Headline:
-    """Returns the best method of every scope beside the best one that takes no gradient step."""
     table, first = means(data), data.rows().groupby("method").first()
     takes_steps = table["method"].map(first["steps"]).astype(bool)
-    adapted, source = table[takes_steps], table[table["method"] == data.reference]
-    plain = lowest(table[~takes_steps])
-    best, differences = {}, {}
+    adapted = table[takes_steps]
+    parts = {
+        "source": table[table["method"] == data.reference],
+        "plain": lowest(table[~takes_steps]),
+    }
     for scope, part in adapted.groupby(adapted["method"].map(first["scope"]), dropna=False):
-        if len(part := lowest(part)):
-            best[str(scope)] = part.iloc[0]
-            if len(plain):
-                pair = (part.iloc[0]["method"], plain.iloc[0]["method"])
-                differences[str(scope)] = difference(data, *pair)
-    lines = [None if part.empty else part.iloc[0] for part in (source, plain)]
-    return Headline(*lines, best, differences)
+        parts[str(scope)] = lowest(part)
+    return {what: part.iloc[0] for what, part in parts.items() if len(part)}
 
 
 def difference(data: Data, method: str, other: str) -> tuple[float, float, str]:
