@@ -251,7 +251,8 @@ def as_run(data: Data) -> pd.DataFrame:
     rows = data.frame[data.frame["status"] == "ok"]
 
     def seen(values: pd.Series) -> str:
-        return ", ".join(f"{v:g}" if isinstance(v, float) else v for v in values.dropna().unique())
+        known = sorted(values.dropna().unique())
+        return ", ".join(f"{v:g}" if isinstance(v, float) else v for v in known)
 
     names = ("scope", "num_steps", "predict", "reset", "num_examples", "seed")
     rules = dict.fromkeys(names, seen) | dict.fromkeys(("resets", "non_finite", "seconds"), "sum")
