@@ -102,7 +102,9 @@ def scatter(rows: Sequence[dict[str, Any]]) -> alt.LayerChart:
         .mark_line(strokeDash=[4, 3], color="#7d858d")
         .encode(x="inner_product:Q", y="gain:Q")
     )
-    return (line + marks).properties(width=560, height=320, title=title)
+    chart = (line + marks).properties(width=560, height=320, title=title)
+    # Letters are wider in some browsers than in the file.
+    return chart.properties(padding={"left": 5, "top": 5, "bottom": 5, "right": 20})
 
 
 def picture(rows: Sequence[dict[str, Any]]) -> str:
@@ -161,6 +163,6 @@ def render(record: dict[str, Any]) -> str:
         picture=picture(rows),
         shown=shown,
         published=PUBLISHED,
-        table=_cells(frame.set_index(pd.Index(sets, name="set"))).to_html(border=0),
+        table=_cells(frame.set_index(pd.Index(sets))).to_html(border=0),
         facts=facts,
     )

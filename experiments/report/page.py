@@ -131,7 +131,7 @@ def _columns(data: Data) -> dict[str, dict[str, Any]]:
         elif name in results.measures:
             values = factor * values
         elif name in results.curves:
-            values = values.map(lambda v: np.multiply(factor, v).tolist(), na_action="ignore")  # noqa: B023
+            values = values.map(lambda v, k=factor: np.multiply(k, v).tolist(), na_action="ignore")
         columns[name] = _encode(values)
     return columns
 
@@ -179,7 +179,7 @@ def _payload(data: Data, views: list[charts.View]) -> dict[str, Any]:
         "no_interval": intervals.NO_INTERVAL,
         "replicates": {
             name: [
-                None if np.isnan(row).any() else (scale_of(name) * row).round(5).tolist()
+                None if np.isnan(row).any() else [_plain(scale_of(name) * value) for value in row]
                 for row in matrix
             ]
             for name, matrix in data.replicates.items()
