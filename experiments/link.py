@@ -15,6 +15,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 from typing import BinaryIO, NamedTuple
 
 import jax
@@ -27,9 +28,8 @@ COLLECT, BROADCAST, DONE, FAIL = b"CBDF"
 _IDLE = 0
 _HEAD = struct.Struct("<BQ")
 # Peers tell each other that often how far they are; a dead one is noticed then, or, where its whole
-# machine is gone, after the heartbeats of jax.distributed.
+# machine is gone, by the heartbeats of jax.distributed.
 _ROUND_S = 0.1
-HEARTBEAT_S = 10
 _PIECE = 1 << 24
 
 
@@ -117,7 +117,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(**json.loads(sys.argv[1]), heartbeat_timeout_seconds=HEARTBEAT_S)
+    jax.distributed.initialize(**json.loads(sys.argv[1]))
     multihost_utils.sync_global_devices("joined")
     where = {"index": jax.process_index(), "count": jax.process_count()}
     # JAX's rule under Slurm: which of the devices of a machine are this process's.
@@ -134,9 +134,14 @@ def main() -> None:
         os._exit(0)  # the program that started this one is gone
 
     threading.Thread(target=listen, daemon=True).start()
-    _exchange(frames, failures, pipe)
-    jax.distributed.shutdown()
-    pipe.flush()
+    try:
+        _exchange(frames, failures, pipe)
+        jax.distributed.shutdown()
+        pipe.flush()
+    except Exception:
+        # An orderly end would wait for the dead peer.
+        traceback.print_exc()
+        os._exit(1)
     os._exit(0)  # the listening thread would make an orderly end of the interpreter abort
 
 

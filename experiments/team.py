@@ -22,7 +22,6 @@ import jax
 from experiments import launch, link
 
 _TETHER = pathlib.Path(__file__).parent / "sweeping" / "tether.py"
-_END_S = 10.0
 
 
 class Team(Protocol):
@@ -117,9 +116,8 @@ class _Linked:
         """Ends the link; what happens to the others is no matter from now on."""
         self._leaving.set()
         self._tell(frame)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_END_S)
-        self._process.kill()
+        # However long the others take to come: a link that ended early would end them too.
+        self._process.wait()
 
     def _tell(self, frame: link.Frame) -> None:
         # Where the pipe is broken the listener ends this process, with the reason.

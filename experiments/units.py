@@ -29,8 +29,10 @@ class Unit(NamedTuple):
 
 
 def programs(config: ml_collections.ConfigDict, mesh: Any) -> dict[Any, Any]:
-    """Compiled programs of runs that differ in seeds and settings of methods alone."""
+    """Compiled programs of runs that differ in seeds, settings of methods and examples alone."""
     values = {k: v for k, v in json.loads(config.to_json()).items() if k not in _FREE}
+    # How many examples a call has is part of a program's own key.
+    values["data"].pop("test", None)
     devices = None if mesh is None else mesh.size
     # What is read beside the source prediction is part of its program.
     probes = sorted({str(options.get("probe")) for options in config.methods.values()})

@@ -5,15 +5,17 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import ttt_jax as ttt
 from experiments import tasks
+from experiments.tasks import documents, series
 from ttt_jax import metrics
 from ttt_jax.task import Examples, Task
 
 
-@pytest.mark.parametrize("name", ["digits", "documents", "few_shot", "frames"])
+@pytest.mark.parametrize("name", ["digits", "documents", "few_shot", "frames", "series"])
 def test_tasks_of_the_programs(name):
     config = importlib.import_module(f"experiments.configs.{name}").get_config()
     if name == "digits":
@@ -70,3 +72,47 @@ def test_a_broken_rule_is_named(message):
     task, _ = toy(**BROKEN[message])
     with pytest.raises(ttt.audit.AuditError, match=message):
         ttt.audit.check_task(task)
+
+
+def test_bits_of_the_second_half_of_documents():
+    """Two documents of four chunks of two bytes; the second ends after three bytes."""
+    metric = documents._metrics()["late_bits_per_byte"]
+    mask = np.array([[[1, 1]] * 4, [[1, 1], [1, 0], [0, 0], [0, 0]]])
+    nats = np.log(2) * np.array([[9.0, 9.0, 3.0, 1.0], [9.0, 9.0, 0.0, 0.0]])
+    examples = Examples(np.arange(2), {"mask": mask}, mask.sum((1, 2)), {})
+    sums = metric.of(nats, nats, examples)
+    assert metric.value([leaf.sum(0) for leaf in sums]) == pytest.approx((3 + 1) / 4)
+
+
+def series_task(tmp_path, **arrays):
+    np.savez(tmp_path / "own.npz", **arrays)
+    config = importlib.import_module("experiments.configs.series").get_config()
+    config.data.update({"file": str(tmp_path / "own.npz"), "window": 5, "seen": 3, "horizon": 2})
+    config.adapt.batch_size = 4
+    return tasks.build(config)
+
+
+def test_windows_of_an_own_series(tmp_path):
+    """Every value after the first window is forecast once, and a forecast sees its window alone."""
+    task = series_task(tmp_path, reported=np.arange(12.0))
+    (batch,) = task.streams("reported", 0)["series"]
+    np.testing.assert_array_equal(batch.x, np.arange(5) + np.array([[0], [2], [4]]))
+    np.testing.assert_array_equal(batch.y, [[5, 6], [7, 8], [9, 10]])
+    with pytest.raises(ValueError, match=r"series named 'validation'; .* has reported"):
+        task.streams("validation", 0)
+    with pytest.raises(ValueError, match=r"at least .*7; got shape \(6,\)"):
+        series_task(tmp_path, reported=np.arange(6.0)).streams("reported", 0)
+
+
+def test_a_step_on_the_forecast_inside_of_a_window_by_hand(tmp_path):
+    task = series_task(tmp_path, reported=np.arange(12.0))
+    heads, x = task.heads(), np.array([1.0, 3.0, 2.0, 5.0, 4.0], np.float32)
+    params = jax.tree.map(jnp.zeros_like, task.init(jax.random.key(0)))
+    predict = series.hindcasts(**heads, optimizer=optax.sgd(0.5))
+    output, info = predict(params, x, jax.random.key(0))
+    beginning = x[:3] - x[:3].mean()
+    gap = x[:3].mean() - x[3:]
+    np.testing.assert_allclose(info.loss, [(gap**2).mean()], rtol=1e-6)
+    kernel, bias = -0.5 * np.outer(beginning, gap), -0.5 * gap
+    due = (x[2:] - x[2:].mean()) @ kernel + bias + x[2:].mean()
+    np.testing.assert_allclose(output, due, rtol=1e-5)

@@ -1,1 +1,1 @@
-"""The pieces of :mod:`experiments.merge`: ranges of a split, rows and records of parts as one."""
+"""The pieces of :mod:`experiments.merge`: what parts share, and one file per program."""

@@ -6,155 +6,77 @@ numbers of classes cannot be had from theirs.
 
 import json
 import pathlib
-import shlex
-import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import ml_collections
+from experiments import diagnose_record, launch, provenance, result_rows
+from experiments.merging import parts as parts_lib
+from experiments.merging.parts import Part
 
-from experiments import diagnose_record, journal, launch, provenance
-from experiments.merging import records
-
-
-class Part(NamedTuple):
-    """A work folder with a record of one method.
-
-    Attributes:
-      folder: where it is.
-      method: what the rows are of.
-      rows: its rows, at least one.
-      record: its ``diagnostics.json``.
-    """
-
-    folder: pathlib.Path
-    method: str
-    rows: list[dict[str, Any]]
-    record: dict[str, Any]
+RECORD, BOOK = "diagnostics.json", "diagnostics.jsonl"
 
 
 def read(folder: pathlib.Path) -> Part:
-    """A part in which ``experiments.diagnose`` has finished, or a merged one.
+    """A part with the rows of its record's method.
 
     Raises:
-      UserError: files are missing or damaged, or there are rows that the record lacks.
+      UserError: as :func:`parts.read`, or there are rows that the record lacks.
     """
-    book, path = folder / "diagnostics.jsonl", folder / "diagnostics.json"
-    for file in (book, path):
-        if not file.exists():
-            raise launch.UserError(
-                "a part is a work folder in which experiments.diagnose has finished; "
-                f"{folder} has no {file.name}."
-            )
-    record = records.read(path, config=dict, rows=list)
-    rows = record["rows"]
-    try:
-        method = rows[0]["method"]
-    except (LookupError, TypeError) as error:
-        raise launch.UserError(f"{path} is damaged ({error!r}); run that part again.") from error
-    if [row for row in journal.read(book)[0] if row["method"] == method] != rows:
+    part = parts_lib.read(folder, RECORD, BOOK)
+    rows = part.record.get("rows") or []
+    method = rows[0]["method"] if rows else None
+    if not rows or [row for row in part.rows if row["method"] == method] != rows:
         raise launch.UserError(
-            f"{path} lacks rows of {method} that {book} has, or has others; run "
+            f"{folder / RECORD} is damaged, or lacks rows of its method that {BOOK} has; run "
             "experiments.diagnose there again, to its end."
         )
     if any("config" not in row for row in rows):
         raise launch.UserError(
-            f"{book} has rows that do not say what made them, of an older version; run that part "
-            "again in a new folder."
+            f"{folder / BOOK} has rows that do not say what made them, of an older version; run "
+            "that part again in a new folder."
         )
-    return Part(folder, method, rows, record)
+    return part._replace(rows=rows)
 
 
-def _require_same(one: Part, other: Part) -> None:
-    """Parts of one record are about the same images, settings and models.
-
-    Raises:
-      UserError: naming what differs between the two.
-    """
-
-    def kinds(part: Part) -> list[dict[str, Any]]:
-        # The others of a part differ from one of these in their cells alone.
-        return list({(row["seed"], row["split_role"]): row for row in part.rows}.values())
-
-    config = ml_collections.ConfigDict(other.record["config"])
-    differences = [("method", one.method, other.method)] if one.method != other.method else []
-    for row in kinds(one):
-        for fields in kinds(other):
-            differences += diagnose_record.differences(row, fields, config)
-    for name, mine, theirs in differences[:1]:
-        raise launch.UserError(
-            "parts of a record differ in corruptions, severities, split and seeds alone, and rows "
-            f"of two ranges of images cannot be joined; {name} is {mine!r} in {one.folder} and "
-            f"{theirs!r} in {other.folder}."
-        )
-
-
-def merged(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """The rows of all parts, in their order.
+def joined(parts: Sequence[Part]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The config and the rows of all parts, in their order.
 
     Raises:
       UserError: the parts are not those of one record, or two have the same row.
     """
+    parts_lib.require_equal(
+        (fact for part in parts for fact in _fixed(part)),
+        "parts of a record differ in corruptions, severities, split and seeds alone, and rows of "
+        "two ranges of images cannot be joined",
+    )
     found: dict[tuple[Any, ...], Part] = {}
-    for place, part in enumerate(parts):
-        for other in parts[:place]:
-            _require_same(other, part)
+    for part in parts:
         for row in part.rows:
-            first = found.setdefault(journal.key_of(row), part)
+            first = found.setdefault(result_rows.identity(row), part)
             if first is not part:
                 raise launch.UserError(
-                    "a row is of one part, but that of {method} on {domain} (severity {severity}, "
-                    "seed {seed}, {split_role}) is in ".format(**row)
-                    + f"{first.folder} and in {part.folder}; leave one of the two out."
+                    f"a row is of one part, but {parts_lib.label(row)} is in {first.folder} and in "
+                    f"{part.folder}; leave one of the two out."
                 )
-    return [row for part in parts for row in part.rows]
+    rows = [row for part in parts for row in part.rows]
+    seeds = sorted({row["seed"] for row in rows})
+    return parts[0].record["config"] | {"seeds": seeds}, rows
 
 
-def _require_more(workdir: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Refuses to replace rows that were measured.
-
-    Raises:
-      UserError: rows that are no merge's, or that the new record lacks.
-    """
-    path = workdir / "diagnostics.json"
-    record = records.read(path, rows=list) if path.exists() else {}
-    if "parts" not in record and (record or (workdir / "diagnostics.jsonl").exists()):
-        raise launch.UserError(
-            f"{workdir} has diagnostics that experiments.merge did not make; choose another "
-            "--workdir."
-        )
-    lost = {journal.key_of(row) for row in record.get("rows", [])} - set(map(journal.key_of, rows))
-    if lost:
-        raise launch.UserError(
-            f"{workdir} has {len(lost)} rows that these parts lack. Name all parts, or choose "
-            "another --workdir."
-        )
+def _fixed(part: Part) -> Iterator[tuple[str, Any, Part]]:
+    """What all rows of a record share, of a seed and of a split."""
+    for row in part.rows:
+        yield "method", row["method"], part
+        yield "settings", row["settings"], part
+        yield f"checkpoint of seed {row['seed']}", row["checkpoint"], part
+        for name in ("config", "dataset", "num_examples", "learning_rates"):
+            yield f"{row['split_role']} {name}", row[name], part
 
 
-def run(folder: str, folders: Sequence[pathlib.Path]) -> int:
-    """Writes the record of some parts and its page into a work folder; returns the exit status.
-
-    Args:
-      folder: the work folder to write, new or of an earlier merge.
-      folders: the parts.
-
-    Raises:
-      UserError: as :func:`merged`, or the folder has rows that were not merged.
-    """
-    parts = [read(part) for part in folders]
-    rows = merged(parts)
-    workdir = launch.open_workdir(folder)
-    with launch.locked(workdir):
-        _require_more(workdir, rows)
-        origins = []
-        for part in parts:
-            own = {"folder": str(part.folder), "rows": len(part.rows)}
-            origins += part.record.get("parts", [own | provenance.origin(part.record)])
-        config = parts[0].record["config"] | {"seeds": sorted({row["seed"] for row in rows})}
-        command = f"python -m experiments.merge {shlex.join(sys.argv[1:])}"
-        origin = provenance.origin(parts[0].record) | {"command": command, "config": config}
-        # Its rows last: with the record alone the merge can be made again.
-        diagnose_record.write(workdir, origin | {"parts": origins}, rows)
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        launch.write_atomically(workdir / "diagnostics.jsonl", lines)
-    return 0
+def write(
+    workdir: pathlib.Path, parts: Sequence[Part], rows: Sequence[dict[str, Any]], origin: Any
+) -> None:
+    """Writes a work folder: the record, which ``origin`` begins, its page, and the rows."""
+    # The rows last: with the record alone the merge can be made again.
+    diagnose_record.write(workdir, provenance.origin(parts[0].record) | origin, rows)
+    launch.write_atomically(workdir / BOOK, "".join(json.dumps(row) + "\n" for row in rows))

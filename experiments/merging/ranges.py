@@ -1,4 +1,4 @@
-"""Ranges of the images of a split, and what several of them make."""
+"""Ranges of the examples of a split, and what several of them make."""
 
 import itertools
 from collections.abc import Iterable
@@ -10,81 +10,52 @@ from ttt_jax.data import splits
 _ENDLESS = float("inf")
 
 
-class Range(NamedTuple):
-    """The images ``[start, stop)`` of a split.
-
-    Attributes:
-      base: the split.
-      unit: ``"%"``, ``"images"``, or ``""`` for the whole split, which is the same in both.
-      start: the first one.
-      stop: the one after the last, infinite for the end of the split.
-    """
-
-    base: str
-    unit: str
+class _Range(NamedTuple):
     start: float
     stop: float
+    base: str
+    unit: str  # "%", or "" for numbers of examples and the whole split
 
     def __str__(self) -> str:
-        if not self.unit:
-            return self.base
-        sign = "%" if self.unit == "%" else ""
-        start = f"{self.start:.0f}{sign}" if self.start else ""
-        stop = f"{self.stop:.0f}{sign}" if self.stop != _ENDLESS else ""
-        return f"{self.base}[{start}:{stop}]"
+        start = f"{self.start:.0f}{self.unit}" if self.start else ""
+        stop = f"{self.stop:.0f}{self.unit}" if self.stop != _ENDLESS else ""
+        return f"{self.base}[{start}:{stop}]" if start or stop else self.base
 
 
-def range_of(text: str) -> Range:
-    """A split string as a range.
+def joined(splits_of: Iterable[str]) -> tuple[str, bool]:
+    """The range from the first example of some ranges to the last, and whether they make it.
+
+    Args:
+      splits_of: at least one of ``test``, ``test[100:200]`` or ``test[10%:20%]``.
+
+    Returns:
+      The range, and False where the ranges overlap or leave examples out.
 
     Raises:
-      UserError: bounds that count from the end, or one in percent and one in images.
+      UserError: they are of two splits or in two units, or bounds count from the end.
     """
-    split = splits.parse(text)
-    bounds = [bound for bound in (split.start, split.stop) if bound is not None]
-    units = {"%" if bound.endswith("%") else "images" for bound in bounds}
-    if len(units) > 1 or any(bound.startswith("-") for bound in bounds):
+    found = sorted(map(_parsed, splits_of))
+    cut = {one.unit for one in found if str(one) != one.base}
+    if len(cut) > 1 or len({one.base for one in found}) > 1:
+        raise launch.UserError(
+            "ranges of data.test are of one split, all in percent or all in images; got "
+            f"{', '.join(sorted({str(one) for one in found}))}."
+        )
+    stop = max(one.stop for one in found)
+    whole = _Range(found[0].start, stop, found[0].base, "".join(cut))
+    return str(whole), all(one.stop == other.start for one, other in itertools.pairwise(found))
+
+
+def _parsed(text: str) -> _Range:
+    base, *bounds = splits.parse(text)
+    written = [bound for bound in bounds if bound]
+    units = {"%" if bound.endswith("%") else "" for bound in written}
+    if len(units) > 1 or any(bound.startswith("-") for bound in written):
         raise launch.UserError(
             "data.test of a part is 'test', 'test[100:200]' or 'test[10%:20%]', counted from the "
             f"beginning; got {text!r}."
         )
-    start = float(split.start.rstrip("%")) if split.start else 0.0
-    stop = float(split.stop.rstrip("%")) if split.stop else _ENDLESS
-    if units == {"%"} and stop == 100:
-        stop = _ENDLESS
-    whole = (start, stop) == (0, _ENDLESS)
-    return Range(split.base, "" if whole else units.pop(), start, stop)
-
-
-def over(ranges: Iterable[Range]) -> Range:
-    """From the first image of some ranges to their last.
-
-    Raises:
-      UserError: they are of two splits or in two units.
-    """
-    ranges = list(ranges)
-    units = {one.unit for one in ranges if one.unit}
-    bases = {one.base for one in ranges}
-    if len(units) > 1 or len(bases) > 1:
-        there = ", ".join(sorted({str(one) for one in ranges}))
-        raise launch.UserError(
-            f"ranges of data.test are of one split, all in percent or all in images; got {there}."
-        )
-    start, stop = min(one.start for one in ranges), max(one.stop for one in ranges)
-    unit = "" if (start, stop) == (0, _ENDLESS) else units.pop()
-    return Range(bases.pop(), unit, start, stop)
-
-
-def union(ranges: Iterable[Range]) -> Range:
-    """The one range that several make.
-
-    Raises:
-      UserError: they overlap, leave images out, are of two splits or in two units.
-    """
-    ordered = sorted(ranges, key=lambda one: (one.start, one.stop))
-    whole = over(ordered)
-    for before, after in itertools.pairwise(ordered):
-        if before.stop != after.start:
-            what = "overlap" if before.stop > after.start else "leave images out between them"
-            raise launch.UserError(f"the ranges {before} and {after} {what}; they must adjoin.")
-    return whole
+    start, stop = (float(bound.rstrip("%")) if bound else _ENDLESS for bound in bounds)
+    ends = stop == 100 and units == {"%"}
+    start = 0.0 if start == _ENDLESS else start
+    return _Range(start, _ENDLESS if ends else stop, base, "".join(units))

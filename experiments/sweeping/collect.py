@@ -33,7 +33,12 @@ def rows(workdir: pathlib.Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
         found = []
         if (folder / "results.jsonl").exists():
             written, _ = journal.read(folder / "results.jsonl")
-            found = [row for row in written if row.get("status") == "ok"]
+            # Sums join parts of a row; the table has rows that are whole.
+            found = [
+                {name: value for name, value in row.items() if name != "sums"}
+                for row in written
+                if row.get("status") == "ok"
+            ]
         message = broken.get(unit.id)
         if message is None and unit.needs in broken:
             message = f"its model failed: {broken[unit.needs]}"

@@ -101,6 +101,11 @@ def _metrics() -> dict[str, Metric]:
     def by_chunk(output: Any, source: Any, examples: Examples) -> tuple[Any, Any]:
         return np.asarray(output, np.float64) / np.log(2), examples.x["mask"].sum(-1)
 
+    def late(output: Any, source: Any, examples: Examples) -> tuple[Any, Any]:
+        bits, sizes = by_chunk(output, source, examples)
+        half = bits.shape[-1] // 2
+        return bits[:, half:].sum(-1), sizes[:, half:].sum(-1)
+
     def worse(output: Any, source: Any, examples: Examples) -> np.ndarray:
         return np.asarray(output).sum(-1) > np.asarray(source).sum(-1)
 
@@ -109,6 +114,7 @@ def _metrics() -> dict[str, Metric]:
             lambda nats: np.asarray(nats, np.float64).sum(-1), lambda examples: examples.y
         ),
         "bits_by_chunk": metrics.ratio(by_chunk),
+        "late_bits_per_byte": metrics.ratio(late),
         "harmed": metrics.mean(worse),
     }
 

@@ -17,6 +17,7 @@ from tests.experiments.test_programs import ROOT, assert_equal_rows, rows_of
 
 DOMAINS = ("fog", "contrast", "saturate")
 CONFIG = ROOT / "tests" / "experiments" / "team_config.py"
+GATED = CONFIG.with_name("gated_config.py")
 
 
 def environment_of(devices):
@@ -35,10 +36,10 @@ def environment_of(devices):
     }
 
 
-def start(folder, *flags, devices=2, **environment):
+def start(folder, *flags, devices=2, config=CONFIG, **environment):
     """``experiments.adapt --distributed`` in a process of its own, with so many devices."""
     environment = os.environ | environment_of(devices) | environment
-    command = [sys.executable, "-m", "experiments.adapt", f"--config={CONFIG}"]
+    command = [sys.executable, "-m", "experiments.adapt", f"--config={config}"]
     return subprocess.Popen(
         [*command, f"--workdir={folder}", f"--domains={','.join(DOMAINS)}", *flags],
         cwd=ROOT,
@@ -64,9 +65,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_two(folder):
+def start_two(folder, **options):
     port = free_port()
-    return [start(folder, *rendezvous(index, port)) for index in range(2)]
+    return [start(folder, *rendezvous(index, port), **options) for index in range(2)]
 
 
 def finish(process):
@@ -119,7 +120,7 @@ def test_two_processes_that_slurm_started_equal_one(alone, folder):
 
 def kill_midway(folder, which, lines):
     """Kills one of two processes once so many rows are there; returns how the other ended."""
-    both = start_two(folder)
+    both = start_two(folder, config=GATED, GATE_ROWS=str(lines))
     results = folder / "results.jsonl"
     try:
         while not results.exists() or results.read_bytes().count(b"\n") < lines:

@@ -12,8 +12,6 @@ from experiments import link
 from tests.experiments.test_distributed import free_port
 from tests.experiments.test_programs import ROOT
 
-_LONG = 60
-
 
 @pytest.fixture
 def pair():
@@ -71,7 +69,7 @@ def test_the_first_is_told_everything_and_all_are_told_its_word(pair):
         assert link.read(process.stdout) == link.Frame(link.BROADCAST, b"this one does")
     for process in pair:
         tell(process, link.DONE)
-    assert [process.wait(_LONG) for process in pair] == [0, 0]
+    assert [process.wait() for process in pair] == [0, 0]
     assert [process.stdout.read() for process in pair] == [b"", b""]
 
 
@@ -80,12 +78,12 @@ def test_an_error_overtakes_what_was_said_before(pair):
     tell(second, link.COLLECT, b"an outcome that nobody collects")
     tell(second, link.FAIL, b"2 the disk is full")
     assert link.read(first.stdout) == link.Frame(link.FAIL, b"2 process 1: the disk is full")
-    assert [process.wait(_LONG) for process in pair] == [0, 0]
+    assert [process.wait() for process in pair] == [0, 0]
 
 
 def test_it_ends_with_what_started_it_and_so_does_its_peer(pair):
     first, second = pair
     first.stdin.close()
-    assert first.wait(_LONG) == 0
-    assert second.wait(_LONG) != 0
+    assert first.wait() == 0
+    assert second.wait() != 0
     assert link.read(second.stdout) is None

@@ -53,7 +53,7 @@ def test_an_empty_batch(monkeypatch, form):
     apply, variables = network((16, 16, 3), conv=form)
     images = jnp.zeros((2, 16, 16, 3))
     assert runs_kernels(apply, variables, images)
-    logits = apply(variables, images[:0])
+    logits = jax.jit(apply)(variables, images[:0])
     assert (logits.shape, logits.dtype) == ((0, 4), jnp.float32)
     several = jax.eval_shape(jax.vmap(apply, (None, 0)), variables, images[:, None][:, :0])
     assert several.shape == (2, 0, 4)

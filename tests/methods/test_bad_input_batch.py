@@ -23,6 +23,7 @@ def contrastive(**options):
 STREAMS = {
     "tent": lambda **options: methods.tent(lab.classify, **options),
     "pseudo_label": lambda **options: methods.pseudo_label(lab.classify, **options),
+    "rpl": lambda **options: methods.rpl(lab.classify, **options),
     "sar": lambda **options: methods.sar(lab.classify, **options),
     "deyo": lambda **options: methods.deyo(lab.classify, **options),
     "rdumb": lambda **options: methods.rdumb(lab.classify, num_classes=3, **options),
@@ -39,7 +40,7 @@ def test_steps_and_order(name):
         STREAMS[name](predict="first")
 
 
-@pytest.mark.parametrize("name", ["tent", "pseudo_label", "sar", "rdumb"])
+@pytest.mark.parametrize("name", ["tent", "pseudo_label", "rpl", "sar", "rdumb"])
 def test_an_empty_batch(name):
     stream = STREAMS[name](select=lab.EVERYTHING)
     with pytest.raises(ValueError, match=r"needs at least one instance; got 0"):

@@ -64,6 +64,7 @@ STREAMS = {
     "pseudo_label": lambda **options: methods.pseudo_label(
         classify, threshold=0.4, optimizer=ADAM, **options
     ),
+    "rpl": lambda **options: methods.rpl(classify, optimizer=SGD, **options),
     "eata": lambda **options: measured(filtered(methods.eata, fisher_weight=0.5, **options)),
     "rdumb": lambda **options: filtered(methods.rdumb, **options),
     "sar": lambda reset=None, **options: methods.sar(

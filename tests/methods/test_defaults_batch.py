@@ -25,6 +25,7 @@ PUBLISHED = {
         "select": AFFINE,
         "predict": "before",
     },
+    "rpl": {"q": 0.8, "optimizer": golden.SGD(0.75e-3), "select": AFFINE, "predict": "before"},
     "eata": {
         "epsilon": 0.05,
         "fisher_weight": 2000.0,

@@ -136,3 +136,31 @@ def test_pseudo_label():
     # The threshold leaves some out, never all.
     assert 0 < min(counts) and sum(counts) < N * SIZE
     golden.adapted(SOURCE, p, AFFINE, 0.001)
+
+
+def generalized_cross_entropy(p, batch, labels, q=0.6):
+    """``mean_n (1 - p_ny^q) / q`` with the labels of before."""
+    probability = golden.softmax(golden.batch_normalized(p, batch)[0])
+    return ((1 - probability[np.arange(len(batch)), labels] ** q) / q).mean(), None
+
+
+def test_rpl():
+    rate = 0.5
+    stream = methods.rpl(model, q=0.6, optimizer=optax.sgd(rate), serve=predicted)
+    _, ((_, weights), info), carries = quickly(
+        lambda p, x, k: scanned(stream, p, x, k), PARAMS, BATCHES, KEYS
+    )
+    p, optimizer = SOURCE, golden.SGD(rate)
+    for i, batch in enumerate(BATCHES.astype(np.float64)):
+        labels = golden.batch_normalized(p, batch)[0].argmax(axis=1)
+        golden.same_weights(rows(weights, i), p)
+        golden.close(info.loss[i], [generalized_cross_entropy(p, batch, labels)[0]])
+        p = optimizer.step(p, golden.slopes(generalized_cross_entropy, p, AFFINE, batch, labels))
+        golden.same_weights(rows(carries.state.fast, i), p)
+    golden.adapted(SOURCE, p, AFFINE, 0.001)
+
+
+@pytest.mark.parametrize("q", [0.0, -0.1, 1.1, float("nan")])
+def test_rpl_refuses_an_exponent_out_of_range(q):
+    with pytest.raises(ValueError, match=r"rpl: q must be in \(0, 1\], got"):
+        methods.rpl(model, q=q)

@@ -14,11 +14,11 @@ Streams of instances (a :class:`~ttt_jax.Stream`):
 
 What any of them may predict with: :func:`mean_over_views`.
 
-Whole batches and streams (the instance is a batch):
 Whole batches and streams (an instance is a batch):
 
-* :func:`tent`, :func:`pseudo_label`, :func:`sar`, :func:`rdumb`, :func:`deyo`, :func:`cotta`,
-  :func:`rotta`, :func:`note`: a :class:`~ttt_jax.Stream` of batches, by gradient steps
+* :func:`tent`, :func:`pseudo_label`, :func:`rpl`, :func:`sar`, :func:`rdumb`, :func:`deyo`,
+  :func:`cotta`, :func:`rotta`, :func:`note`: a :class:`~ttt_jax.Stream` of batches, by gradient
+  steps
 * :func:`eata`, :func:`actmad`, :func:`ttt_plus_plus`: a :class:`~ttt_jax.FromSource`, which
   measures source data first
 * :func:`lame` (a :class:`~ttt_jax.Predictor` over a batch), :func:`t3a`, :func:`dua`: no gradient
@@ -42,6 +42,7 @@ from ttt_jax.methods.pseudo_label import pseudo_label
 from ttt_jax.methods.rdumb import rdumb
 from ttt_jax.methods.rotation_memo import rotation_memo, rotation_memo_online
 from ttt_jax.methods.rotta import rotta
+from ttt_jax.methods.rpl import rpl
 from ttt_jax.methods.sar import sar
 from ttt_jax.methods.source import source
 from ttt_jax.methods.t3a import t3a
@@ -71,6 +72,7 @@ __all__ = [
     "rotation_memo",
     "rotation_memo_online",
     "rotta",
+    "rpl",
     "sar",
     "source",
     "t3a",
