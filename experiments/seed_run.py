@@ -1,7 +1,8 @@
 """The model of one seed of a run: its evaluations by role, and the candidates bound to it."""
 
+import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -9,6 +10,7 @@ import tqdm
 
 from experiments import (
     choice,
+    examples,
     journal,
     launch,
     result_rows,
@@ -35,13 +37,15 @@ class SeedRun:
         self.task, self.seed, self.fingerprint = task, seed, held.fingerprint
         self._config, self._held = config, held
         self._restore, self._mesh = restore, mesh
+        self._pictured: Callable[..., evaluation.Evaluation] = evaluation.Evaluation
         self._bound: dict[int, evaluation.Parametric] = {}
         self._evaluations: dict[str, evaluation.Evaluation] = {}
 
     def evaluation_of(self, role: str) -> evaluation.Evaluation:
         """That of a role, made once; all share compiled programs with all other seeds."""
         if role not in self._evaluations:
-            self._evaluations[role] = evaluation.Evaluation(
+            make = self._pictured if role == "reported" else evaluation.Evaluation
+            self._evaluations[role] = make(
                 self.task,
                 lambda: self._held.restore(self._restore),
                 role=role,
@@ -86,6 +90,10 @@ class SeedRun:
         team: team_lib.Team,
     ) -> dict[str, settings.Candidate]:
         """The candidate per method that the validation streams choose."""
+        label = examples.shown(candidates)
+        if label and team.index == 0 and self.seed == self._config.seeds[0]:
+            pictured = functools.partial(examples.PicturedEvaluation, label=label)
+            self._pictured = functools.partial(pictured, path=path.parent / "examples.npz")
         return choice.choose(path, candidates, self.task, self, team)
 
     def evaluate(

@@ -6,7 +6,7 @@ In a notebook::
 
     data = table.prepare(read.results("runs/demo"))
     table.pivot(data)  # a frame
-    charts.means(data)  # an altair chart
+    charts.figure(data, "means")  # an altair chart
 
 ``python -m experiments.report --workdir=runs/demo`` writes the page and prints the table.
 """

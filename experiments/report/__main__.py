@@ -11,59 +11,32 @@ if they are there) and writes ``report.html`` beside it; of a sweep, finished or
 writes ``FILE.html``.
 """
 
-import json
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from absl import app, flags
 
-from experiments.report import page, read, table, terminal, views
+from experiments import launch
+from experiments.report import charts, page, read, table, terminal
 from experiments.report.read import ReportError
-from experiments.sweeping import collect
 
 _FAILED = 2
 
 
-class Report(NamedTuple):
-    """The page that was written, and what it was made of."""
-
-    path: pathlib.Path
-    data: table.Data
-
-
-def write(workdir: str | os.PathLike[str]) -> Report:
-    """Writes ``report.html`` into the folder of a run or of a sweep.
-
-    Returns:
-      The :class:`Report`.
+def write(workdir: str | os.PathLike[str]) -> tuple[pathlib.Path, table.Data]:
+    """Writes ``report.html`` into the folder of a run or of a sweep; returns it and its data.
 
     Raises:
-      ReportError: the results are missing, empty, malformed or doubled, or the page cannot be
-        written.
+      ReportError: the results are missing, empty, malformed or doubled.
+      UserError: the page cannot be written.
     """
     folder = pathlib.Path(workdir)
     data = table.prepare(read.results(folder))
-    try:
-        text = page.render(data, name=folder.resolve().name)
-    except ValueError as error:
-        raise ReportError(str(error)) from error
     target = folder.with_suffix(".html") if folder.is_file() else folder / "report.html"
-    return Report(_put(target, text), data)
-
-
-def _put(target: pathlib.Path, text: str) -> pathlib.Path:
-    # A reader never sees half a page: the old one stays until the new one is complete.
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, target)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise ReportError(f"{target}: cannot be written: {error.strerror}.") from error
-    return target
+    launch.write_atomically(target, page.render(data, name=folder.resolve().name))
+    return target, data
 
 
 def export(workdir: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -74,22 +47,19 @@ def export(workdir: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
       target: the file, ``{"command", "device", ..., "selection", "rows": [...]}``.
 
     Raises:
-      ReportError: the folder is no run's, or the file cannot be written.
+      ReportError: the folder is no run's.
+      UserError: the file cannot be written.
     """
     folder = pathlib.Path(workdir)
     if not (folder / "results.jsonl").exists():
         raise ReportError(
-            f"--export keeps a run as one file; the rows of a sweep are one already, "
-            f"{collect.TABLE}; {folder} has no results.jsonl."
+            "--export keeps a run as one file; the rows of a sweep are one already, "
+            f"results.parquet; {folder} has no results.jsonl."
         )
     rows, _ = read.json_lines(folder / "results.jsonl")
     run, _ = read.side_file(folder / "run.json")
     selection, _ = read.side_file(folder / "selection.json")
-    text = json.dumps({**run, "selection": selection, "rows": rows}, indent=1) + "\n"
-    try:
-        pathlib.Path(target).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ReportError(f"{target}: cannot be written: {error.strerror}.") from error
+    launch.write_json(target, {**run, "selection": selection, "rows": rows})
 
 
 def save_figures(data: table.Data, folder: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -97,21 +67,11 @@ def save_figures(data: table.Data, folder: str | os.PathLike[str]) -> list[pathl
     target = pathlib.Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, chart in views.figures(data).items():
+    for name, chart in charts.figures(data).items():
         for kind in ("png", "pdf"):
             written.append(target / f"{name}.{kind}")
             chart.save(written[-1], scale_factor=2 if kind == "png" else 1)
     return written
-
-
-def _print(text: str) -> None:
-    # A terminal without Unicode gets "+-" rather than a traceback.
-    encoding = sys.stdout.encoding or "ascii"
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        text = text.replace("±", "+-").encode(encoding, "replace").decode(encoding)
-    print(text)
 
 
 def run(
@@ -134,10 +94,15 @@ def run(
             export(workdir, export_to)
         path, data = write(workdir)
         written = [path, *(save_figures(data, figures_to) if figures_to else [])]
-    except (ReportError, OSError) as error:
+    except (ReportError, launch.UserError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return _FAILED
-    _print("\n\n".join([terminal.render(data), "\n".join(f"wrote {path}" for path in written)]))
+    text = "\n\n".join([terminal.render(data), "\n".join(f"wrote {path}" for path in written)])
+    # A terminal without Unicode gets "+-" rather than a traceback.
+    encoding = sys.stdout.encoding or "ascii"
+    if text.encode(encoding, "replace").decode(encoding) != text:
+        text = text.replace("±", "+-").encode(encoding, "replace").decode(encoding)
+    print(text)
     return 0
 
 
@@ -155,21 +120,13 @@ def main(argv: Sequence[str]) -> int:
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the program's flags; not at import, as other programs have a ``workdir`` too."""
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "The folder of a run (results.jsonl) or of a sweep; report.html is written there.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "export", None, "Also write the run as one JSON file, to be kept.", flag_values=values
-    )
-    flags.DEFINE_string(
-        "figures",
-        None,
-        "Also write the charts as PNG and PDF into this folder.",
-        flag_values=values,
-    )
+    texts = {
+        "workdir": "The folder of a run or of a sweep; report.html is written there.",
+        "export": "Also write the run as one JSON file, to be kept.",
+        "figures": "Also write the charts as PNG and PDF into this folder.",
+    }
+    for name, text in texts.items():
+        flags.DEFINE_string(name, None, text, flag_values=values)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 import base64
 import statistics
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import altair as alt
+import jinja2
 import pandas as pd
 import vl_convert
 
@@ -26,17 +26,25 @@ _COLUMNS = {
     "label_free_error": ("label-free error (%)", 100, 2),
     "oracle_error": ("oracle error (%)", 100, 2),
 }
-_STYLE = """:root { color-scheme: light dark; } body { font: 15px/1.5 system-ui, sans-serif;
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Gradient alignment against gain</title>
+<style>:root { color-scheme: light dark; } body { font: 15px/1.5 system-ui, sans-serif;
 max-width: 1100px; margin: 0 auto; padding: 24px 14px; } img { max-width: 100%; background: #fff; }
 div { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
 td, th { padding: 3px 9px; text-align: right; border-bottom: 1px solid #8884; }
-th:first-child { text-align: left; } dd { overflow-wrap: anywhere; }"""
-
-
-def _points(rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
-    """Inner product and gain, the latter in points of error, where both are known."""
-    pairs = [(row["inner_product"], row["gain"]) for row in rows]
-    return [(x, 100 * y) for x, y in pairs if x is not None and y is not None]
+th:first-child { text-align: left; } dd { overflow-wrap: anywhere; }</style></head><body><main>
+<h1>Gradient alignment against gain</h1>
+<p>Alignment, errors and the oracle columns use labels: they evaluate and choose nothing. The oracle
+picks its learning rate and number of steps on the images it is scored on, a bound and not a
+result.</p>
+{{ picture | safe }}<p>Each mark is one set of images. Inner product over the shared encoder
+parameters that adapt, mean per image; dashed: least squares. Here {{ shown }}. {{ published }}</p>
+<div>{{ table | safe }}</div>
+<dl>{% for name, value in facts.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
+</main></body></html>
+"""
 
 
 def correlation(rows: Sequence[dict[str, Any]]) -> float | None:
@@ -45,13 +53,16 @@ def correlation(rows: Sequence[dict[str, Any]]) -> float | None:
     Returns:
       r in [-1, 1]; None for fewer than three rows, or where one of the two does not vary.
     """
-    points = _points(rows)
-    if len(points) < 3:
+    pairs = _known(rows)[["inner_product", "gain"]]
+    if len(pairs) < 3 or (pairs.nunique() < 2).any():
         return None
-    try:
-        return statistics.correlation(*zip(*points, strict=True))
-    except statistics.StatisticsError:
-        return None
+    return statistics.correlation(*pairs.to_numpy().T.tolist())
+
+
+def _known(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """The rows that are a point, with the gain in points of error."""
+    frame = pd.DataFrame(rows).astype({"inner_product": float, "gain": float})
+    return frame.assign(gain=100 * frame["gain"]).dropna(subset=["inner_product", "gain"])
 
 
 def noise_share(rows: Sequence[dict[str, Any]]) -> float | None:
@@ -62,25 +73,19 @@ def noise_share(rows: Sequence[dict[str, Any]]) -> float | None:
     Returns:
       At most 1; None for fewer than three rows, or gains that are all the same.
     """
-    if len(rows) < 3:
+    frame = pd.DataFrame(rows)
+    if len(rows) < 3 or frame["gain"].nunique() < 2:
         return None
-    spread = statistics.pvariance([row["gain"] for row in rows])
-    noise = statistics.mean(
-        (row["turned_right"] + row["turned_wrong"] - row["gain"] ** 2) / row["num_examples"]
-        for row in rows
-    )
-    return min(1.0, noise / spread) if spread else None
+    turned = frame["turned_right"] + frame["turned_wrong"]
+    noise = ((turned - frame["gain"] ** 2) / frame["num_examples"]).mean()
+    return min(1.0, noise / frame["gain"].var(ddof=0))
 
 
 def scatter(rows: Sequence[dict[str, Any]]) -> alt.LayerChart:
     """Returns the chart: a mark per (corruption, severity, seed), least squares, r."""
-    kept = [row for row in rows if row["inner_product"] is not None and row["gain"] is not None]
-    names = ("domain", "severity", "seed", "inner_product")
-    frame = pd.DataFrame(
-        [{**{name: row[name] for name in names}, "gain": 100 * row["gain"]} for row in kept]
-    )
+    frame = _known(rows)[["domain", "severity", "seed", "inner_product", "gain"]]
     r = correlation(rows)
-    title = f"{len(kept)} sets" if r is None else f"r = {r:.2f}, {len(kept)} sets"
+    title = f"{len(frame)} sets" if r is None else f"r = {r:.2f}, {len(frame)} sets"
     x = alt.X("inner_product:Q", title="mean inner product of the main and the auxiliary gradient")
     y = alt.Y("gain:Q", title="gain: source minus TTT error (points)")
     scale = alt.Scale(scheme="blues", domain=[0, 5])
@@ -97,7 +102,9 @@ def scatter(rows: Sequence[dict[str, Any]]) -> alt.LayerChart:
         .mark_line(strokeDash=[4, 3], color="#7d858d")
         .encode(x="inner_product:Q", y="gain:Q")
     )
-    return (line + marks).properties(width=560, height=320, title=title)
+    chart = (line + marks).properties(width=560, height=320, title=title)
+    # Letters are wider in some browsers than in the file.
+    return chart.properties(padding={"left": 5, "top": 5, "bottom": 5, "right": 20})
 
 
 def picture(rows: Sequence[dict[str, Any]]) -> str:
@@ -108,75 +115,54 @@ def picture(rows: Sequence[dict[str, Any]]) -> str:
     return f'<img alt="{alt_text}" src="data:image/svg+xml;base64,{coded}">'
 
 
+def _cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns that there are, by their headings, as text."""
+    columns = {}
+    for name, (title, factor, digits) in _COLUMNS.items():
+        if name in frame:
+            values = factor * frame[name].astype(float)
+            columns[title] = ["–" if pd.isna(v) else f"{v:.{digits}f}" for v in values]
+    return pd.DataFrame(columns, index=frame.index)
+
+
 def markdown(record: dict[str, Any]) -> str:
     """Returns what a page shows of a record, in MyST: correlation, plot, means per severity."""
     rows, r = record["rows"], correlation(record["rows"])
-    shown = "undefined" if r is None else f"{r:.2f}"
-    share = noise_share(rows)
-    noise = (
-        ""
-        if share is None
-        else f"Sampling noise is {100 * share:.0f} % of the variance of these gains, which by "
-        f"itself keeps r below about {max(0.0, 1 - share) ** 0.5:.2f}. "
-    )
-    names = ("inner_product", "cosine", "aligned_share", "source_error", "gain")
-    lines = [
+    share, noise = noise_share(rows), ""
+    if share is not None:
+        noise = (
+            f"Sampling noise is {100 * share:.0f} % of the variance of these gains, which by "
+            f"itself keeps r below about {(1 - share) ** 0.5:.2f}. "
+        )
+    text = (
         f"Over {len(rows)} sets of {rows[0]['dataset']}, {rows[0]['num_examples']} images each, "
         "the mean inner product of the main and the auxiliary gradient (shared encoder parameters "
-        f"that adapt) and the gain of `{rows[0]['method']}` correlate with r = {shown}. "
-        f"{noise}{PUBLISHED} Computed from `{record['command']}` on "
-        f"{record['device_count']} x {record['device']}, commit {record['commit']}; see "
-        "[Diagnostics](diagnostics.md).",
-        "",
-        "```{raw} html",
-        picture(rows),
-        "```",
-        "",
-        "Means over the corruptions:",
-        "",
-        f"| severity | {' | '.join(_COLUMNS[name][0] for name in names)} |",
-        "|---|---|---|---|---|---|",
-    ]
-    for severity in sorted({row["severity"] for row in rows}):
-        held = [row for row in rows if row["severity"] == severity]
-        cells = [_cell(name, statistics.mean(row[name] for row in held)) for name in names]
-        lines.append(f"| {severity} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(name: str, value: float | None) -> str:
-    _, factor, digits = _COLUMNS[name]
-    return "–" if value is None else f"{factor * value:.{digits}f}"
+        f"that adapt) and the gain of `{rows[0]['method']}` correlate with r = "
+        f"{'undefined' if r is None else f'{r:.2f}'}. {noise}{PUBLISHED} Computed from "
+        f"`{record['command']}` on {record['device_count']} x {record['device']}, commit "
+        f"{record['commit']}; see [Diagnostics](diagnostics.md)."
+    )
+    names = ["inner_product", "cosine", "aligned_share", "source_error", "gain"]
+    means = _cells(pd.DataFrame(rows).groupby("severity")[names].mean()).reset_index()
+    lines = [list(means), ["---"] * len(means.columns), *means.astype(str).to_numpy().tolist()]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    plot = f"```{{raw}} html\n{picture(rows)}\n```"
+    return f"{text}\n\n{plot}\n\nMeans over the corruptions:\n\n{table}\n"
 
 
 def render(record: dict[str, Any]) -> str:
     """Returns the page of a record of :mod:`experiments.diagnose`; it loads nothing."""
     rows, r = record["rows"], correlation(record["rows"])
     shown = "too few sets for a correlation" if r is None else f"r = {r:.2f} over {len(rows)} sets"
-    heads = "".join(f"<th>{title}</th>" for title, _, _ in _COLUMNS.values())
-    body = "".join(
-        f"<tr><th>{escape(row['domain'])} {row['severity']}, seed {row['seed']}</th>"
-        + "".join(f"<td>{_cell(name, row[name])}</td>" for name in _COLUMNS)
-        + "</tr>"
-        for row in rows
-    )
-    facts = {
-        "command": record["command"],
-        "device": f"{record['device_count']} x {record['device']}",
-        "commit": record["commit"],
-        "versions": ", ".join(f"{name} {value}" for name, value in record["versions"].items()),
-    }
-    listed = "".join(f"<dt>{k}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
-    title = "Gradient alignment against gain"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head><body><main><h1>{title}</h1>"
-        "<p>Alignment, errors and the oracle columns use labels: they evaluate and choose nothing. "
-        "The oracle picks its learning rate and number of steps on the images it is scored on, a "
-        "bound and not a result.</p>"
-        f"{picture(rows)}<p>Each mark is one set of images. Inner product over the shared encoder "
-        f"parameters that adapt, mean per image; dashed: least squares. Here {shown}. {PUBLISHED}"
-        f"</p><div><table><thead><tr><th>set</th>{heads}</tr></thead><tbody>{body}</tbody></table>"
-        f"</div><dl>{listed}</dl></main></body></html>\n"
+    frame = pd.DataFrame(rows)
+    sets = [f"{x['domain']} {x['severity']}, seed {x['seed']}" for x in rows]
+    facts = {name: record[name] for name in ("command", "device_count", "device", "commit")}
+    facts["versions"] = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
+    environment = jinja2.Environment(autoescape=True)
+    return environment.from_string(_PAGE).render(
+        picture=picture(rows),
+        shown=shown,
+        published=PUBLISHED,
+        table=_cells(frame.set_index(pd.Index(sets))).to_html(border=0),
+        facts=facts,
     )

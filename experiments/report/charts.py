@@ -1,17 +1,20 @@
-"""Altair charts of a run or of a sweep: one function per kind, the same in pages and notebooks.
+"""Altair charts of a run or of a sweep, the same in pages, notebooks and files.
 
-Every function draws lines of :func:`experiments.report.intervals.summarize`, in which shares are
-in percent, from a frame or, in a page, from what the page's script hands over as ``rows``.
+Every chart draws lines of :func:`experiments.report.intervals.summarize`, in which shares are in
+percent, from a frame or, in a page, from what the page's script hands over as ``rows``. Words
+between two pairs of underscores stand for what a reader of the page chooses.
 """
 
-from typing import TypeAlias
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import altair as alt
 import pandas as pd
 
 from experiments.report import intervals, table
 from experiments.report.read import is_share
-from experiments.report.table import Data
+from experiments.report.table import CLEAN, Data
 
 PALETTE = (
     "#7d858d", "#0b62c4", "#c2571a", "#1b8a5a", "#b0348c", "#8a6d00", "#6a4fc9", "#b4483a",
@@ -34,6 +37,161 @@ WIDTH = 560
 Source: TypeAlias = pd.DataFrame | alt.NamedData
 
 
+class View(NamedTuple):
+    """A part of the page: which lines it has, and what draws them.
+
+    Attributes:
+      name: of the section.
+      title: its heading.
+      text: what a reader must know.
+      draw: makes the chart; None for a table.
+      by: the columns that make a group.
+      peers: see :func:`experiments.report.intervals.summarize`.
+      values: measures; "" is the one that the reader chose, a curve gives a line per entry.
+      panels: of ``shifted`` and ``clean`` rows, or ``all``.
+      each: a column with a chart per value.
+      methods: only these methods, where any of them passes the filter.
+    """
+
+    name: str
+    title: str
+    text: str
+    draw: Callable[[Source, Data, str], alt.TopLevelMixin] | None
+    by: tuple[str, ...] = ("method",)
+    peers: tuple[str, ...] = ()
+    values: tuple[str, ...] = ("",)
+    panels: tuple[str, ...] = ("shifted",)
+    each: str = ""
+    methods: tuple[str, ...] = ()
+
+
+def views(data: Data) -> list[View]:
+    """Returns the parts of a page, as far as the rows have what they show."""
+    results, frame = data.results, data.frame
+    held = [name for name in results.measures if frame[name].notna().any()]
+    auxiliary = [n for n in held if n.endswith(("_before", "_after", " change", " fell"))]
+    turned = ("turned_right", "turned_wrong")
+    per_domain = (("method", "domain"), ("domain",), ("",), ("all",))
+    named = {line["method"] for line in table.headline(data).values()}
+    text = "The lowest of a column is marked. The mean is over the shifted domains alone."
+    parts = [
+        View("means", "Mean over the shifted domains", "", draw_means),
+        View("table", "Per domain", text, None, *per_domain),
+    ]
+    text = "The methods that the first sentences name."
+    domains = View("domains", "Compared per domain", text, draw_domains, *per_domain)
+    parts.append(domains._replace(methods=tuple(m for m in data.methods if m in named)))
+    if frame.loc[frame["domain"] != CLEAN, "severity"].nunique() > 1:
+        draw = functools.partial(draw_lines, along="severity")
+        parts.append(
+            View("severity", "Per severity", "", draw, ("method", "severity"), ("severity",))
+        )
+    if len(axes(data)) > 1:
+        text = (
+            "Mean of the rows that pass the filter, and their number. A dagger marks a mean over "
+            "fewer domains, severities or seeds than others of the same method have."
+        )
+        heat = View("heat", "Two settings", text, draw_heat, ("method", "across", "down"))
+        parts.append(heat._replace(peers=("method",), each="method"))
+    for curve in results.curves:
+        text = "Mean over the shifted domains. The axis does not start at zero."
+        draw, by = functools.partial(draw_lines, along="step"), ("method", "step")
+        parts.append(View(curve, title_of(curve).capitalize(), text, draw, by, by[1:], (curve,)))
+    both = {"panels": ("shifted", "clean")}
+    if auxiliary:
+        text = "Each method on its own scale; below, the same on clean instances."
+        view = View("auxiliary", "Before and after the inner steps", text, None)
+        parts.append(view._replace(values=tuple(auxiliary), **both))
+    if {*turned} <= {*held}:
+        text = (
+            "Shares of all examples that source gets wrong and the method right, and the reverse. "
+            "Their difference is the gain. Per domain: choose the measure above."
+        )
+        view = View("turned", "Turned right, turned wrong", text, draw_turned)
+        parts.append(view._replace(values=turned, **both))
+    if "cost" in held or "milliseconds" in held:
+        text = (
+            "A point is a method with one choice of settings. A backward pass counts as two "
+            "forward passes; milliseconds are as measured on the device named below."
+        )
+        parts.append(View("cost", "Cost", text, draw_cost, ("method", "setting")))
+    every = View("measures", "Every measure", "Means over the shifted domains.", None)
+    return [*parts, every._replace(values=tuple(name for name in held if name not in auxiliary))]
+
+
+def axes(data: Data) -> list[str]:
+    """Settings that vary within a method, so that they can be the axes of a map."""
+    names = [*(["num_steps"] if "num_steps" in data.frame else []), *data.results.settings]
+    varied = data.frame.groupby("method")[names].nunique().max() if names else {}
+    return [name for name in names if varied[name] > 1]
+
+
+def figure(
+    data: Data, name: str = "means", measure: str = "", *, role: str = "reported", **axes_of: str
+) -> alt.TopLevelMixin:
+    """Returns a chart of the page.
+
+    Args:
+      data: the rows.
+      name: of a view: "means", "domains", "severity", "heat", "turned", "cost" or a curve.
+      measure: the default is the one that chooses settings.
+      role: the split role of the rows.
+      **axes_of: ``price`` ("cost" or "milliseconds") of the chart "cost", ``across`` and ``down``
+        (settings) of "heat"; their defaults are the first that there are.
+
+    Raises:
+      ValueError: the rows have no such chart; names those that they have.
+    """
+    known = {view.name: view for view in views(data) if view.draw is not None}
+    if name not in known:
+        raise ValueError(f"these rows have the charts {', '.join(known)}; got {name!r}.")
+    view, measure = known[name], measure or data.results.primary
+    across, down, *_ = [*axes(data), "", ""]
+    price = "cost" if "cost" in data.results.measures else "milliseconds"
+    names = {"price": price, "across": across, "down": down} | axes_of
+    lines = lines_of(data, view, measure, role=role, names=names)
+    if view.each:
+        parts = {str(key): view.draw(part, data, "") for key, part in lines.groupby(view.each)}
+        maps = [chart.properties(title=key) for key, chart in parts.items()]
+        text = alt.concat(*maps, columns=3).to_json()
+    else:
+        text = view.draw(lines, data, title_of(view.values[0] or measure)).to_json()
+    for word, chosen in names.items():
+        text = text.replace(f"__{word}__", title_of(chosen))
+    return alt.Chart.from_json(text)
+
+
+def figures(data: Data) -> dict[str, alt.TopLevelMixin]:
+    """Returns every chart that the rows have something for, by name, for files."""
+    return {view.name: figure(data, view.name) for view in views(data) if view.draw is not None}
+
+
+def lines_of(
+    data: Data, view: View, measure: str, *, role: str, names: dict[str, str]
+) -> pd.DataFrame:
+    """Returns what a view draws, as ``linesOf`` of ``page.js`` does for the page."""
+    rows = data.rows(role, shifted=view.panels[0] == "shifted")
+    if view.methods:
+        rows = rows[rows["method"].isin(view.methods)]
+    if view.each:
+        rows = rows.rename(columns={names["across"]: "across", names["down"]: "down"})
+    parts = []
+    for value in view.values:
+        value, kept = value or measure, rows
+        if value in data.results.curves:
+            kept = rows.dropna(subset=[value]).explode(value)
+            kept["step"], kept[value] = kept.groupby(level=0).cumcount(), kept[value].astype(float)
+        held = data.replicates
+        lines = intervals.summarize(kept, view.by, value, peers=view.peers, replicates=held)
+        parts.append(shown(lines, value).assign(measure=value))
+    lines = pd.concat(parts, ignore_index=True).assign(role=role, settings="")
+    if view.name == "cost":
+        prices = rows.groupby([*view.by])[names["price"]].mean().rename("price").reset_index()
+        lines = lines.merge(prices, on=[*view.by])
+    low, high = lines["mean"].min(), lines["mean"].max()
+    return lines.assign(share=(lines["mean"] - low) / (high - low or 1))
+
+
 def title_of(name: str) -> str:
     """Returns a measure's name with its unit."""
     text = _TITLES.get(name, name.replace("_", " "))
@@ -50,7 +208,7 @@ def shown(lines: pd.DataFrame, measure: str) -> pd.DataFrame:
     """Returns summary lines with ``low`` and ``high``, scaled as they are shown."""
     factor = scale_of(measure)
     mean, half = factor * lines["mean"], factor * lines["half"].astype(float)
-    basis = lines["basis"].replace("", "no interval: one seed, no instances")
+    basis = lines["basis"].replace("", intervals.NO_INTERVAL)
     return lines.assign(mean=mean, half=half, low=mean - half, high=mean + half, basis=basis)
 
 
@@ -97,7 +255,10 @@ def draw_domains(source: Source, data: Data, title: str) -> alt.LayerChart:
     ).properties(width=WIDTH, height={"step": 24})
 
 
-def _lines(source: Source, data: Data, x: alt.X, title: str) -> alt.LayerChart:
+def draw_lines(source: Source, data: Data, title: str, *, along: str) -> alt.LayerChart:
+    """A line and its intervals along the severities or the inner steps."""
+    name = "inner steps (0: before the first)" if along == "step" else along
+    x = alt.X(f"{along}:O", title=name, axis=alt.Axis(labelAngle=0))
     base = alt.Chart(source).encode(x=x, color=_color(source, data))
     y = alt.Y("mean:Q", title=title, scale=alt.Scale(zero=False))
     tip = ["method:N", x.shorthand, *_INTERVAL]
@@ -105,17 +266,6 @@ def _lines(source: Source, data: Data, x: alt.X, title: str) -> alt.LayerChart:
         base.mark_area(opacity=0.12).encode(y=alt.Y("low:Q"), y2="high:Q")
         + base.mark_line(point={"size": 50}).encode(y=y, tooltip=tip)
     ).properties(width=WIDTH, height=300)
-
-
-def draw_steps(source: Source, data: Data, title: str) -> alt.LayerChart:
-    """A measure after every inner step; step 0 is before the first."""
-    x = alt.X("step:O", title="inner steps (0: before the first)", axis=alt.Axis(labelAngle=0))
-    return _lines(source, data, x, title)
-
-
-def draw_severities(source: Source, data: Data, title: str) -> alt.LayerChart:
-    """A measure at every severity."""
-    return _lines(source, data, alt.X("severity:O", axis=alt.Axis(labelAngle=0)), title)
 
 
 def draw_turned(source: Source, data: Data, title: str) -> alt.LayerChart:
@@ -185,88 +335,3 @@ def draw_heat(source: Source, data: Data, title: str) -> alt.LayerChart:
         + text.mark_text(dy=-5).encode(text="figure:N", color=ink)
         + text.mark_text(dy=8, fontSize=9).encode(text="count:N", color=ink)
     ).properties(width=WIDTH, height={"step": 36})
-
-
-def means(data: Data, measure: str = "", *, role: str = "reported") -> alt.LayerChart:
-    """Returns the chart of :func:`experiments.report.table.means`."""
-    measure = measure or data.results.primary
-    lines = shown(table.means(data, measure, role=role), measure)
-    return draw_means(lines, data, title_of(measure))
-
-
-def domains(data: Data, measure: str = "", *, role: str = "reported") -> alt.LayerChart:
-    """Returns the chart of the compared methods per domain."""
-    measure = measure or data.results.primary
-    lines = shown(table.by_domain(data, measure, role=role), measure)
-    names = table.compared(data)
-    return draw_domains(lines[lines["method"].isin(names)], data, title_of(measure))
-
-
-def steps(data: Data, curve: str = "", *, role: str = "reported") -> alt.LayerChart:
-    """Returns the chart of a measure after every inner step."""
-    curve = curve or data.results.curves[0]
-    rows = data.rows(role, shifted=True).dropna(subset=[curve])
-    parts = rows[["method", *intervals.PLACE, curve]].explode(curve)
-    parts["step"] = parts.groupby(level=0).cumcount()
-    parts[curve] = parts[curve].astype(float)
-    lines = intervals.summarize(parts, ["method", "step"], curve, peers=["step"])
-    return draw_steps(shown(lines, curve), data, title_of(curve))
-
-
-def severities(data: Data, measure: str = "", *, role: str = "reported") -> alt.LayerChart:
-    """Returns the chart of a measure at every severity."""
-    measure, rows = measure or data.results.primary, data.rows(role, shifted=True)
-    by = ["method", "severity"]
-    lines = intervals.summarize(rows, by, measure, peers=["severity"], replicates=data.replicates)
-    return draw_severities(shown(lines, measure), data, title_of(measure))
-
-
-def turned(data: Data, *, role: str = "reported") -> alt.LayerChart:
-    """Returns the chart of the shares turned right and wrong."""
-    parts = [
-        shown(table.means(data, name, role=role), name).assign(measure=name)
-        for name in ("turned_right", "turned_wrong")
-    ]
-    return draw_turned(pd.concat(parts, ignore_index=True), data, "")
-
-
-def cost(
-    data: Data, measure: str = "", price: str = "cost", *, role: str = "reported"
-) -> alt.TopLevelMixin:
-    """Returns the chart of a measure against ``price`` ("cost" or "milliseconds")."""
-    measure, rows = measure or data.results.primary, data.rows(role, shifted=True)
-    by = ["method", "setting"]
-    lines = intervals.summarize(rows, by, measure, replicates=data.replicates)
-    prices = rows.groupby(by)[price].mean().rename("price").reset_index()
-    lines = shown(lines, measure).merge(prices, on=by).assign(settings="")
-    chart = draw_cost(lines, data, title_of(measure))
-    return _titled(chart, {"__price__": title_of(price)})
-
-
-def heat(
-    data: Data,
-    across: str = "num_steps",
-    down: str = "learning_rate",
-    *,
-    role: str = "reported",
-) -> alt.TopLevelMixin:
-    """Returns a map per method of the primary measure over two settings."""
-    measure = data.results.primary
-    rows = data.rows(role, shifted=True).rename(columns={across: "across", down: "down"})
-    by = ["method", "across", "down"]
-    lines = shown(intervals.summarize(rows, by, measure, peers=["method"]), measure)
-    low, high = lines["mean"].min(), lines["mean"].max()
-    lines["role"] = role
-    lines["share"] = (lines["mean"] - low) / (high - low or 1)
-    maps = [
-        draw_heat(part, data, "").properties(title=str(name), width=60 * part["across"].nunique())
-        for name, part in lines.groupby("method")
-    ]
-    return _titled(alt.concat(*maps, columns=3), {"__across__": across, "__down__": down})
-
-
-def _titled(chart: alt.TopLevelMixin, names: dict[str, str]) -> alt.TopLevelMixin:
-    text = chart.to_json()
-    for name, title in names.items():
-        text = text.replace(name, title)
-    return alt.Chart.from_json(text)

@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-_RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
+RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
 
 Errors = dict[str, dict[int, dict[str, float]]]
 
 
 def read(name: str) -> dict[str, Any]:
     """The record ``experiments/results/NAME.json``."""
-    record: dict[str, Any] = json.loads((_RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return record
 
 

@@ -5,14 +5,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import scipy.special
 
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; 1.96 beyond.
-T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-    2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+T95: tuple[float, ...] = tuple(scipy.special.stdtrit(np.arange(1, 31), 0.975).round(3).tolist())
 NORMAL95 = 1.96
+NO_INTERVAL = "no interval: one seed, no instances"
 PLACE = ("dataset", "domain", "severity", "seed")
 """What must be equal for two rows to be of the same instances and seed."""
 _NUM_REPLICATES = 100
@@ -46,57 +44,47 @@ def summarize(
       Columns ``by``, ``mean``, ``half`` (of the interval, NaN without one), ``basis`` ("seeds",
       "instances" or ""), ``seeds``, ``rows``, ``partial``.
     """
-    rows = frame[frame[measure].notna() & frame[list(by)].notna().all(axis=1)]
+    by = list(by)
+    rows = frame.dropna(subset=[measure, *by])
     columns = [*by, "mean", "half", "basis", "seeds", "rows", "partial"]
     if rows.empty:
         return pd.DataFrame(columns=columns)
-    place = rows.groupby([*PLACE[:3]], dropna=False).ngroup()
-    rows = rows.assign(_place=place, _peer="".join(["*"]), seed=rows["seed"].fillna(-1))
-    if peers:
-        rows["_peer"] = rows.groupby(list(peers)).ngroup()
-    per_seed = (
-        rows.groupby([*by, "_peer", "seed"], sort=False)
-        .agg(value=(measure, "mean"), places=("_place", "nunique"), rows=(measure, "size"))
-        .reset_index()
+    rows = rows.assign(
+        _place=rows.groupby([*PLACE[:3]], dropna=False).ngroup(),
+        _peer=rows.groupby(list(peers)).ngroup() if peers else 0,
+        _row=rows.index,
+        seed=rows["seed"].fillna(-1),
     )
-    most = per_seed.groupby(["_peer", "seed"])["places"].max()
-    seeds_of_peer = per_seed.groupby("_peer")["seed"].nunique()
+    parts = rows.groupby([*by, "_peer", "seed"], sort=False, as_index=False).agg(
+        value=(measure, "mean"),
+        places=("_place", "nunique"),
+        rows=(measure, "size"),
+        index=("_row", list),
+    )
+    full = parts["places"] == parts.groupby(["_peer", "seed"])["places"].transform("max")
+    num_full = full.groupby([parts[name] for name in by]).transform("sum")
+    parts["partial"] = num_full < parts.groupby("_peer")["seed"].transform("nunique")
     matrix = (replicates or {}).get(measure)
-    index_of = {
-        key if isinstance(key, tuple) else (key,): part.index
-        for key, part in rows.groupby([*by, "seed"], sort=False)
-    }
     lines = []
-    for key, part in per_seed.groupby(list(by), sort=False):
-        key = key if isinstance(key, tuple) else (key,)
-        peer = part["_peer"].iloc[0]
-        full = part[[n == most[peer, s] for n, s in zip(part["places"], part["seed"], strict=True)]]
-        used = full if len(full) else part
-        half, basis = _half(
-            used["value"].to_numpy(),
-            None if matrix is None else [matrix[index_of[(*key, s)]] for s in used["seed"]],
-        )
-        partial = len(full) < seeds_of_peer[peer]
-        mean, count = used["value"].mean(), int(used["rows"].sum())
-        lines.append((*key, mean, half, basis, len(used), count, partial))
+    for key, part in parts[full | (num_full == 0)].groupby(by, sort=False):
+        draws = None if matrix is None else [matrix[index].mean(axis=0) for index in part["index"]]
+        half, basis = _half(part["value"].to_numpy(), draws)
+        found = (part["value"].mean(), half, basis, len(part), int(part["rows"].sum()))
+        lines.append((*key, *found, part["partial"].iloc[0]))
     return pd.DataFrame(lines, columns=columns)
 
 
-def _half(values: np.ndarray, parts: Sequence[np.ndarray] | None) -> tuple[float, str]:
+def _half(values: np.ndarray, draws: Sequence[np.ndarray] | None) -> tuple[float, str]:
     """Half the width of an interval, and what it is over."""
     seeds = instances = np.nan
     if len(values) > 1:
         t = T95[len(values) - 2] if len(values) - 2 < len(T95) else NORMAL95
         seeds = t * values.std(ddof=1) / len(values) ** 0.5
-    if parts is not None and not any(np.isnan(part).any() for part in parts):
-        instances = NORMAL95 * np.mean([part.mean(axis=0) for part in parts], axis=0).std(ddof=1)
-    if np.isnan(seeds) and np.isnan(instances):
-        return np.nan, ""
-    return (
-        (seeds, "seeds")
-        if np.nan_to_num(seeds, nan=-1) >= np.nan_to_num(instances, nan=-1)
-        else (instances, "instances")
-    )
+    if draws is not None:
+        instances = NORMAL95 * np.mean(draws, axis=0).std(ddof=1)
+    if np.isnan(instances) or seeds >= instances:
+        return seeds, "" if np.isnan(seeds) else "seeds"
+    return instances, "instances"
 
 
 def bootstrap(frame: pd.DataFrame, folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -119,17 +107,14 @@ def bootstrap(frame: pd.DataFrame, folder: pathlib.Path) -> dict[str, np.ndarray
     ids = np.unique(np.concatenate([file["id"] for file in files]))
     generator = np.random.default_rng(0)
     draws = generator.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), _NUM_REPLICATES)
-    found: dict[str, np.ndarray] = {}
+    replicates: dict[str, np.ndarray] = {}
     known = ("id", "sums", "metrics", "method", "stream", "seed", "role")
     for file in files:
-        mine = (
-            (frame["method"] == str(file["method"]))
-            & (frame["seed"] == int(file["seed"]))
-            & (frame["split_role"] == str(file["role"]))
-        )
+        unit = [file[name].item() for name in ("method", "seed", "role")]
+        same = (frame[["method", "seed", "split_role"]] == unit).all(axis=1)
         tags = [name for name in file.files if name not in known and name in frame]
         weights = draws[:, np.searchsorted(ids, file["id"])]
-        for index, row in frame[mine].iterrows():
+        for index, row in frame[same].iterrows():
             keep = np.ones(len(file["id"]), bool)
             for name in tags:
                 keep &= file[name] == row[name]
@@ -138,7 +123,8 @@ def bootstrap(frame: pd.DataFrame, folder: pathlib.Path) -> dict[str, np.ndarray
                 continue
             totals = weights[:, keep].sum(axis=1)
             for name, values in zip(file["metrics"], file["sums"][keep].T, strict=True):
-                matrix = found.setdefault(str(name), np.full((len(frame), _NUM_REPLICATES), np.nan))
+                empty = np.full((len(frame), _NUM_REPLICATES), np.nan)
+                matrix = replicates.setdefault(str(name), empty)
                 with np.errstate(invalid="ignore", divide="ignore"):
                     matrix[index] = weights[:, keep] @ values / totals
-    return found
+    return replicates

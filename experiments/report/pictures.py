@@ -3,44 +3,36 @@
 import base64
 import io
 import pathlib
-from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 
+from experiments.report.read import ReportError
+
 _WIDTH = 96
 
 
-class Example(NamedTuple):
-    """One instance; the images are PNG files as ``data:`` addresses."""
-
-    clean: str
-    shifted: str
-    domain: str
-    label: str
-    before: str
-    after: str
+_NAMES = ("clean", "shifted", "domain", "label", "before", "after")
 
 
-def examples(path: pathlib.Path) -> list[Example]:
+def examples(path: pathlib.Path) -> list[dict[str, str]]:
     """Returns the instances in ``examples.npz``; none where there is no such file.
 
     Args:
       path: arrays ``clean`` and ``shifted`` [K, H, W, C] in [0, 1], and ``label``, ``before``,
-        ``after``, ``domain`` [K].
+        ``after``, ``domain`` [K]. Images are returned as PNG files in ``data:`` addresses.
 
     Raises:
-      ValueError: an array is missing.
+      ReportError: an array is missing.
     """
     if not path.exists():
         return []
     with np.load(path, allow_pickle=False) as held:
-        missing = [name for name in Example._fields if name not in held.files]
+        missing = ", ".join(name for name in _NAMES if name not in held.files)
         if missing:
-            raise ValueError(f"{path}: needs the arrays {', '.join(missing)}; it has {held.files}.")
-        images = [[_png(image) for image in held[name]] for name in ("clean", "shifted")]
-        texts = [map(str, held[name]) for name in ("domain", "label", "before", "after")]
-        return [Example(*parts) for parts in zip(*images, *texts, strict=True)]
+            raise ReportError(f"{path}: needs the arrays {missing}; it has {held.files}.")
+        columns = [map(_png if held[name].ndim == 4 else str, held[name]) for name in _NAMES]
+        return [dict(zip(_NAMES, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def _png(image: np.ndarray) -> str:

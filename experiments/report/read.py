@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from experiments import launch
+from experiments import journal, launch
 from experiments.report import sweep
 
 TEXTS = ("method", "dataset", "domain", "split_role", "status", "message", "scope")
@@ -23,8 +23,9 @@ _ALLOWED = {
 # Shares of all examples, shown in percent. Other measures are shown as they are.
 _SHARES = re.compile(r"error|harmed|agreement|solved|accuracy|mean_iou|turned_(right|wrong)|gain")
 _LABEL_PARTS = re.compile(r"(?:^| )(seeds|methods|domains)=(\S*)")
-_SPREAD = ("settings", "sums")  # objects, which are no columns
 _NOT_TAGS = ("label", "trial", "checkpoint", "chooses", *TEXTS)
+# What joins parts of a run says nothing to a reader.
+_NOT_COLUMNS = ("settings", "sums")
 
 
 class ReportError(Exception):
@@ -78,28 +79,24 @@ def results(path: str | pathlib.Path) -> Results:
         if not isinstance(record.get("rows"), list):
             raise ReportError(f"{path}: no `rows` in it. {' '.join(notes)}".strip())
         run = {k: v for k, v in record.items() if k not in ("rows", "selection", "appended")}
-        records = [_checked(row, f"{path}, row {n}") for n, row in enumerate(record["rows"], 1)]
-        return collect(records, path, run=run, selection=record.get("selection"))
+        rows = [_checked(row, f"{path}, row {n}") for n, row in enumerate(record["rows"], 1)]
+        return collect(rows, path, run=run, selection=record.get("selection"))
     if sweep.is_sweep(path):
         try:
-            held = sweep.read(path)
-        except (launch.UserError, ValueError) as error:
+            rows, trials, run_file, notes = sweep.read(path)
+        except ValueError as error:
             raise ReportError(str(error)) from error
-        for row in held.rows:
-            _name_failed(row)
-        records = [_typed(_with_domain(row), f"trial {row['trial']}") for row in held.rows]
-        run, more = side_file(held.run_file) if held.run_file else ({}, [])
-        notes = held.notes + more
-        return collect(records, path, run=run, notes=notes, trials=held.counts)
-    records, notes = json_lines(path / "results.jsonl")
+        rows = [_typed(_named(row), f"trial {row['trial']}") for row in rows]
+        run, more = side_file(run_file)
+        return collect(rows, path, run=run, notes=notes + more, trials=trials)
+    rows, notes = json_lines(path / "results.jsonl")
     run, run_notes = side_file(path / "run.json")
-    selection, selection_notes = side_file(path / "selection.json")
-    notes += run_notes + selection_notes
-    return collect(records, path, run=run, selection=selection, notes=notes)
+    selection, more = side_file(path / "selection.json")
+    return collect(rows, path, run=run, selection=selection, notes=[*notes, *run_notes, *more])
 
 
 def collect(
-    records: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     folder: pathlib.Path,
     *,
     run: dict[str, Any] | None = None,
@@ -108,28 +105,23 @@ def collect(
     trials: dict[str, int] | None = None,
 ) -> Results:
     """Returns :class:`Results`: the kind of every column is read off its values."""
-    spread = [_settings(row) for row in records]
-    names = dict.fromkeys(name for row in records for name in row)
-    frame = pd.DataFrame(
-        {name: [row.get(name) for row in records] for name in names if name not in _SPREAD}
-    )
-    for name in (*TEXTS, *NUMBERS):
-        if name not in frame:
-            frame[name] = None
+    names = dict.fromkeys([*(name for row in rows for name in row), *TEXTS, *NUMBERS])
+    columns = {name: [row.get(name) for row in rows] for name in names if name not in _NOT_COLUMNS}
+    kinds = {name: _kind(values) for name, values in columns.items()}
+    frame = pd.DataFrame({name: pd.Series(v, dtype=object) for name, v in columns.items()})
+    for name in (name for name, kind in kinds.items() if kind == "number"):
+        numbers = pd.to_numeric(frame[name]).astype(float)
+        frame[name] = numbers.where(numbers.map(math.isfinite))
+    spread = [_settings(row) for row in rows]
     varied = []
     for name in sorted({key for row in spread for key in row} - {"num_steps"}):
         values = [row.get(name) for row in spread]
-        if name == "learning_rate" or len({v for v in values if v is not None}) > 1:
+        if name == "learning_rate" or len({*values} - {None}) > 1:
             varied.append(f"settings.{name}" if name in frame else name)
-            frame[varied[-1]] = values
-    kinds = {name: _kind(frame[name]) for name in frame if name not in varied}
-    for name, kind in kinds.items():
-        if kind == "number":
-            frame[name] = pd.to_numeric(frame[name]).astype(float)
-            frame.loc[~frame[name].map(math.isfinite), name] = math.nan
+            frame[varied[-1]] = pd.Series(values, dtype=object)
     measures = [n for n, kind in kinds.items() if kind == "number" and n not in NUMBERS]
-    chooses = [c for c in frame.get("chooses", pd.Series(dtype=object)).dropna() if c in measures]
-    primary = chooses[0] if chooses else "error" if "error" in measures else (measures or [""])[0]
+    chooses = [name for name in (*columns.get("chooses", ()), "error") if name in measures]
+    primary = [*chooses, *measures, ""][0]
     return Results(
         frame,
         tuple(varied),
@@ -154,66 +146,59 @@ def _settings(row: Mapping[str, Any]) -> dict[str, Any]:
             held = None
     if not isinstance(held, dict):
         raise ReportError(f"`settings` must be a JSON object, got {row['settings']!r}.")
-    plain = (int, float, str)
-    return {
-        k: v if isinstance(v, plain) and not isinstance(v, bool) else str(v)
-        for k, v in held.items()
-        if v is not None
-    }
+    return {k: v if _is_number(v) else str(v) for k, v in held.items() if v is not None}
 
 
-def _kind(column: pd.Series) -> str:
-    values = column.dropna()
-    if values.empty:
-        return "empty"
-    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-        return "number"
-    if all(isinstance(v, str) for v in values):
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _kind(values: Sequence[Any]) -> str:
+    values = [value for value in values if value is not None]
+    if all(map(_is_number, values)):
+        return "number" if values else "empty"
+    if all(isinstance(value, str) for value in values):
         return "text"
-    lists = all(isinstance(v, list) and v for v in values)
-    numeric = lists and all(isinstance(x, (int, float)) for v in values for x in v)
-    return "list" if numeric else "other"
+    lists = all(isinstance(value, list) and value for value in values)
+    return "list" if lists and all(_is_number(x) for value in values for x in value) else "other"
 
 
 def _typed(row: dict[str, Any], where: str) -> dict[str, Any]:
     """The row, if its fields are of the right types."""
-    for name in TEXTS:
-        if row.get(name) is not None and not isinstance(row[name], str):
-            raise ReportError(f"{where}: `{name}` must hold text, got {row[name]!r}.")
-    for name in (*NUMBERS, "error", "turned_right", "turned_wrong"):
-        value = row.get(name)
+
+    def refuse(name: str, rule: str) -> None:
+        raise ReportError(f"{where}: `{name}` must {rule}, got {row[name]!r}.")
+
+    for name, value in row.items():
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ReportError(f"{where}: `{name}` must hold numbers, got {value!r}.")
-        if name not in NUMBERS and math.isfinite(value) and not 0.0 <= value <= 1.0:
-            raise ReportError(f"{where}: `{name}` must be a fraction in [0, 1], got {value!r}.")
-    for name, allowed in _ALLOWED.items():
-        if row.get(name) is not None and row[name] not in allowed:
-            rule = f"must be one of {', '.join(allowed)}"
-            raise ReportError(f"{where}: `{name}` {rule}, got {row[name]!r}.")
+        if name in TEXTS and not isinstance(value, str):
+            refuse(name, "hold text")
+        share = name in ("error", "turned_right", "turned_wrong")
+        if (share or name in NUMBERS) and not _is_number(value):
+            refuse(name, "hold numbers")
+        if share and math.isfinite(value) and not 0.0 <= value <= 1.0:
+            refuse(name, "be a fraction in [0, 1]")
+        if value not in _ALLOWED.get(name, (value,)):
+            refuse(name, f"be one of {', '.join(_ALLOWED[name])}")
+    # A task without domains has its stream as the domain.
+    if row.get("stream") is not None and row.get("domain") is None:
+        row = {**row, "domain": row["stream"], "severity": 0}
     return row
-
-
-def _with_domain(row: dict[str, Any]) -> dict[str, Any]:
-    """The row of a task without domains, in which its stream is the domain."""
-    if row.get("stream") is None or row.get("domain") is not None:
-        return row
-    return {**row, "domain": row["stream"], "severity": 0}
 
 
 def _checked(row: Any, where: str) -> dict[str, Any]:
     """A row of a run, whose identity must be complete."""
     if not isinstance(row, dict):
         raise ReportError(f"{where}: a row must be a JSON object, got {type(row).__name__}.")
-    row = _with_domain(row)
+    row = _typed(row, where)
     missing = [name for name in IDENTITY if row.get(name) is None]
     if missing:
         raise ReportError(f"{where}: missing {', '.join(f'`{name}`' for name in missing)}.")
     count = row.get("num_examples")
-    if row["status"] == "ok" and (not isinstance(count, (int, float)) or count <= 0):
+    if row["status"] == "ok" and not (count and count > 0):
         raise ReportError(f"{where}: `num_examples` must be positive, got {count!r}.")
-    return _typed(row, where)
+    return row
 
 
 def json_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -223,46 +208,32 @@ def json_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
       ReportError: no file, no row, a malformed line, or one measurement twice.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        rows, whole = journal.read(path, lambda row: ())
     except FileNotFoundError:
         raise ReportError(
             f"{path}: no results here. Run `python -m experiments.adapt --workdir={path.parent}` "
             "first, or give the folder of a run or of a sweep."
         ) from None
-    except OSError as error:
-        raise ReportError(f"{path}: cannot be read: {error.strerror}.") from error
-    rows: list[dict[str, Any]] = []
-    notes: list[str] = []
-    first: dict[tuple[Any, ...], int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except ValueError as error:
-            # Only what follows the last newline can be the half line of a killed writer.
-            if number < len(lines):
-                raise ReportError(f"{path}, line {number}: not valid JSON: {error}.") from error
-            notes.append(
-                f"The last line of {path.name} (line {number}) is cut off and was skipped; "
-                "running the experiment again completes it."
-            )
-            continue
-        record = _checked(record, f"{path}, line {number}")
-        rows.append(record)
-        # Tags of other kinds of task are part of what a row is, too.
-        key = tuple((k, v) for k, v in sorted(record.items()) if isinstance(v, str))
-        key += (record["severity"], record["seed"])
-        if key in first:
-            named = " ".join(f"{name}={record[name]}" for name in IDENTITY[:-1])
-            raise ReportError(
-                f"{path}: the same measurement is written twice: {named} "
-                f"(lines {first[key]}, {number})."
-            )
-        first[key] = number
+    except launch.UserError as error:
+        raise ReportError(str(error)) from error
     if not rows:
         raise ReportError(f"{path}: holds no complete row, so there is nothing to report yet.")
-    return rows, notes
+    first: dict[tuple[Any, ...], int] = {}
+    for number, row in enumerate(rows, 1):
+        rows[number - 1] = row = _checked(row, f"{path}, line {number}")
+        # Tags of other kinds of task are part of what a row is, too.
+        texts = tuple((k, v) for k, v in sorted(row.items()) if isinstance(v, str))
+        line = first.setdefault((*texts, row["severity"], row["seed"]), number)
+        if line != number:
+            named = " ".join(f"{name}={row[name]}" for name in IDENTITY[:-1])
+            raise ReportError(
+                f"{path}: the same measurement is written twice: {named} (lines {line}, {number})."
+            )
+    cut = (
+        f"The last line of {path.name} (line {len(rows) + 1}) is cut off and was skipped; running "
+        "the experiment again completes it."
+    )
+    return rows, [] if whole else [cut]
 
 
 def side_file(path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
@@ -278,13 +249,12 @@ def side_file(path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
     return value, []
 
 
-def _name_failed(row: dict[str, Any]) -> None:
-    """A failed trial has the method, domain and seed that its label names, if it names one."""
+def _named(row: dict[str, Any]) -> dict[str, Any]:
+    """A failed trial's row has the method, domain and seed that its label names, if only one."""
     if row.get("status") == "ok" or row.get("method") is not None:
-        return
+        return row
     parts = dict(_LABEL_PARTS.findall(row.get("label") or ""))
-    for name, part in (("method", "methods"), ("domain", "domains")):
-        if parts.get(part) and "," not in parts[part]:
-            row[name] = parts[part]
-    if parts.get("seeds", "").isdigit():
-        row["seed"] = int(parts["seeds"])
+    named = {name: parts.get(f"{name}s", "") for name in ("method", "domain")}
+    named = {name: part for name, part in named.items() if part and "," not in part}
+    seed = {"seed": int(parts["seeds"])} if parts.get("seeds", "").isdigit() else {}
+    return {**row, **named, **seed}

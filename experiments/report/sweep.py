@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,23 +11,7 @@ from experiments import launch
 from experiments.sweeping import collect, progress
 from experiments.sweeping.unit import Unit
 
-_NEEDED = ("trial", "status")
-
-
-class Sweep(NamedTuple):
-    """What a sweep's folder holds.
-
-    Attributes:
-      rows: of all trials, each with its ``trial`` and ``status``.
-      counts: trials ``done``, ``failed``, ``running`` and ``waiting``.
-      run_file: the ``run.json`` of the first trial that ran; None if none did.
-      notes: what reading the files brought up, in whole sentences.
-    """
-
-    rows: list[dict[str, Any]]
-    counts: dict[str, int]
-    run_file: pathlib.Path | None
-    notes: list[str]
+Rows = list[dict[str, Any]]
 
 
 def is_sweep(folder: pathlib.Path) -> bool:
@@ -36,80 +20,74 @@ def is_sweep(folder: pathlib.Path) -> bool:
     return not (folder / "results.jsonl").exists() and any((folder / n).exists() for n in names)
 
 
-def read(folder: pathlib.Path) -> Sweep:
-    """Returns a sweep, finished or not; nothing is written, so it may go on meanwhile.
+def read(folder: pathlib.Path) -> tuple[Rows, dict[str, int], pathlib.Path, list[str]]:
+    """Reads a sweep, finished or not; nothing is written, so it may go on meanwhile.
+
+    Returns:
+      The rows of all trials, each with its ``trial`` and ``status``; how many trials are ``done``,
+      ``failed``, ``running`` and ``waiting``; the ``run.json`` of the first that ran; what reading
+      the files brought up, in whole sentences.
 
     Raises:
       ValueError: a damaged file, a table that is no sweep's, or no row yet.
     """
     notes: list[str] = []
-    units = _plan(folder, notes)
-    counts = _counts(folder, units) if units else None
+    counts: dict[str, int] = {}
     try:
-        rows = _rows(folder, units, counts, notes)
-    except (pa.ArrowException, OSError, TypeError) as error:
-        first = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{folder}: the rows of its trials cannot be read: {first}.") from error
+        units = progress.load(folder)
+        found = progress.measure(folder, units).counts
+        found["waiting"] += found["blocked"]
+        counts = {name: found[name] for name in ("done", "failed", "running", "waiting")}
+    except launch.UserError:
+        places = sorted((folder / "trials").glob("*/results.jsonl"))
+        units = [Unit("trial", place.parent.name, "", None, "") for place in places]
+        fault = "could not be read" if (folder / progress.PLAN).exists() else "is missing"
+        notes.append(
+            f"{progress.PLAN} {fault}, so trials without a row are not known of; running the sweep "
+            "again writes it anew."
+        )
+    rows = _table(folder, units, counts, notes)
+    if rows is None:
+        try:
+            rows = collect.rows(folder, units)
+        except (OSError, TypeError, ValueError, launch.UserError) as error:
+            first = str(error).splitlines()[0].rstrip(".")
+            raise ValueError(
+                f"{folder}: the rows of its trials cannot be read: {first}."
+            ) from error
     if not rows:
         raise ValueError(
             f"{folder}: no trial has a row yet, so there is nothing to report; "
             f"`python -m experiments.sweep --status={folder}` says how far the sweep is."
         )
-    missing = [name for name in _NEEDED if name not in rows[0]]
-    if missing:
+    if missing := ", ".join(f"`{name}`" for name in ("trial", "status") if name not in rows[0]):
         raise ValueError(
-            f"{folder / collect.TABLE}: not a table of a sweep: it lacks "
-            f"{', '.join(f'`{name}`' for name in missing)} among {', '.join(rows[0])}."
+            f"{folder / collect.TABLE}: not a table of a sweep: it lacks {missing} among "
+            f"{', '.join(rows[0])}."
         )
-    if counts is None:
-        trials = {row["trial"] for row in rows}
+    if not counts:
         failed = {row["trial"] for row in rows if row["status"] != "ok"}
-        done = len(trials - failed)
+        done = len({row["trial"] for row in rows} - failed)
         counts = {"done": done, "failed": len(failed), "running": 0, "waiting": 0}
-    folders = [unit.folder(folder) for unit in units if unit.kind == "trial"]
-    folders = folders or sorted((folder / "trials").glob("*"))
-    found = (place / "run.json" for place in folders if (place / "run.json").exists())
-    return Sweep(rows, counts, next(found, None), notes)
+    ran = (unit.folder(folder) / "run.json" for unit in units if unit.kind == "trial")
+    return rows, counts, next(filter(pathlib.Path.exists, ran), folder / "run.json"), notes
 
 
-def _plan(folder: pathlib.Path, notes: list[str]) -> list[Unit]:
-    if not (folder / progress.PLAN).exists():
-        notes.append(f"There is no {progress.PLAN} here, so trials without a row are not known of.")
-        return []
-    try:
-        return progress.load(folder)
-    except launch.UserError:
-        notes.append(
-            f"{progress.PLAN} could not be read, so trials without a row are not known of; running "
-            "the sweep again writes it anew."
-        )
-        return []
-
-
-def _counts(folder: pathlib.Path, units: Sequence[Unit]) -> dict[str, int]:
-    counts = progress.measure(folder, units).counts
-    counts["waiting"] += counts.pop("blocked")
-    return {name: counts[name] for name in ("done", "failed", "running", "waiting")}
-
-
-def _rows(
-    folder: pathlib.Path, units: Sequence[Unit], counts: dict[str, int] | None, notes: list[str]
-) -> list[dict[str, Any]]:
+def _table(
+    folder: pathlib.Path, units: Sequence[Unit], counts: dict[str, int], notes: list[str]
+) -> Rows | None:
+    """The rows of the sweep's table; None, with a note, where the trials' folders know more."""
     path = folder / collect.TABLE
-    if counts and (counts["running"] or counts["waiting"]):
+    if counts.get("running") or counts.get("waiting"):
+        states = ", ".join(f"{count:,} {name}" for name, count in counts.items())
         notes.append(
-            "The sweep is not finished: "
-            + ", ".join(f"{count:,} {name}" for name, count in counts.items())
-            + ". What follows is what its trials have written so far; means are over these alone."
+            f"The sweep is not finished: {states}. What follows is what its trials have written so "
+            "far; means are over these alone."
         )
-        return collect.rows(folder, units)
+        return None
     if not path.exists():
         notes.append(f"There is no {path.name} yet; the rows are those in the trials' folders.")
-        written = units or [
-            Unit("trial", place.parent.name, "", None, "")
-            for place in sorted((folder / "trials").glob("*/results.jsonl"))
-        ]
-        return collect.rows(folder, written)
+        return None
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
@@ -118,10 +96,10 @@ def _rows(
             "report takes the rows in the trials' folders."
         ) from error
     planned = {unit.id for unit in units if unit.kind == "trial"}
-    if planned and "trial" in table.column_names and planned != {*table["trial"].to_pylist()}:
+    if counts and "trial" in table.column_names and planned != {*table["trial"].to_pylist()}:
         notes.append(
             f"{path.name} is not that of the present plan; the rows are those in the trials' "
             "folders."
         )
-        return collect.rows(folder, units)
+        return None
     return table.to_pylist()

@@ -66,44 +66,37 @@ class Data(NamedTuple):
 def prepare(results: Results) -> Data:
     """Returns the rows with what is computed from them."""
     frame = results.frame.reset_index(drop=True).copy()
-    steps = frame.get("num_steps", pd.Series(np.nan, frame.index)).fillna(0) > 0
-    named = frame["method"].fillna("").str.startswith(_REFERENCES)
-    online = frame["method"].fillna("").str.endswith("_online")
-    if "num_steps" not in frame:
-        steps = ~named
-    frame["steps"] = steps.groupby(frame["method"]).transform("max").eq(True) | (named & online)
-    forwards = frame.get("forwards_per_sample", pd.Series(np.nan, frame.index))
-    backwards = frame.get("backwards_per_sample", pd.Series(np.nan, frame.index))
-    frame["cost"] = forwards + _BACKWARD_IN_FORWARDS * backwards.fillna(0)
-    seconds = frame.get("seconds", pd.Series(np.nan, frame.index))
-    examples = pd.to_numeric(frame["num_examples"]).replace(0, np.nan)
-    frame["milliseconds"] = 1000 * pd.to_numeric(seconds) / examples
-    others = [*results.settings, *(["num_steps"] if "num_steps" in frame else [])]
+
+    def numbers(name: str) -> pd.Series:
+        return pd.to_numeric(frame.get(name, pd.Series(np.nan, frame.index)))
+
+    method = frame["method"].fillna("")
+    named = method.str.startswith(_REFERENCES)
+    steps = numbers("num_steps").fillna(0) > 0 if "num_steps" in frame else ~named
+    frame["steps"] = steps.groupby(frame["method"]).transform("max").eq(True)
+    frame["steps"] |= named & method.str.endswith("_online")
+    backwards = numbers("backwards_per_sample").fillna(0)
+    frame["cost"] = numbers("forwards_per_sample") + _BACKWARD_IN_FORWARDS * backwards
+    frame["milliseconds"] = 1000 * numbers("seconds") / numbers("num_examples").replace(0, np.nan)
     # What a trial changed beside its seed, methods and domains is a choice of settings, too.
-    label = frame.get("label", pd.Series("", frame.index)).fillna("").astype(str)
-    frame["_label"] = label.str.replace(_LABEL_PARTS, "", regex=True).str.strip()
-    frame["setting"] = frame.groupby(["method", *others, "_label"], dropna=False).ngroup()
+    label = frame.get("label", pd.Series("", frame.index)).fillna("")
+    label = label.str.replace(_LABEL_PARTS, "", regex=True)
+    settings = [*results.settings, *(["num_steps"] if "num_steps" in frame else [])]
+    keys = [frame[name] for name in ("method", *settings)]
+    frame["setting"] = frame.groupby([*keys, label.str.strip()], dropna=False).ngroup()
     frame["place"] = frame.groupby([*intervals.PLACE[:3]], dropna=False).ngroup()
     frame["chosen"] = _chosen(frame, results.primary)
-    frame = frame.drop(columns="_label")
     replicates = intervals.bootstrap(frame, results.folder / "instances")
-    reference, gain = _gains(frame, results.primary, replicates)
-    frame["gain"] = gain
-    frame["worse"] = (gain < 0).where(gain.notna()).astype(float)
-    order = {scope: rank for rank, scope in enumerate(_GROUPS)}
-    first = frame.dropna(subset=["method"]).groupby("method", sort=False).first()
-    ranks = [
-        (
-            order.get(row["scope"], 3) + 1 if row["steps"] else 0,
-            not name.startswith(_REFERENCES),
-            name,
-        )
-        for name, row in first.iterrows()
-    ]
+    reference, frame["gain"] = _gains(frame, results.primary, replicates)
+    frame["worse"] = (frame["gain"] < 0).where(frame["gain"].notna()).astype(float)
+    first = frame.dropna(subset=["method"]).groupby("method").first()
+    rank = first["scope"].map({scope: k for k, scope in enumerate(_GROUPS, 1)}).fillna(4)
+    rank = rank.where(first["steps"], 0)
+    methods = sorted(first.index, key=lambda m: (rank[m], not m.startswith(_REFERENCES), m))
     domains = sorted({*frame["domain"].dropna()}, key=lambda d: (_ORDER.get(d, len(_ORDER)), d))
     measures = [m for m in results.measures if m != "num_steps"]
     measures[1:1] = ["gain"] if frame["gain"].notna().any() else []
-    more = [name for name in ("worse", "cost", "milliseconds") if frame[name].notna().any()]
+    measures += [name for name in ("worse", "cost", "milliseconds") if frame[name].notna().any()]
     for before in [name for name in measures if name.endswith("_before")]:
         name = before.removesuffix("_before")
         if (after := f"{name}_after") in measures:
@@ -113,8 +106,8 @@ def prepare(results: Results) -> Data:
             frame[change[1]] = (frame[after] < frame[before]).where(known).astype(float)
             measures.remove(after)
             measures[measures.index(before) + 1 : measures.index(before) + 1] = [after, *change]
-    results = results._replace(frame=frame, measures=tuple(dict.fromkeys([*measures, *more])))
-    return Data(results, replicates, [r[-1] for r in sorted(ranks)], domains, reference)
+    results = results._replace(frame=frame, measures=tuple(dict.fromkeys(measures)))
+    return Data(results, replicates, methods, domains, reference)
 
 
 def _chosen(frame: pd.DataFrame, primary: str) -> pd.Series:
@@ -126,14 +119,12 @@ def _chosen(frame: pd.DataFrame, primary: str) -> pd.Series:
     held = frame[(frame["split_role"] == "validation") & frame.get(primary, frame["seed"]).notna()]
     if held.empty or not primary:
         return pd.Series(True, frame.index)
-    keys = ["method", "dataset", "setting"]
+    pair = ["method", "dataset"]
     held = held.assign(_place=held["place"].astype(str) + " " + held["seed"].astype(str))
-    means = held.groupby(keys).agg(value=(primary, "mean"), places=("_place", "nunique"))
-    means = means.reset_index().sort_values(["places", "value"], ascending=[False, True])
-    best = means.drop_duplicates(["method", "dataset"]).set_index(["method", "dataset"])["setting"]
-    wanted = pd.Series(
-        pd.MultiIndex.from_frame(frame[["method", "dataset"]]).map(best.to_dict()), frame.index
-    )
+    means = held.groupby([*pair, "setting"]).agg(value=(primary, "mean"), n=("_place", "nunique"))
+    best = means.sort_values(["n", "value"], ascending=[False, True]).reset_index()
+    best = best.drop_duplicates(pair).rename(columns={"setting": "best"})
+    wanted = frame[pair].merge(best, how="left", on=pair)["best"]
     return wanted.isna() | (wanted == frame["setting"])
 
 
@@ -156,69 +147,55 @@ def _gains(
     gain = pd.Series(np.nan, frame.index)
     if not primary:
         return None, gain
-    names = [n for n in frame["method"].dropna().unique() if n.startswith(_REFERENCES)]
-    unadapted = set(frame.loc[~frame["steps"], "method"].dropna())
-    names = [name for name in names if name in unadapted and not name.endswith("_online")]
+    names = [
+        name
+        for name in frame.loc[~frame["steps"], "method"].dropna().unique()
+        if name.startswith(_REFERENCES) and not name.endswith("_online")
+    ]
     names.sort(key=lambda n: (not n.startswith(_REFERENCES[0]), n not in _REFERENCES, n))
     keys = frame.groupby([n for n in _SAME if n in frame], dropna=False).ngroup()
-    against = pd.Series(np.nan, frame.index)
-    matrix, paired = replicates.get(primary), None
-    if matrix is not None:
-        paired = np.full_like(matrix, np.nan)
-    for name in names:
-        held = frame[(frame["method"] == name) & frame[primary].notna()]
-        found = keys.map(held[primary].groupby(keys[held.index]).mean())
-        fresh = against.isna() & found.notna()
-        against = against.where(~fresh, found)
-        if matrix is not None and paired is not None:
-            first = keys.map(pd.Series(held.index, keys[held.index]).groupby(level=0).first())
-            index = first[fresh & first.notna()].astype(int)
-            paired[index.index] = matrix[index.to_numpy()] - matrix[index.index]
-    gain = against - frame[primary]
-    if {"turned_right", "turned_wrong"} <= {*frame} and primary == "error":
-        gain = gain.fillna(
-            (frame["turned_right"] - frame["turned_wrong"]).where(frame[primary] >= 0)
+    held = frame[frame["method"].isin(names) & frame[primary].notna()]
+    if len(held):
+        cells = held.assign(_key=keys, _row=held.index).groupby(["_key", "method"])
+        # Per place the first reference that has it.
+        best, row = (
+            cells[value].agg(how).unstack("method").reindex(columns=names).bfill(axis=1).iloc[:, 0]
+            for value, how in ((primary, "mean"), ("_row", "first"))
         )
-    if paired is not None:
-        replicates["gain"] = paired
+        gain = keys.map(best) - frame[primary]
+        if (matrix := replicates.get(primary)) is not None:
+            index = keys.map(row).dropna().astype(int)
+            replicates["gain"] = np.full_like(matrix, np.nan)
+            replicates["gain"][index.index] = matrix[index] - matrix[index.index]
+    if {"turned_right", "turned_wrong"} <= {*frame} and primary == "error":
+        turned = frame["turned_right"] - frame["turned_wrong"]
+        gain = gain.fillna(turned.where(frame[primary].notna()))
     return (names[0] if names else None), gain
 
 
 def means(data: Data, measure: str = "", *, role: str = "reported") -> pd.DataFrame:
     """Returns a line per method: its mean over the shifted domains, with interval."""
-    measure = measure or data.results.primary
-    rows = data.rows(role, shifted=True)
-    return _listed(data, intervals.summarize(rows, ["method"], measure, replicates=data.replicates))
+    return _listed(data, data.rows(role, shifted=True), ["method"], measure)
 
 
 def by_domain(data: Data, measure: str = "", *, role: str = "reported") -> pd.DataFrame:
     """Returns a line per method and domain, with interval."""
-    measure = measure or data.results.primary
-    return _listed(
-        data,
-        intervals.summarize(
-            data.rows(role),
-            ["method", "domain"],
-            measure,
-            peers=["domain"],
-            replicates=data.replicates,
-        ),
-    )
+    return _listed(data, data.rows(role), ["method", "domain"], measure)
 
 
-def _listed(data: Data, frame: pd.DataFrame) -> pd.DataFrame:
-    rank = {name: place for place, name in enumerate(data.methods)}
-    return frame.sort_values("method", key=lambda names: names.map(rank), kind="stable")
+def _listed(data: Data, rows: pd.DataFrame, by: list[str], measure: str) -> pd.DataFrame:
+    measure, held = measure or data.results.primary, data.replicates
+    lines = intervals.summarize(rows, by, measure, peers=by[1:], replicates=held)
+    rank = {name: number for number, name in enumerate(data.methods)}
+    return lines.sort_values("method", key=lambda names: names.map(rank), kind="stable")
 
 
 def pivot(data: Data, measure: str = "", *, role: str = "reported") -> pd.DataFrame:
     """Returns methods by domains, the mean over the shifted domains last."""
-    table = by_domain(data, measure, role=role).pivot(
-        index="method", columns="domain", values="mean"
-    )
-    table = table.reindex(columns=[d for d in data.domains if d in table])
-    table = table.reindex([m for m in data.methods if m in table.index])
-    return table.assign(mean=means(data, measure, role=role).set_index("method")["mean"])
+    cells = by_domain(data, measure, role=role).set_index(["method", "domain"])["mean"].unstack()
+    cells = cells.reindex(columns=[d for d in data.domains if d in cells])
+    cells = cells.reindex([m for m in data.methods if m in cells.index])
+    return cells.assign(mean=means(data, measure, role=role).set_index("method")["mean"])
 
 
 def lowest(frame: pd.DataFrame) -> pd.DataFrame:
@@ -227,107 +204,60 @@ def lowest(frame: pd.DataFrame) -> pd.DataFrame:
     return full[full["mean"] <= full["mean"].min() + 1e-12]
 
 
-class Headline(NamedTuple):
-    """The comparison a page opens with; every part is a line of :func:`means`, or None.
+def headline(data: Data) -> dict[str, pd.Series]:
+    """Returns the comparison that a page opens with, as far as there are complete means.
 
-    Attributes:
-      source: the model's own prediction.
-      plain: the best method without a gradient step.
-      best: per scope ("per_sample", ...) the best method that takes steps.
-      differences: per scope, ``best`` minus ``plain`` over the same places: (mean, half, basis).
+    Returns:
+      Lines of :func:`means`: ``source``, the model's own prediction; ``plain``, the best method
+      without a gradient step; and per scope ("per_sample", ...) the best method that takes steps.
     """
-
-    source: pd.Series | None
-    plain: pd.Series | None
-    best: dict[str, pd.Series]
-    differences: dict[str, tuple[float, float, str]]
-
-
-def headline(data: Data) -> Headline:
-    """Returns the best method of every scope beside the best one that takes no gradient step."""
-    table, rows = means(data), data.rows()
-    steps = rows.groupby("method")["steps"].first()
-    scopes = rows.groupby("method")["scope"].first().fillna("")
-    source = table[table["method"] == data.reference]
-    plain = lowest(table[~table["method"].map(steps).astype(bool)])
-    best, differences = {}, {}
-    adapted = table[table["method"].map(steps).astype(bool)]
-    for scope, part in adapted.groupby(adapted["method"].map(scopes), sort=False):
-        found = lowest(part)
-        if found.empty:
-            continue
-        best[str(scope)] = found.iloc[0]
-        if len(plain):
-            differences[str(scope)] = difference(
-                data, found.iloc[0]["method"], plain.iloc[0]["method"]
-            )
-    first = [None if part.empty else part.iloc[0] for part in (source, plain)]
-    return Headline(first[0], first[1], best, differences)
-
-
-def compared(data: Data) -> tuple[str, ...]:
-    """Returns the methods that the headline names: source, best without steps, best with."""
-    head = headline(data)
-    named = [
-        line["method"]
-        for line in (head.source, head.plain, *head.best.values())
-        if line is not None
-    ]
-    return tuple(name for name in data.methods if name in named)
+    table, first = means(data), data.rows().groupby("method").first()
+    takes_steps = table["method"].map(first["steps"]).astype(bool)
+    adapted = table[takes_steps]
+    parts = {
+        "source": table[table["method"] == data.reference],
+        "plain": lowest(table[~takes_steps]),
+    }
+    for scope, part in adapted.groupby(adapted["method"].map(first["scope"]), dropna=False):
+        parts[str(scope)] = lowest(part)
+    return {what: part.iloc[0] for what, part in parts.items() if len(part)}
 
 
 def difference(data: Data, method: str, other: str) -> tuple[float, float, str]:
     """Returns mean, half interval and its basis of ``method`` minus ``other``, paired by place."""
-    measure = data.results.primary
-    rows = data.rows(shifted=True)
-    places = [*intervals.PLACE]
-    mine, theirs = (
-        rows[rows["method"] == name].reset_index().drop_duplicates(places)
-        for name in (method, other)
-    )
-    both = mine.merge(theirs, on=places, suffixes=("", "_other"))
-    frame = both.assign(_value=both[measure] - both[f"{measure}_other"], _all="all")
+    measure, places = data.results.primary, [*intervals.PLACE]
+    rows = data.rows(shifted=True).reset_index().drop_duplicates(["method", *places])
+    first, second = (rows[rows["method"] == name] for name in (method, other))
+    both = first.merge(second, on=places, suffixes=("", "_other"))
+    both = both.assign(_value=both[measure] - both[f"{measure}_other"], _all="all")
     replicates = None
     if (matrix := data.replicates.get(measure)) is not None:
-        pairs = (both["index"], both["index_other"])
-        replicates = {"_value": matrix[pairs[0]] - matrix[pairs[1]]}
-    found = intervals.summarize(frame, ["_all"], "_value", replicates=replicates)
-    if found.empty:
+        replicates = {"_value": matrix[both["index"]] - matrix[both["index_other"]]}
+    lines = intervals.summarize(both, ["_all"], "_value", replicates=replicates)
+    if lines.empty:
         return np.nan, np.nan, ""
-    return found["mean"][0], found["half"][0], found["basis"][0]
+    return lines["mean"][0], lines["half"][0], lines["basis"][0]
 
 
 def groups(data: Data) -> list[str]:
     """Returns per method, in their order, what it adapts to."""
     first = data.frame.dropna(subset=["method"]).groupby("method").first()
-    return [
-        _GROUPS.get(first["scope"][name], "adapts") if first["steps"][name] else "no gradient step"
-        for name in data.methods
-    ]
+    scopes = first["scope"].map(_GROUPS).fillna("adapts").where(first["steps"], "no gradient step")
+    return scopes.reindex(data.methods).tolist()
 
 
 def as_run(data: Data) -> pd.DataFrame:
-    """Returns how every method was run: scope, steps, reset, counts, seconds."""
+    """Returns how every method was run: scope, steps, reset, and sums of counts and seconds."""
+    rows = data.frame[data.frame["status"] == "ok"]
 
     def seen(values: pd.Series) -> str:
-        kept = dict.fromkeys(values.dropna())
-        texts = [f"{v:g}" if isinstance(v, float) else str(v) for v in kept]
-        return ", ".join(texts).replace("_", " ") or "–"
+        known = sorted(values.dropna().unique())
+        return ", ".join(f"{v:g}" if isinstance(v, float) else v for v in known)
 
-    rows = data.frame[data.frame["status"] == "ok"]
-    lines = {}
-    for method in data.methods:
-        part = rows[rows["method"] == method]
-        line = {"scope": seen(part["scope"])}
-        for name, title in (("num_steps", "steps"), ("predict", "predicts"), ("reset", "reset")):
-            line[title] = seen(part[name]) if name in part else "–"
-        for name, title in (("resets", "resets fired"), ("non_finite", "non-finite")):
-            known = part[name].dropna() if name in part else part["method"][:0]
-            line[title] = f"{known.sum():,.0f}" if len(known) else "–"
-        line["examples"], line["seeds"] = seen(part["num_examples"]), str(part["seed"].nunique())
-        line["seconds in all"] = f"{part['seconds'].sum():,.1f}" if "seconds" in part else "–"
-        lines[method] = line
-    return pd.DataFrame.from_dict(lines, orient="index")
+    names = ("scope", "num_steps", "predict", "reset", "num_examples", "seed")
+    rules = dict.fromkeys(names, seen) | dict.fromkeys(("resets", "non_finite", "seconds"), "sum")
+    lines = rows.groupby("method").agg({n: rule for n, rule in rules.items() if n in rows})
+    return lines.reindex([method for method in data.methods if method in lines.index])
 
 
 def failures(data: Data) -> list[tuple[str, pd.DataFrame]]:
@@ -335,5 +265,5 @@ def failures(data: Data) -> list[tuple[str, pd.DataFrame]]:
     failed = data.frame[data.frame["status"] != "ok"]
     message = failed["message"].fillna("").replace("", "no message recorded")
     forms = message.str.replace(r"\d+", "#", regex=True)
-    groups = [(message[part.index[0]], part) for _, part in failed.groupby(forms, sort=False)]
-    return sorted(groups, key=lambda group: -len(group[1]))
+    reasons = [(message[part.index[0]], part) for _, part in failed.groupby(forms, sort=False)]
+    return sorted(reasons, key=lambda reason: -len(reason[1]))

@@ -22,7 +22,7 @@ from experiments.sweeping.unit import Unit
 # What a trained model depends on; all else of a config only adapts it.
 TRAINING = ("task", "data", "model", "views", "train")
 # What makes no row. The values of a config count by themselves.
-_NO_RESULTS = ("configs/**/*.py", "report/**/*.py", "*bench*.py", "kernels.py", "smoke.py")
+_NO_RESULTS = ("configs/**/*.py", "report/**/*.py", "prepare/**/*.py")
 _ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 

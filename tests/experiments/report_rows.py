@@ -1,6 +1,9 @@
 """Rows, run folders and sweeps for the tests of the report."""
 
+import base64
+import gzip
 import json
+import re
 
 import numpy as np
 
@@ -118,3 +121,9 @@ def grid(trials=40):
         held = {"split_role": "validation", "settings": settings, "num_steps": steps}
         made[f"seeds=0 rate={rate} number={n}"].append(row("rotation", "spatter", 0, error, **held))
     return made
+
+
+def payload(text):
+    """The data of a page, as its script unpacks them."""
+    (packed,) = re.findall(r'id="data">(.*?)</script>', text)
+    return json.loads(gzip.decompress(base64.b64decode(packed)))

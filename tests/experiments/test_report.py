@@ -12,12 +12,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.report import __main__ as report, intervals, notes, page, read, table, terminal
+from experiments.report import (
+    __main__ as report,
+    charts,
+    intervals,
+    notes,
+    page,
+    read,
+    table,
+    terminal,
+)
 from experiments.report.read import ReportError
 from experiments.sweeping import progress, state as state_lib
 from experiments.sweeping.unit import Unit
 from tests.experiments import report_rows
-from tests.experiments.report_rows import failed, put_instances, put_run, put_sweep, row
+from tests.experiments.report_rows import (
+    failed,
+    payload,
+    put_instances,
+    put_run,
+    put_sweep,
+    row,
+)
 
 
 def prepared(folder):
@@ -26,6 +42,10 @@ def prepared(folder):
 
 def of_rows(tmp_path, rows):
     return prepared(put_run(tmp_path, rows))
+
+
+def lead_of(data):
+    return " ".join(notes.lead(data))
 
 
 def line_of(frame, method):
@@ -55,7 +75,7 @@ def test_one_seed_without_instances_has_no_interval(tmp_path):
     data = of_rows(tmp_path, report_rows.table(seeds=(0,)))
     source = line_of(table.means(data), "source")
     assert np.isnan(source["half"]) and source["basis"] == ""
-    assert "no interval: one seed and no instances" in page.lead(data)
+    assert "no interval: one seed and no instances" in lead_of(data)
 
 
 def test_bootstrap_over_instances_is_that_of_a_share_and_pairs_by_id(tmp_path):
@@ -81,19 +101,21 @@ def test_incomplete_seeds_are_left_out_marked_and_never_lowest(tmp_path):
     assert online["partial"] and online["mean"] == pytest.approx(0.44) and online["seeds"] == 1
     assert "rotation_online" not in set(table.lowest(table.means(data))["method"])
     assert any("rotation_online lacks domains" in note for note in notes.notes(data))
-    assert "44.0+" in terminal.error_table(data) and "stream" not in table.headline(data).best
+    assert "44.0+" in terminal.error_table(data) and "stream" not in table.headline(data)
 
 
 def test_the_headline_compares_with_the_best_method_without_a_gradient_step(full):
     head = table.headline(prepared(full))
-    assert head.plain["method"] == "augmented" and head.source["method"] == "source"
-    assert {k: v["method"] for k, v in head.best.items()} == {
+    assert {k: v["method"] for k, v in head.items()} == {
+        "source": "source",
+        "plain": "augmented",
         "per_sample": "rotation",
         "stream": "rotation_online",
     }
     # Seed 0: 52 - 50; seed 1: 51 - 51.
-    assert head.differences["per_sample"][0] == pytest.approx(0.01)
-    text = page.lead(prepared(full))
+    difference, *_ = table.difference(prepared(full), "rotation", "augmented")
+    assert difference == pytest.approx(0.01)
+    text = lead_of(prepared(full))
     assert "1.0 ± 12.7 points above augmented" in text
     assert "best method without a gradient step is augmented, 50.5" in text
 
@@ -129,7 +151,7 @@ def test_other_tasks_need_no_code(tmp_path):
     assert line_of(table.means(data, "gain"), "next_token")["mean"] == 1.0
     text = page.render(data, name="documents")
     assert "bits per byte" in text and 'data-control="source_kind"' in text
-    assert "2.000, 1.000 below source" in page.lead(data) and "%" not in page.lead(data)
+    assert "2.000, 1.000 below source" in lead_of(data) and "%" not in lead_of(data)
 
 
 def test_contradictions_collapses_and_failures_are_said(tmp_path):
@@ -220,11 +242,11 @@ def test_settings_and_headline_of_a_sweep_are_those_that_validation_chose(tmp_pa
     data = prepared(put_sweep(tmp_path, report_rows.grid()))
     kept = table.chosen(data)
     assert set(kept.frame.loc[kept.frame["method"] == "rotation", "learning_rate"]) == {0.1}
-    assert "settings that validation rows chose: rotation" in page.lead(data)
-    assert "15.0 points below source" in page.lead(data)
+    assert "settings that validation rows chose: rotation" in lead_of(data)
+    assert "15.0 points below source" in lead_of(data)
     assert data.results.trials == {"done": 41, "failed": 0, "running": 0, "waiting": 0}
     text = page.render(data, name="sweep")
-    assert '"t7":"trials/t7/log.txt"' in text and "Two settings" in text
+    assert payload(text)["logs"]["t7"] == "trials/t7/log.txt" and "Two settings" in text
 
 
 def test_a_sweep_names_what_failed_and_may_be_at_work(tmp_path):
@@ -311,9 +333,22 @@ def test_the_program_writes_page_figures_and_a_kept_file(full, tmp_path):
     record = json.loads(kept.read_text())
     assert record["commit"] == "0123abcd" and len(record["rows"]) == len(report_rows.table())
     names = {path.name for path in figures.iterdir()}
-    assert {"means.png", "means.pdf", "turned.png", "steps.pdf", "cost.png"} <= names
+    assert {"means.png", "means.pdf", "turned.png", "error_by_step.pdf", "cost.png"} <= names
     assert (figures / "means.pdf").read_bytes().startswith(b"%PDF")
     assert read.results(kept).frame["error"].equals(prepared(full).frame["error"])
+
+
+def test_a_notebook_draws_what_the_page_draws(full):
+    data = prepared(full)
+    chart = charts.figure(data, "domains", "gain").to_dict()
+    (rows,) = chart["datasets"].values()
+    named = {"source", "augmented", "rotation", "rotation_online"}
+    assert {one["method"] for one in rows} == named and {one["domain"] for one in rows} > {"fog"}
+    fog = [one["mean"] for one in rows if (one["method"], one["domain"]) == ("rotation", "fog")]
+    assert fog == [pytest.approx(3.0)]
+    assert "ms per instance" in charts.figure(data, "cost", price="milliseconds").to_json()
+    with pytest.raises(ValueError, match=r"have the charts means, domains, .* got 'heat'"):
+        charts.figure(data, "heat")
 
 
 def test_nothing_to_report_is_status_two(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """The page in a real, headless browser: no request, no script error, the filter, the means."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -9,7 +8,7 @@ import pytest
 
 from experiments.report import __main__ as report, read, table
 from tests.experiments import report_rows
-from tests.experiments.report_rows import put_instances, put_run, put_sweep
+from tests.experiments.report_rows import payload, put_instances, put_run, put_sweep
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
@@ -47,7 +46,7 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     rows = report_rows.table()
     put_instances(put_run(folder, rows), rows)
-    return report.write(folder).path
+    return report.write(folder)[0]
 
 
 def test_it_opens_alone_and_has_the_means_and_intervals_of_the_frames(page):
@@ -85,13 +84,36 @@ def test_the_address_filters_every_part(page):
     assert '<option value="gain"' in dom and "Showing 1 to 2 of 2 entries" in dom
 
 
+def test_rows_sort_and_download_as_csv(page):
+    ask = """<script>const tell = async () => { const told = document.documentElement.dataset;
+    if (!told.ready) return setTimeout(tell, 50);
+    const made = []; URL.createObjectURL = (blob) => { made.push(blob); return "#"; };
+    HTMLAnchorElement.prototype.click = () => {};
+    document.querySelector(".dt-buttons button").click(); told.csv = await made[0].text();
+    const heading = [...document.querySelectorAll("#rows thead th")]
+      .find((one) => one.textContent.startsWith("error (%)"));
+    heading.click(); heading.click();
+    setTimeout(() => { told.sorted = document.querySelector("#rows tbody tr").textContent; }, 200);
+    }; tell();</script></body>"""
+    copy = page.with_name("csv.html")
+    copy.write_text(ask.join(page.read_text().rsplit("</body>", 1)))
+    dom = opened(copy, "#method=rotation&domain=fog")
+    (text,) = re.findall(r'data-csv="(.*?)"', dom, re.S)
+    header, *lines = text.replace("&quot;", '"').strip().split("\n")
+    assert header.startswith('"method","dataset","domain",') and '"error (%)"' in header
+    errors = [line.split(",")[header.split(",").index('"error (%)"')] for line in lines]
+    # 38 + 2 * 9 wrong images on seed 0, one less on seed 1.
+    assert errors == ['"56"', '"55"']
+    (first,) = re.findall(r'data-sorted="(.*?)"', dom)
+    assert "56" in first and "55" not in first
+
+
 def test_a_sweep_shows_maps_links_and_what_validation_chose(tmp_path):
-    path = report.write(put_sweep(tmp_path / "sweep", report_rows.grid(400))).path
+    path = report.write(put_sweep(tmp_path / "sweep", report_rows.grid(400)))[0]
     dom = opened(path, "#chosen=1")
     assert 'data-each="rotation"' in dom and 'href="trials/t0/log.txt"' in dom
     assert cells(dom, "table")["rotation"]["mean"][0] == "30.0"
-    (payload,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', dom)
-    assert json.loads(payload)["axes"] == ["num_steps", "learning_rate"]
+    assert payload(dom)["axes"] == ["num_steps", "learning_rate"]
 
 
 def test_nothing_is_cut_off_on_a_phone(page, tmp_path):

@@ -1,0 +1,129 @@
+"""A few instances of an image task, as they are, shifted, and with what is predicted of them."""
+
+import itertools
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import launch, settings
+from experiments.tasks import image_metrics
+from ttt_jax import evaluation
+from ttt_jax.task import Examples, Metric, Task
+
+_MOST = 8
+_CLEAN = "clean"
+
+
+def shown(candidates: Mapping[str, Sequence[settings.Candidate]]) -> str | None:
+    """Returns the first method that takes gradient steps, of those that adapt each instance alone.
+
+    Without such a one, the first that takes steps at all; None where none does.
+    """
+    steps = [each[0] for each in candidates.values() if each[0].select is not None]
+    alone = [candidate for candidate in steps if candidate.scope == "per_sample"]
+    return next((candidate.label for candidate in [*alone, *steps]), None)
+
+
+class PicturedEvaluation(evaluation.Evaluation):
+    """An evaluation that keeps what one method predicts of a few images; its rows are the same.
+
+    The k-th stream gives its k-th image, so that no label decides which are shown. Tasks of other
+    kinds than the classification of images have no pictures, nor have streams whose images are
+    not in the first batch of the stream ``clean``.
+    """
+
+    def __init__(self, task: Task, *args: Any, label: str, path: pathlib.Path, **options: Any):
+        """As :class:`ttt_jax.evaluation.Evaluation`.
+
+        Args:
+          task: any.
+          *args: of the evaluation.
+          label: the method whose predictions are shown.
+          path: the file, ``clean`` and ``shifted`` [K, H, W, C] in [0, 1], and ``label``,
+            ``before``, ``after`` and ``domain`` [K]; written before the rows are returned.
+          **options: of the evaluation.
+        """
+        self._read = {
+            "picture_before": _classes(lambda output, source: source),
+            "picture_after": _classes(lambda output, source: output),
+        }
+        super().__init__(task._replace(metrics={**task.metrics, **self._read}), *args, **options)
+        self._label, self._path = label, path
+        self._clean = task.streams(options["role"], options["seed"]).get(_CLEAN, ())
+
+    def rows(
+        self, label: str, method: evaluation.Method, streams: Sequence[str]
+    ) -> list[evaluation.Row]:
+        """The rows, and on the way the pictures."""
+        rows = super().rows(label, method, streams)
+        for row in rows:
+            if label == self._label and "picture_after" in row.each:
+                self._add(row)
+        return [self._without(row) for row in rows]
+
+    def _without(self, row: evaluation.Row) -> evaluation.Row:
+        kept = {
+            field: {k: v for k, v in getattr(row, field).items() if k not in self._read}
+            for field in ("sums", "values", "each")
+        }
+        return row._replace(**kept)
+
+    def _add(self, row: evaluation.Row) -> None:
+        domain = row.tags.get("domain", _CLEAN)
+        arrays: dict[str, np.ndarray] = {}
+        if self._path.exists():
+            with np.load(self._path, allow_pickle=False) as held:
+                arrays = dict(held)
+        domains = arrays.get("domain", np.array([], str))
+        if domain == _CLEAN or domain in domains or len(domains) >= _MOST:
+            return
+        number = self.streams.index(row.stream) % len(row.id)
+        instance = row.id[number]
+        shifted = _image(self.batches(row.stream), instance, row.tags)
+        # The first batch alone: a part of a run need not read all clean images.
+        clean = _image(itertools.islice(self._clean, 1), instance, {})
+        if shifted is None or clean is None:
+            return
+        new = {
+            "clean": clean[0].astype(np.float16),
+            "shifted": shifted[0].astype(np.float16),
+            "label": shifted[1],
+            "before": row.each["picture_before"][number],
+            "after": row.each["picture_after"][number],
+            "domain": domain,
+        }
+        joined = {k: np.stack([*arrays.get(k, ()), np.asarray(v)]) for k, v in new.items()}
+        launch.write_npz(self._path, joined, compressed=True)
+
+
+def _classes(pick: Callable[[Any, Any], Any]) -> Metric:
+    """The predicted classes of images, which are no figure of a row."""
+
+    def of(output: Any, source: Any, examples: Examples) -> np.ndarray | None:
+        shape, label = np.shape(examples.x), np.asarray(examples.y)
+        if (
+            len(shape) != 4
+            or shape[-1] not in (1, 3)
+            or label.ndim != 1
+            or label.dtype.kind not in "iu"
+        ):
+            return None
+        return image_metrics.predicted(pick(output, source))
+
+    return Metric(of, lambda sums: 0.0)
+
+
+def _image(
+    batches: Iterable[Examples], instance: int, tags: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Image and label of an instance with these tags; None where it is in no batch."""
+    for batch in batches:
+        mask = batch.id == instance
+        for name, value in tags.items():
+            mask &= batch.tags[name] == value
+        if mask.any():
+            index = int(mask.argmax())
+            return np.asarray(batch.x[index]), np.asarray(batch.y[index])
+    return None
