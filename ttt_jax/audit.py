@@ -97,7 +97,7 @@ def require_close(actual: Any, expected: Any, *, num_steps: int = 1) -> None:
       AuditError: their difference, relative to the scale of ``expected``, is above the tolerance.
     """
     # On the host: the two may come from different devices.
-    gap = relative_distance(*jax.device_get((actual, expected)))
+    gap = jax.jit(relative_distance)(*jax.device_get((actual, expected)))
     require([Finding("two programs give the same", float(gap), tolerance(num_steps))])
 
 
