@@ -11,6 +11,7 @@ import pytest
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _MOST_LINES = 400
 _MOST_PROGRAM_LINES = 200
+_MOST_SCRIPT_LINES = 200
 _MOST_FUNCTION_LINES = 80
 _MOST_PARAMETERS = 8
 # All lines of experiments/, which may only become fewer; the aim is 9,500.
@@ -87,6 +88,12 @@ def test_programs_are_short():
     paths["report"] = _ROOT / "experiments" / "report" / "__main__.py"
     large = {name for name, path in paths.items() if _length(path) > _MOST_PROGRAM_LINES}
     assert large == _LARGE_PROGRAMS
+
+
+def test_the_script_of_the_page_only_joins_libraries():
+    path = _ROOT / "experiments" / "report" / "page.js"
+    assert _length(path) <= _MOST_SCRIPT_LINES
+    assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 100
 
 
 def test_experiments_only_shrink():

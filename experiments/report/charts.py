@@ -26,6 +26,7 @@ _TITLES = {
     "cost": "cost (plain forwards)",
     "milliseconds": "ms per instance",
     "worse": "rows made worse",
+    "num_steps": "steps",
 }
 _INTERVAL = [
     alt.Tooltip("mean:Q", format=",.4~g"),

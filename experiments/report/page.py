@@ -31,6 +31,17 @@ _CONTROLS = ("role", "measure", "q", "across", "down", "price", "chosen", "split
 _MOST_VALUES = 14
 _NUM_BINS = 10
 _MOST_LISTED = 200
+# The script puts in the color of the page's text, which is another one in the dark.
+_INK = {"color": "__color__"}
+_LABELS = {"labelColor": "__color__", "titleColor": "__color__", "labelLimit": 0, "titleLimit": 0}
+_COLUMNS = {"expr": "containerSize()[0] < 500 ? 1 : 3"}
+_CONFIG = {
+    **{"background": "transparent", "view": {"stroke": None}, "axisX": {"tickCount": 6}},
+    **{"title": _INK, "text": _INK, "rule": _INK},
+    "axis": {**_LABELS, "gridColor": "__color__", "gridOpacity": 0.1, "domainOpacity": 0.4},
+    "legend": {**_LABELS, "symbolLimit": 0, "symbolOpacity": 1, "columns": _COLUMNS},
+}
+_ACTIONS = {"export": True, "source": False, "compiled": False, "editor": False}
 _FACTS = ("command", "device", "device_count", "versions", "commit", "started")
 
 
@@ -120,7 +131,8 @@ def _columns(data: Data) -> dict[str, dict[str, Any]]:
     """What the page's script may filter, average and list; shares are in percent."""
     results, frame = data.results, data.frame
     names = [*_FIRST, "num_examples", *results.measures, *results.tags, *results.settings]
-    names += ["num_steps", *results.curves, *_TRIAL, "place", "setting", "chosen"]
+    names += ["num_steps", *results.curves, *_TRIAL, "place", "setting", "settings", "chosen"]
+    frame = frame.assign(settings=_settings(data))
     columns = {}
     for name in dict.fromkeys(name for name in names if name in frame):
         values, factor = frame[name], scale_of(name)
@@ -134,6 +146,17 @@ def _columns(data: Data) -> dict[str, dict[str, Any]]:
             values = values.map(lambda v, k=factor: np.multiply(k, v).tolist(), na_action="ignore")
         columns[name] = _encode(values)
     return columns
+
+
+def _settings(data: Data) -> pd.Series:
+    """What a row's method was set to, as text."""
+    names = [*data.results.settings, *(["num_steps"] if "num_steps" in data.frame else [])]
+    lines = data.frame.drop_duplicates("setting").set_index("setting")[names]
+    texts = {
+        number: ", ".join(f"{title_of(str(name))} {words(v)}" for name, v in line.dropna().items())
+        for number, line in lines.iterrows()
+    }
+    return data.frame["setting"].map(texts)
 
 
 def _choices(data: Data, columns: dict[str, dict[str, Any]]) -> list[tuple[str, list[Any]]]:
@@ -152,7 +175,7 @@ def _payload(data: Data, views: list[charts.View]) -> dict[str, Any]:
     """All that the page's script needs, ready for JSON."""
     results, columns, axes = data.results, _columns(data), charts.axes(data)
     measures = [name for name in results.measures if name in columns]
-    hidden = {"place", "setting", "chosen", "worse", *results.curves, *_TRIAL}
+    hidden = {"place", "setting", "settings", "chosen", "worse", *results.curves, *_TRIAL}
     listed = [n for n in columns if n not in hidden and not n.endswith((" change", " fell"))]
     # The link to a log stands first, long texts last.
     listed = [n for n in (*_TRIAL[:1], *listed, *_TRIAL[1:]) if n in columns]
@@ -160,21 +183,19 @@ def _payload(data: Data, views: list[charts.View]) -> dict[str, Any]:
     return {
         "rows": len(data.frame),
         "columns": columns,
-        "titles": {name: title_of(name) for name in columns} | {"num_steps": "steps"},
+        "titles": {name: title_of(name) for name in (*columns, "num_steps")},
         "roles": [r for r in ("reported", "validation") if r in roles] or ["reported"],
         "measures": measures,
         "primary": results.primary,
         "prices": [n for n in ("cost", "milliseconds") if n in measures],
         "axes": axes,
-        "settings": [n for n in (*results.settings, "num_steps") if n in columns],
         "curves": list(results.curves),
         "choices": _choices(data, columns),
         "searched": [n for n in (*_SEARCHED, *results.tags) if n in columns],
         "shown": listed,
-        "constant": [n for n in listed if n != "method" and len({*columns[n]["codes"]}) == 1],
+        "table": [_listed(name, columns[name]) for name in listed],
         "methods": data.methods,
         "groups": table.groups(data),
-        "domains": data.domains,
         "t95": intervals.T95,
         "no_interval": intervals.NO_INTERVAL,
         "replicates": {
@@ -186,7 +207,18 @@ def _payload(data: Data, views: list[charts.View]) -> dict[str, Any]:
             if name in (results.primary, "gain", "turned_right", "turned_wrong")
         },
         "logs": _logs(data),
-        "views": [_view(view, data) for view in views],
+        "views": [_view(view, data) | {"panel": p} for view in views for p in view.panels],
+    }
+
+
+def _listed(name: str, column: dict[str, Any]) -> dict[str, Any]:
+    """How DataTables lists a column; a type that is named needs no look at every row."""
+    numbers = all(isinstance(value, (int, float)) for value in column["values"])
+    return {
+        "type": "num" if numbers else "string",
+        "visible": name == "method" or len({*column["codes"]}) > 1,
+        "searchable": False,
+        "orderSequence": ["asc", "desc", ""],
     }
 
 
@@ -197,8 +229,14 @@ def _view(view: charts.View, data: Data) -> dict[str, Any]:
         chart = view.draw(alt.NamedData("rows"), data, title).properties(width="container")
         spec = {k: v for k, v in chart.to_dict().items() if k not in ("$schema", "config")}
         # Charts of a fixed height per line fit the width of the page alone.
-        spec["autosize"] = {"type": "fit-x", "contains": "padding"}
-    return {**view._asdict(), "draw": None, "title": None, "text": None, "spec": spec}
+        spec |= {"autosize": {"type": "fit-x", "contains": "padding"}, "config": _CONFIG}
+        spec["usermeta"] = {"embedOptions": {"actions": _ACTIONS}}
+    several = len(view.values) > 1
+    return view._asdict() | {
+        **{"draw": None, "title": None, "text": None, "spec": spec},
+        "column": "measure" if several else "domain",
+        "columns": view.values if several else (*data.domains, "mean"),
+    }
 
 
 def _logs(data: Data) -> dict[str, str]:

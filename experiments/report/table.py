@@ -239,11 +239,12 @@ def difference(data: Data, method: str, other: str) -> tuple[float, float, str]:
     return lines["mean"][0], lines["half"][0], lines["basis"][0]
 
 
-def groups(data: Data) -> list[str]:
-    """Returns per method, in their order, what it adapts to."""
+def groups(data: Data) -> list[tuple[str, list[str]]]:
+    """Returns what methods adapt to, each with its methods, in their order."""
     first = data.frame.dropna(subset=["method"]).groupby("method").first()
     scopes = first["scope"].map(_GROUPS).fillna("adapts").where(first["steps"], "no gradient step")
-    return scopes.reindex(data.methods).tolist()
+    methods = scopes.reindex(data.methods).reset_index().groupby("scope", sort=False)["method"]
+    return [(str(group), part.tolist()) for group, part in methods]
 
 
 def as_run(data: Data) -> pd.DataFrame:

@@ -150,7 +150,7 @@ def test_other_tasks_need_no_code(tmp_path):
     assert line_of(table.means(data), "source")["mean"] == 3.0
     assert line_of(table.means(data, "gain"), "next_token")["mean"] == 1.0
     text = page.render(data, name="documents")
-    assert "bits per byte" in text and 'data-control="source_kind"' in text
+    assert "bits per byte" in text and 'name="source_kind"' in text
     assert "2.000, 1.000 below source" in lead_of(data) and "%" not in lead_of(data)
 
 
