@@ -237,8 +237,12 @@ def test_what_is_chosen_on_long_streams_is_scored_along_them(dense, dense_folder
 def test_seeds_share_their_compiled_programs_and_nothing_else(dense, tmp_path):
     config = diagnosed.get_config()
     config.train.num_steps, config.seeds = 4, (0, 1)
-    del config.methods.rotation_online
-    config.methods.tent_online = {"method": "tent", "predict": "after", "learning_rate": 0.05}
+    tiny_config.with_methods(
+        config,
+        source={},
+        rotation={"method": "ttt_rotation", "copies": 2, "num_steps": 1, "learning_rate": 0.03},
+        tent_online={"method": "tent", "predict": "after", "learning_rate": 0.05},
+    )
     # A chunk size of its own, so that no other test has compiled the programs.
     config.adapt.update({"chunk_size": 7, "batch_size": 10})
     part = adapt.Part(domains=("clean", "fog", VALIDATION[0]))
