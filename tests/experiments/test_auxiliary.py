@@ -49,7 +49,7 @@ def test_a_task_trains_its_head_and_names_its_loss(dense, tmp_path, aux, losses,
 def one_step(config, task):
     """Parameters before and after a training step on eight images, its losses and the images."""
     config.train.batch_size = 8
-    before, optimizer = task.init(jax.random.key(0)), settings.training_optimizer(config)
+    before, optimizer = jax.jit(task.init)(jax.random.key(0)), settings.training_optimizer(config)
     step = jax.jit(train.make_step(config, task, optimizer))
     batch = next(task.training(0).steps(0))
     state = optimizer.init(before["params"])

@@ -8,7 +8,7 @@ import pytest
 from experiments import adapt, train
 from experiments.tasks import images
 from experiments.tasks.image_metrics import class_groups
-from tests.experiments import tiny_config
+from tests.experiments import diagnosed, tiny_config
 
 
 def test_groups_are_thirds_by_training_images():
@@ -22,14 +22,14 @@ def test_groups_are_thirds_by_training_images():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(dense, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tail")
-    config = tiny_config.with_methods(tiny_config.get_config(), source={})
+    config = tiny_config.with_methods(diagnosed.get_config(), source={})
     config.data.imbalance = 20
     config.adapt.corruptions = "none"
     config.train.update({"aux": "none", "num_steps": 3, "log_every": 3})
     train.run(config, str(folder))
-    assert adapt.run(config, str(folder)) == 0
+    assert adapt.run(config, str(folder), devices=1) == 0
     lines = (folder / "results.jsonl").read_text().splitlines()
     return config, folder, [json.loads(line) for line in lines]
 

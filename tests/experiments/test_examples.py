@@ -1,29 +1,34 @@
 """The pictures of a run: which instances, what was predicted of them, rows left as they are."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
-from experiments import adapt, examples, journal, settings, tasks, train
+from experiments import adapt, examples, journal, settings, tasks
 from experiments.report import pictures
-from tests.experiments import tiny_config
+from tests.experiments import diagnosed, tiny_config
 from ttt_jax import checkpoint, evaluation
+
+PART = adapt.Part(domains=("clean", "fog", "contrast"))
 
 
 def config_of():
     """The stream before the method that adapts each instance alone, of one setting each."""
-    config = tiny_config.get_config()
+    config = diagnosed.get_config()
+    # One batch: the numbers of the streams, which say which image is kept, are below its size.
+    config.adapt.batch_size = 30
     methods = config.methods.to_dict()
-    rotation = methods.pop("rotation") | {"learning_rate": 0.03}
+    rotation = methods.pop("rotation")
     return tiny_config.with_methods(config, **methods, rotation=rotation)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(dense, dense_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    train.run(config_of(), str(folder))
-    part = adapt.Part(domains=("clean", "fog", "contrast"))
-    assert adapt.run(config_of(), str(folder), part=part) == 0
+    shutil.copytree(dense_folder / "checkpoints", folder / "checkpoints")
+    assert adapt.run(config_of(), str(folder), devices=1, part=PART) == 0
     return folder
 
 
@@ -75,7 +80,6 @@ def test_what_is_kept_was_predicted_by_the_method_that_is_shown(run, tmp_path):
 def test_a_resumed_run_keeps_its_pictures(run):
     before = (run / "examples.npz").read_bytes()
     rows = journal.Journal(run / "results.jsonl").rows()
-    part = adapt.Part(domains=("clean", "fog", "contrast"))
-    assert adapt.run(config_of(), str(run), part=part) == 0
+    assert adapt.run(config_of(), str(run), devices=1, part=PART) == 0
     assert (run / "examples.npz").read_bytes() == before
     assert journal.Journal(run / "results.jsonl").rows() == rows

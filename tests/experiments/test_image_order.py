@@ -8,7 +8,7 @@ import pytest
 
 from experiments import adapt, journal, train, units
 from experiments.tasks import image_order, images
-from tests.experiments import tiny_config
+from tests.experiments import diagnosed, tiny_config
 from ttt_jax import data
 
 CORRUPTIONS = data.corruptions.CORRUPTIONS
@@ -116,33 +116,26 @@ def test_first_images_are_the_same_under_every_corruption(source):
     assert np.abs(fog.image - clean.image).max() > 0.01
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    train.run(tiny_config.get_mae_config(), str(folder))
-    return folder
-
-
-def adapted(config, trained, folder):
+def adapted(config, trained, folder, **options):
     shutil.copytree(trained / "checkpoints", folder / "checkpoints")
-    assert adapt.run(config, str(folder)) == 0
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert adapt.run(config, str(folder), devices=1, **options) == 0
+    return journal.Journal(folder / "results.jsonl").rows()
 
 
 @pytest.fixture(scope="module")
-def in_sequence(trained, tmp_path_factory):
-    config = tiny_config.get_mae_config()
+def in_sequence(dense, dense_folder, tmp_path_factory):
+    config = diagnosed.get_config()
     # One size of batch, so that every method is compiled once.
     config.adapt.update({"sequence": "domains", "batch_size": 10})
-    config.methods.update(
-        tiny_config.with_methods(
-            tiny_config.get_config(),
-            tent={"episodic": True, "predict": "after", "learning_rate": 0.05},
-            tent_online={"method": "tent", "predict": "after", "learning_rate": 0.05},
-        ).methods
+    tiny_config.with_methods(
+        config,
+        source={},
+        rotation=config.methods.rotation.to_dict(),
+        tent={"episodic": True, "predict": "after", "learning_rate": 0.05},
+        tent_online={"method": "tent", "predict": "after", "learning_rate": 0.05},
     )
     folder = tmp_path_factory.mktemp("sequence") / "run"
-    return config, folder, adapted(config, trained, folder)
+    return config, folder, adapted(config, dense_folder, folder)
 
 
 def test_a_sequence_gives_a_row_per_domain(in_sequence):
@@ -155,12 +148,12 @@ def test_a_sequence_gives_a_row_per_domain(in_sequence):
     }
     assert how == {
         "source": ("per_sample", None, None),
-        "mae": ("per_sample", "episodic", "after"),
+        "rotation": ("per_sample", "episodic", "after"),
         "tent": ("batch", "episodic", "after"),
         "tent_online": ("stream", "per_stream", "after"),
     }
     adapted = {row["method"]: row["adapted_parameters"] for row in rows}
-    assert adapted["source"] == 0 < adapted["tent"] == adapted["tent_online"] < adapted["mae"]
+    assert adapted["source"] == 0 < adapted["tent"] == adapted["tent_online"] < adapted["rotation"]
     for row in rows:
         clean = row["domain"] == "clean"
         assert row["sequence"] == ("none" if clean else "domains")
@@ -169,13 +162,17 @@ def test_a_sequence_gives_a_row_per_domain(in_sequence):
         assert ("drift" in row) == row["method"].endswith("_online")
 
 
-def test_masked_reconstruction_lowers_its_loss(in_sequence):
-    _, folder, rows = in_sequence
-    rows = [row for row in rows if row["method"] == "mae"]
-    assert all(len(row["error_by_step"]) == 2 for row in rows)
+def test_masked_reconstruction_lowers_its_loss(tmp_path):
+    config = tiny_config.get_mae_config()
+    config.adapt.batch_size = 10
+    train.run(config, str(tmp_path))
+    part = adapt.Part(methods=("mae",), domains=("clean", *VALIDATION, *CORRUPTIONS[::3]))
+    assert adapt.run(config, str(tmp_path), devices=1, part=part) == 0
+    rows = journal.Journal(tmp_path / "results.jsonl").rows()
+    assert len(rows) == 1 + 4 + 5 and all(len(row["error_by_step"]) == 2 for row in rows)
     lower = [row["aux_loss_after"] < row["aux_loss_before"] for row in rows]
     assert np.mean(lower) > 0.8
-    tried = json.loads((folder / "selection.json").read_text())["tried"]
+    tried = json.loads((tmp_path / "selection.json").read_text())["tried"]
     assert [entry["params"]["learning_rate"] for entry in tried] == [0.03, 0.1]
     assert tried[0]["params"]["mask_ratio"] == 0.5
 
@@ -186,7 +183,7 @@ def test_a_cut_off_sequence_runs_again_without_doubling_rows(in_sequence, tmp_pa
     results = tmp_path / "run" / "results.jsonl"
     # The last unit is tent_online along the 15 corruptions; six of its rows are lost.
     results.write_text("".join(json.dumps(row) + "\n" for row in rows[:-6]))
-    assert adapt.run(config, str(tmp_path / "run")) == 0
+    assert adapt.run(config, str(tmp_path / "run"), devices=1) == 0
     again = [json.loads(line) for line in results.read_text().splitlines()]
     assert again[:-6] == rows[:-6]
     for new, old in zip(again[-6:], rows[-6:], strict=True):
@@ -194,12 +191,12 @@ def test_a_cut_off_sequence_runs_again_without_doubling_rows(in_sequence, tmp_pa
         assert new["error"] == old["error"]
 
 
-def test_what_keeps_no_state_does_not_mind_the_order(in_sequence, trained, tmp_path):
+def test_what_keeps_no_state_does_not_mind_the_order(in_sequence, dense_folder, tmp_path):
     """Per-sample rows are equal in a mixed stream; a batch there holds several domains."""
     config, _, rows = in_sequence
     mixed = config.copy_and_resolve_references()
     mixed.adapt.sequence = "mixed"
-    other = {journal.key_of(row): row for row in adapted(mixed, trained, tmp_path / "mixed")}
+    other = {journal.key_of(row): row for row in adapted(mixed, dense_folder, tmp_path / "mixed")}
     assert len(other) == len(rows)
     differing = {
         row["method"] for row in rows if other[journal.key_of(row)]["error"] != row["error"]
@@ -207,58 +204,61 @@ def test_what_keeps_no_state_does_not_mind_the_order(in_sequence, trained, tmp_p
     assert differing <= {"tent", "tent_online"} and differing
 
 
-def test_gradual_rows_are_per_severity(trained, tmp_path):
-    config = tiny_config.with_methods(tiny_config.get_mae_config(), source={})
-    config.adapt.sequence = "gradual"
-    rows = adapted(config, trained, tmp_path / "run")
+def test_gradual_rows_are_per_severity(dense, dense_folder, tmp_path):
+    config = tiny_config.with_methods(diagnosed.get_config(), source={})
+    config.adapt.update({"sequence": "gradual", "batch_size": 10})
+    rows = adapted(config, dense_folder, tmp_path / "run")
     reported = [row for row in rows if row["split_role"] == "reported"]
     assert len(reported) == 1 + 15 * 5
     fog = {row["severity"]: row["num_examples"] for row in reported if row["domain"] == "fog"}
     assert sorted(fog) == [1, 2, 3, 4, 5] and sum(fog.values()) == 30 and fog[5] < fog[1]
 
 
-def test_what_is_chosen_on_long_streams_is_scored_along_them(tmp_path):
-    config = tiny_config.get_config()
+def test_what_is_chosen_on_long_streams_is_scored_along_them(dense, dense_folder, tmp_path):
+    config = diagnosed.get_config()
     online = config.methods.rotation_online.copy_and_resolve_references()
     online.learning_rate = (0.01, 0.1)
     tiny_config.with_methods(config, rotation_online=online)
-    train.run(config, str(tmp_path))
-    adapt.run(config, str(tmp_path))
-    first = json.loads((tmp_path / "selection.json").read_text())["tried"]
-    config.adapt.selection_passes = 2
-    shutil.copytree(tmp_path / "checkpoints", tmp_path / "long" / "checkpoints")
-    adapt.run(config, str(tmp_path / "long"))
-    second = json.loads((tmp_path / "long" / "selection.json").read_text())["tried"]
+    tried, num_examples = [], []
+    for passes in (1, 2):
+        config.adapt.selection_passes = passes
+        folder = tmp_path / f"passes_{passes}"
+        rows = adapted(config, dense_folder, folder, part=adapt.Part(domains=VALIDATION))
+        num_examples.append([row["num_examples"] for row in rows])
+        tried.append(json.loads((folder / "selection.json").read_text())["tried"])
     # The rows of the validation split are of one pass.
-    rows = [journal.Journal(tmp_path / name / "results.jsonl").rows() for name in (".", "long")]
-    ours, theirs = (
-        [r["num_examples"] for r in part if r["split_role"] == "validation"] for part in rows
-    )
-    assert ours == theirs and set(ours) == {20}
+    assert num_examples == [[20] * len(VALIDATION)] * 2
     # The second pass meets weights that the first has moved.
-    for short, long in zip(first, second, strict=True):
+    for short, long in zip(*tried, strict=True):
         assert short["params"] == long["params"]
         assert abs(short["cross_entropy"] - long["cross_entropy"]) > 1e-4
 
 
-def test_seeds_share_their_compiled_programs_and_nothing_else(tmp_path):
-    config = tiny_config.get_config()
+def test_seeds_share_their_compiled_programs_and_nothing_else(dense, tmp_path):
+    config = diagnosed.get_config()
     config.train.num_steps, config.seeds = 4, (0, 1)
-    config.methods.rotation.learning_rate = (0.03,)
+    tiny_config.with_methods(
+        config,
+        source={},
+        rotation={"method": "ttt_rotation", "copies": 2, "num_steps": 1, "learning_rate": 0.03},
+        tent_online={"method": "tent", "predict": "after", "learning_rate": 0.05},
+    )
     # A chunk size of its own, so that no other test has compiled the programs.
-    config.adapt.chunk_size = 7
+    config.adapt.update({"chunk_size": 7, "batch_size": 10})
+    part = adapt.Part(domains=("clean", "fog", VALIDATION[0]))
     train.run(config, str(tmp_path / "both"))
-    assert adapt.run(config, str(tmp_path / "both")) == 0
+    assert adapt.run(config, str(tmp_path / "both"), devices=1, part=part) == 0
     config.seeds = (1,)
     shutil.copytree(tmp_path / "both" / "checkpoints", tmp_path / "alone" / "checkpoints")
     # The settings that the first seed chose hold for all.
     shutil.copy(tmp_path / "both" / "selection.json", tmp_path / "alone")
     units._PROGRAMS.clear()
-    assert adapt.run(config, str(tmp_path / "alone")) == 0
+    assert adapt.run(config, str(tmp_path / "alone"), devices=1, part=part) == 0
     both, alone = (
         [row for row in journal.Journal(tmp_path / name / "results.jsonl").rows() if row["seed"]]
         for name in ("both", "alone")
     )
+    assert len(alone) == 3 * len(config.methods)
     assert sum(row["compile_seconds"] for row in alone) > 0
     assert sum(row["compile_seconds"] for row in both) == 0
     timing = {"seconds", "compile_seconds", "samples_per_second"}
@@ -268,11 +268,13 @@ def test_seeds_share_their_compiled_programs_and_nothing_else(tmp_path):
         }
 
 
-def test_runs_with_other_readings_share_no_program(trained, tmp_path):
+def test_runs_with_other_readings_share_no_program(dense, dense_folder, tmp_path):
     """What a method reads before adapting is read beside the source prediction."""
-    config = tiny_config.with_methods(tiny_config.get_mae_config(), source={})
-    adapted(config, trained, tmp_path / "plain")
+    part = adapt.Part(domains=("fog", VALIDATION[0]))
+    config = tiny_config.with_methods(diagnosed.get_config(), source={})
+    config.adapt.batch_size = 10
+    adapted(config, dense_folder, tmp_path / "plain", part=part)
     memo = {"num_views": 2, "learning_rate": 0.01, "probe": "memo"}
-    config = tiny_config.with_methods(tiny_config.get_mae_config(), memo=memo)
-    rows = adapted(config, trained, tmp_path / "probed")
-    assert all(row["aux_loss_before"] > 0 for row in rows)
+    tiny_config.with_methods(config, memo=memo)
+    rows = adapted(config, dense_folder, tmp_path / "probed", part=part)
+    assert rows and all(row["aux_loss_before"] > 0 for row in rows)

@@ -13,7 +13,7 @@ from experiments import adapt, launch, train
 from experiments.configs import pacs
 from experiments.prepare import pacs as prepare_pacs
 from experiments.tasks import image_order, images
-from tests.experiments import tiny_config
+from tests.experiments import diagnosed, tiny_config
 from ttt_jax import data
 
 COUNTS = {"photo": 20, "art_painting": 40, "cartoon": 20, "sketch": 10}
@@ -84,7 +84,7 @@ def natural(folder, sets):
     for name, arrays in prepare_pacs.leave_one_out(sets, "photo", seed=0).items():
         noise = np.random.default_rng(0).integers(0, 256, arrays["images"].shape, np.uint8)
         np.savez(folder / f"{name}.npz", **arrays | {"images": noise})
-    config = tiny_config.get_config()
+    config = diagnosed.get_config()
     config.data.update({"name": f"npz:{folder}/{{split}}.npz", "domain": "photo"})
     config.data.update({"train": "train", "validation": "validation", "test": "test"})
     config.train.update({"aux": "none", "num_steps": 2, "log_every": 2})
@@ -92,11 +92,11 @@ def natural(folder, sets):
     return tiny_config.with_methods(config, source={}, augmented={"num_views": (2, 3)})
 
 
-def test_rows_carry_the_domain_and_settings_are_chosen_on_the_other_domains(sets, tmp_path):
+def test_rows_carry_the_domain_and_settings_are_chosen_on_the_other_domains(dense, sets, tmp_path):
     config = natural(tmp_path, sets)
     folder = tmp_path / "run"
     train.run(config, str(folder))
-    assert adapt.run(config, str(folder)) == 0
+    assert adapt.run(config, str(folder), devices=1) == 0
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     cells = [(row["split_role"], row["domain"], row["severity"]) for row in rows]
     assert cells == [("validation", "clean", 0)] * 2 + [("reported", "photo", 0)] * 2
@@ -105,7 +105,7 @@ def test_rows_carry_the_domain_and_settings_are_chosen_on_the_other_domains(sets
     assert "validation streams (clean)" in record["note"]
     assert [one["params"]["num_views"] for one in record["tried"]] == [2, 3]
     before = (folder / "results.jsonl").read_bytes()
-    assert adapt.run(config, str(folder)) == 0
+    assert adapt.run(config, str(folder), devices=1) == 0
     assert (folder / "results.jsonl").read_bytes() == before
 
 

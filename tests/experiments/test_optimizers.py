@@ -84,7 +84,7 @@ def test_what_the_main_task_trains(main_select):
     config.train.update({"aux_weight": 0.0, "weight_decay": 0.0, "main_select": main_select})
     task, optim = images.task(config), settings.training_optimizer(config)
     step = train.make_step(config, task, optim)
-    before = task.init(jax.random.key(0))
+    before = jax.jit(task.init)(jax.random.key(0))
     batch = next(task.training(0).steps(0))
     state = (before, optim.init(before["params"]))
     after = jax.jit(step)(*state, batch, jax.random.key(0))[0]["params"]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import launch, settings, train
+from experiments import launch, provenance, settings, train
 from experiments.tasks import images
 from tests.experiments import tiny_config
 from tests.experiments.diagnosed import get_config
@@ -121,9 +121,10 @@ def test_a_training_that_diverges_ends_and_says_so(tmp_path, per_call):
     with pytest.raises(launch.UserError, match=r"diverged: after step 4 .* nan.*learning_rate"):
         train.run(config, str(tmp_path / "run"))
     assert not list((tmp_path / "run").rglob("step_*"))
+    assert not list((tmp_path / "run").rglob("seed_0/*"))
     # Nothing was made of it: the folder is free for another rate.
     config.train.learning_rate = 0.1
-    train.run(config, str(tmp_path / "run"))
+    provenance.claim(tmp_path / "run", config)
 
 
 def test_what_nothing_would_train(tmp_path):
