@@ -41,11 +41,10 @@ def environment_of(devices):
     }
 
 
-def start(folder, *flags, config=CONFIG, **environment):
-    """``experiments.adapt`` on two devices in a process of its own."""
-    # As many devices as there are here: a program in the cache is of a host with so many.
-    environment = os.environ | environment_of(jax.local_device_count()) | environment
-    command = [sys.executable, "-m", "experiments.adapt", f"--config={config}", "--devices=2"]
+def start(folder, *flags, devices=2, config=CONFIG, **environment):
+    """``experiments.adapt --distributed`` in a process of its own, with so many devices."""
+    environment = os.environ | environment_of(devices) | environment
+    command = [sys.executable, "-m", "experiments.adapt", f"--config={config}"]
     return subprocess.Popen(
         [*command, f"--workdir={folder}", f"--domains={','.join(DOMAINS)}", *flags],
         cwd=ROOT,
@@ -93,9 +92,7 @@ def alone(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
     shutil.copytree(trained, folder)
     config, part = team_config.get_config(), adapt.Part(domains=DOMAINS)
-    # On as many devices as each of the processes, which then find what this one compiled.
-    devices = min(2, jax.local_device_count())
-    assert adapt.run(config, str(folder), part=part, devices=devices) == 0
+    assert adapt.run(config, str(folder), part=part, devices=1) == 0
     return folder
 
 
