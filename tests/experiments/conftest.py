@@ -1,8 +1,18 @@
 """Models that are trained once for the tests of several programs."""
 
+import jax
 import pytest
 
 from . import diagnosed as diagnosed_lib, tiny_model
+
+
+@pytest.fixture(scope="package", autouse=True)
+def every_program_cached():
+    """A run begun anew compiles its programs again: here the quick ones are cached too."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 @pytest.fixture(scope="session")

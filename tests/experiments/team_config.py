@@ -1,10 +1,14 @@
-"""The cut-down demo with a method of each scope, for runs of several processes."""
+"""A dense model with a method of each scope, for runs of several processes."""
 
-from tests.experiments import tiny_config
+from experiments.tasks import networks
+from tests.experiments import tiny_config, tiny_model
 
 
 def get_config():
+    # A process of its own knows the model by nothing else.
+    networks.MODELS.setdefault("dense", tiny_model.Dense)
     config = tiny_config.get_config()
+    config.model = {"name": "dense"}
     config.methods.rotation.learning_rate = (0.01,)
     config.methods.tent = {"episodic": True, "predict": "after", "learning_rate": 0.01}
     return config
