@@ -44,7 +44,7 @@ test-faults: $(VENV)/.dev
 
 # A Slurm of its own on this machine: needs root and `apt install slurm-wlm munge`.
 test-slurm: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slurm tests/experiments/test_sweep_slurm.py tests/experiments/test_distributed_slurm.py
+	$(BIN)/python -m pytest -m slurm tests/experiments/test_sweep_slurm.py
 
 # The pages are read once, by the first of the two.
 docs: DOCTREES = docs/_build/doctrees

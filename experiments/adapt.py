@@ -9,12 +9,12 @@ of the config on the validation and the reported streams of its task. Appends on
 stream, combination of tags and seed to ``WORKDIR/results.jsonl``. Run it again to resume: finished
 rows are kept and skipped, failed ones run again.
 
-It uses all devices of its process. With ``--distributed``, several processes share the work: each
-takes methods on streams of its own; the first one alone writes.
+It uses all devices of its process. Several processes, on any machines that see the folder, share
+the work with ``--shard=i/N``: each takes every N-th pair of a method and a stream, and appends to a
+file of its own, ``results.i-of-N.jsonl``. No process waits for another one's rows. A run without
+``--shard`` makes what is missing, and one file of all rows.
 """
 
-import contextlib
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,7 +33,6 @@ from experiments import (
     seed_run,
     settings,
     tasks,
-    team as team_lib,
     writers,
 )
 from ttt_jax import checkpoint
@@ -71,7 +70,7 @@ def run(
     trackers: Sequence[str] = (),
     part: Part = Part(),  # noqa: B008 (immutable)
     devices: int = 0,
-    team: team_lib.Team = team_lib.ALONE,
+    shard: journal.Shard = journal.WHOLE,
 ) -> int:
     """Adapts every seed of a config; returns the exit status, 1 if any method failed on a stream.
 
@@ -84,15 +83,14 @@ def run(
       trackers: where scalars go beside the folder, see :mod:`experiments.writers`.
       part: which rows to make.
       devices: how many of this process's devices to use; 0 for all.
-      team: the processes that share the run.
+      shard: which of the processes that share the folder this one is.
 
     Raises:
       UserError: a part that there is not, impossible seeds, or a work folder that is not fit.
     """
     launch.check_seeds(config)
-    first = team.index == 0
-    workdir = launch.open_workdir(folder) if first else pathlib.Path(folder)
-    with launch.locked(workdir) if first else contextlib.nullcontext():
+    workdir = launch.open_workdir(folder)
+    with journal.locked(workdir, shard):
         task = tasks.build(config)
         candidates = settings.candidates(config, task)
         if part.methods:
@@ -100,32 +98,27 @@ def run(
             candidates = {label: candidates[label] for label in candidates if label in wanted}
         mesh = mesh_of(devices)
         # Once all is checked: a config that cannot be run must not keep the folder.
-        if first:
-            count = 1 if mesh is None else mesh.size
-            provenance.claim(workdir, config, devices=count, processes=team.count)
-        journal_path, identity = workdir / "results.jsonl", result_rows.identity
-        rows = journal.Journal(journal_path, identity=identity).rows() if first else None
-        rows = team_lib.agreed(team, rows)
-        results = journal.Journal(journal_path, None if first else rows, identity=identity)
-        with writers.open_writer(workdir, trackers if first else ()) as writer:
+        count = 1 if mesh is None else mesh.size
+        with launch.locked(workdir, ".lock.run", wait=True):
+            provenance.claim(workdir, config, devices=count, shards=shard.count)
+        results = journal.Journal(workdir / "results.jsonl", shard=shard)
+        with writers.open_writer(workdir, trackers) as writer:
             for seed in config.seeds:
                 path = checkpoint_path or pristine_lib.path_of(workdir, seed)
                 sharding = None
                 if mesh is not None:
                     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
                 held = pristine_lib.load(path, task, config, sharding=sharding)
-                model = seed_run.SeedRun(config, task, held, seed, restore, mesh)
-                chosen = model.choose(workdir / "selection.json", candidates, team)
+                model = seed_run.SeedRun(config, task, held, seed, restore, mesh, shard)
+                chosen = model.choose(workdir / "selection.json", candidates)
                 for role in ("validation", "reported"):
-                    model.evaluate(role, chosen, part.domains, results, writer, team)
-    return _summary(results, team)
+                    model.evaluate(role, chosen, part.domains, results, writer)
+    return _summary(results, shard)
 
 
-def _summary(results: journal.Journal, team: team_lib.Team) -> int:
-    failed = team_lib.agreed(team, len(results.failed))
-    if team.index:
-        return int(failed > 0)
-    print(f"{len(results.rows())} rows in {results.path}, {failed} failed")
+def _summary(results: journal.Journal, shard: journal.Shard) -> int:
+    of_all = "" if shard == journal.WHOLE else " and the files of other shards"
+    print(f"{len(results.rows())} rows in {results.path}{of_all}, {len(results.failed)} failed")
     for line in result_rows.not_adapted(results.rows()):
         print(line, file=sys.stderr)
     for row in results.failed:
@@ -136,25 +129,17 @@ def _summary(results: journal.Journal, team: team_lib.Team) -> int:
 def main(argv: Sequence[str]) -> int:
     """The program."""
     del argv
-    where = team_lib.Rendezvous(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    if not _DISTRIBUTED.value and where != team_lib.Rendezvous():
-        raise launch.UserError(
-            "--coordinator, --num_processes and --process_id need --distributed."
-        )
-    joined = team_lib.joined(where._replace(patience_s=_PATIENCE.value))
-    with joined if _DISTRIBUTED.value else contextlib.nullcontext(team_lib.ALONE) as team:
-        return run(
-            _CONFIG.value,
-            _WORKDIR.value,
-            restore=_RESTORE.value,
-            checkpoint_path=_CHECKPOINT.value,
-            trackers=_TRACKERS.value,
-            part=Part(
-                launch.given("methods", _METHODS.value), launch.given("domains", _DOMAINS.value)
-            ),
-            devices=_DEVICES.value,
-            team=team,
-        )
+    part = Part(launch.given("methods", _METHODS.value), launch.given("domains", _DOMAINS.value))
+    return run(
+        _CONFIG.value,
+        _WORKDIR.value,
+        restore=_RESTORE.value,
+        checkpoint_path=_CHECKPOINT.value,
+        trackers=_TRACKERS.value,
+        part=part,
+        devices=_DEVICES.value,
+        shard=journal.shard(_SHARD.value),
+    )
 
 
 if __name__ == "__main__":
@@ -172,13 +157,5 @@ if __name__ == "__main__":
     _METHODS = flags.DEFINE_list("methods", None, "Only these methods of the config.")
     _DOMAINS = flags.DEFINE_list("domains", None, "Only these domains, such as clean,fog.")
     _DEVICES = flags.DEFINE_integer("devices", 0, "Devices of each process to use; 0: all.")
-    _DISTRIBUTED = flags.DEFINE_bool(
-        "distributed", False, "Share the work with other processes; under Slurm JAX finds them."
-    )
-    _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process.")
-    _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
-    _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
-    _PATIENCE = flags.DEFINE_integer(
-        "initialization_timeout", 300, "Seconds to wait for all processes at the start.", 1
-    )
+    _SHARD = journal.define_flag()
     launch.run(main)

@@ -1,11 +1,12 @@
 """``selection.json``: which candidate of each method validation chose, and all that were tried."""
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments import launch, provenance, team as team_lib
+from experiments import journal, launch, provenance
 from experiments.settings import Candidate
 from ttt_jax import tuning
 from ttt_jax.task import Task
@@ -31,65 +32,90 @@ def choose(
     candidates: Mapping[str, Sequence[Candidate]],
     task: Task,
     runs: Any,
-    team: team_lib.Team,
+    shard: journal.Shard = journal.WHOLE,
 ) -> dict[str, Candidate]:
     """The chosen candidate per method; reads ``selection.json`` if the folder has one.
 
-    The file is written after every candidate, and those that it has are not measured again.
+    The file is written after every candidate, and those that it has are not measured again. A shard
+    begins with candidates of its own, then measures what no process is at work on, and waits for
+    what another one measures.
 
     Args:
       path: ``selection.json``: ``{"note", "chosen": {method: settings}, "tried": [...]}``.
       candidates: of each method.
       task: whose ``chooses`` decides.
       runs: the model of a seed, an :class:`experiments.seed_run.SeedRun`.
-      team: the processes that share the run.
+      shard: of the process.
 
     Raises:
       UserError: a damaged file, or one that another model chose.
     """
-    record: dict[str, Any] = {
-        "note": _note(task, runs.streams),
-        "seed": runs.seed,
-        "checkpoint": runs.fingerprint,
-        "chosen": {},
-        "tried": [],
-    }
-    if team.index == 0 and path.exists():
-        record = read(path)
-        _require_model(path, record, runs, candidates)
-    record = team_lib.agreed(team, record)
-
-    def save() -> None:
-        if team.index == 0:
-            launch.write_json(path, record)
-
-    for label, grid in candidates.items():
+    book = _Book(path, task, runs)
+    record = book.read()
+    _require_model(path, record, runs, candidates)
+    for number, (label, grid) in enumerate(candidates.items()):
         if label in record["chosen"]:
             continue
-        # What failed is tried again.
-        record["tried"] = [
-            entry for entry in record["tried"] if entry["method"] != label or "message" not in entry
-        ]
         several = grid if len(grid) > 1 else ()
-        todo = [one for one in several if _entry(record, one) is None]
-        # Each process measures one; one that is measured is not measured again.
-        for start in range(0, len(todo), team.count):
-            part = todo[start : start + team.count]
-            scores = runs.score(part[team.index]) if team.index < len(part) else None
-            reports = team.collect(json.dumps(scores).encode())
-            for candidate, report in zip(part, reports or (), strict=False):
-                entry = {"method": label, "params": candidate.settings}
-                record["tried"].append(entry | json.loads(report))
-            save()
-        entries = [_entry(record, candidate) for candidate in several]
-        trials = [_trial(task, entry) for entry in entries if entry is not None]
-        position = tuning.best(trials) if trials else 0
-        record["chosen"][label] = _plain(grid[team_lib.agreed(team, position)])
-        save()
+        _measure(book, several, runs, shard, f".lock.{number}")
+        with book.changing() as record:
+            entries = [_entry(record, candidate) for candidate in several]
+            trials = [_trial(task, entry) for entry in entries if entry is not None]
+            best = _plain(grid[tuning.best(trials) if trials else 0])
+            record["chosen"].setdefault(label, best)
     return {
         label: next(one for one in grid if _plain(one) == record["chosen"][label])
         for label, grid in candidates.items()
     }
+
+
+class _Book:
+    """``selection.json``, to which several processes may add."""
+
+    def __init__(self, path: pathlib.Path, task: Task, runs: Any):
+        self.path = path
+        self._new = {
+            "note": _note(task, runs.streams),
+            "seed": runs.seed,
+            "checkpoint": runs.fingerprint,
+        }
+
+    def read(self) -> dict[str, Any]:
+        if self.path.exists():
+            return read(self.path)
+        return {**self._new, "chosen": {}, "tried": []}
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[dict[str, Any]]:
+        """The record, written once it is changed."""
+        with launch.locked(self.path.parent, ".lock.selection", wait=True):
+            record = self.read()
+            yield record
+            launch.write_json(self.path, record)
+
+
+def _measure(
+    book: _Book, grid: Sequence[Candidate], runs: Any, shard: journal.Shard, lock: str
+) -> None:
+    """Sees to it that every candidate of a method has an entry that is no earlier failure."""
+    record = book.read()
+    entries = [_entry(record, candidate) for candidate in grid]
+    failures = [entry for entry in entries if entry is not None and "message" in entry]
+    order = sorted(enumerate(grid), key=lambda pair: not shard.takes(pair[0]))
+    for wait in (False, True):
+        for number, candidate in order:
+            taken = launch.locked(book.path.parent, f"{lock}.{number}", wait=wait)
+            with contextlib.suppress(launch.BusyError), taken:
+                entry = _entry(book.read(), candidate)
+                if entry is not None and entry not in failures:
+                    continue
+                if entry is not None:
+                    failures.remove(entry)
+                new = {"method": candidate.label, "params": candidate.settings}
+                new |= runs.score(candidate)
+                with book.changing() as record:
+                    record["tried"] = [held for held in record["tried"] if held != entry]
+                    record["tried"].append(new)
 
 
 def _note(task: Task, streams: Sequence[str]) -> str:

@@ -8,9 +8,8 @@ Measures the trained checkpoint of ``W`` (or ``--checkpoint``) and appends one l
 (corruption, severity, seed) to ``W/diagnostics.jsonl``: gradient alignment, errors before and
 after, monitors of collapse and harm, a map over learning rates and steps. At the end
 ``W/diagnostics.json`` holds all rows of the method with their origin and the correlation between
-mean inner product and gain, ``W/diagnostics.html`` their scatter plot. Run it again to resume. Rows
-of a method in a work folder are about the same images, settings and model: others are refused.
-``experiments.merge --program=diagnose`` joins work folders that have cells of their own.
+mean inner product and gain, ``W/diagnostics.html`` their scatter plot. Run it again to resume.
+``--shard`` is as in ``adapt``. Other images, settings or models of a method are refused.
 """
 
 import math
@@ -112,6 +111,7 @@ def run(
     options: Options = Options(),  # noqa: B008 (immutable)
     *,
     checkpoint_path: str | None = None,
+    shard: journal.Shard = journal.WHOLE,
 ) -> dict[str, Any]:
     """Measures all cells that have no row yet.
 
@@ -120,18 +120,18 @@ def run(
       folder: the work folder.
       options: what to measure.
       checkpoint_path: a checkpoint for all seeds; None takes the folder's own.
+      shard: which of several processes this is; each takes every N-th cell.
 
     Returns:
-      The record that ``diagnostics.json`` holds: origin, ``correlation``, ``rows``.
+      The record that ``diagnostics.json`` holds: origin, ``correlation``, ``rows``; nothing where
+      there is no row, as of a shard that has no cell.
 
     Raises:
       UserError: impossible options, or a folder whose rows were made otherwise.
     """
     launch.check_seeds(config)
-    options = checked(options)
-    workdir = launch.open_workdir(folder)
-    with launch.locked(workdir):
-        diagnose_record.require_own(workdir)
+    options, workdir = checked(options), launch.open_workdir(folder)
+    with journal.locked(workdir, shard):
         task = tasks.build(config)
         source = images.load_data(config, options.split)
         name, grid = diagnosis.candidates_of(config, options.method, task)
@@ -140,7 +140,7 @@ def run(
         count = min(options.num_images, len(source))
         network = images.ImageModel(config, source)
         program = diagnosis.Program(network, name, settings, rates, config.adapt.chunk_size)
-        book = journal.Journal(workdir / "diagnostics.jsonl")
+        book = journal.Journal(workdir / "diagnostics.jsonl", shard=shard)
         for seed in config.seeds:
             path = checkpoint_path or pristine_lib.path_of(workdir, seed)
             pristine = pristine_lib.load(path, task, config)
@@ -156,29 +156,29 @@ def run(
                 "config": diagnose_record.made_with(config, options.split),
             }
             diagnose_record.require_same(book, fields, config)
-            cells = [cell | fields for cell in cells_of(config, options)]
-            todo = [cell for cell in cells if book.get(**cell) is None]
+            own = [cell for n, cell in enumerate(cells_of(config, options)) if shard.takes(n)]
+            todo = [cell for cell in own if book.get(**cell, **fields) is None]
 
             def read(cell: dict[str, Any], seed: int = seed) -> data.DomainBatch:
-                where = cell["domain"], cell["severity"]
-                return image_order.first_images(config, source, *where, count, seed)
+                return image_order.first_images(config, source, **cell, count=count, seed=seed)
 
-            batches = grain.MapDataset.source(todo).map(read).to_iter_dataset(_AHEAD)
-            bar = tqdm.tqdm(batches, desc=f"seed {seed}", total=len(todo), disable=None)
-            for cell, batch in zip(todo, bar, strict=True):
+            ahead = grain.MapDataset.source(todo).map(read).to_iter_dataset(_AHEAD)
+            batches = tqdm.tqdm(ahead, desc=f"seed {seed}", total=len(todo), disable=None)
+            for cell, batch in zip(todo, batches, strict=True):
                 keys = ttt.sample_keys(jax.random.key(seed), batch.id)
                 arrays = jnp.asarray(batch.image), jnp.asarray(batch.label), keys
                 row = program(pristine.restore("memory"), *arrays)
-                book.add({**cell, "status": "ok", **row})
+                book.add({**cell, **fields, "status": "ok", **row})
         rows = [row for row in book.rows() if row["method"] == options.method]
-        return diagnose_record.write(workdir, provenance.of(config), rows)
+        return diagnose_record.write(workdir, provenance.of(config), rows) if rows else {}
 
 
 def main(argv: Sequence[str]) -> None:
     """The program."""
     del argv
     values = {name: holder.value for name, holder in _FLAGS.items()}
-    run(_CONFIG.value, _WORKDIR.value, Options(**values), checkpoint_path=_CHECKPOINT.value)
+    more = {"checkpoint_path": _CHECKPOINT.value, "shard": journal.shard(_SHARD.value)}
+    run(_CONFIG.value, _WORKDIR.value, Options(**values), **more)
 
 
 if __name__ == "__main__":
@@ -186,6 +186,7 @@ if __name__ == "__main__":
     _CHECKPOINT = flags.DEFINE_string(
         "checkpoint", None, "Checkpoint to diagnose; default: WORKDIR/checkpoints/seed_SEED."
     )
+    _SHARD = journal.define_flag()
     _FLAGS = {
         "method": flags.DEFINE_string("method", "rotation", "Whose settings to use."),
         "split": flags.DEFINE_enum("split", "test", list(diagnose_record.ROLES), "Which images."),

@@ -1,6 +1,5 @@
 """What made the rows of :mod:`experiments.diagnose`, and the record and the page of a method."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -75,23 +74,6 @@ def require_same(
                 "another --workdir, or remove the file."
             )
         provenance.require_same(differences(row, fields, config), book.path)
-
-
-def require_own(workdir: pathlib.Path) -> None:
-    """Refuses a folder whose record ``experiments.merge`` made: it says where each part was made.
-
-    Raises:
-      UserError: naming what to do instead.
-    """
-    try:
-        merged = "parts" in json.loads((workdir / "diagnostics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if merged:
-        raise launch.UserError(
-            f"{workdir} has the rows of several work folders; make others in a folder of their own "
-            "(--workdir) and join it with experiments.merge."
-        )
 
 
 def write(

@@ -1,24 +1,94 @@
 """Rows in a file of JSON lines: appended whole, never lost and never doubled.
 
-``results.jsonl`` has one per trial; the diagnostics have files of their own.
+``results.jsonl`` has one per trial; the diagnostics have files of their own. Each process of a run
+that is shared has a file of its own beside it, and reads those of all.
 """
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import ml_collections
+from absl import flags
 
 from experiments import launch
 
-KEY = ("method", "dataset", "domain", "severity", "seed", "split_role")
+# Of rows that do not say their tags, as those of earlier releases.
+_TAGS = ("domain", "severity", "document", "source")
 
 
-def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What identifies a row of :data:`KEY`."""
-    return tuple(row[name] for name in KEY)
+class Shard(NamedTuple):
+    """One of ``count`` processes that share a work folder; ``index`` counts from 0."""
+
+    index: int = 0
+    count: int = 1
+
+    def takes(self, position: int) -> bool:
+        """Whether the unit at a position of the list of all units is this process's."""
+        return position % self.count == self.index
+
+    @property
+    def name(self) -> str:
+        """Part of the names of its files; empty for the only process."""
+        return "" if self.count == 1 else f".{self.index}-of-{self.count}"
+
+
+WHOLE = Shard()
+
+
+def shard(text: str) -> Shard:
+    """The shard that ``i/N`` means.
+
+    Raises:
+      UserError: no such text, or ``i`` is not from 0 to N - 1.
+    """
+    index, _, count = text.partition("/")
+    if index.isdigit() and count.isdigit() and int(index) < int(count):
+        return Shard(int(index), int(count))
+    raise launch.UserError(
+        "--shard must be i/N, the i-th of N processes, where i counts from 0 to N - 1; got "
+        f"{text!r}. Write --shard=0/2 and --shard=1/2 for two."
+    )
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path, shard: Shard) -> Iterator[None]:
+    """Holds a work folder, which shards share; no two programs write the same file of rows.
+
+    Raises:
+      BusyError: another program uses the folder, or is the same shard.
+    """
+    if shard == WHOLE:
+        with launch.locked(folder):
+            yield
+    else:
+        with launch.locked(folder, shared=True), launch.locked(folder, f".lock{shard.name}"):
+            yield
+
+
+def define_flag() -> flags.FlagHolder[Any]:
+    """Defines ``--shard``; not at import, as programs are imported too."""
+    text = "i/N: this is the i-th, from 0, of N processes that share the work folder."
+    return flags.DEFINE_string("shard", "0/1", text)
+
+
+def files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files of rows that there are: ``path`` and those of shards beside it."""
+    shards = sorted(path.parent.glob(f"{path.stem}.*-of-*{path.suffix}"))
+    return [path, *shards] if path.exists() else shards
+
+
+def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What identifies a row: its method, stream and tags, data, seed and role."""
+    names = ("method", "dataset", "seed", "split_role")
+    tags = [
+        [name, row[name]] for name in sorted(row.get("tags", _TAGS)) if row.get(name) is not None
+    ]
+    stream = row.get("stream", row.get("domain"))
+    return (*(row[name] for name in names), json.dumps([stream, tags]))
 
 
 def made_with(config: ml_collections.ConfigDict, names: Sequence[str]) -> dict[str, Any]:
@@ -31,7 +101,7 @@ def made_with(config: ml_collections.ConfigDict, names: Sequence[str]) -> dict[s
 
 
 def read(
-    path: pathlib.Path, key: Callable[[dict[str, Any]], tuple[Any, ...]] = key_of
+    path: pathlib.Path, key: Callable[[Mapping[str, Any]], tuple[Any, ...]] = identity
 ) -> tuple[list[dict[str, Any]], bool]:
     """The rows of a file, which is left as it is; whether its last line is whole.
 
@@ -64,32 +134,48 @@ class Journal:
     Opening one drops a last line that a killed writer left unfinished, and the failed rows, so
     that these trials run again. The rows of a trial are one ``write``, flushed to the disk.
 
-    Of several processes one alone opens the file; the others are given the rows that it had.
-    ``identity`` is what identifies a row, where that is not :data:`KEY`.
+    A shard reads the rows of all and writes a file of its own. Without one, the rows of all shards
+    become one file.
+
+    Args:
+      path: of the file.
+      shard: of the process.
+      identity: what identifies a row.
     """
 
     def __init__(
         self,
         path: pathlib.Path,
-        rows: Iterable[dict[str, Any]] | None = None,
         *,
-        identity: Callable[[dict[str, Any]], tuple[Any, ...]] = key_of,
+        shard: Shard = WHOLE,
+        identity: Callable[[Mapping[str, Any]], tuple[Any, ...]] = identity,
     ):
-        self.path = path
+        self.path = path.with_name(f"{path.stem}{shard.name}{path.suffix}")
         self._identity = identity
         self.failed: list[dict[str, Any]] = []
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-        if rows is not None:
-            self._rows = {identity(row): row for row in rows}
-        elif path.exists():
-            self._load()
+        others = [file for file in files(path) if file != self.path]
+        self._load(self.path, others if shard == WHOLE else [])
+        for other in others if shard != WHOLE else ():
+            rows, _ = read(other, identity)
+            self._take(rows)
 
-    def _load(self) -> None:
-        found, whole = read(self.path, self._identity)
-        self._rows = {self._identity(row): row for row in found if row.get("status") == "ok"}
-        if not whole or any(row.get("status") != "ok" for row in found):
+    def _take(self, rows: Iterable[dict[str, Any]]) -> None:
+        for row in rows:
+            if row.get("status") == "ok":
+                self._rows.setdefault(self._identity(row), row)
+
+    def _load(self, path: pathlib.Path, more: Sequence[pathlib.Path]) -> None:
+        changed = bool(more)
+        for file in [path] * path.exists() + [*more]:
+            rows, whole = read(file, self._identity)
+            changed |= not whole or any(row.get("status") != "ok" for row in rows)
+            self._take(rows)
+        if changed:
             lines = [json.dumps(row) + "\n" for row in self._rows.values()]
-            launch.write_atomically(self.path, "".join(lines))
+            launch.write_atomically(path, "".join(lines))
+        for file in more:
+            file.unlink()
 
     def get(self, **fields: Any) -> dict[str, Any] | None:
         """The finished row with these key fields, if there is one; other fields are ignored."""

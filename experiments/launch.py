@@ -9,7 +9,6 @@ import os
 import pathlib
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -43,11 +42,6 @@ DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "digits.py"
 # What ml_collections raises for a missing config file and for --config.KEY=VALUE it cannot apply;
 # it parses the overrides as soon as the flag is defined.
 _OVERRIDE_ERRORS = (KeyError, AttributeError, TypeError, ValueError, OSError)
-
-
-# Exit status of a process that may be started again as it was: another one of the same trial would
-# not end, or one that shares its work has died. (EX_TEMPFAIL of sysexits.h.)
-TRY_AGAIN = 75
 
 
 class UserError(Exception):
@@ -282,24 +276,33 @@ def open_workdir(workdir: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path, patience_s: float = 0.0) -> Iterator[None]:
-    """Refuses a second program on the same folder, after some time; the lock dies with it."""
-    last = time.monotonic() + patience_s
-    with (folder / ".lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise UserError(
-                        f"{folder} cannot be locked: {error.strerror}. Choose a --workdir on a "
-                        "file system with locks."
-                    ) from error
-                if time.monotonic() >= last:
-                    raise BusyError(
-                        f"{folder} is in use by another program; wait for it or choose another "
-                        "--workdir."
-                    ) from error
-                time.sleep(0.1)
+def locked(
+    folder: pathlib.Path, name: str = ".lock", *, shared: bool = False, wait: bool = False
+) -> Iterator[None]:
+    """Holds the lock of a folder, which dies with its process.
+
+    Args:
+      folder: an existing one.
+      name: of the lock's file.
+      shared: others that share it may hold it too.
+      wait: for its holder, however long.
+
+    Raises:
+      BusyError: another program holds it.
+      UserError: the file system has no locks.
+    """
+    with (folder / name).open("w") as file:
+        how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, how)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise BusyError(
+                    f"{folder} is in use by another program; wait for it or choose another "
+                    "--workdir."
+                ) from error
+            raise UserError(
+                f"{folder} cannot be locked: {error.strerror}. Choose a --workdir on a "
+                "file system with locks."
+            ) from error
         yield

@@ -92,7 +92,7 @@ def require_same(
 
 
 # What a folder holds once a configuration has made something of it.
-_MADE = ("results.jsonl", "selection.json", "checkpoints/*", "training/*/*")
+_MADE = ("results*.jsonl", "selection.json", "checkpoints/*", "training/*/*")
 
 
 def claim(folder: pathlib.Path, config: ml_collections.ConfigDict, **more: Any) -> None:
@@ -122,7 +122,7 @@ def claim(folder: pathlib.Path, config: ml_collections.ConfigDict, **more: Any) 
         before["seeds"] = after["seeds"]  # which may grow
         if any(any(folder.glob(pattern)) for pattern in _MADE):
             require_same(differences(before, after), folder, "the old values")
-        if (folder / "results.jsonl").exists():
+        if any(folder.glob("results*.jsonl")):
             record = old | {"config": record["config"]}
     if not runs or _without_time(runs[-1]) != _without_time(latest):
         runs.append(latest)

@@ -1,6 +1,5 @@
 """From the rows of an evaluation to the lines of ``results.jsonl``, and back to what is missing."""
 
-import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,15 +10,10 @@ import numpy as np
 import ttt_jax
 from experiments import journal, launch
 from experiments.settings import Candidate
-from ttt_jax import audit
 from ttt_jax.evaluation import Row
-from ttt_jax.task import Metric
 
 # A share of a method's instances from which on a fallback to the source is said at the end.
 _MANY_LOST = 0.1
-# What rows of several ranges add beside their sums, and what no two runs have in common.
-_ADDED = ("num_examples", "seconds", "non_finite", "updated", "resets")
-_TIMES = ("seconds", "compile_seconds", "samples_per_second")
 
 
 def line(candidate: Candidate, row: Row, fields: Mapping[str, Any], unit: int) -> dict[str, Any]:
@@ -37,6 +31,7 @@ def line(candidate: Candidate, row: Row, fields: Mapping[str, Any], unit: int) -
         **fields,
         "stream": row.stream,
         "unit_rows": unit,
+        "tags": list(row.tags),
         **row.tags,
         "status": "ok",
         **row.values,
@@ -68,101 +63,10 @@ def failed(
     """The rows of a method that failed on a stream, one per combination of tags."""
     message = f"{type(error).__name__}: {error}"[:500]
     common = {"method": candidate.label, **fields, "stream": stream, "unit_rows": len(cells)}
-    return [{**common, **tags, "status": "failed", "message": message} for tags in cells]
-
-
-def joined(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Metric]) -> dict[str, Any]:
-    """Rows of several ranges of examples as the row of all of them.
-
-    Sums, numbers of examples and seconds are added; of ``compile_seconds`` the longest is taken.
-
-    Args:
-      rows: finished ones of one identity.
-      metrics: of the task; lists of sums are arrays for their ``value``.
-
-    Raises:
-      ValueError: rows of a method that takes several examples at once or of a gradual sequence,
-        rows without sums, or rows that differ in what is no measurement.
-    """
-    first = rows[0]
-    if first["scope"] != "per_sample":
-        raise ValueError(
-            "its images adapt together (a batch or a stream), so one part must have them all"
-        )
-    if first.get("sequence") == "gradual":
-        raise ValueError(
-            "an image's place in a gradual sequence says how severe its corruption is, so one part "
-            "must have them all; cut by --methods instead"
-        )
-    if not all("sums" in row for row in rows):
-        raise ValueError(
-            "ranges are joined by the sums of their rows, which older releases did not write; make "
-            "all parts with this release, in new work folders"
-        )
-    for row in rows[1:]:
-        both = first["sums"].keys() & row["sums"].keys()
-        if found := difference(first, row, without=("sums", *_ADDED, *_TIMES, *both)):
-            raise ValueError("{} is {!r} and {!r}".format(*found))
-    if unknown := sorted(first["sums"].keys() - metrics.keys()):
-        raise ValueError(
-            f"the task has no metric {', '.join(unknown)} in this release; merge with the release "
-            "that made the parts"
-        )
-    sums = jax.tree.map(lambda *leaves: sum(leaves), *(row["sums"] for row in rows))
-    whole = {**first, "sums": sums} | {name: sum(row[name] for row in rows) for name in _ADDED}
-    whole |= {name: metrics[name].value(_arrays(held)) for name, held in sums.items()}
-    whole["compile_seconds"] = max(row["compile_seconds"] for row in rows)
-    whole["samples_per_second"] = whole["num_examples"] / whole["seconds"]
-    return whole
-
-
-def _arrays(sums: Any) -> Any:
-    """Sums as JSON has them, with arrays for lists of numbers."""
-    if isinstance(sums, dict):
-        return {name: _arrays(held) for name, held in sums.items()}
-    try:
-        return np.asarray(sums)
-    except ValueError:  # a tuple of several shapes
-        return tuple(map(_arrays, sums))
-
-
-def difference(
-    row: Mapping[str, Any],
-    other: Mapping[str, Any],
-    *,
-    without: Sequence[str] = _TIMES,
-    rounding: bool = False,
-) -> tuple[str, Any, Any] | None:
-    """A field in which two rows differ, and both values.
-
-    Args:
-      row: one of the two.
-      other: the other one.
-      without: fields that may differ.
-      rounding: whether numbers that are not whole may differ by rounding, as on two machines.
-    """
-    steps = row["num_examples"] if row.get("scope") == "stream" else row.get("num_steps") or 0
-    limit = audit.tolerance(steps) if rounding else 0.0
-
-    def same(a: Any, b: Any) -> bool:
-        floats = isinstance(a, float) and isinstance(b, float)
-        return bool(np.isclose(a, b, limit, 0.0, equal_nan=True) if floats else a == b)
-
-    for name in sorted({*row, *other} - {*without}):
-        leaves, structure = jax.tree.flatten(row.get(name))
-        others, structure_of_other = jax.tree.flatten(other.get(name))
-        if structure != structure_of_other or not all(map(same, leaves, others)):
-            return name, row.get(name), other.get(name)
-    return None
-
-
-def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What identifies a row: its method, stream and tags, data, seed and role."""
-    names = ("method", "dataset", "seed", "split_role")
-    tags = {name: row.get(name) for name in ("stream", "domain", "severity", "document", "source")}
-    if tags["stream"] is None:  # rows of earlier releases
-        tags["stream"] = tags["domain"]
-    return (*(row[name] for name in names), json.dumps(tags))
+    return [
+        {**common, "tags": list(tags), **tags, "status": "failed", "message": message}
+        for tags in cells
+    ]
 
 
 def finished(rows: Iterable[Mapping[str, Any]]) -> set[tuple[Any, ...]]:

@@ -15,7 +15,6 @@ from experiments import (
     launch,
     result_rows,
     settings,
-    team as team_lib,
     units,
     writers,
 )
@@ -33,8 +32,10 @@ class SeedRun:
         seed: int,
         restore: str,
         mesh: Any,
+        shard: journal.Shard = journal.WHOLE,
     ):
         self.task, self.seed, self.fingerprint = task, seed, held.fingerprint
+        self.shard = shard
         self._config, self._held = config, held
         self._restore, self._mesh = restore, mesh
         self._pictured: Callable[..., evaluation.Evaluation] = evaluation.Evaluation
@@ -87,14 +88,13 @@ class SeedRun:
         self,
         path: pathlib.Path,
         candidates: Mapping[str, Sequence[settings.Candidate]],
-        team: team_lib.Team,
     ) -> dict[str, settings.Candidate]:
         """The candidate per method that the validation streams choose."""
         label = examples.shown(candidates)
-        if label and team.index == 0 and self.seed == self._config.seeds[0]:
+        if label and self.seed == self._config.seeds[0]:
             pictured = functools.partial(examples.PicturedEvaluation, label=label)
             self._pictured = functools.partial(pictured, path=path.parent / "examples.npz")
-        return choice.choose(path, candidates, self.task, self, team)
+        return choice.choose(path, candidates, self.task, self, self.shard)
 
     def evaluate(
         self,
@@ -103,7 +103,6 @@ class SeedRun:
         domains: Sequence[str],
         results: journal.Journal,
         writer: writers.Writer,
-        team: team_lib.Team,
     ) -> None:
         """Adds the missing rows of one role; a failing unit becomes failed rows."""
         fields = {
@@ -116,13 +115,10 @@ class SeedRun:
         result_rows.require_checkpoint(results, fields)
         work = units.missing(self, role, chosen, domains, results, fields)
         # None hides it where nobody looks.
-        hidden = True if team.index else None
-        bar = tqdm.tqdm(total=len(work), desc=f"{role} seed {self.seed}", disable=hidden)
-        for rows in units.done(self, role, work, fields, results.path.parent, team):
-            bar.update(1)
+        for unit in tqdm.tqdm(work, desc=f"{role} seed {self.seed}", disable=None):
+            rows = units.rows(self, role, unit, fields, results.path.parent)
             results.add(*(row for row in rows if results.get(**row) is None))
             for row in rows:
                 if row["status"] == "ok":
                     name = f"{role}/{row['method']}/{row['stream']}"
                     writer.scalars(self.seed, {name: row[self.task.chooses]})
-        bar.close()

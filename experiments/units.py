@@ -5,13 +5,13 @@ A unit is the least that is run, written and skipped as a whole.
 
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 
-from experiments import journal, launch, pristine, result_rows, settings, team as team_lib
+from experiments import journal, launch, pristine, result_rows, settings
 from experiments.settings import Candidate
 
 # What makes a unit failed rows instead of ending the run.
@@ -53,7 +53,8 @@ def missing(
     their streams side by side.
 
     Args:
-      run: the model of a seed: its evaluations, and its bound candidates.
+      run: the model of a seed: its evaluations, its bound candidates, and its ``shard``, which
+        takes pairs of a method and a stream.
       role: of the streams.
       chosen: a candidate per method.
       streams: only these, all where empty.
@@ -72,8 +73,14 @@ def missing(
         names = tuple(name for name in names if name in streams)
     finished = result_rows.finished(results.rows())
     here = (fields["seed"], fields["split_role"])
+    # Along the diagonal, so that no process has all streams of the slowest method.
     todo: dict[str, list[str]] = {
-        label: [name for name in names if (label, name, *here) not in finished] for label in chosen
+        label: [
+            name
+            for column, name in enumerate(names)
+            if run.shard.takes(line + column) and (label, name, *here) not in finished
+        ]
+        for line, label in enumerate(chosen)
     }
     units = [
         Unit(chosen[label], (name,))
@@ -88,42 +95,22 @@ def missing(
     return units
 
 
-def done(
-    run: Any,
-    role: str,
-    units: Sequence[Unit],
-    fields: Mapping[str, Any],
-    folder: pathlib.Path,
-    team: team_lib.Team,
-) -> Iterator[list[dict[str, Any]]]:
-    """Runs units, one per process at a time; the first process gets the rows of all.
+def rows(
+    run: Any, role: str, unit: Unit, fields: Mapping[str, Any], folder: pathlib.Path
+) -> list[dict[str, Any]]:
+    """The rows of a unit, failed ones where it fails.
 
     Args:
       run: as in :func:`missing`.
       role: as in :func:`missing`.
-      units: to be run.
+      unit: to be run.
       fields: of the rows.
       folder: the work folder.
-      team: the processes that share them.
     """
-    for start in range(0, len(units), team.count):
-        part = units[start : start + team.count]
-        rows: list[dict[str, Any]] = []
-        if team.index < len(part):
-            rows = _rows(run, role, part[team.index], fields, folder)
-        reports = team.collect(json.dumps(rows).encode())
-        for report in reports or ():
-            if lines := json.loads(report):
-                yield lines
-
-
-def _rows(
-    run: Any, role: str, unit: Unit, fields: Mapping[str, Any], folder: pathlib.Path
-) -> list[dict[str, Any]]:
     evaluation = run.evaluation_of(role)
     candidate = unit.candidate
     try:
-        rows = evaluation.rows(candidate.label, run.bound(candidate), unit.streams)
+        made = evaluation.rows(candidate.label, run.bound(candidate), unit.streams)
     except ERRORS as error:
         return [
             line
@@ -135,7 +122,7 @@ def _rows(
     counts = _parameter_counts(run, candidate)
     lines = []
     for stream in unit.streams:
-        of_stream = [row for row in rows if row.stream == stream]
+        of_stream = [row for row in made if row.stream == stream]
         result_rows.write_instances(folder / "instances", of_stream, fields)
         lines += [
             result_rows.line(candidate, row, fields, len(of_stream)) | counts for row in of_stream

@@ -14,8 +14,8 @@ _MOST_PROGRAM_LINES = 200
 _MOST_SCRIPT_LINES = 200
 _MOST_FUNCTION_LINES = 80
 _MOST_PARAMETERS = 8
-# All lines of experiments/, which may only become fewer; the aim is 9,500.
-_MOST_EXPERIMENT_LINES = 10_560
+# All lines of experiments/.
+_MOST_EXPERIMENT_LINES = 9_680
 
 # What is still too large. An entry goes when its file is mended; none is added.
 _LARGE_FILES: set[str] = set()

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from experiments import launch
+from experiments import journal, launch
 from experiments.report import charts, page, read, table, terminal
 from experiments.report.read import ReportError
 
@@ -51,7 +51,7 @@ def export(workdir: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
       UserError: the file cannot be written.
     """
     folder = pathlib.Path(workdir)
-    if not (folder / "results.jsonl").exists():
+    if not journal.files(folder / "results.jsonl"):
         raise ReportError(
             "--export keeps a run as one file; the rows of a sweep are one already, "
             f"results.parquet; {folder} has no results.jsonl."

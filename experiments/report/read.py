@@ -25,7 +25,7 @@ _SHARES = re.compile(r"error|harmed|agreement|solved|accuracy|mean_iou|turned_(r
 _LABEL_PARTS = re.compile(r"(?:^| )(seeds|methods|domains)=(\S*)")
 _NOT_TAGS = ("label", "trial", "checkpoint", "chooses", *TEXTS)
 # What joins parts of a run says nothing to a reader.
-_NOT_COLUMNS = ("settings", "sums")
+_NOT_COLUMNS = ("settings", "sums", "tags")
 
 
 class ReportError(Exception):
@@ -202,18 +202,33 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
 
 
 def json_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns the rows of a JSON-lines file, and notes (a last line that was cut off).
+    """Returns the rows of a JSON-lines file and its shards, and notes (a last line cut off).
 
     Raises:
       ReportError: no file, no row, a malformed line, or one measurement twice.
     """
-    try:
-        rows, whole = journal.read(path, lambda row: ())
-    except FileNotFoundError:
+    files = journal.files(path)
+    if not files:
         raise ReportError(
             f"{path}: no results here. Run `python -m experiments.adapt --workdir={path.parent}` "
             "first, or give the folder of a run or of a sweep."
-        ) from None
+        )
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    notes: list[str] = []
+    for file in files:
+        found, more = _one_file(file)
+        # What failed in a shard may have succeeded in another one since.
+        for row in found:
+            key = journal.identity(row)
+            if key not in rows or rows[key]["status"] != "ok":
+                rows[key] = row
+        notes += more
+    return list(rows.values()), notes
+
+
+def _one_file(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
+    try:
+        rows, whole = journal.read(path, lambda row: ())
     except launch.UserError as error:
         raise ReportError(str(error)) from error
     if not rows:

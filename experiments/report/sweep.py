@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments import launch
+from experiments import journal, launch
 from experiments.sweeping import collect, progress
 from experiments.sweeping.unit import Unit
 
@@ -17,7 +17,7 @@ Rows = list[dict[str, Any]]
 def is_sweep(folder: pathlib.Path) -> bool:
     """Whether a folder is that of a sweep, and not of a single run."""
     names = (collect.TABLE, progress.PLAN, "trials")
-    return not (folder / "results.jsonl").exists() and any((folder / n).exists() for n in names)
+    return not journal.files(folder / "results.jsonl") and any((folder / n).exists() for n in names)
 
 
 def read(folder: pathlib.Path) -> tuple[Rows, dict[str, int], pathlib.Path, list[str]]:

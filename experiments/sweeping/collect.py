@@ -35,9 +35,9 @@ def rows(workdir: pathlib.Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
         found = []
         if (folder / "results.jsonl").exists():
             written, _ = journal.read(folder / "results.jsonl")
-            # Sums join parts of a row; the table has rows that are whole.
+            # A table has one value per cell.
             found = [
-                {name: value for name, value in row.items() if name != "sums"}
+                {name: value for name, value in row.items() if name not in ("sums", "tags")}
                 for row in written
                 if row.get("status") == "ok"
             ]

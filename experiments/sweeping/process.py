@@ -118,8 +118,6 @@ class Process:
             outcome, message = json.loads(answer)
             return outcome, message
         status, said = process.wait(), _last_line(self._log)
-        if status == launch.TRY_AGAIN:
-            return "interrupted", said or "asked to be started again"
         if status in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
             return "interrupted", f"killed by {signal.Signals(-status).name}"
         return "failed", said or f"its process ended with exit status {status}"

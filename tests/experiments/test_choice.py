@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import choice, launch, settings, team
+from experiments import choice, launch, settings
 from ttt_jax import metrics
 from ttt_jax.task import Task
 
@@ -57,7 +57,7 @@ def choose(tmp_path):
         runs = Runs({float(rate[1:]) / 10: answer for rate, answer in answers.items()})
         path = tmp_path / "selection.json"
         try:
-            made = choice.choose(path, {"m": grid}, TASK, runs, team.ALONE)
+            made = choice.choose(path, {"m": grid}, TASK, runs)
             chosen = made["m"].settings["rate"]
         except KeyboardInterrupt:
             chosen = None

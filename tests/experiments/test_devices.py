@@ -1,4 +1,4 @@
-"""The work of a run on all devices and shared by processes: same rows, choices, failures."""
+"""The work of a run on all devices of a process: same rows and choices."""
 
 import json
 import shutil
@@ -7,10 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import adapt, launch, train, units
-from tests.experiments import pair, tiny_config, tiny_model
+from experiments import adapt, launch, train
+from tests.experiments import tiny_config, tiny_model
 from tests.experiments.test_programs import assert_equal_rows, rows_of
-from ttt_jax import evaluation
 
 pytestmark = [
     pytest.mark.cpu,
@@ -94,52 +93,6 @@ def test_all_devices_of_a_process_equal_one(trained, alone, tmp_path, monkeypatc
     # The default is all of them, and the checkpoint was restored onto them.
     assert used and all(devices == set(jax.local_devices()) for devices in used)
     assert json.loads((folder / "run.json").read_text())["devices"] == len(jax.devices())
-
-
-@pytest.fixture
-def shared(trained, tmp_path, monkeypatch):
-    """A folder, and a function that has two processes adapt in it; it returns their statuses."""
-    folder = shutil.copytree(trained, tmp_path / "run")
-    # Two processes share no programs; these two threads must not either.
-    monkeypatch.setattr(units, "programs", lambda config, mesh: {})
-
-    def work(part):
-        def of(team):
-            return adapt.run(every_scope(), str(folder), part=part, devices=1, team=team)
-
-        return pair.run(of)
-
-    return folder, work
-
-
-def test_two_processes_equal_one(shared, alone):
-    folder, work = shared
-    assert work(SHARED) == [0, 0]
-    assert_same(folder, alone, SHARED)
-    # Run again, both find all rows and do nothing.
-    before = (folder / "results.jsonl").read_bytes()
-    assert work(SHARED) == [0, 0] and (folder / "results.jsonl").read_bytes() == before
-
-
-def test_a_failing_unit_is_failed_rows_and_holds_no_one_up(shared, alone, monkeypatch):
-    folder, work = shared
-    rows, part = evaluation.Evaluation.rows, PART._replace(methods=("source", "tent"))
-
-    def fail(self, label, method, streams):
-        if label == "tent" and "fog" in streams:
-            raise ValueError("fog is too thick")
-        return rows(self, label, method, streams)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation.Evaluation, "rows", fail)
-        assert work(part) == [1, 1]
-    made = rows_of(folder)
-    failed = [row for row in made if row["status"] == "failed"]
-    assert [(row["method"], row["domain"]) for row in failed] == [("tent", "fog")]
-    assert failed[0]["message"] == "ValueError: fog is too thick"
-    assert len(made) == len([row for row in rows_of(alone) if row["method"] in part.methods])
-    assert work(part) == [0, 0]
-    assert_same(folder, alone, part)
 
 
 def test_a_number_of_devices():

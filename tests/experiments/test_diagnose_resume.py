@@ -18,9 +18,9 @@ def test_finished_cells_are_skipped(diagnosed, tmp_path, monkeypatch):
     made = []
     first_images = image_order.first_images
 
-    def counted(config, source, domain, severity, *rest):
+    def counted(config, source, domain, severity, **rest):
         made.append((domain, severity))
-        return first_images(config, source, domain, severity, *rest)
+        return first_images(config, source, domain, severity, **rest)
 
     monkeypatch.setattr(image_order, "first_images", counted)
     path = folder / "diagnostics.jsonl"

@@ -140,7 +140,7 @@ def in_sequence(dense, dense_folder, tmp_path_factory):
 
 def test_a_sequence_gives_a_row_per_domain(in_sequence):
     _, _, rows = in_sequence
-    assert len({journal.key_of(row) for row in rows}) == len(rows) == 4 * (16 + 4)
+    assert len({journal.identity(row) for row in rows}) == len(rows) == 4 * (16 + 4)
     how = {
         row["method"]: (row["scope"], row["reset"], row["predict"])
         for row in rows
@@ -196,10 +196,10 @@ def test_what_keeps_no_state_does_not_mind_the_order(in_sequence, dense_folder, 
     config, _, rows = in_sequence
     mixed = config.copy_and_resolve_references()
     mixed.adapt.sequence = "mixed"
-    other = {journal.key_of(row): row for row in adapted(mixed, dense_folder, tmp_path / "mixed")}
+    other = {journal.identity(row): row for row in adapted(mixed, dense_folder, tmp_path / "mixed")}
     assert len(other) == len(rows)
     differing = {
-        row["method"] for row in rows if other[journal.key_of(row)]["error"] != row["error"]
+        row["method"] for row in rows if other[journal.identity(row)]["error"] != row["error"]
     }
     assert differing <= {"tent", "tent_online"} and differing
 

@@ -50,7 +50,7 @@ def assert_equal_rows(left, right):
         return row["num_examples"] if row.get("scope") == "stream" else row.get("num_steps", 0)
 
     left, right = (
-        sorted(without_timing(rows), key=lambda row: str(journal.key_of(row)))
+        sorted(without_timing(rows), key=lambda row: str(journal.identity(row)))
         for rows in (left, right)
     )
     assert len(left) == len(right)
@@ -97,7 +97,7 @@ def adapted(trained, tmp_path_factory):
 def test_one_row_per_trial_with_the_whole_schema(adapted):
     rows = rows_of(adapted)
     assert len(rows) == 3 * (16 + 4)
-    assert len({journal.key_of(row) for row in rows}) == len(rows)
+    assert len({journal.identity(row) for row in rows}) == len(rows)
     for row in rows:
         assert [key for key in REQUIRED if key not in row] == []
         assert 0 <= row["error"] <= 1

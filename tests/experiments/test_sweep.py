@@ -12,6 +12,7 @@ import pytest
 from experiments import launch, provenance, sweep, trial
 from experiments.sweeping import collect, plan, pools, progress, state as state_lib, work
 from experiments.sweeping.process import Limits
+from experiments.sweeping.unit import Unit
 from tests.experiments import tiny_sweep
 
 
@@ -171,6 +172,23 @@ def test_every_trial_is_run_once_and_is_in_the_table(config, tmp_path, quick):
     rows = pq.read_table(folder / "results.parquet").to_pylist()
     assert [row["trial"] for row in rows] == [unit.id for unit in units[2:]]
     assert list(rows[0])[:2] == ["trial", "label"]
+
+
+def test_a_table_has_one_value_per_cell(tmp_path):
+    """Neither sums, whose metrics differ in shape, nor the list of tags become columns."""
+    unit = Unit("trial", "one", "", None, "")
+    unit.folder(tmp_path).mkdir(parents=True)
+    row = {
+        "method": "source",
+        "dataset": "toy",
+        "domain": "fog",
+        "seed": 0,
+        "split_role": "reported",
+    }
+    row |= {"status": "ok", "error": 0.5, "sums": {"error": [1, 2]}, "tags": ["domain"]}
+    (unit.folder(tmp_path) / "results.jsonl").write_text(json.dumps(row) + "\n")
+    (found,) = pq.read_table(collect.write(tmp_path, collect.rows(tmp_path, [unit]))).to_pylist()
+    assert found["error"] == 0.5 and not {"sums", "tags"} & found.keys()
 
 
 def test_a_model_that_fails_fails_its_trials(config, tmp_path, quick, capsys):

@@ -82,15 +82,6 @@ def test_an_attempt_that_fails_is_tried_again_so_often(tmp_path):
         assert state(silent).message == f"its process ended with exit status {status}"
 
 
-def test_one_that_asks_to_be_started_again_did_not_fail(tmp_path):
-    made = job(tmp_path, "next(units); print('a peer died', file=sys.stderr); sys.exit(75)")
-    for count in (1, 2):
-        run(made)
-        ended = state(tmp_path)
-        assert (ended.state, ended.failures, ended.interruptions) == ("waiting", 0, count)
-        assert ended.message == "a peer died"
-
-
 def test_only_the_unit_that_was_at_work_is_charged(tmp_path):
     program = """
     for name in units:

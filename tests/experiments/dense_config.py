@@ -1,4 +1,4 @@
-"""A dense model with a method of each scope, for runs of several processes."""
+"""A dense model with a method of each scope, for runs of several processes and sweeps."""
 
 from experiments.tasks import networks
 from tests.experiments import tiny_config, tiny_model
