@@ -21,7 +21,9 @@ demo-seeds: $(VENV)/.run
 smoke: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m smoke tests/test_smoke.py
 
-test: lint types unit docs
+# The pages run beside the tests: most of either is one compilation after the other.
+test: lint types
+	$(MAKE) --jobs=2 unit docs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -67,7 +67,8 @@ class _Alignment(SphinxDirective):
     required_arguments = 1
 
     def run(self):
-        from experiments.report import alignment, committed
+        from docs import alignment
+        from experiments.report import committed
 
         name = self.arguments[0]
         self.env.note_dependency(str(_ROOT / "experiments" / "results" / f"{name}.json"))

@@ -14,8 +14,8 @@ _MOST_PROGRAM_LINES = 200
 _MOST_SCRIPT_LINES = 200
 _MOST_FUNCTION_LINES = 80
 _MOST_PARAMETERS = 8
-# All lines of experiments/.
-_MOST_EXPERIMENT_LINES = 9_680
+# Python, JavaScript and CSS of experiments/.
+_MOST_EXPERIMENT_LINES = 9_500
 
 # What is still too large. An entry goes when its file is mended; none is added.
 _LARGE_FILES: set[str] = set()
@@ -97,7 +97,7 @@ def test_the_script_of_the_page_only_joins_libraries():
 
 
 def test_experiments_only_shrink():
-    kinds = {".py", ".js", ".css", ".j2", ".html"}
+    kinds = {".py", ".js", ".css"}
     total = sum(
         _length(path)
         for path in (_ROOT / "experiments").rglob("*")

@@ -65,22 +65,6 @@ def _known(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return frame.assign(gain=100 * frame["gain"]).dropna(subset=["inner_product", "gain"])
 
 
-def noise_share(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Returns the share of the variance of the gains that few images per set account for.
-
-    An image is turned right (1), wrong (-1) or neither (0), and a set's gain is their mean.
-
-    Returns:
-      At most 1; None for fewer than three rows, or gains that are all the same.
-    """
-    frame = pd.DataFrame(rows)
-    if len(rows) < 3 or frame["gain"].nunique() < 2:
-        return None
-    turned = frame["turned_right"] + frame["turned_wrong"]
-    noise = ((turned - frame["gain"] ** 2) / frame["num_examples"]).mean()
-    return min(1.0, noise / frame["gain"].var(ddof=0))
-
-
 def scatter(rows: Sequence[dict[str, Any]]) -> alt.LayerChart:
     """Returns the chart: a mark per (corruption, severity, seed), least squares, r."""
     frame = _known(rows)[["domain", "severity", "seed", "inner_product", "gain"]]
@@ -115,39 +99,14 @@ def picture(rows: Sequence[dict[str, Any]]) -> str:
     return f'<img alt="{alt_text}" src="data:image/svg+xml;base64,{coded}">'
 
 
-def _cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """The columns that there are, by their headings, as text."""
+def cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """Returns the columns that there are, by their headings, as text."""
     columns = {}
     for name, (title, factor, digits) in _COLUMNS.items():
         if name in frame:
             values = factor * frame[name].astype(float)
             columns[title] = ["–" if pd.isna(v) else f"{v:.{digits}f}" for v in values]
     return pd.DataFrame(columns, index=frame.index)
-
-
-def markdown(record: dict[str, Any]) -> str:
-    """Returns what a page shows of a record, in MyST: correlation, plot, means per severity."""
-    rows, r = record["rows"], correlation(record["rows"])
-    share, noise = noise_share(rows), ""
-    if share is not None:
-        noise = (
-            f"Sampling noise is {100 * share:.0f} % of the variance of these gains, which by "
-            f"itself keeps r below about {(1 - share) ** 0.5:.2f}. "
-        )
-    text = (
-        f"Over {len(rows)} sets of {rows[0]['dataset']}, {rows[0]['num_examples']} images each, "
-        "the mean inner product of the main and the auxiliary gradient (shared encoder parameters "
-        f"that adapt) and the gain of `{rows[0]['method']}` correlate with r = "
-        f"{'undefined' if r is None else f'{r:.2f}'}. {noise}{PUBLISHED} Computed from "
-        f"`{record['command']}` on {record['device_count']} x {record['device']}, commit "
-        f"{record['commit']}; see [Diagnostics](diagnostics.md)."
-    )
-    names = ["inner_product", "cosine", "aligned_share", "source_error", "gain"]
-    means = _cells(pd.DataFrame(rows).groupby("severity")[names].mean()).reset_index()
-    lines = [list(means), ["---"] * len(means.columns), *means.astype(str).to_numpy().tolist()]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    plot = f"```{{raw}} html\n{picture(rows)}\n```"
-    return f"{text}\n\n{plot}\n\nMeans over the corruptions:\n\n{table}\n"
 
 
 def render(record: dict[str, Any]) -> str:
@@ -163,6 +122,6 @@ def render(record: dict[str, Any]) -> str:
         picture=picture(rows),
         shown=shown,
         published=PUBLISHED,
-        table=_cells(frame.set_index(pd.Index(sets))).to_html(border=0),
+        table=cells(frame.set_index(pd.Index(sets))).to_html(border=0),
         facts=facts,
     )

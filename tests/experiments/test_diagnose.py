@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import ttt_jax as ttt
+from docs import alignment as results_page
 from experiments import diagnose, pristine
 from experiments.report import alignment, committed
 from experiments.tasks import image_order
@@ -245,7 +246,7 @@ def test_masked_reconstruction_is_aligned_in_the_encoder(tmp_path):
 def test_the_committed_rows_are_readable():
     record = committed.read("alignment_cifar10c")
     assert len(record["rows"]) == 75 and "config" not in record["rows"][0]
-    assert "r = 0.91" in alignment.markdown(record) and "r = 0.91" in alignment.render(record)
+    assert "r = 0.91" in results_page.markdown(record) and "r = 0.91" in alignment.render(record)
 
 
 def test_the_share_of_noise_in_the_gains():
@@ -255,11 +256,11 @@ def test_the_share_of_noise_in_the_gains():
 
     # Gains 0.1, 0.2 and 0.3: variance 2/300; of an image 0.09, 0.16 and 0.25.
     rows = [row(0.1, 0.0), row(0.2, 0.0), row(0.32, 0.02)]
-    assert alignment.noise_share(rows) == pytest.approx(0.005 / 3 / (0.02 / 3))
-    assert alignment.noise_share(rows[:2]) is None
-    assert alignment.noise_share([row(0.1, 0.0)] * 3) is None
+    assert results_page.noise_share(rows) == pytest.approx(0.005 / 3 / (0.02 / 3))
+    assert results_page.noise_share(rows[:2]) is None
+    assert results_page.noise_share([row(0.1, 0.0)] * 3) is None
     # Fewer images, more noise, but no more than there is variance.
-    assert alignment.noise_share([r | {"num_examples": 1} for r in rows]) == 1
+    assert results_page.noise_share([r | {"num_examples": 1} for r in rows]) == 1
 
 
 def test_correlation_and_scatter(diagnosed):
@@ -277,7 +278,7 @@ def test_correlation_and_scatter(diagnosed):
     (held,) = drawing["datasets"].values()
     assert [one["gain"] for one in held] == [2.0, 3.0, 1.0] and held[2]["severity"] == 5
     folder, record = diagnosed
-    section = alignment.markdown(record)
+    section = results_page.markdown(record)
     ones = [r for r in record["rows"] if r["severity"] == 1]
     gain = 100 * statistics.mean(r["gain"] for r in ones)
     assert len(ones) == 2 and section.splitlines()[-2].startswith("| 1 | ")

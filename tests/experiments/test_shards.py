@@ -244,3 +244,12 @@ def test_shards_of_a_diagnosis(trained, tmp_path):
         == {}
     )
     assert not (empty / "diagnostics.json").exists()
+
+
+def test_rows_of_any_tags_stay_apart():
+    row = {"method": "m", "dataset": "d", "seed": 0, "split_role": "reported", "stream": "s"}
+    rows = [row | {"tags": ["camera"], "camera": camera} for camera in ("left", "right")]
+    assert len({journal.identity(tagged) for tagged in rows}) == 2
+    # Rows of earlier releases do not say their tags.
+    old = row | {"domain": "fog", "severity": 5}
+    assert journal.identity(old) == journal.identity(old | {"tags": ["severity", "domain"]})

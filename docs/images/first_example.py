@@ -1,6 +1,6 @@
 """Draws the picture of the README from the model and the digits that ship with the package.
 
-Command: ``python -m experiments.prepare.demo_picture``; half a minute on two CPU cores.
+Command: ``python docs/images/first_example.py``; half a minute on two CPU cores.
 
 Runs the step of the README's example on all digits. Shown are the first five that the adapted model
 gets right and the source model does not, then the first with which it is the other way around; the
@@ -18,7 +18,7 @@ import ttt_jax as ttt
 from ttt_jax import data, models
 from ttt_jax.views.image import shift
 
-_FILE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "images" / "first_example.png"
+_FILE = pathlib.Path(__file__).with_suffix(".png")
 _SIDE, _GAP, _LEFT, _LINE = 112, 16, 150, 34
 _INK, _RIGHT, _WRONG = "#222222", "#1b7837", "#b2182b"
 
@@ -75,7 +75,6 @@ def picture(digits: data.DemoDigits, before: np.ndarray, after: np.ndarray) -> I
 def main() -> None:
     """Writes ``docs/images/first_example.png``."""
     digits = data.demo()
-    _FILE.parent.mkdir(exist_ok=True)
     picture(digits, *predictions(digits)).quantize(64).save(_FILE, optimize=True)
 
 
