@@ -25,6 +25,9 @@ from tests.experiments import tiny_sweep
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 EXAMPLE = ROOT / "experiments" / "configs" / "digits_sweep.py"
 KILLS = int(os.environ.get("TTT_JAX_KILLS", "0"))
+# One worker per two cores, each killed as often, however many there are.
+WORKERS = max(2, len(os.sched_getaffinity(0)) // 2)
+LONGEST_S = 40 / WORKERS
 TIMING = {"seconds", "compile_seconds", "samples_per_second"}
 
 SMALL = """
@@ -38,7 +41,7 @@ def command(config, folder, workers):
     return [*program, f"--workdir={folder}", f"--workers={workers}"]
 
 
-def start(config, folder, log, workers=2):
+def start(config, folder, log, workers=WORKERS):
     return subprocess.Popen(command(config, folder, workers), stdout=log, stderr=log, cwd=ROOT)
 
 
@@ -91,7 +94,7 @@ def test_many_kills_leave_no_trace(tmp_path):
         assert start(EXAMPLE, calm, log).wait() == 0, (tmp_path / "log.txt").read_text()
         # Compiled programs are no results; without them every restart would compile anew.
         shutil.copytree(calm / "compiled", rough / "compiled")
-        done = disturbed(EXAMPLE, rough, KILLS, 20.0, log)
+        done = disturbed(EXAMPLE, rough, KILLS, LONGEST_S, log)
     wanted, found = table(calm), table(rough)
     assert wanted.equals(found)
     trials = found["trial"].to_pylist()
