@@ -165,17 +165,15 @@ def episodic(form, num_steps):
     return ttt.episodic(adapter, ttt.unbatched(apply), num_steps=num_steps)
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "block"), [(1, "same"), pytest.param(2, "halved", marks=pytest.mark.full)]
-)
-def test_adaptation_and_its_outer_gradient(num_steps, block):
+@pytest.mark.parametrize("num_steps", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_adaptation_and_its_outer_gradient(num_steps):
     """The kernels on a mesh of two devices, where there are two, and the plain form on one."""
     mesh = None
     if jax.device_count() > 1:
         mesh = jax.make_mesh(
             (2,), ("data",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,)
         )
-    params, images = draw(block), photos(4)
+    params, images = draw("same"), photos(4)
     keys = ttt.sample_keys(jax.random.key(0), np.arange(4))
 
     def outer(form, mesh):
