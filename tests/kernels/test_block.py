@@ -86,8 +86,9 @@ def test_a_block_and_its_gradients_equal_the_flax_layers(features, stride):
         assert _distance(part, due) < 1e-5
 
 
+@pytest.mark.full
 def test_private_kernels_equal_the_loop():
-    """Vmapped over parameters, as from the second inner step on."""
+    """Vmapped over parameters, as from the second inner step on; adapted ones: test_gradients."""
     _, fused, params, x = _block(16, 1)
     private = jax.tree.map(lambda v: np.stack([v, v * np.float32(1.1)]), params)
     gradients = lambda params, x: fused(params, x)[1][0]  # noqa: E731

@@ -12,6 +12,7 @@ from ttt_jax.kernels.conv.convolution import Affine, Convolution
 
 INTERPRET = jax.default_backend() != "gpu"
 LAYERS = [(16, 16, 1), (32, 32, 1), (16, 32, 2), (32, 64, 2)]
+IN_BLOCKS = [(16, 16, 1, 4), (16, 32, 2, 4)]
 EXACT = 1e-5 if INTERPRET else 1e-2  # compiled float32 products are TF32
 
 
@@ -154,9 +155,13 @@ def assert_as_by_xla(size, layer, dtype):
 @pytest.mark.parametrize("side", [16] if INTERPRET else [16, 32])
 @pytest.mark.parametrize(
     "key",
-    # Interpreted, the dtypes of the layers take turns; the full run has both.
+    # Interpreted, the dtypes of the layers take turns; the full run has both. Two layers have
+    # theirs in float32 in test_block.py, on maps of 8 x 8.
     [
-        pytest.param(key, marks=pytest.mark.full if INTERPRET and index % 2 else ())
+        pytest.param(
+            key,
+            marks=pytest.mark.full if INTERPRET and (index % 2 or key in IN_BLOCKS) else (),
+        )
         for index, key in enumerate(sorted(tiles.TIMED, key=lambda key: (key[3], key)))
     ],
 )
@@ -189,8 +194,10 @@ def test_small_maps_and_other_layers_go_by_taps(size, layer, patches):
 @pytest.mark.parametrize(
     ("size", "layer"),
     [
-        # Interpreted, every tile of these layers has one of its maps; the full run has all.
-        pytest.param(size, layer, marks=pytest.mark.full if size in ((8, 4), (4, 16)) else ())
+        # Every tile has one of its maps here or in test_block.py; the full run has all.
+        pytest.param(
+            size, layer, marks=pytest.mark.full if size in ((8, 8), (8, 4), (4, 16)) else ()
+        )
         for size, layer, _ in SMALL_MAPS[:-1]
     ],
 )
