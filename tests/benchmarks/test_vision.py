@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
 import pytest
 
+import ttt_jax as ttt
 from benchmarks import vision, works
 from experiments import launch
 
@@ -55,22 +57,24 @@ class SmokeRun(NamedTuple):
     meshes: list[Any]
 
 
-@pytest.fixture(scope="module")
-def smoke_run(tmp_path_factory):
-    """One work of one step, which has no loop to compile, on one and two devices, no PyTorch."""
-    path = tmp_path_factory.mktemp("smoke") / "out" / "bench.json"
-    work = vision.WORKS["ttt_mae"]._replace(num_steps=(1,))
+def run_smoke(path, work, **changed):
+    """One work of one step, which has no loop to compile, without PyTorch."""
     over, meshes, printed = works.Program.over, [], io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         restore_environment(patch)
         patch.setattr(vision, "util", types.SimpleNamespace(find_spec=lambda name: None))
-        patch.setitem(vision.WORKS, "ttt_mae", work)
+        patch.setitem(vision.WORKS, "ttt_mae", work._replace(num_steps=(1,)))
         patch.setattr(
             works.Program, "over", lambda self, mesh: meshes.append(mesh) or over(self, mesh)
         )
-        devices = (1, 2) if jax.local_device_count() > 1 else (1,)
-        record = vision.run(path, settings(ways=vision.WAYS, devices=devices))
+        record = vision.run(path, settings(ways=vision.WAYS, **changed))
     return SmokeRun(work, path, record, printed.getvalue().splitlines(), meshes)
+
+
+@pytest.fixture(scope="module")
+def smoke_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("smoke") / "out" / "bench.json"
+    return run_smoke(path, vision.WORKS["ttt_mae"])
 
 
 def test_a_smoke_run_writes_its_rows(smoke_run):
@@ -101,8 +105,24 @@ def test_a_smoke_run_writes_its_rows(smoke_run):
     assert len(printed) == 2 * len(record["rows"])
 
 
+def linear(sizes, dtype, num_steps):
+    """A program of a work that compiles at once: entropy of a linear model."""
+
+    def apply(params, images):
+        return images.reshape(len(images), -1).astype(dtype) @ params.astype(dtype)
+
+    shape = (sizes.image_size, sizes.image_size, 3)
+    adapter = ttt.gradient_adapter(
+        ttt.losses.entropy(apply), optax.sgd(0.1), select=ttt.select.everything()
+    )
+    predict = ttt.episodic(adapter, ttt.unbatched(apply), num_steps=num_steps)
+    return works.Program(predict, lambda key: jnp.ones((math.prod(shape), 4)), shape)
+
+
 @pytest.mark.cpu
-def test_several_devices_have_as_many_images_each(smoke_run):
+def test_several_devices_have_as_many_images_each(tmp_path):
+    work = vision.WORKS["ttt_mae"]._replace(program=linear)
+    smoke_run = run_smoke(tmp_path / "bench.json", work, devices=(1, 2))
     one, two = smoke_run.record["rows"]
     assert [(row["devices"], row["samples"]) for row in (one, two)] == [(1, 2), (2, 4)]
     assert [mesh and mesh.size for mesh in smoke_run.meshes] == [None, 2]

@@ -1,5 +1,7 @@
 """What the fused kernels take, and what goes to XLA or is refused instead."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +13,17 @@ from ttt_jax.kernels.conv import limits, passes, tiles
 from ttt_jax.kernels.conv.convolution import Affine, Convolution
 
 
-def network(image_shape, **options):
-    """A small network for such images as ``(apply, variables)``, all variables zero."""
-    module = models.ResNet(depth=8, num_classes=4, **options)
-    shapes = jax.eval_shape(lambda key: models.init(module, key, image_shape), jax.random.key(0))
-    variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return models.from_linen(module), variables
+@functools.cache
+def variables():
+    """Zeros for the network, whatever its form and its images."""
+    module = models.ResNet(depth=8, num_classes=4, conv="lax")
+    shapes = jax.eval_shape(lambda key: models.init(module, key, (4, 4, 3)), jax.random.key(0))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def network(**options):
+    """A small network as ``(apply, variables)``."""
+    return models.from_linen(models.ResNet(depth=8, num_classes=4, **options)), variables()
 
 
 def runs_kernels(apply, variables, images):
@@ -30,13 +37,13 @@ def test_larger_images_than_were_timed_take_xla(monkeypatch, sides, fused):
     monkeypatch.setattr(conv, "supported", conv.fits)
     shape = (*sides, 3)
     assert conv.fits(shape, 16, 8, jnp.float32) is fused
-    apply, variables = network(shape)
+    apply, variables = network()
     images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     assert runs_kernels(apply, variables, images) is fused
 
 
 def test_larger_images_are_refused_by_name():
-    apply, variables = network((64, 64, 3), conv="fused")
+    apply, variables = network(conv="fused")
     with pytest.raises(ValueError, match=r"16 x 16 to 32 x 32 pixels.*\(64, 64, 3\): use conv="):
         apply(variables, jnp.zeros((1, 64, 64, 3)))
 
@@ -50,7 +57,7 @@ def test_groups_that_divide_nothing_do_not_fit(groups):
 @pytest.mark.parametrize("form", ["auto", "fused"])
 def test_an_empty_batch(monkeypatch, form):
     monkeypatch.setattr(conv, "supported", conv.fits)
-    apply, variables = network((16, 16, 3), conv=form)
+    apply, variables = network(conv=form)
     images = jnp.zeros((2, 16, 16, 3))
     assert runs_kernels(apply, variables, images)
     logits = jax.jit(apply)(variables, images[:0])

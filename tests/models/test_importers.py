@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from ttt_jax.models import ResNet, init, load_resnet26_npz
+from ttt_jax.models import ResNet, importers, init, load_resnet26_npz
 
 DATA = pathlib.Path(
     os.environ.get("TTT_JAX_DATA", pathlib.Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -49,9 +49,20 @@ def test_public_checkpoint_scores_as_published():
 
 
 @pytest.fixture(scope="module")
-def arrays():
+def shapes():
     module = ResNet(depth=26)
-    shapes = jax.eval_shape(lambda key: init(module, key, (32, 32, 3)), jax.random.key(0))
+    return jax.eval_shape(lambda key: init(module, key, (32, 32, 3)), jax.random.key(0))
+
+
+@pytest.fixture
+def traced(shapes, monkeypatch):
+    """The network is not traced for its shapes again."""
+    zeros = lambda *_: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # noqa: E731
+    return lambda: monkeypatch.setattr(importers, "init", zeros)
+
+
+@pytest.fixture(scope="module")
+def arrays(shapes):
     rng = np.random.default_rng(0)
     return {
         name: rng.normal(size=leaf.shape).astype(np.float32)
@@ -60,7 +71,7 @@ def arrays():
     }
 
 
-def test_branch_is_copied_and_its_head_comes_from_the_key(arrays, tmp_path):
+def test_branch_is_copied_and_its_head_comes_from_the_key(arrays, traced, tmp_path):
     path = tmp_path / "net.npz"
     np.savez(path, **arrays)
     module, variables = load_resnet26_npz(path, jax.random.key(3), branch=1)
@@ -75,13 +86,15 @@ def test_branch_is_copied_and_its_head_comes_from_the_key(arrays, tmp_path):
         "rotation_gn",
         "rotation_fc",
     }
+    traced()
     _, other = load_resnet26_npz(path, jax.random.key(4), branch=1)
     kernels = [tree["params"]["rotation_fc"]["kernel"] for tree in (variables, other)]
     assert kernels[0].dtype == jnp.float32
     assert not np.array_equal(*kernels)
 
 
-def test_wrong_files_are_refused(arrays, tmp_path):
+def test_wrong_files_are_refused(arrays, traced, tmp_path):
+    traced()
     path = tmp_path / "net.npz"
     with pytest.raises(FileNotFoundError):
         load_resnet26_npz(path)

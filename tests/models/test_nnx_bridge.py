@@ -68,7 +68,10 @@ def _raw(module):
     }
 
 
-@pytest.mark.parametrize("norm", ["running", "batch", 0, 1, 16])
+# Between no instance of the source and 16 of them, one is for the full run.
+@pytest.mark.parametrize(
+    "norm", ["running", "batch", 0, pytest.param(1, marks=pytest.mark.full), 16]
+)
 def test_linen_and_nnx_agree_in_values_and_per_sample_gradients(net, norm):
     apply, params = from_nnx(net, norm=norm)
     linen = from_linen(LinenNet(), norm=norm)
@@ -101,7 +104,8 @@ def test_running_norm_equals_the_module_in_evaluation_mode(net):
     apply, params = from_nnx(net)
     module = nnx.clone(net)
     module.eval()
-    np.testing.assert_allclose(apply(params, X), module(X), rtol=1e-6, atol=1e-6)
+    ours, theirs = nnx.jit(lambda module: (apply(params, X), module(X)))(module)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", ["running", "batch", 16])
@@ -152,7 +156,7 @@ def test_dropout_is_reseeded_from_the_key_of_each_call():
     assert params == {}
     x = jnp.ones((2, 64))
     keys = jax.random.split(jax.random.key(1), 3)
-    masks = jax.vmap(lambda key: apply(params, x, key))(keys)
+    masks = jax.jit(jax.vmap(lambda key: apply(params, x, key)))(keys)
     np.testing.assert_array_equal(masks[0], apply(params, x, keys[0]))
     flat = np.asarray(masks).reshape(6, -1)
     assert len(np.unique(flat, axis=0)) == 6

@@ -8,7 +8,8 @@ from flax import traverse_util
 
 from ttt_jax.models import ResNet, from_linen, init
 
-SMALL = {"depth": 8, "width": 4, "groups": 2, "num_classes": 3}
+# XLA's own convolution compiles fastest; tests/models/test_conv.py has the forms.
+SMALL = {"depth": 8, "width": 4, "groups": 2, "num_classes": 3, "conv": "lax"}
 
 
 def _flat(variables):
@@ -52,7 +53,7 @@ def test_rotation_branch_is_a_copy_of_what_follows(branch, filled):
 
 
 def test_init_creates_both_heads_and_copies_the_branch():
-    module = ResNet(depth=8, width=2, groups=1)
+    module = ResNet(depth=8, width=2, groups=1, conv="lax")
     draw = jax.jit(lambda key: init(module, key, (4, 4, 1)))
     flat = _flat(jax.device_get(draw(jax.random.key(0))))
     assert {leaf.dtype for leaf in flat.values()} == {jnp.dtype("float32")}
@@ -101,11 +102,11 @@ def test_first_block_by_hand(small):
 
 def test_bfloat16_compute_gives_float32_logits_and_parameters(small):
     _, variables = small
-    module = ResNet(**SMALL, dtype=jnp.bfloat16)
+    module, plain = ResNet(**SMALL, dtype=jnp.bfloat16), ResNet(**SMALL | {"conv": "auto"})
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
     heads = jax.eval_shape(lambda v: module.apply(v, images, method="all_heads"), variables)
     assert {out.dtype for out in heads} == {jnp.dtype("float32")}
-    both = jax.jit(lambda v: [net.apply(v, images) for net in (module, ResNet(**SMALL))])
+    both = jax.jit(lambda v: [net.apply(v, images) for net in (module, plain)])
     logits, exact = jax.device_get(both(variables))
     assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
 
