@@ -200,7 +200,8 @@ def auxiliary(config: ml_collections.ConfigDict, task: Task) -> training.Auxilia
 
     ``rotation``: all four rotations of every instance. ``mae``: one mask of ``train.mask_ratio``
     each. ``contrastive``: two views of every instance against those of all others. ``none``.
-    Of a user's own, ``package.module:name``: a function ``heads -> loss(params, x[N, ...], key)``.
+    Of a user's own, ``package.module:name``: a function of heads, as methods take them by the names
+    of their arguments, to ``loss(params, x[N, ...], key)``.
 
     Raises:
       ValueError: an unknown one, or one whose head the model lacks.
@@ -211,7 +212,10 @@ def auxiliary(config: ml_collections.ConfigDict, task: Task) -> training.Auxilia
     allowed = inspect.signature(task.heads).parameters
     heads = task.heads(**({"norm": "batch"} if "norm" in allowed else {}))
     if ":" in name:
-        loss = imported(name, "train.aux")(heads)
+        factory = imported(name, "train.aux")
+        needed = inspect.signature(factory).parameters.values()
+        wanted = [p.name for p in needed if p.name in heads or p.default is p.empty]
+        loss = factory(**{head: _head(heads, head, name, task) for head in wanted})
     elif name == "rotation":
         loss = ttt.losses.rotation(_head(heads, "rotation", "train.aux", task), batch=True)
     elif name == "mae":

@@ -88,9 +88,9 @@ def task(config: ml_collections.ConfigDict) -> Task:
     )
 
 
-def denoising(heads: Any) -> Callable[..., jax.Array]:
+def denoising(denoise: Callable[..., Any]) -> Callable[..., jax.Array]:
     """The auxiliary loss of training, over a batch of frames."""
-    return losses.denoising(heads["denoise"], noise=0.2, batch=True)
+    return losses.denoising(denoise, noise=0.2, batch=True)
 
 
 def denoising_online(

@@ -197,7 +197,7 @@ class ImageModel:
             "simclr": views.simclr(),
             "views": lambda image: self.every_view(image)[::view_stride],
         }
-        if module.has("patch"):
+        if hasattr(module.module, "patch"):
             extra["patch"] = module.module.patch
         if self.has_batch_norm:
             extra["follow"] = self._follow
@@ -209,7 +209,7 @@ class ImageModel:
             return lambda params, images, *rest: apply(params, self.normalize(images), *rest)
 
         functions = {"classify": head(None)}
-        functions |= {name: head(name) for name in (*networks.HEADS, "project") if module.has(name)}
+        functions |= {name: head(name) for name in module.heads()}
         if (collect := module.activations()) is not None:
             functions["activations"] = lambda params, images: collect(
                 params, self.normalize(images)

@@ -1,5 +1,6 @@
 """Models of image tasks behind one face, whether Linen or NNX: parameters and functions by name."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,8 @@ from ttt_jax import data, kernels, models
 
 MODELS: dict[str, Any] = {"resnet": models.ResNet, "vit": models.ViT}
 
-# Heads that methods take by name, where a model has a method of that name.
-HEADS = ("rotation", "reconstruct", "features", "denoise")
+# Methods of a module that are no functions of images.
+_NO_HEADS = ("setup", "finish_init", "all_heads", "project")
 
 
 class Network(NamedTuple):
@@ -38,11 +39,15 @@ class Network(NamedTuple):
         method = "all_heads" if hasattr(self.module, "all_heads") else None
         return self.module.init(key, jnp.zeros((1, *self.image_shape)), method=method)
 
-    def has(self, name: str) -> bool:
-        """Whether there is a head of a name; ``project`` needs a width."""
-        if name == "project":
-            return bool(getattr(self.module, "projection", 0))
-        return hasattr(self.module, name)
+    def heads(self) -> list[str]:
+        """The heads that methods take by name: the public methods of the module's own class.
+
+        ``project`` is one where the module has a width ``projection``.
+        """
+        kind, base = type(self.module), nnx.Module if self.factory is not None else linen.Module
+        names = [name for name in dir(kind) if name[0] != "_" and not hasattr(base, name)]
+        found = [n for n in names if n not in _NO_HEADS and inspect.isfunction(getattr(kind, n))]
+        return [*found, "project"] if getattr(self.module, "projection", 0) else found
 
     def apply(self, method: str | None, norm: Any) -> Any:
         """``(params, images, ...) -> outputs`` of a method, ``None`` for the call itself."""
