@@ -11,7 +11,7 @@ def get_config():
     config.model = {"name": "dense"}
     # Batches of one size in every split: each method is compiled once.
     config.adapt.update({"batch_size": 10, "chunk_size": 10})
-    config.methods.rotation.learning_rate = (0.01,)
+    config.methods.rotation.update({"num_steps": 1, "learning_rate": (0.01,)})
     # Without source statistics in the mixture, adapting begins at the source prediction.
     del config.methods.rotation.prior, config.methods.rotation_online.prior
     config.methods.tent = {"episodic": True, "predict": "after", "learning_rate": 0.01}

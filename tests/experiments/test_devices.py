@@ -20,8 +20,6 @@ pytestmark = [
 ]
 
 PART = adapt.Part(domains=("clean", "fog", "saturate"))
-# A method of every scope.
-SHARED = PART._replace(methods=("rotation", "rotation_online", "tent"))
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +37,10 @@ def every_scope():
             **rotation,
             "method": "ttt_rotation",
             "trace": True,
-            "num_steps": 2,
+            "num_steps": 1,
             "learning_rate": (0.01, 0.03),
         },
         rotation_online={**rotation, "method": "ttt_rotation_online"},
-        bn_adapt={},
         tent={"episodic": True, "predict": "after", "learning_rate": 0.05, "optimizer": "sgd"},
         tent_online={"method": "tent", "learning_rate": 0.05, "optimizer": "sgd"},
     )

@@ -224,13 +224,16 @@ def test_what_is_no_shard(text):
 
 def test_shards_of_a_diagnosis(trained, tmp_path):
     folders = [shutil.copytree(trained, tmp_path / name) for name in ("alone", "shared")]
+    # The method with the smallest program.
+    config = dense_config.get_config()
+    config.methods.memo = {"num_views": 2, "num_steps": 1, "learning_rate": 0.01, "select": "all"}
     options = diagnose.Options(
-        severities=("5",), corruptions=DOMAINS[:2], num_images=10, learning_rates=("0.01",)
+        "memo", severities=("5",), corruptions=DOMAINS[:2], num_images=10, learning_rates=("0.01",)
     )
-    wanted = diagnose.run(dense_config.get_config(), str(folders[0]), options)
+    wanted = diagnose.run(config, str(folders[0]), options)
     for index in range(4):
         shard = journal.Shard(index, 4)
-        made = diagnose.run(dense_config.get_config(), str(folders[1]), options, shard=shard)
+        made = diagnose.run(config, str(folders[1]), options, shard=shard)
     assert made["correlation"] == wanted["correlation"]
     rows = {row["domain"]: row for row in made["rows"]}
     assert len(made["rows"]) == len(wanted["rows"]) == 2
@@ -239,8 +242,5 @@ def test_shards_of_a_diagnosis(trained, tmp_path):
         np.testing.assert_equal(rows[row["domain"]] | times, row | times)
     # More processes than cells.
     empty = shutil.copytree(trained, tmp_path / "empty")
-    assert (
-        diagnose.run(dense_config.get_config(), str(empty), options, shard=journal.Shard(3, 4))
-        == {}
-    )
+    assert diagnose.run(config, str(empty), options, shard=journal.Shard(3, 4)) == {}
     assert not (empty / "diagnostics.json").exists()

@@ -110,7 +110,7 @@ def test_a_pack_differs_in_seeds_and_settings_alone(config):
             config(
                 """
                 add(seeds=(0,))
-                add(seeds=(1,), domains=("fog",), **{"methods.rotation.num_steps": 1})
+                add(seeds=(1,), domains=("fog",), **{"methods.rotation.num_steps": 2})
                 add(seeds=(0,), **{"adapt.chunk_size": 5})
                 """
             )
