@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments import sweep
-from experiments.sweeping import pools, progress, state as state_lib
+from experiments.sweeping import progress, state as state_lib, work
 from tests.experiments import tiny_sweep
+from tests.experiments.test_sweep import Here, Pool
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 EXAMPLE = ROOT / "experiments" / "configs" / "digits_sweep.py"
@@ -153,18 +154,15 @@ def test_a_kill_of_each_kind_leaves_no_trace(tmp_path, monkeypatch):
     cache = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", cache)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    flags = os.environ.get("XLA_FLAGS", "")
-    monkeypatch.setenv("XLA_FLAGS", flags.replace("device_count=4", "device_count=1"))
+    # As in conftest.py: what is not killed runs in this process.
+    monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    monkeypatch.setattr(work, "Process", Here)
     config, held = (tiny_sweep.write(tmp_path / name, SMALL) for name in ("small.py", "held.py"))
     with open(held, "a") as file:
         file.write(HELD)
     calm, rough = tmp_path / "calm", tmp_path / "rough"
 
-    def finish(folder):
-        share = [pools.Worker((min(os.sched_getaffinity(0)),), {})]
-        assert sweep.run(config, str(folder), lambda job: pools.LocalPool(job, share)) == 0
-
-    finish(calm)
+    assert sweep.run(config, str(calm), Pool) == 0
     with (tmp_path / "log.txt").open("w") as log:
         killed = subprocess.Popen(
             [*command(held, rough, 1), "--cores=1"], stdout=log, stderr=log, cwd=ROOT
@@ -180,5 +178,5 @@ def test_a_kill_of_each_kind_leaves_no_trace(tmp_path, monkeypatch):
         killed.wait()
     states = progress.measure(rough, progress.load(rough)).states
     assert states[0].state == "done" and states[0].interruptions == 1
-    finish(rough)
+    assert sweep.run(config, str(rough), Pool) == 0
     assert table(rough).equals(table(calm)) and table(rough).num_rows == 3
