@@ -200,6 +200,7 @@ def test_another_method_has_rows_of_its_own(diagnosed, tmp_path):
 
 def test_masked_reconstruction_is_aligned_in_the_encoder(tmp_path):
     config = tiny_config.get_mae_config()
+    config.model = {"name": "dense_mae"}
     config.methods.mae.learning_rate = (0.03,)
     source = load_data(config, "test")
     built = ImageModel(config, source)

@@ -14,7 +14,7 @@ import jax
 import pytest
 from absl.testing import flagsaver
 
-from experiments import adapt, journal, launch, result_rows, train
+from experiments import adapt, journal, launch, result_rows
 from tests.experiments import dense_config
 from ttt_jax import audit, evaluation
 
@@ -93,9 +93,9 @@ def run(folder, config=None, **options):
 
 
 @pytest.fixture(scope="module")
-def trained(dense, tmp_path_factory):
+def trained(dense_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    train.run(get_config(), str(folder))
+    shutil.copytree(dense_folder / "checkpoints", folder / "checkpoints")
     return folder
 
 
