@@ -19,8 +19,9 @@ from ttt_jax.task import Examples, Task
 def test_tasks_of_the_programs(name):
     config = importlib.import_module(f"experiments.configs.{name}").get_config()
     if name == "digits":
-        config.data.update({"test": "test[:20]", "validation": "train[1257:1277]"})
-        config.adapt.batch_size = 10
+        config.data.update({"train": "train[:200]", "test": "test[:10]"})
+        config.data.validation = "train[1257:1267]"
+        config.adapt.batch_size = 5
     if name == "documents":
         config.data.update({"chunk": 16, "chunks": 3, "most": 6})
         config.model.update({"width": 16, "depth": 1})

@@ -3,13 +3,24 @@
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
 
 import ttt_jax as ttt
 from experiments import launch, pristine, settings, tasks
+from experiments.tasks import networks
 
 CONFIGS = sorted((pathlib.Path(launch.__file__).parent / "configs").glob("[!_]*.py"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once():
+    """Configs of equal networks trace the parameters' layout once."""
+    with pytest.MonkeyPatch.context() as patch:
+        init = jax.jit(networks.Network.init, static_argnums=0)
+        patch.setattr(networks.Network, "init", lambda self, key: init(self, key))
+        yield
 
 
 def stand_in(config, folder):

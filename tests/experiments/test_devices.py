@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import adapt, launch, train
-from tests.experiments import tiny_config, tiny_model
+from experiments import adapt, launch
+from tests.experiments import tiny_config
 from tests.experiments.test_programs import assert_equal_rows, rows_of
 
 pytestmark = [
+    pytest.mark.usefixtures("dense"),
     pytest.mark.cpu,
     pytest.mark.skipif(
         jax.local_device_count() < 4,
@@ -20,13 +21,6 @@ pytestmark = [
 ]
 
 PART = adapt.Part(domains=("clean", "fog", "saturate"))
-# A method of every scope.
-SHARED = PART._replace(methods=("rotation", "rotation_online", "tent"))
-
-
-@pytest.fixture(autouse=True)
-def dense(monkeypatch):
-    tiny_model.install(monkeypatch)
 
 
 def every_scope():
@@ -39,33 +33,28 @@ def every_scope():
             **rotation,
             "method": "ttt_rotation",
             "trace": True,
-            "num_steps": 2,
+            "num_steps": 1,
             "learning_rate": (0.01, 0.03),
         },
         rotation_online={**rotation, "method": "ttt_rotation_online"},
-        bn_adapt={},
         tent={"episodic": True, "predict": "after", "learning_rate": 0.05, "optimizer": "sgd"},
         tent_online={"method": "tent", "learning_rate": 0.05, "optimizer": "sgd"},
     )
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_model.install(patch)
-        train.run(every_scope(), str(folder))
+def trained(dense_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    shutil.copytree(dense_folder / "checkpoints", folder / "checkpoints")
     return folder
 
 
 @pytest.fixture(scope="module")
-def alone(trained, tmp_path_factory):
+def alone(dense, trained, tmp_path_factory):
     """One process, one device."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     shutil.copytree(trained, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_model.install(patch)
-        assert adapt.run(every_scope(), str(folder), part=PART, devices=1) == 0
+    assert adapt.run(every_scope(), str(folder), part=PART, devices=1) == 0
     return folder
 
 

@@ -166,6 +166,8 @@ def test_another_method_has_rows_of_its_own(diagnosed, tmp_path):
     shutil.copytree(diagnosed[0], folder)
     config = get_config()
     memo = {
+        "method": "memo",
+        "augment": "crops",
         "trace": True,
         "num_views": 2,
         "num_steps": 1,
@@ -173,12 +175,21 @@ def test_another_method_has_rows_of_its_own(diagnosed, tmp_path):
         "select": "all",
         "prior": PRIOR,
     }
-    config.methods.memo = ml_collections.ConfigDict(memo)
+    config.methods.memo_crops = ml_collections.ConfigDict(memo)
     config.adapt.corruption_seed = 7  # another method's rows may be about other images
     before = (folder / "diagnostics.jsonl").read_text()
-    record = diagnose.run(config, str(folder), OPTIONS._replace(method="memo", severities=(5,)))
-    assert [row["method"] for row in record["rows"]] == ["memo", "memo"]
+    record = diagnose.run(
+        config, str(folder), OPTIONS._replace(method="memo_crops", severities=(5,))
+    )
+    assert [row["method"] for row in record["rows"]] == ["memo_crops", "memo_crops"]
+    # Its task is that of the method, whatever the entry is called.
+    assert config.methods.rotation.method == "ttt_rotation"
+    assert "auxiliary_accuracy_after" in diagnosed[1]["rows"][0]
     assert "auxiliary_accuracy_after" not in record["rows"][0]
+    assert record["rows"][0]["settings"]["augment"] == "crops" and record["rows"][0]["aux_norm"] > 0
+    # Contrast draws nothing: there both met the same images.
+    of_both = (row_of(found, "contrast", 5)["source_error"] for found in (record, diagnosed[1]))
+    assert len(set(of_both)) == 1
     # Two sets are too few; with the four of rotation there would be a correlation.
     assert record["correlation"] == {"inner_product_and_gain": None, "sets": 2}
     after = (folder / "diagnostics.jsonl").read_text()
@@ -188,28 +199,9 @@ def test_another_method_has_rows_of_its_own(diagnosed, tmp_path):
     assert (folder / "diagnostics.jsonl").read_text() == after
 
 
-def test_other_names_of_a_method_have_its_task(dense_folder, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(dense_folder, folder)
-    config = get_config()
-    common = {"num_steps": 1, "learning_rate": 0.03, "select": "all", "prior": PRIOR}
-    tiny_config.with_methods(
-        config,
-        rotation_tuned={**common, "method": "ttt_rotation", "copies": 2},
-        memo_augmix={**common, "method": "memo", "num_views": 2, "augment": "augmix"},
-    )
-    few = OPTIONS._replace(severities=(5,), corruptions=("fog",), learning_rates=(0.03,))
-    (tuned,), (augmix,) = (
-        diagnose.run(config, str(folder), few._replace(method=name))["rows"]
-        for name in ("rotation_tuned", "memo_augmix")
-    )
-    assert tuned["settings"]["copies"] == 2 and tuned["auxiliary_accuracy_after"] is not None
-    assert augmix["settings"]["augment"] == "augmix" and "auxiliary_accuracy_after" not in augmix
-    assert tuned["source_error"] == augmix["source_error"] and augmix["aux_norm"] > 0
-
-
 def test_masked_reconstruction_is_aligned_in_the_encoder(tmp_path):
     config = tiny_config.get_mae_config()
+    config.model = {"name": "dense_mae"}
     config.methods.mae.learning_rate = (0.03,)
     source = load_data(config, "test")
     built = ImageModel(config, source)

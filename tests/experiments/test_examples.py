@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import adapt, examples, journal, settings, tasks
+from experiments import adapt, examples, journal, settings, tasks, units
 from experiments.report import pictures
-from tests.experiments import diagnosed, tiny_config
+from tests.experiments import dense_config, tiny_config
 from ttt_jax import checkpoint, evaluation
 
 PART = adapt.Part(domains=("clean", "fog", "contrast"))
@@ -16,11 +16,12 @@ PART = adapt.Part(domains=("clean", "fog", "contrast"))
 
 def config_of():
     """The stream before the method that adapts each instance alone, of one setting each."""
-    config = diagnosed.get_config()
+    config = dense_config.get_config()
     # One batch: the numbers of the streams, which say which image is kept, are below its size.
-    config.adapt.batch_size = 30
+    config.adapt.update({"batch_size": 30, "chunk_size": 30})
     methods = config.methods.to_dict()
     rotation = methods.pop("rotation")
+    del methods["tent"]
     return tiny_config.with_methods(config, **methods, rotation=rotation)
 
 
@@ -60,13 +61,14 @@ def test_what_is_kept_was_predicted_by_the_method_that_is_shown(run, tmp_path):
     assert examples.shown(candidates) == "rotation"
     assert examples.shown({"source": candidates["source"]}) is None
     params = checkpoint.load(run / "checkpoints" / "seed_0", like=None).params
-    options = {"role": "reported", "seed": 0}
+    options = {"role": "reported", "seed": 0, "chunk_size": config.adapt.chunk_size}
     kept = examples.PicturedEvaluation(
         task, params, label="rotation", path=tmp_path / "examples.npz", **options
     )
     plain = evaluation.Evaluation(task, params, **options)
     method = candidates["rotation"][0].bind(params, 0)
-    plain.programs = kept.programs
+    # Those that the run compiled.
+    kept.programs = plain.programs = units.programs(config, None)
     for stream in ("clean", "fog"):
         (row,), (same,) = (each.rows("rotation", method, (stream,)) for each in (kept, plain))
         assert row.values == same.values and row.each.keys() == same.each.keys()

@@ -2,14 +2,11 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from experiments import feature_shift, launch, pristine
-from experiments.tasks import images
 from tests.experiments import tiny_config
-from ttt_jax import checkpoint
 
 
 def test_moments_in_batches_are_those_of_all():
@@ -25,18 +22,23 @@ def test_no_batch_is_of_one_image(monkeypatch):
     assert [len(part) for part in feature_shift._parts(9)] == [3, 3, 3]
 
 
+def get_config():
+    """The model with BatchNorm, and few training images."""
+    config = tiny_config.get_batch_norm_config()
+    config.data.train = "train[:250]"
+    return config
+
+
 @pytest.fixture(scope="module")
 def model(dense, tmp_path_factory):
-    """The path of a checkpoint of the model with BatchNorm."""
-    config = tiny_config.get_batch_norm_config()
-    path = tmp_path_factory.mktemp("model") / "seed_0"
-    params = images.task(config).init(jax.random.key(0))
-    checkpoint.save(path, params, metadata=pristine.metadata(config))
-    return str(path)
+    """The path of a checkpoint of that model."""
+    config, folder = get_config(), tmp_path_factory.mktemp("model")
+    tiny_config.save_initial(config, folder)
+    return str(pristine.path_of(folder, 0))
 
 
 def test_the_program(model, tmp_path, capsys):
-    config = tiny_config.get_batch_norm_config()
+    config = get_config()
 
     def run(*domains):
         made = {"checkpoint_path": model, "domains": domains, "num_images": 25}
@@ -73,7 +75,7 @@ def test_a_row_is_of_the_images_that_it_says(model, tmp_path):
     """A changed config gives the rows that a folder of its own gives."""
 
     def run(folder, **changes):
-        changed = tiny_config.get_batch_norm_config()
+        changed = get_config()
         changed.update_from_flattened_dict(changes)
         made = {"checkpoint_path": model, "domains": ("shot_noise",), "num_images": 9}
         return feature_shift.run(changed, str(tmp_path / folder), **made)
@@ -81,7 +83,7 @@ def test_a_row_is_of_the_images_that_it_says(model, tmp_path):
     first = run("shared")
     for key, value in (
         ("adapt.corruption_seed", 7),
-        ("data.train", "train[:500]"),
+        ("data.train", "train[:100]"),
         ("data.test", "test[20:70]"),
         ("adapt.severity", 3),
     ):
@@ -92,7 +94,7 @@ def test_a_row_is_of_the_images_that_it_says(model, tmp_path):
 
 
 def test_the_record_of_an_older_program_is_not_replaced(model, tmp_path):
-    config = tiny_config.get_batch_norm_config()
+    config = get_config()
     (tmp_path / "feature_shift.json").write_text('{"rows": []}')
     with pytest.raises(launch.UserError, match=r"has rows that .*jsonl lacks.*move it away"):
         feature_shift.run(config, str(tmp_path), checkpoint_path=model, num_images=2)
@@ -100,7 +102,7 @@ def test_the_record_of_an_older_program_is_not_replaced(model, tmp_path):
 
 
 def test_the_statistics_of_a_batch(model, tmp_path):
-    config = tiny_config.get_batch_norm_config()
+    config = get_config()
     made = {"checkpoint_path": model, "domains": ("contrast",), "num_images": 25}
     running, batch = (
         feature_shift.run(config, str(tmp_path / norm), norm=norm, **made)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import adapt, journal, train, units
+from experiments import adapt, journal, units
 from experiments.tasks import image_order, images
 from tests.experiments import diagnosed, tiny_config
 from ttt_jax import data
@@ -165,7 +165,7 @@ def test_a_sequence_gives_a_row_per_domain(in_sequence):
 def test_masked_reconstruction_lowers_its_loss(tmp_path):
     config = tiny_config.get_mae_config()
     config.adapt.batch_size = 10
-    train.run(config, str(tmp_path))
+    tiny_config.save_initial(config, tmp_path)
     part = adapt.Part(methods=("mae",), domains=("clean", *VALIDATION, *CORRUPTIONS[::3]))
     assert adapt.run(config, str(tmp_path), devices=1, part=part) == 0
     rows = journal.Journal(tmp_path / "results.jsonl").rows()
@@ -218,9 +218,8 @@ def test_gradual_rows_are_per_severity(dense, dense_folder, tmp_path):
 
 def test_what_is_chosen_on_long_streams_is_scored_along_them(dense, dense_folder, tmp_path):
     config = diagnosed.get_config()
-    online = config.methods.rotation_online.copy_and_resolve_references()
-    online.learning_rate = (0.01, 0.1)
-    tiny_config.with_methods(config, rotation_online=online)
+    online = {"method": "tent", "predict": "after", "learning_rate": (0.01, 0.1)}
+    tiny_config.with_methods(config, tent_online=online)
     tried, num_examples = [], []
     for passes in (1, 2):
         config.adapt.selection_passes = passes
@@ -238,7 +237,7 @@ def test_what_is_chosen_on_long_streams_is_scored_along_them(dense, dense_folder
 
 def test_seeds_share_their_compiled_programs_and_nothing_else(dense, tmp_path):
     config = diagnosed.get_config()
-    config.train.num_steps, config.seeds = 4, (0, 1)
+    config.seeds = (0, 1)
     tiny_config.with_methods(
         config,
         source={},
@@ -248,7 +247,7 @@ def test_seeds_share_their_compiled_programs_and_nothing_else(dense, tmp_path):
     # A chunk size of its own, so that no other test has compiled the programs.
     config.adapt.update({"chunk_size": 7, "batch_size": 10})
     part = adapt.Part(domains=("clean", "fog", VALIDATION[0]))
-    train.run(config, str(tmp_path / "both"))
+    tiny_config.save_initial(config, tmp_path / "both")
     assert adapt.run(config, str(tmp_path / "both"), devices=1, part=part) == 0
     config.seeds = (1,)
     shutil.copytree(tmp_path / "both" / "checkpoints", tmp_path / "alone" / "checkpoints")
@@ -273,10 +272,11 @@ def test_seeds_share_their_compiled_programs_and_nothing_else(dense, tmp_path):
 def test_runs_with_other_readings_share_no_program(dense, dense_folder, tmp_path):
     """What a method reads before adapting is read beside the source prediction."""
     part = adapt.Part(domains=("fog", VALIDATION[0]))
-    config = tiny_config.with_methods(diagnosed.get_config(), source={})
+    config = diagnosed.get_config()
     config.adapt.batch_size = 10
+    rotation = config.methods.rotation.to_dict()
+    tiny_config.with_methods(config, source={})
     adapted(config, dense_folder, tmp_path / "plain", part=part)
-    memo = {"num_views": 2, "learning_rate": 0.01, "probe": "memo"}
-    tiny_config.with_methods(config, memo=memo)
+    tiny_config.with_methods(config, rotation=rotation)
     rows = adapted(config, dense_folder, tmp_path / "probed", part=part)
     assert rows and all(row["aux_loss_before"] > 0 for row in rows)

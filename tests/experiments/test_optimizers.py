@@ -76,11 +76,11 @@ def test_an_impossible_optimizer_is_refused(options, words):
         train.check(config, images.task(config))
 
 
-@pytest.mark.parametrize("main_select", ["all", "params/head.*"])
-def test_what_the_main_task_trains(main_select):
+@pytest.mark.parametrize("main_select", ["all", "params/fc/.*"])
+def test_what_the_main_task_trains(dense, main_select):
     """Without an auxiliary loss, what it does not train stays to the last bit."""
-    config = tiny_config.get_mae_config()
-    config.model.head_depth = 1
+    config = tiny_config.get_config()
+    config.model = {"name": "dense"}
     config.train.update({"aux_weight": 0.0, "weight_decay": 0.0, "main_select": main_select})
     task, optim = images.task(config), settings.training_optimizer(config)
     step = train.make_step(config, task, optim)
@@ -99,8 +99,8 @@ def test_what_the_main_task_trains(main_select):
     }
     assert moved == {
         "encoder": main_select == "all",
-        "decoder": False,
-        "rotation_head": False,
-        "head": True,
-        "head_blocks": True,
+        "bn": main_select == "all",
+        "fc": True,
+        "rotation_bn": False,
+        "rotation_fc": False,
     }

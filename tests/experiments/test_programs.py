@@ -1,4 +1,4 @@
-"""The programs: train, adapt, resume, refuse; on a two-block model of the digits."""
+"""The programs: train, adapt, resume, refuse; on a dense model of the digits."""
 
 import json
 import os
@@ -14,12 +14,14 @@ import jax
 import pytest
 from absl.testing import flagsaver
 
-from experiments import adapt, journal, launch, result_rows, train
-from tests.experiments import tiny_config
+from experiments import adapt, journal, launch, result_rows
+from tests.experiments import dense_config
 from ttt_jax import audit, evaluation
 
+pytestmark = pytest.mark.usefixtures("dense")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "tests" / "experiments" / "tiny_config.py"
+RATES = (0.01, 0.03)
 TIMING = ("seconds", "samples_per_second", "compile_seconds")
 REQUIRED = (
     "method dataset domain severity seed error num_examples num_steps scope split_role reset "
@@ -32,7 +34,7 @@ def rows_of(folder):
 
 
 # What most tests compare: the reported streams of two corruptions.
-PART = adapt.Part(domains=("fog", "saturate"))
+PART = adapt.Part(domains=("fog", "contrast"))
 
 
 def rows_of_part(folder):
@@ -67,8 +69,8 @@ def assert_equal_rows(left, right):
         assert a == b
 
 
-def command(name, *arguments):
-    return [sys.executable, "-m", f"experiments.{name}", f"--config={CONFIG}", *arguments]
+def command(name, *arguments, config=CONFIG):
+    return [sys.executable, "-m", f"experiments.{name}", f"--config={config}", *arguments]
 
 
 def called(monkeypatch, name, *arguments):
@@ -79,10 +81,21 @@ def called(monkeypatch, name, *arguments):
     return ended.value.code
 
 
+def get_config():
+    config = dense_config.get_config()
+    config.methods.rotation.learning_rate = RATES
+    return config
+
+
+def run(folder, config=None, **options):
+    """Adapts on one device; ``test_devices`` takes all."""
+    return adapt.run(config or get_config(), str(folder), devices=1, **options)
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(dense_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    train.run(tiny_config.get_config(), str(folder))
+    shutil.copytree(dense_folder / "checkpoints", folder / "checkpoints")
     return folder
 
 
@@ -90,13 +103,13 @@ def trained(tmp_path_factory):
 def adapted(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapted") / "run"
     shutil.copytree(trained, folder)
-    assert adapt.run(tiny_config.get_config(), str(folder)) == 0
+    assert run(folder) == 0
     return folder
 
 
 def test_one_row_per_trial_with_the_whole_schema(adapted):
     rows = rows_of(adapted)
-    assert len(rows) == 3 * (16 + 4)
+    assert len(rows) == 4 * (16 + 4)
     assert len({journal.identity(row) for row in rows}) == len(rows)
     for row in rows:
         assert [key for key in REQUIRED if key not in row] == []
@@ -109,6 +122,7 @@ def test_one_row_per_trial_with_the_whole_schema(adapted):
         "source": "per_sample",
         "rotation": "per_sample",
         "rotation_online": "stream",
+        "tent": "batch",
     }
 
 
@@ -137,28 +151,14 @@ def test_settings_come_from_the_validation_candidates(adapted):
 def test_restore_modes_give_equal_rows(adapted, trained, tmp_path, mode):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
-    assert adapt.run(tiny_config.get_config(), str(folder), restore=mode, part=PART) == 0
+    assert run(folder, restore=mode, part=PART) == 0
     assert_equal_rows(rows_of(folder), rows_of_part(adapted))
 
 
 def test_a_finished_run_is_left_alone(adapted):
     before = (adapted / "results.jsonl").read_bytes()
-    assert adapt.run(tiny_config.get_config(), str(adapted)) == 0
+    assert run(adapted) == 0
     assert (adapted / "results.jsonl").read_bytes() == before
-
-
-KILLED = """
-import os, signal, sys
-from experiments import adapt, journal
-from tests.experiments import tiny_config
-add = journal.Journal.add
-def add_and_die(self, *rows):
-    add(self, *rows)
-    if len(self.rows()) == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-journal.Journal.add = add_and_die
-adapt.run(tiny_config.get_config(), sys.argv[1], part=adapt.Part(methods=("source",)))
-"""
 
 
 def test_killed_in_the_middle_resumes_to_the_same_rows(adapted, trained, tmp_path):
@@ -167,37 +167,43 @@ def test_killed_in_the_middle_resumes_to_the_same_rows(adapted, trained, tmp_pat
     environment = {
         # What this process compiled.
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         # As in conftest.py: on a GPU the default would be tf32.
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "KILL_AT_ROWS": "3",
     }
+    config = CONFIG.with_name("killed_config.py")
+    arguments = [f"--workdir={folder}", "--devices=1", "--methods=source,tent"]
+    arguments += [f"--domains={','.join(PART.domains)}"]
+    arguments += [f"--config.methods.rotation.learning_rate={RATES}"]
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(folder)], cwd=ROOT, env=os.environ | environment
+        command("adapt", *arguments, config=config), cwd=ROOT, env=os.environ | environment
     )
     assert killed.returncode == -signal.SIGKILL
     results = folder / "results.jsonl"
-    assert results.read_bytes().count(b"\n") == 7
+    assert results.read_bytes().count(b"\n") == 3
     with results.open("ab") as file:
         file.write(b'{"method": "source", "data')
-    assert adapt.run(tiny_config.get_config(), str(folder)) == 0
-    assert_equal_rows(rows_of(folder), rows_of(adapted))
+    assert run(folder, part=PART) == 0
+    assert_equal_rows(rows_of(folder), rows_of_part(adapted))
 
 
 def test_parts_add_up_to_the_whole(adapted, trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
-    config = tiny_config.get_config()
+    config = get_config()
     some = PART._replace(methods=["rotation"])
-    assert adapt.run(config, str(folder), part=some) == 0
+    assert run(folder, config, part=some) == 0
     made = {(row["method"], row["domain"]) for row in rows_of(folder)}
-    assert made == {("rotation", "fog"), ("rotation", "saturate")}
-    assert adapt.run(config, str(folder), part=PART) == 0
+    assert made == {("rotation", "fog"), ("rotation", "contrast")}
+    assert run(folder, config, part=PART) == 0
     assert_equal_rows(rows_of(folder), rows_of_part(adapted))
     for part, message in (
-        (adapt.Part(methods=["tent"]), "unknown method 'tent'; choose from"),
+        (adapt.Part(methods=["tnet"]), "unknown method 'tnet'; choose from"),
         (adapt.Part(domains=["fgo"]), "unknown domain 'fgo'; choose from"),
     ):
         with pytest.raises(launch.UserError, match=message):
-            adapt.run(config, str(folder), part=part)
+            run(folder, config, part=part)
 
 
 def test_a_failing_trial_is_a_row_and_runs_again(trained, tmp_path, monkeypatch):
@@ -211,14 +217,14 @@ def test_a_failing_trial_is_a_row_and_runs_again(trained, tmp_path, monkeypatch)
         return rows_of_unit(self, label, method, streams)
 
     monkeypatch.setattr(evaluation.Evaluation, "rows", fail_on_fog)
-    assert adapt.run(tiny_config.get_config(), str(folder), part=PART) == 1
+    assert run(folder, part=PART) == 1
     failed = [row for row in rows_of(folder) if row["status"] == "failed"]
     assert [(r["method"], r["domain"]) for r in failed] == [("rotation", "fog")]
     assert "fog is too thick" in failed[0]["message"] and "error" not in failed[0]
     monkeypatch.undo()
-    assert adapt.run(tiny_config.get_config(), str(folder), part=PART) == 0
+    assert run(folder, part=PART) == 0
     rows = rows_of(folder)
-    assert len(rows) == 6 and {row["status"] for row in rows} == {"ok"}
+    assert len(rows) == 8 and {row["status"] for row in rows} == {"ok"}
 
 
 def test_a_full_disk_keeps_what_was_written(adapted, tmp_path):
@@ -247,28 +253,28 @@ def test_an_unwritable_workdir_is_one_sentence(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     with pytest.raises(launch.UserError, match=r"cannot write .*choose another --workdir"):
-        adapt.run(tiny_config.get_config(), str(blocked / "run"))
+        adapt.run(get_config(), str(blocked / "run"))
 
 
 def test_another_config_in_the_same_folder_is_refused(adapted):
-    config = tiny_config.get_config()
+    config = get_config()
     config.adapt.severity = 3
     with pytest.raises(launch.UserError, match=r"adapt.severity was 5, now 3"):
-        adapt.run(config, str(adapted))
+        run(adapted, config)
 
 
 def test_no_checkpoint_says_how_to_train(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train one first: python -m experiments\.train"):
-        adapt.run(tiny_config.get_config(), str(tmp_path))
+        adapt.run(get_config(), str(tmp_path))
 
 
 def test_other_normalisation_constants_are_refused(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained / "checkpoints", folder / "checkpoints")
-    config = tiny_config.get_config()
+    config = get_config()
     config.data.mean = 0.25
     with pytest.raises(ValueError, match="mean"):
-        adapt.run(config, str(folder))
+        run(folder, config)
 
 
 # Of ml_collections, which loads a config file so.
@@ -305,7 +311,7 @@ def test_a_program_ends_with_its_status(tmp_path):
 def test_a_value_that_was_wrong_can_be_corrected(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained / "checkpoints", folder / "checkpoints")
-    config = tiny_config.get_config()
+    config = get_config()
     part = adapt.Part(("source",), ("clean",))
     for section, key, value, words in (
         ("adapt", "severity", 7, "A severity is an integer from 1"),
@@ -315,12 +321,12 @@ def test_a_value_that_was_wrong_can_be_corrected(trained, tmp_path):
         wrong = config.copy_and_resolve_references()
         wrong[section][key] = value
         with pytest.raises(ValueError, match=words):
-            adapt.run(wrong, str(folder), part=part)
+            run(folder, wrong, part=part)
     wrong = config.copy_and_resolve_references()
     wrong.methods.rotation.learning_rate = ()
     with pytest.raises(ValueError, match=r"methods\.rotation: learning_rate lists no candidate"):
-        adapt.run(wrong, str(folder), part=part)
-    assert adapt.run(config, str(folder), part=part) == 0
+        run(folder, wrong, part=part)
+    assert run(folder, config, part=part) == 0
 
 
 def test_a_method_that_could_not_adapt_is_named(capsys):
@@ -334,16 +340,16 @@ def test_a_method_that_could_not_adapt_is_named(capsys):
 def test_an_unknown_method_is_refused(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained / "checkpoints", folder / "checkpoints")
-    config = tiny_config.get_config()
+    config = get_config()
     config.methods.rotate = {"num_steps": 1}
     with pytest.raises(ValueError, match=r"methods\.rotate: method must be a function of ttt_jax"):
-        adapt.run(config, str(folder))
+        run(folder, config)
 
 
 def test_two_programs_on_one_folder_are_refused(trained, tmp_path):
     with launch.locked(tmp_path):
         with pytest.raises(launch.UserError, match="in use by another program"):
-            adapt.run(tiny_config.get_config(), str(tmp_path))
+            adapt.run(get_config(), str(tmp_path))
 
 
 def test_rows_of_another_checkpoint_are_refused(adapted, tmp_path):
@@ -352,10 +358,10 @@ def test_rows_of_another_checkpoint_are_refused(adapted, tmp_path):
     lines = (folder / "results.jsonl").read_text().replace('"checkpoint": "', '"checkpoint": "0')
     (folder / "results.jsonl").write_text(lines)
     with pytest.raises(launch.UserError, match="rows of another checkpoint"):
-        adapt.run(tiny_config.get_config(), str(folder))
+        run(folder)
     selection = json.loads((folder / "selection.json").read_text())
     (folder / "selection.json").write_text(json.dumps(selection | {"checkpoint": "other"}))
     with pytest.raises(
         launch.UserError, match=r"selection\.json was made otherwise: checkpoint was"
     ):
-        adapt.run(tiny_config.get_config(), str(folder))
+        run(folder)

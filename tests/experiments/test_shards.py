@@ -12,21 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import adapt, diagnose, journal, launch, seed_run, tasks, train
+from experiments import adapt, diagnose, journal, launch, provenance, seed_run, tasks
 from experiments.report import __main__ as report, read
-from tests.experiments import dense_config, tiny_model
+from tests.experiments import dense_config
 from tests.experiments.test_programs import ROOT, assert_equal_rows, rows_of
 from ttt_jax import evaluation
 
+pytestmark = pytest.mark.usefixtures("dense")
 DOMAINS = ("fog", "contrast", "saturate")
 CONFIG = ROOT / "tests" / "experiments" / "killed_config.py"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def dense():
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_model.install(patch)
-        yield
 
 
 def get_config():
@@ -36,9 +30,11 @@ def get_config():
 
 
 @pytest.fixture(scope="module")
-def trained(dense, tmp_path_factory):
+def trained(dense_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
-    train.run(get_config(), str(folder))
+    shutil.copytree(dense_folder / "checkpoints", folder / "checkpoints")
+    # As the training does.
+    provenance.claim(folder, get_config())
     return folder
 
 
@@ -224,13 +220,16 @@ def test_what_is_no_shard(text):
 
 def test_shards_of_a_diagnosis(trained, tmp_path):
     folders = [shutil.copytree(trained, tmp_path / name) for name in ("alone", "shared")]
+    # The method with the smallest program.
+    config = dense_config.get_config()
+    config.methods.memo = {"num_views": 2, "num_steps": 1, "learning_rate": 0.01, "select": "all"}
     options = diagnose.Options(
-        severities=("5",), corruptions=DOMAINS[:2], num_images=10, learning_rates=("0.01",)
+        "memo", severities=("5",), corruptions=DOMAINS[:2], num_images=10, learning_rates=("0.01",)
     )
-    wanted = diagnose.run(dense_config.get_config(), str(folders[0]), options)
+    wanted = diagnose.run(config, str(folders[0]), options)
     for index in range(4):
         shard = journal.Shard(index, 4)
-        made = diagnose.run(dense_config.get_config(), str(folders[1]), options, shard=shard)
+        made = diagnose.run(config, str(folders[1]), options, shard=shard)
     assert made["correlation"] == wanted["correlation"]
     rows = {row["domain"]: row for row in made["rows"]}
     assert len(made["rows"]) == len(wanted["rows"]) == 2
@@ -239,10 +238,7 @@ def test_shards_of_a_diagnosis(trained, tmp_path):
         np.testing.assert_equal(rows[row["domain"]] | times, row | times)
     # More processes than cells.
     empty = shutil.copytree(trained, tmp_path / "empty")
-    assert (
-        diagnose.run(dense_config.get_config(), str(empty), options, shard=journal.Shard(3, 4))
-        == {}
-    )
+    assert diagnose.run(config, str(empty), options, shard=journal.Shard(3, 4)) == {}
     assert not (empty / "diagnostics.json").exists()
 
 

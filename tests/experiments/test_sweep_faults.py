@@ -35,6 +35,23 @@ for domain in ("fog", "contrast", "clean"):
     add(domains=(domain,), seeds=(0,))
 """
 
+# A small training is over before it is met: this one waits for its kill at its first save.
+HELD = """
+import time
+from ttt_jax import checkpoint
+
+save = checkpoint.Saves.save
+
+
+def held(self, step, state):
+    save(self, step, state)
+    if step == 5:
+        time.sleep(1800)
+
+
+checkpoint.Saves.save = held
+"""
+
 
 def command(config, folder, workers):
     program = [sys.executable, "-m", "experiments.sweep", f"--config={config}"]
@@ -138,8 +155,10 @@ def test_a_kill_of_each_kind_leaves_no_trace(tmp_path, monkeypatch):
     """Kills in a training, in a trial, and of the sweep itself."""
     cache = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", cache)
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    config = tiny_sweep.write(tmp_path / "small.py", SMALL)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    config, held = (tiny_sweep.write(tmp_path / name, SMALL) for name in ("small.py", "held.py"))
+    with open(held, "a") as file:
+        file.write(HELD)
     calm, rough = tmp_path / "calm", tmp_path / "rough"
 
     def finish(folder):
@@ -149,7 +168,7 @@ def test_a_kill_of_each_kind_leaves_no_trace(tmp_path, monkeypatch):
     finish(calm)
     with (tmp_path / "log.txt").open("w") as log:
         killed = subprocess.Popen(
-            [*command(config, rough, 1), "--cores=1"], stdout=log, stderr=log, cwd=ROOT
+            [*command(held, rough, 1), "--cores=1"], stdout=log, stderr=log, cwd=ROOT
         )
         until(lambda: list(rough.glob("models/*/training/seed_0/step_*")))
         worker(killed).kill()

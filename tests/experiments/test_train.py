@@ -39,8 +39,13 @@ def test_interrupted_training_resumes_to_the_same_parameters(dense_folder, tmp_p
     with pytest.raises(Stop):
         train.train(*with_task(get_config()), tmp_path, 0, StopAtEight())
     assert (tmp_path / "training" / "seed_0" / "step_5").is_dir()
-    train.run(get_config(), str(tmp_path))
+    config = get_config()
+    config.seeds = (0, 1)
+    train.run(config, str(tmp_path))
     assert_same_parameters(dense_folder, tmp_path)
+    # The other seed is another model.
+    first, second = (checkpoint.load(tmp_path / "checkpoints" / f"seed_{k}") for k in (0, 1))
+    assert first.fingerprint != second.fingerprint and second.metadata["seed"] == 1
 
 
 def test_many_steps_per_call_equal_the_loop(tmp_path):
@@ -95,7 +100,7 @@ def test_step_schedule_ends_at_a_hundredth():
     ],
 )
 def test_impossible_training(tmp_path, key, value, message):
-    config = tiny_config.get_config()
+    config = get_config()
     with config.unlocked():
         config.train[key] = value
     with pytest.raises(ValueError, match=message):
@@ -104,7 +109,7 @@ def test_impossible_training(tmp_path, key, value, message):
 
 
 def test_a_missing_split_is_refused_before_the_training(tmp_path):
-    config = tiny_config.get_config()
+    config = get_config()
     config.data.validation = "validation"
     with pytest.raises(ValueError, match="no split called 'validation'"):
         train.run(config, str(tmp_path / "run"))
@@ -128,7 +133,7 @@ def test_a_training_that_diverges_ends_and_says_so(tmp_path, per_call):
 
 
 def test_what_nothing_would_train(tmp_path):
-    config = tiny_config.get_config()
+    config = get_config()
     config.train.update({"aux": "none", "main_select": "params/head.*"})
     with pytest.raises(ValueError, match="leaves the other parameters to an auxiliary task"):
         train.run(config, str(tmp_path / "run"))

@@ -1,8 +1,13 @@
 """The demo, cut down to what a test needs: a two-block model, few images, few methods."""
 
+import pathlib
+
+import jax
 import ml_collections
 
+from experiments import pristine, tasks
 from experiments.configs import digits
+from ttt_jax import checkpoint
 
 
 def get_config():
@@ -26,6 +31,14 @@ def with_methods(config, **methods):
     """Replaces the methods of a config."""
     config.methods = ml_collections.ConfigDict(methods, convert_dict=True)
     return config
+
+
+def save_initial(config, folder):
+    """Checkpoints of the initial model of every seed, where it need not be a trained one."""
+    init = jax.jit(tasks.build(config).init)
+    for seed in config.seeds:
+        path = pristine.path_of(pathlib.Path(folder), seed)
+        checkpoint.save(path, init(jax.random.key(seed)), metadata=pristine.metadata(config))
 
 
 def get_mae_config():

@@ -1,8 +1,11 @@
 """A dense model with BatchNorm that compiles in a moment, for the model table of the programs."""
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from experiments.tasks import networks
+from ttt_jax.models import vit
 
 
 class Dense(nn.Module):
@@ -40,6 +43,27 @@ class Dense(nn.Module):
         return variables
 
 
+class DenseMae(Dense):
+    """The encoder also sees images of which patches are black, for digits of 8 x 8 pixels."""
+
+    patch: int = 4
+
+    def setup(self):
+        super().setup()
+        self.decoder = nn.Dense(64)
+
+    def reconstruct(self, images, keep):
+        patches = vit.patchify(images, self.patch)
+        visible = jax.nn.one_hot(keep, patches.shape[1]).sum(axis=1)
+        codes = nn.relu(self._encode(patches * visible[:, :, None]))
+        return self.decoder(codes).reshape(patches.shape)
+
+    def all_heads(self, images):
+        keep = jnp.zeros((images.shape[0], 1), jnp.int32)
+        return *super().all_heads(images), self.reconstruct(images, keep)
+
+
 def install(monkeypatch):
-    """Makes ``model.name="dense"`` known."""
+    """Makes ``model.name="dense"`` and ``"dense_mae"`` known."""
     monkeypatch.setitem(networks.MODELS, "dense", Dense)
+    monkeypatch.setitem(networks.MODELS, "dense_mae", DenseMae)

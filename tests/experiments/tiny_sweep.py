@@ -1,15 +1,14 @@
-"""Config files of sweeps over the cut-down demo, with one method."""
+"""Config files of sweeps over the cut-down demo with a dense model, with one method."""
 
 import textwrap
 
 _HEAD = """
-from tests.experiments import tiny_config
+from tests.experiments import dense_config
 
 
 def get_config():
-    config = tiny_config.get_config()
+    config = dense_config.get_config()
     config.methods = {"rotation": config.methods.rotation}
-    config.methods.rotation.learning_rate = (0.01,)
     return config
 
 
