@@ -165,11 +165,11 @@ def run(
             ahead = grain.MapDataset.source(todo).map(read).to_iter_dataset(_AHEAD)
             batches = tqdm.tqdm(ahead, desc=f"seed {seed}", total=len(todo), disable=None)
             for cell, batch in zip(todo, batches, strict=True):
-                keys = ttt.sample_keys(jax.random.key(seed), batch.id)
-                arrays = jnp.asarray(batch.image), jnp.asarray(batch.label), keys
+                arrays = jnp.asarray(batch.image), jnp.asarray(batch.label)
+                arrays += (ttt.sample_keys(jax.random.key(seed), batch.id),)
                 row = program(pristine.restore("memory"), *arrays)
                 book.add({**cell, **fields, "status": "ok", **row})
-        rows = [row for row in book.rows() if row["method"] == options.method]
+        rows = [row for row in book.reread().rows() if row["method"] == options.method]
         return diagnose_record.write(workdir, provenance.of(config), rows) if rows else {}
 
 

@@ -151,14 +151,20 @@ class Journal:
         identity: Callable[[Mapping[str, Any]], tuple[Any, ...]] = identity,
     ):
         self.path = path.with_name(f"{path.stem}{shard.name}{path.suffix}")
+        self._all = path
         self._identity = identity
         self.failed: list[dict[str, Any]] = []
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-        others = [file for file in files(path) if file != self.path]
+        others = [file for file in files(path) if file != path]
         self._load(self.path, others if shard == WHOLE else [])
-        for other in others if shard != WHOLE else ():
-            rows, _ = read(other, identity)
+        self.reread()
+
+    def reread(self) -> "Journal":
+        """Takes the rows that other shards have added; returns this journal."""
+        for other in files(self._all):
+            rows, _ = read(other, self._identity)
             self._take(rows)
+        return self
 
     def _take(self, rows: Iterable[dict[str, Any]]) -> None:
         for row in rows:

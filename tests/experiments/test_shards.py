@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import adapt, diagnose, journal, launch, provenance, seed_run, tasks
+from experiments import adapt, diagnose, diagnosis, journal, launch, provenance, seed_run, tasks
 from experiments.report import __main__ as report, read
 from tests.experiments import dense_config
 from tests.experiments.test_programs import ROOT, assert_equal_rows, rows_of
@@ -218,7 +218,7 @@ def test_what_is_no_shard(text):
     assert journal.shard("1/2") == journal.Shard(1, 2)
 
 
-def test_shards_of_a_diagnosis(trained, tmp_path):
+def test_shards_of_a_diagnosis(trained, tmp_path, monkeypatch):
     folders = [shutil.copytree(trained, tmp_path / name) for name in ("alone", "shared")]
     # The method with the smallest program.
     config = dense_config.get_config()
@@ -227,9 +227,17 @@ def test_shards_of_a_diagnosis(trained, tmp_path):
         "memo", severities=("5",), corruptions=DOMAINS[:2], num_images=10, learning_rates=("0.01",)
     )
     wanted = diagnose.run(config, str(folders[0]), options)
-    for index in range(4):
-        shard = journal.Shard(index, 4)
-        made = diagnose.run(config, str(folders[1]), options, shard=shard)
+    shards, measure = [journal.Shard(index, 4) for index in (2, 1, 3)], diagnosis.Program.__call__
+
+    def meanwhile(self, *args):
+        while shards:
+            diagnose.run(config, str(folders[1]), options, shard=shards.pop())
+        return measure(self, *args)
+
+    # The first shard is at work when the others begin, and ends last: its record has all rows.
+    monkeypatch.setattr(diagnosis.Program, "__call__", meanwhile)
+    made = diagnose.run(config, str(folders[1]), options, shard=journal.Shard(0, 4))
+    assert not shards
     assert made["correlation"] == wanted["correlation"]
     rows = {row["domain"]: row for row in made["rows"]}
     assert len(made["rows"]) == len(wanted["rows"]) == 2
