@@ -16,7 +16,7 @@ sys.path.insert(0, str(_ROOT))
 # are read when jax and TFDS are imported, so they come before any import of the package.
 os.environ.setdefault("TFDS_DATA_DIR", str(_DOCS / "_build" / "tfds"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".jax_cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "5")
 # Compiling is most of what the examples do; with these, small CPU programs take half as long.
 os.environ.setdefault(
     "XLA_FLAGS",

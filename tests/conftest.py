@@ -1,5 +1,6 @@
 """Shared test settings: four CPU devices, exact matmuls, a compilation cache."""
 
+import gc
 import os
 import pathlib
 
@@ -18,6 +19,9 @@ import jax
 
 _CACHE = pathlib.Path(__file__).resolve().parent.parent / ".jax_cache"
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_TEST_CACHE", str(_CACHE)))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# To write a program into the cache takes longer than to compile most of them, and few are met twice.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 5)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes many small objects that live on; looking through all of them is a tenth of the time.
+gc.set_threshold(50_000, 20, 50)
