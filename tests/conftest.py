@@ -19,7 +19,7 @@ import jax
 
 _CACHE = pathlib.Path(__file__).resolve().parent.parent / ".jax_cache"
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_TEST_CACHE", str(_CACHE)))
-# To write a program into the cache takes longer than to compile most of them, and few are met twice.
+# Writing a program into the cache takes longer than compiling most of them, and few come twice.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 5)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
