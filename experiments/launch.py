@@ -66,13 +66,26 @@ def define_flags() -> tuple[Any, Any]:
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> None:
-    """``absl.app.run`` in which errors a person can mend are one line and exit status 2."""
+    """``absl.app.run`` in which errors a person can mend are one line and exit status 2.
+
+    Ctrl-C is one line and exit status 130. Where nobody reads the output any more, as behind
+    ``head``, the program ends without a word.
+    """
 
     def guarded(argv: Sequence[str]) -> Any:
         if len(argv) > 1:
             raise app.UsageError(f"Unexpected argument {argv[1]!r}; flags begin with --.")
         try:
-            return main(argv)
+            status = main(argv)
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 2
+        except KeyboardInterrupt as stop:
+            if os.environ.get("TTT_JAX_TRACEBACK"):
+                raise
+            interrupted(f"{stop}")
         except MENDABLE as error:
             if os.environ.get("TTT_JAX_TRACEBACK"):
                 raise
@@ -88,6 +101,16 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     # Orbax and TFDS log each file they touch at INFO.
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parse)
+
+
+def interrupted(message: str = "") -> NoReturn:
+    """Ends this process after Ctrl-C, with one line and exit status 130."""
+    said = message or (
+        "interrupted; what is finished is kept. Run the same command again to go on."
+    )
+    print(f"error: {said}", file=sys.stderr, flush=True)
+    # Threads of libraries would print tracebacks of their own, or crash, in an orderly end.
+    os._exit(130)
 
 
 def _refuse_override(error: Exception) -> NoReturn:

@@ -36,7 +36,7 @@ _SLURM_WORKERS = 256
 
 
 class _Interrupted(Exception):
-    """The sweep was told to stop."""
+    """The sweep was told to stop, by a signal."""
 
 
 def run(
@@ -89,8 +89,8 @@ def run(
 def _tend(pool: pools.Pool, workdir: pathlib.Path, units: Sequence[plan.Unit]) -> None:
     """Has the pool work, and shows how far it is, until every unit is done or has failed."""
 
-    def stop(*_: object) -> None:
-        raise _Interrupted
+    def stop(signal_number: int, _: object) -> None:
+        raise _Interrupted(signal_number)
 
     live, shown, lines = sys.stdout.isatty(), 0.0, 0
     handlers = {kind: signal.signal(kind, stop) for kind in (signal.SIGTERM, signal.SIGINT)}
@@ -108,8 +108,9 @@ def _tend(pool: pools.Pool, workdir: pathlib.Path, units: Sequence[plan.Unit]) -
                 lines = text.count("\n") + 1
             pool.tend(now)
             now = progress.measure(workdir, units, now)
-    except _Interrupted:
-        raise launch.UserError(
+    except _Interrupted as cause:
+        kind = KeyboardInterrupt if cause.args[0] == signal.SIGINT else launch.UserError
+        raise kind(
             "the sweep was told to stop; what is finished is kept. Run the same command to go on."
         ) from None
     finally:

@@ -1,5 +1,9 @@
 """What every program shares: seeds, choices, files that are there."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from experiments import launch
@@ -27,3 +31,42 @@ def test_a_file_that_is_there_is_not_replaced(tmp_path):
     path.write_text("measured")
     with pytest.raises(launch.UserError, match=r"out\.json exists and is not replaced"):
         launch.new_file(path)
+
+
+def ended(program, **options):
+    """How a process of ``launch.run`` over the body of a ``main`` ends."""
+    lines = ["import os, signal, sys", "from experiments import launch", "def main(argv):"]
+    lines += [f"    {line}" for line in program]
+    code = "\n".join([*lines, "launch.run(main)"])
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        text=True,
+        # As in a terminal: some runners have it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
+
+
+def test_an_interrupt_is_one_line_and_no_traceback_of_a_thread():
+    waiting = "import threading; threading.Thread(target=signal.pause).start()"
+    process = ended([waiting, "os.kill(os.getpid(), signal.SIGINT)", "signal.pause()"])
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert err == (
+        "error: interrupted; what is finished is kept. Run the same command again to go on.\n"
+    )
+
+
+def test_an_output_that_nobody_reads_ends_the_program_quietly():
+    with ended(["print('x' * 100)"], stdout=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 2
+
+
+def test_an_interrupt_of_the_imports():
+    code = "import sys; sys.argv = ['-m']; import experiments; raise KeyboardInterrupt"
+    end = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert end.returncode in (130, -signal.SIGINT)
+    assert end.stderr == "error: interrupted; nothing was begun.\n"

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import re
+import signal
 import threading
 import time
 
@@ -210,6 +212,26 @@ def test_a_model_that_fails_fails_its_trials(config, tmp_path, quick, capsys):
     quick.outcomes.clear()
     assert sweep.run(path, str(folder), local, retry_failed=True) == 0
     assert len(quick.done) == 3 + 1 + 2 + 1 + 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, launch.UserError)]
+)
+def test_a_signal_ends_the_jobs_and_is_one_sentence(config, tmp_path, quick, kind, raised):
+    ended = []
+
+    class Stopped(Pool):
+        def tend(self, now):
+            os.kill(os.getpid(), kind)
+
+        def end(self):
+            ended.append(signal.getsignal(kind))
+
+    before = signal.getsignal(kind)
+    with pytest.raises(raised, match=r"told to stop; what is finished is kept\. Run"):
+        sweep.run(config(GRID), str(tmp_path / "sweep"), Stopped)
+    # A second signal does not keep the jobs from being ended.
+    assert ended == [signal.SIG_IGN] and signal.getsignal(kind) == before
 
 
 def test_a_full_disk_ends_the_sweep_and_is_nobodys_failure(config, tmp_path, quick):
