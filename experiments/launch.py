@@ -48,6 +48,7 @@ class UserError(Exception):
     """Something the person at the terminal can mend; printed as one line, exit status 2."""
 
 
+_INTERRUPTED = "interrupted; what is finished is kept. Run the same command again to go on."
 # What a person can mend.
 MENDABLE = (UserError, ValueError, OSError)
 
@@ -68,8 +69,7 @@ def define_flags() -> tuple[Any, Any]:
 def run(main: Callable[[Sequence[str]], Any]) -> None:
     """``absl.app.run`` in which errors a person can mend are one line and exit status 2.
 
-    Ctrl-C is one line and exit status 130. Where nobody reads the output any more, as behind
-    ``head``, the program ends without a word.
+    Ctrl-C is one line and status 130; an output that nobody reads, as behind ``head``, is no word.
     """
 
     def guarded(argv: Sequence[str]) -> Any:
@@ -82,14 +82,13 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 2
-        except KeyboardInterrupt as stop:
+        except (KeyboardInterrupt, *MENDABLE) as error:
             if os.environ.get("TTT_JAX_TRACEBACK"):
                 raise
-            interrupted(f"{stop}")
-        except MENDABLE as error:
-            if os.environ.get("TTT_JAX_TRACEBACK"):
-                raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {f'{error}' or _INTERRUPTED}", file=sys.stderr, flush=True)
+            if isinstance(error, KeyboardInterrupt):
+                # Threads of libraries would print tracebacks, or crash, in an orderly end.
+                os._exit(130)
             return 2
 
     def parse(argv: Sequence[str]) -> list[str]:
@@ -101,16 +100,6 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     # Orbax and TFDS log each file they touch at INFO.
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parse)
-
-
-def interrupted(message: str = "") -> NoReturn:
-    """Ends this process after Ctrl-C, with one line and exit status 130."""
-    said = message or (
-        "interrupted; what is finished is kept. Run the same command again to go on."
-    )
-    print(f"error: {said}", file=sys.stderr, flush=True)
-    # Threads of libraries would print tracebacks of their own, or crash, in an orderly end.
-    os._exit(130)
 
 
 def _refuse_override(error: Exception) -> NoReturn:

@@ -63,10 +63,3 @@ def test_an_output_that_nobody_reads_ends_the_program_quietly():
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 2
-
-
-def test_an_interrupt_of_the_imports():
-    code = "import sys; sys.argv = ['-m']; import experiments; raise KeyboardInterrupt"
-    end = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    assert end.returncode in (130, -signal.SIGINT)
-    assert end.stderr == "error: interrupted; nothing was begun.\n"
