@@ -23,6 +23,8 @@ from ttt_jax.base import (
     StepInfo,
 )
 
+__all__ = ["filtered", "gradient_adapter", "sharpness_aware_adapter"]
+
 
 def _as_stateful(loss: AuxLoss | StatefulLoss) -> StatefulLoss:
     """A loss with a memory, empty for a plain one; its value is whatever ``loss`` returns."""

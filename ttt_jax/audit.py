@@ -27,6 +27,23 @@ from ttt_jax import (
 from ttt_jax._findings import AuditError, Finding
 from ttt_jax.base import Adapter, Key, Params, Predictor, Selection
 
+__all__ = [
+    "adapter_differences",
+    "check",
+    "check_adapter",
+    "check_task",
+    "copied_frozen",
+    "differences",
+    "distance",
+    "everything_but",
+    "findings",
+    "relative_distance",
+    "require",
+    "require_close",
+    "scale",
+    "tolerance",
+]
+
 _MEANING = {
     "loop": "parallel, in padded chunks, equals the loop over single instances",
     "order": "the order of the instances does not matter",

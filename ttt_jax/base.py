@@ -21,6 +21,25 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
+__all__ = [
+    "Adapter",
+    "AdapterState",
+    "Aux",
+    "AuxLoss",
+    "FromSource",
+    "Info",
+    "Key",
+    "Params",
+    "Predictor",
+    "PyTree",
+    "Reset",
+    "Selection",
+    "StatefulLoss",
+    "StepInfo",
+    "Stream",
+    "StreamInfo",
+]
+
 PyTree: TypeAlias = Any
 Params: TypeAlias = Any
 Key: TypeAlias = jax.Array

@@ -10,6 +10,8 @@ import numpy as np
 from ttt_jax import _trees
 from ttt_jax.base import Info, Key, Params, Predictor
 
+__all__ = ["BatchedPredictor", "batched", "sample_keys", "unbatched"]
+
 BatchedPredictor = Callable[[Params, Any, Key], tuple[Any, Info]]
 
 

@@ -13,6 +13,8 @@ import jax
 from ttt_jax import _trees
 from ttt_jax.base import Adapter, Params
 
+__all__ = ["Chunk", "copy_bytes", "free_bytes", "largest_chunk", "used"]
+
 _GIB = 2**30
 
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from ttt_jax import _trees
 from ttt_jax.base import Adapter, Key, Params, PyTree, StepInfo
 
+__all__ = ["check_num_steps", "guarded", "inner_loop", "observed_loop"]
+
 
 def guarded(adapter: Adapter) -> Adapter:
     """An adapter that does not take a step which is not finite: the state keeps its values."""

@@ -14,6 +14,8 @@ from ttt_jax import _trees
 from ttt_jax.base import Adapter, Key, Params, PyTree, StepInfo
 from ttt_jax.source import value_of
 
+__all__ = ["finder", "nearest", "with_neighbors"]
+
 _METRICS = ("cosine", "euclidean")
 
 

@@ -19,6 +19,8 @@ from ttt_jax.base import (
     StreamInfo,
 )
 
+__all__ = ["Carry", "episode", "online", "unroll"]
+
 # Inner step i uses fold_in(key, i); the reset must not meet any of those keys.
 _RESET_FOLD = 0x7FFFFFFF
 

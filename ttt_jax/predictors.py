@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from ttt_jax import _trees, inner
 from ttt_jax.base import Adapter, Info, Key, Params, Predictor, PyTree, StepInfo
 
+__all__ = ["augmented", "episodic", "no_steps", "source", "vote"]
+
 
 def no_steps() -> Info:
     """The ``Info`` of a prediction that differentiates nothing."""

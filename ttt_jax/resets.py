@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from ttt_jax import _trees
 from ttt_jax.base import Info, Key, PyTree, Reset
 
+__all__ = ["every", "never", "on_collapse", "stochastic_restore"]
+
 
 def never() -> Reset:
     """Continual adaptation: the state is never restored."""

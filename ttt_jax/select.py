@@ -15,6 +15,19 @@ import jax
 from ttt_jax import _trees
 from ttt_jax.base import Params, Selection
 
+__all__ = [
+    "Description",
+    "biases",
+    "describe",
+    "everything",
+    "exclude",
+    "lora",
+    "norm_affine",
+    "paths",
+    "statistics",
+    "union",
+]
+
 _Chooser = Callable[[list[tuple[str, Any]]], list[bool]]
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from ttt_jax.base import Params, PyTree
 
+__all__ = ["SourceStatistics", "source_statistics", "value_of"]
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceStatistics:

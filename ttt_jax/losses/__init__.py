@@ -25,3 +25,22 @@ from ttt_jax.losses.reliable import (
     sample_adaptive_entropy as sample_adaptive_entropy,
 )
 from ttt_jax.losses.rotation import rotation as rotation
+
+__all__ = [
+    "activation_matching",
+    "activation_moments",
+    "contrastive",
+    "denoising",
+    "entropy",
+    "feature_moments",
+    "fisher_diagonal",
+    "marginal_entropy",
+    "masked_reconstruction",
+    "moment_matching",
+    "over_batch",
+    "pseudo_label",
+    "reliable_entropy",
+    "rotation",
+    "sample_adaptive_entropy",
+    "weighted",
+]
