@@ -112,9 +112,7 @@ def require(argument: str, value: Any, kind: type) -> None:
     if isinstance(value, kind):
         return
     fix = f"call {_called(value)}" if _is_factory(value) else f"make one with {_MADE_BY[kind]}"
-    raise TypeError(
-        f"{argument} must be {_article(kind.__name__)}; got {described(value)}: {fix}."
-    )
+    raise TypeError(f"{argument} must be {_article(kind.__name__)}; got {described(value)}: {fix}.")
 
 
 def require_function(argument: str, value: Any, form: str) -> None:

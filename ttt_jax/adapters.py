@@ -332,7 +332,6 @@ def filtered(adapter: Adapter, keep: Callable[[Params, Any, Key], Any]) -> Adapt
     References:
       The confidence threshold of Sun et al. 2020, Appendix A2.
     """
-
     _contract.require("adapter", adapter, Adapter)
     _contract.require_function("keep", keep, "(params, x, key) -> bool")
 

@@ -339,7 +339,9 @@ def check_adapter(
     return _judge(before, params, values, num_steps)
 
 
-def _judge(before: list[tuple[str, bytes]], params: Params, values: Any, num_steps: int) -> list[Finding]:
+def _judge(
+    before: list[tuple[str, bytes]], params: Params, values: Any, num_steps: int
+) -> list[Finding]:
     changed = float(before != _snapshot(params))
     found = findings({**values, "pristine": changed}, num_steps=num_steps)
     require(found)

@@ -31,7 +31,6 @@ def unbatched(apply: Callable[..., Any]) -> Callable[..., Any]:
       >>> one(jnp.eye(3), jnp.ones(3)).shape
       (3,)
     """
-
     _contract.require_model_function("unbatched", apply)
     return _contract.OneInstance(apply)
 

@@ -12,7 +12,6 @@ from ttt_jax.base import Adapter, Key, Params, PyTree, StepInfo
 
 def guarded(adapter: Adapter) -> Adapter:
     """An adapter that does not take a step which is not finite: the state keeps its values."""
-
     _contract.require("adapter", adapter, Adapter)
 
     def step(params: Params, state: PyTree, x: Any, key: Key) -> tuple[PyTree, StepInfo]:

@@ -112,7 +112,6 @@ def episode(stream: Stream) -> Predictor:
       A predictor with the output and the ``Info`` of that step. A step that is not finite leaves
       the last finite state to predict, as in a stream.
     """
-
     _contract.require("stream", stream, Stream)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
@@ -140,7 +139,6 @@ def unroll(stream: Stream) -> Predictor:
     Raises:
       ValueError: when called: leaves of ``x`` without one common leading axis T >= 1.
     """
-
     _contract.require("stream", stream, Stream)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:

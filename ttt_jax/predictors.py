@@ -25,7 +25,6 @@ def source(apply: Callable[[Params, Any], Any]) -> Predictor:
     Returns:
       A predictor whose ``Info`` has S = 0, ``ok`` True and ``updated`` False.
     """
-
     _contract.require_function("apply", apply, "(params, x) -> output")
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:

@@ -73,7 +73,6 @@ def on_collapse(
       Niu et al., `Towards Stable Test-Time Adaptation in Dynamic Wild World
       <https://arxiv.org/abs/2302.12400>`_, 2023, Section 4 (model recovery).
     """
-
     _contract.require_function("statistic", statistic, "(output, info) -> scalar")
 
     def init() -> _Average:

@@ -17,6 +17,7 @@ import jax
 from ttt_jax import _contract, _trees
 from ttt_jax.base import Params, Selection
 
+
 class _Leaf(NamedTuple):
     """A leaf, its ``a/b/c`` path, and the parts of it: a name may itself hold slashes."""
 
@@ -269,7 +270,6 @@ def exclude(base: Selection, *minus: Selection) -> Selection:
     Raises:
       ValueError: when splitting, if nothing is left.
     """
-
     for selection in (base, *minus):
         _contract.require("select.exclude: a selection", selection, Selection)
 

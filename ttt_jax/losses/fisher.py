@@ -53,7 +53,6 @@ def fisher_diagonal(
       Niu et al., `EATA <https://arxiv.org/abs/2204.02610>`_, 2022, Eqs. 8-9; Kirkpatrick et al.,
       `Overcoming catastrophic forgetting <https://arxiv.org/abs/1612.00796>`_, 2017.
     """
-
     _contract.require("select", select, Selection)
     _contract.require_model_function("losses.fisher_diagonal", apply)
 

@@ -34,7 +34,6 @@ def activation_moments(
       >>> print(moments(2.0, jnp.array([[1.0], [3.0]]))["square"]["layer"])
       [20.]
     """
-
     _contract.require_model_function("losses.activation_moments", collect)
 
     def moments(params: Params, batch: Any) -> dict[str, PyTree]:
@@ -163,7 +162,6 @@ def feature_moments(
     Raises:
       ValueError: when called: features that are not ``[N, D]``.
     """
-
     _contract.require_model_function("losses.feature_moments", features)
 
     def moments(params: Params, batch: Any) -> dict[str, jax.Array]:
