@@ -167,7 +167,7 @@ def require_predictor(argument: str, value: Any) -> None:
 
 def require_key(place: str, key: Any) -> None:
     """Raises unless ``key`` is one PRNG key: the contract's typed one, or raw ``uint32`` data."""
-    shape = jnp.shape(key)
+    shape = getattr(key, "shape", ())
     typed = _trees.is_key(key)
     raw = isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and len(shape) == 1
     if (typed and shape == ()) or raw:

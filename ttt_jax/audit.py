@@ -282,9 +282,17 @@ def _snapshot(tree: Any) -> list[tuple[str, bytes]]:
     ]
 
 
-def _call_once(predictor: Predictor, params: Params, xs: Any, keys: Key) -> None:
-    """One call outside of any trace: ``jit`` hands copies of the containers to what it traces."""
+def _call_once(predictor: Predictor, params: Params, xs: Any, keys: Key) -> list[tuple[str, bytes]]:
+    """The snapshot before one call outside of any trace, which has left everything as it was.
+
+    ``jit`` hands copies of the containers to what it traces, so that only this call can see a
+    model that writes into them.
+    """
+    before = _snapshot(params)
     predictor(params, *_rows((jax.tree.map(jnp.asarray, xs), keys), 0))
+    changed = float(before != _snapshot(params))
+    require(findings({"pristine": changed}))
+    return before
 
 
 def check(
@@ -307,10 +315,9 @@ def check(
       AuditError: naming each promise that does not hold.
     """
     _contract.require_predictor("predictor", predictor)
-    before = _snapshot(params)
+    before = _call_once(predictor, params, xs, keys)
     with jax.default_matmul_precision("highest"):
         values = jax.jit(lambda p, x, k: differences(predictor, p, x, k))(params, xs, keys)
-    _call_once(predictor, params, xs, keys)
     return _judge(before, params, values, num_steps)
 
 
@@ -328,14 +335,13 @@ def check_adapter(
     Raises:
       AuditError: naming each promise that does not hold.
     """
-    before = _snapshot(params)
+    before = _call_once(predictors.episodic(adapter, apply, num_steps=1), params, xs, keys)
 
     def measure(p: Params, x: Any, k: Key) -> dict[str, jax.Array]:
         return adapter_differences(adapter, apply, p, x, k, num_steps=num_steps)
 
     with jax.default_matmul_precision("highest"):
         values = jax.jit(measure)(params, xs, keys)
-    _call_once(predictors.episodic(adapter, apply, num_steps=1), params, xs, keys)
     return _judge(before, params, values, num_steps)
 
 

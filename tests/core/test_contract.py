@@ -20,7 +20,7 @@ IMAGE = np.ones((6, 6, 1), np.float32)
 
 
 def model(params, x):
-    return x @ params["w"] + params["b"]
+    return x @ params["w"] + params["b"][None]
 
 
 def keep(x, key):

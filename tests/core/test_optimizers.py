@@ -13,7 +13,7 @@ from ttt_jax import losses, select
 KEY = jax.random.key(0)
 X = np.array([0.3, -1.0, 0.7], np.float32)
 P = {"w": np.eye(3, dtype=np.float32), "b": np.array([0.1, 0.0, -0.2], np.float32)}
-LOSS = losses.entropy(lambda params, x: x @ params["w"] + params["b"])
+LOSS = losses.entropy(lambda params, x: x @ params["w"] + params["b"][None])
 OPTIMIZERS = {
     "lbfgs": optax.lbfgs(),
     "backtracking": optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)),

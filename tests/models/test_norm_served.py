@@ -22,7 +22,7 @@ class OwnNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return x - self.variable("batch_stats", "mean", lambda: jnp.full(3, 0.5)).value
+        return x - self.variable("batch_stats", "mean", lambda: jnp.full(3, 0.5)).value[None]
 
 
 class OwnNnx(nnx.Module):
@@ -30,7 +30,7 @@ class OwnNnx(nnx.Module):
         self.mean = nnx.BatchStat(jnp.full(3, 0.5))
 
     def __call__(self, x):
-        return x - self.mean[...]
+        return x - self.mean[...][None]
 
 
 class Block(nn.Module):
