@@ -6,6 +6,7 @@ at construction, or while tracing: a compiled program holds none of them.
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,11 +69,9 @@ def is_unbatched(value: Any) -> bool:
 def _is_factory(value: Any) -> bool:
     """Whether a function is one of the library itself: what those return are closures."""
     module = getattr(value, "__module__", None) or ""
-    return (
-        inspect.isfunction(value)
-        and module.startswith("ttt_jax.")
-        and "<locals>" not in value.__qualname__
-    )
+    if not inspect.isfunction(value) or not module.startswith("ttt_jax."):
+        return False
+    return getattr(sys.modules.get(module), value.__name__, None) is value
 
 
 def _article(word: str) -> str:
