@@ -35,13 +35,22 @@ _FLOORS = (
     ("methods",),
     ("audit", "_audit_task", "_findings", "diagnostics", "meta"),
     ("predictors", "online", "resets", "batching", "inner", "budget"),
-    ("adapters", "running_statistics", "losses", "select", "source", "neighbors", "rewards"),
+    (
+        "adapters",
+        "_optimizers",
+        "running_statistics",
+        "losses",
+        "select",
+        "source",
+        "neighbors",
+        "rewards",
+    ),
     ("views",),
     ("models", "data", "checkpoint"),
     ("layers",),
     ("kernels",),
     # The contract holds types alone, which models and checkpoints name too.
-    ("base",),
+    ("base", "_contract"),
     ("_trees", "_names", "_extras", "_version"),
 )
 _FLOOR = {name: height for height, names in enumerate(reversed(_FLOORS)) for name in names}

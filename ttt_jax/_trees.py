@@ -37,6 +37,12 @@ def is_floating(leaf: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
+def is_complex(leaf: Any) -> bool:
+    """Whether a leaf is an array of complex numbers."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating)
+
+
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is an array of typed PRNG keys."""
     dtype = getattr(leaf, "dtype", None)

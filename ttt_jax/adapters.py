@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import _trees
+from ttt_jax import _contract, _optimizers, _trees
 from ttt_jax.base import (
     Adapter,
     AdapterState,
@@ -22,6 +22,7 @@ from ttt_jax.base import (
     StatefulLoss,
     StepInfo,
 )
+from ttt_jax.source import value_of
 
 __all__ = ["filtered", "gradient_adapter", "sharpness_aware_adapter"]
 
@@ -30,11 +31,8 @@ def _as_stateful(loss: AuxLoss | StatefulLoss) -> StatefulLoss:
     """A loss with a memory, empty for a plain one; its value is whatever ``loss`` returns."""
     if isinstance(loss, StatefulLoss):
         return loss
-    if not callable(loss):
-        raise TypeError(
-            "The loss of an adapter must be a function (params, x, key) -> scalar or a "
-            f"StatefulLoss; got {type(loss).__name__}."
-        )
+    form = "(params, x, key) -> scalar or a StatefulLoss"
+    _contract.require_function("The loss of an adapter", loss, form)
     return StatefulLoss(
         init=lambda params: (),
         value=lambda params, memory, x, key: (loss(params, x, key), memory),
@@ -132,9 +130,14 @@ def _gradient_step(
 ) -> Adapter:
     """The adapter shared by all gradient methods; they differ in ``gradient`` only.
 
-    ``gradient(objective, fast, merge) -> ((value, (memory, aux)), grads)``; ``objective(fast)`` is
-    the loss, or another one given with it, and ``merge(fast)`` the whole parameters.
+    ``gradient(objective, fast, merge) -> ((value, (memory, aux)), grads, surface)``;
+    ``objective(fast)`` is the loss, or another one given with it, and ``merge(fast)`` the whole
+    parameters. ``surface = (its value at fast, its function)`` is that whose gradient at ``fast``
+    is ``grads``, for optimizers that search along it.
     """
+    _contract.require("select", select, Selection)
+    optimizer = _optimizers.checked(optimizer)
+    anchor = value_of(anchor)
 
     def init(params: Params) -> AdapterState:
         fast, _ = select.split(params)
@@ -159,7 +162,7 @@ def _gradient_step(
             value, aux = _with_aux(value, has_aux)
             return value, (memory, aux)
 
-        (value, (memory, aux)), grads = gradient(
+        (value, (memory, aux)), grads, (height, surface) = gradient(
             objective, state.fast, lambda fast: select.merge(fast, frozen)
         )
         # A loss whose gradient is exactly zero asked for no step: every weight of a filter was
@@ -169,10 +172,18 @@ def _gradient_step(
         if not _is_zero(anchor):
             _check_anchor(anchor, state.fast)
             penalty, pull = _anchored(anchor, state.fast, fast0)
-            value = value + penalty
+            value, height = value + penalty, height + penalty
             grads = jax.tree.map(jnp.add, grads, pull)
         grad_norm = _trees.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.fast)
+
+        def value_fn(fast: PyTree) -> jax.Array:
+            there = surface(fast)
+            return there if _is_zero(anchor) else there + _anchored(anchor, fast, fast0)[0]
+
+        search = {"value": height, "grad": grads, "value_fn": value_fn}
+        updates, opt_state = _optimizers.update(
+            optimizer, grads, state.opt_state, state.fast, search
+        )
         fast = optax.apply_updates(state.fast, updates)
         stepped = AdapterState(
             fast=_trees.where(active, fast, state.fast),
@@ -211,7 +222,9 @@ def gradient_adapter(
 
     Args:
       loss: an ``AuxLoss`` ``(params, x, key) -> scalar`` or a :class:`~ttt_jax.StatefulLoss`.
-      optimizer: any optax transformation; its state is private to the instance.
+      optimizer: any optax transformation; its state is private to the instance. One that needs
+        them (``lbfgs``, ``polyak_sgd``, ``reduce_on_plateau``) is given ``value``, ``grad`` and
+        ``value_fn`` of the loss and the anchor's penalty.
       select: which parameters adapt, see :mod:`ttt_jax.select`.
       anchor: strength of the pull to the pristine parameters: a float, or a pytree shaped like
         ``fast`` such as a Fisher diagonal (EATA, Niu et al. 2022, Eq. 8). Counts in ``loss``
@@ -240,15 +253,12 @@ def gradient_adapter(
       Sun et al., `Test-Time Training with Self-Supervision
       <https://arxiv.org/abs/1909.13231>`_, 2020, Section 2.
     """
-    value_and_grad = functools.partial(jax.value_and_grad, has_aux=True)
-    return _gradient_step(
-        _as_stateful(loss),
-        optimizer,
-        select,
-        anchor,
-        lambda objective, fast, merge: value_and_grad(objective)(fast),
-        has_aux,
-    )
+
+    def gradient(objective: Any, fast: PyTree, merge: Callable[[PyTree], Params]) -> Any:
+        pair, grads = jax.value_and_grad(objective, has_aux=True)(fast)
+        return pair, grads, (pair[0], lambda fast: objective(fast)[0])
+
+    return _gradient_step(_as_stateful(loss), optimizer, select, anchor, gradient, has_aux)
 
 
 def sharpness_aware_adapter(
@@ -292,11 +302,17 @@ def sharpness_aware_adapter(
         # No direction, no climb: keeps a filtered-out batch at an exactly zero gradient.
         scale = jnp.where(length > 0, rho / jnp.where(length > 0, length, 1.0), 0.0)
         peak = jax.tree.map(lambda a, g: a + (scale * g).astype(a.dtype), fast, ascent)
-        if peak_loss is None:
-            _, grads = value_and_grad(peak)
-        else:
-            (value, (_, aux)), grads = value_and_grad(peak, _as_stateful(peak_loss(merge(fast))))
-        return (value, (memory, aux)), grads
+        there = () if peak_loss is None else (_as_stateful(peak_loss(merge(fast))),)
+        (height, (_, aux_there)), grads = value_and_grad(peak, *there)
+        if peak_loss is not None:
+            value, aux = height, aux_there
+
+        def surface(moved: PyTree) -> jax.Array:
+            # The climb is held, so that its gradient at `fast` is that of the peak.
+            offset = jax.tree.map(lambda b, a, p: b + (p - a), moved, fast, peak)
+            return objective(offset, *there)[0]
+
+        return (value, (memory, aux)), grads, (height, surface)
 
     return _gradient_step(_as_stateful(loss), optimizer, select, 0.0, gradient, has_aux)
 
@@ -318,6 +334,8 @@ def filtered(adapter: Adapter, keep: Callable[[Params, Any, Key], Any]) -> Adapt
     References:
       The confidence threshold of Sun et al. 2020, Appendix A2.
     """
+    _contract.require("adapter", adapter, Adapter)
+    _contract.require_function("keep", keep, "(params, x, key) -> bool")
 
     def step(params: Params, state: PyTree, x: Any, key: Key) -> tuple[PyTree, StepInfo]:
         wanted = jnp.asarray(keep(adapter.merge(params, state), x, key))

@@ -17,6 +17,7 @@ import numpy as np
 
 from ttt_jax import (
     _audit_task,
+    _contract,
     _trees,
     batching,
     online as online_lib,
@@ -291,10 +292,24 @@ def require(found: list[Finding]) -> None:
         raise AuditError("\n".join(map(str, failed)))
 
 
-def _snapshot(params: Params) -> list[bytes]:
+def _snapshot(tree: Any) -> list[tuple[str, bytes]]:
     return [
-        np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params) if not _trees.is_key(leaf)
+        (path, b"" if leaf is None or _trees.is_key(leaf) else np.asarray(leaf).tobytes())
+        for path, leaf in _trees.named_leaves(tree)
     ]
+
+
+def _call_once(predictor: Predictor, params: Params, xs: Any, keys: Key) -> list[tuple[str, bytes]]:
+    """The snapshot before one call outside of any trace, which has left everything as it was.
+
+    ``jit`` hands copies of the containers to what it traces, so that only this call can see a
+    model that writes into them.
+    """
+    before = _snapshot(params)
+    predictor(params, *_rows((jax.tree.map(jnp.asarray, xs), keys), 0))
+    changed = float(before != _snapshot(params))
+    require(findings({"pristine": changed}))
+    return before
 
 
 def check(
@@ -316,7 +331,8 @@ def check(
     Raises:
       AuditError: naming each promise that does not hold.
     """
-    before = _snapshot(params)
+    _contract.require_predictor("predictor", predictor)
+    before = _call_once(predictor, params, xs, keys)
     with jax.default_matmul_precision("highest"):
         values = jax.jit(lambda p, x, k: differences(predictor, p, x, k))(params, xs, keys)
     return _judge(before, params, values, num_steps)
@@ -336,7 +352,7 @@ def check_adapter(
     Raises:
       AuditError: naming each promise that does not hold.
     """
-    before = _snapshot(params)
+    before = _call_once(predictors.episodic(adapter, apply, num_steps=1), params, xs, keys)
 
     def measure(p: Params, x: Any, k: Key) -> dict[str, jax.Array]:
         return adapter_differences(adapter, apply, p, x, k, num_steps=num_steps)
@@ -346,7 +362,9 @@ def check_adapter(
     return _judge(before, params, values, num_steps)
 
 
-def _judge(before: list[bytes], params: Params, values: Any, num_steps: int) -> list[Finding]:
+def _judge(
+    before: list[tuple[str, bytes]], params: Params, values: Any, num_steps: int
+) -> list[Finding]:
     changed = float(before != _snapshot(params))
     found = findings({**values, "pristine": changed}, num_steps=num_steps)
     require(found)

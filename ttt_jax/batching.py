@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax import _trees
+from ttt_jax import _contract, _trees
 from ttt_jax.base import Info, Key, Params, Predictor
 
 __all__ = ["BatchedPredictor", "batched", "sample_keys", "unbatched"]
@@ -24,18 +24,17 @@ def unbatched(apply: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
       ``(params, x, ...) -> output``, the model function at N = 1.
 
+    Raises:
+      TypeError: ``apply`` is no function, or one that ``unbatched`` returned.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> one = unbatched(lambda params, inputs: inputs @ params)
       >>> one(jnp.eye(3), jnp.ones(3)).shape
       (3,)
     """
-
-    def one(params: Params, x: Any, *rest: Any) -> Any:
-        outputs = apply(params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x), *rest)
-        return jax.tree.map(lambda leaf: leaf[0], outputs)
-
-    return one
+    _contract.require_model_function("unbatched", apply)
+    return _contract.OneInstance(apply)
 
 
 def sample_keys(key: Key, ids: Any) -> Key:
@@ -79,6 +78,11 @@ def _count(xs: Any, keys: Key) -> int:
         raise ValueError(
             f"batched needs typed keys [N]; got {getattr(keys, 'dtype', type(keys).__name__)}. "
             "Make them with ttt_jax.sample_keys(jax.random.key(seed), ids)."
+        )
+    if isinstance(xs, list | tuple) and keys.shape == (len(xs),) != (count,):
+        raise ValueError(
+            f"batched needs instances along a leading axis; got a {type(xs).__name__} of {len(xs)} "
+            f"arrays of shape {jnp.shape(leaves[0][1])}. Stack them: jnp.stack(xs)."
         )
     if keys.shape != (count,):
         raise ValueError(
@@ -144,10 +148,12 @@ def batched(
       has a leading axis N, ``keys`` is ``[N]`` (see :func:`sample_keys`). Wrap it in ``jax.jit``.
 
     Raises:
+      TypeError: ``predictor`` is a stream, a model function, or batched already.
       ValueError: ``chunk_size`` < 1, an unknown mesh axis; when called: unequal leading axes, an
         empty batch, keys that are not one typed key per instance, or a mesh with several axes
         outside of ``jax.jit``.
     """
+    _contract.require_predictor("predictor", predictor)
     if chunk_size is not None and not _trees.is_integer(chunk_size, 1):
         raise ValueError(
             f"chunk_size must be None or an integer of at least 1, got {chunk_size!r}."
@@ -174,7 +180,7 @@ def batched(
         results = _over_mesh(local, mesh, axis)(params, xs, keys)
         return jax.tree.map(lambda leaf: leaf[:count], results)
 
-    return run
+    return _contract.OverInstances(run)
 
 
 def _over_mesh(local: BatchedPredictor, mesh: jax.sharding.Mesh, axis: str) -> BatchedPredictor:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees
+from ttt_jax import _contract, _trees
 from ttt_jax.base import Adapter, Key, Params, PyTree, StepInfo
 
 __all__ = ["check_num_steps", "guarded", "inner_loop", "observed_loop"]
@@ -14,6 +14,7 @@ __all__ = ["check_num_steps", "guarded", "inner_loop", "observed_loop"]
 
 def guarded(adapter: Adapter) -> Adapter:
     """An adapter that does not take a step which is not finite: the state keeps its values."""
+    _contract.require("adapter", adapter, Adapter)
 
     def step(params: Params, state: PyTree, x: Any, key: Key) -> tuple[PyTree, StepInfo]:
         stepped, info = adapter.step(params, state, x, key)
@@ -46,9 +47,12 @@ def observed_loop(
     Returns:
       ``(params, state, x, key) -> (state, (StepInfo[S], observations[S]))``.
     """
+    _contract.require("adapter", adapter, Adapter)
     look = observe or (lambda state, info: ())
 
     def run(params: Params, state: PyTree, x: Any, key: Key) -> Any:
+        _contract.require_key("An inner loop", key)
+
         def body(state: PyTree, i: Any) -> Any:
             state, info = adapter.step(params, state, x, jax.random.fold_in(key, i))
             return state, (info, look(state, info))
@@ -78,8 +82,10 @@ def inner_loop(
       like any other here; :func:`~ttt_jax.episodic` and :func:`~ttt_jax.online` deal with them.
 
     Raises:
+      TypeError: ``adapter`` is no :class:`~ttt_jax.Adapter`; when called: ``key`` is no key.
       ValueError: ``num_steps`` is negative or not an integer.
     """
+    _contract.require("adapter", adapter, Adapter)
     check_num_steps(num_steps)
 
     def run(params: Params, state: PyTree, x: Any, key: Key) -> tuple[PyTree, StepInfo]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees, inner
+from ttt_jax import _contract, _trees, inner
 from ttt_jax.base import (
     Adapter,
     Info,
@@ -61,8 +61,11 @@ def online(
       stream.init(params), (xs, keys))``.
 
     Raises:
+      TypeError: ``adapter``, ``apply`` or ``reset`` is another thing, or a factory not called.
       ValueError: ``num_steps`` is negative, or ``predict`` is neither word.
     """
+    _contract.require_function("apply", apply, "(params, x) -> output")
+    _contract.require("reset", reset, Reset)
     inner.check_num_steps(num_steps)
     if predict not in ("before", "after"):
         raise ValueError(f"predict must be 'before' or 'after', got {predict!r}.")
@@ -74,6 +77,7 @@ def online(
     def step(
         params: Params, carry: Carry, x: Any, key: Key
     ) -> tuple[Carry, tuple[Any, StreamInfo]]:
+        _contract.require_key("A stream", key)
         before = carry.state
         state, infos = loop(params, before, x, key)
         output = apply(adapter.merge(params, before if predict == "before" else state), x)
@@ -110,6 +114,7 @@ def episode(stream: Stream) -> Predictor:
       A predictor with the output and the ``Info`` of that step. A step that is not finite leaves
       the last finite state to predict, as in a stream.
     """
+    _contract.require("stream", stream, Stream)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
         _, (output, info) = stream.step(params, stream.init(params), x, key)
@@ -136,8 +141,10 @@ def unroll(stream: Stream) -> Predictor:
     Raises:
       ValueError: when called: leaves of ``x`` without one common leading axis T >= 1.
     """
+    _contract.require("stream", stream, Stream)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
+        _contract.require_key("unroll", key)
         num_chunks = _num_chunks(x)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_chunks))
 

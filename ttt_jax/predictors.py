@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees, inner
+from ttt_jax import _contract, _trees, inner
 from ttt_jax.base import Adapter, Info, Key, Params, Predictor, PyTree, StepInfo
 
 __all__ = ["augmented", "episodic", "no_steps", "source", "vote"]
@@ -27,6 +27,7 @@ def source(apply: Callable[[Params, Any], Any]) -> Predictor:
     Returns:
       A predictor whose ``Info`` has S = 0, ``ok`` True and ``updated`` False.
     """
+    _contract.require_function("apply", apply, "(params, x) -> output")
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
         return apply(params, x), no_steps()
@@ -64,15 +65,19 @@ def augmented(
     """
     if not _trees.is_integer(num_views, 1):
         raise ValueError(f"num_views must be an integer of at least 1, got {num_views!r}.")
+    _contract.require_function("apply", apply, "(params, x) -> logits")
     if mean not in ("probability", "logit"):
         raise ValueError(f"mean must be 'probability' or 'logit', got {mean!r}.")
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
+        _contract.require_key("augmented", key)
         keys = jax.random.split(key, num_views)
         views = jax.vmap(augment, in_axes=(None, 0))(x, keys[1:] if include_identity else keys)
         if include_identity:
             views = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), x, views)
-        logits = jax.vmap(apply, in_axes=(None, 0))(params, views).astype(jnp.float32)
+        logits = jax.vmap(apply, in_axes=(None, 0))(params, views)
+        _contract.require_array("augmented", logits)
+        logits = logits.astype(jnp.float32)
         if mean == "logit":
             return logits.mean(0), no_steps()
         log_p = jax.nn.log_softmax(logits, axis=-1)
@@ -106,8 +111,11 @@ def episodic(
       A predictor with ``Info`` over S steps.
 
     Raises:
+      TypeError: ``adapter`` or ``apply`` is another thing, or a factory not called.
       ValueError: ``num_steps`` is negative or not an integer.
     """
+    _contract.require("adapter", adapter, Adapter)
+    _contract.require_function("apply", apply, "(params, x) -> output")
     inner.check_num_steps(num_steps)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
@@ -166,8 +174,10 @@ def vote(predictor: Predictor, num_votes: int, *, combine: Callable[[Any], Any])
     """
     if not _trees.is_integer(num_votes, 1):
         raise ValueError(f"num_votes must be an integer of at least 1, got {num_votes!r}.")
+    _contract.require_predictor("predictor", predictor)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
+        _contract.require_key("vote", key)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_votes))
         outputs, info = jax.vmap(predictor, in_axes=(None, None, 0))(params, x, keys)
         merged = Info(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees
+from ttt_jax import _contract, _trees
 from ttt_jax.base import Info, Key, PyTree, Reset
 
 __all__ = ["every", "never", "on_collapse", "stochastic_restore"]
@@ -75,6 +75,7 @@ def on_collapse(
       Niu et al., `Towards Stable Test-Time Adaptation in Dynamic Wild World
       <https://arxiv.org/abs/2302.12400>`_, 2023, Section 4 (model recovery).
     """
+    _contract.require_function("statistic", statistic, "(output, info) -> scalar")
 
     def init() -> _Average:
         return _Average(jnp.zeros((), jnp.float32), jnp.zeros((), bool))
@@ -85,7 +86,9 @@ def on_collapse(
             raise ValueError(
                 f"The statistic of on_collapse must be a scalar; got shape {value.shape}."
             )
-        blended = jnp.where(carry.started, decay * carry.value + (1 - decay) * value, value)
+        # As wide as the carry: under jax_enable_x64 a NumPy decay would widen it.
+        mixed = (decay * carry.value + (1 - decay) * value).astype(jnp.float32)
+        blended = jnp.where(carry.started, mixed, value)
         usable = jnp.isfinite(value)
         average = jnp.where(usable, blended, carry.value)
         started = carry.started | usable

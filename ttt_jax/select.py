@@ -6,13 +6,15 @@ by :func:`statistics`. A selection that matches nothing raises ``ValueError`` na
 nearest paths: a silent no-op is the most common mistake in test-time adaptation.
 """
 
+import functools
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
-from ttt_jax import _trees
+from ttt_jax import _contract, _trees
 from ttt_jax.base import Params, Selection
 
 __all__ = [
@@ -28,41 +30,75 @@ __all__ = [
     "union",
 ]
 
-_Chooser = Callable[[list[tuple[str, Any]]], list[bool]]
+
+class _Leaf(NamedTuple):
+    """A leaf, its ``a/b/c`` path, and the parts of it: a name may itself hold slashes."""
+
+    path: str
+    parts: tuple[str, ...]
+    value: Any
 
 
-def _collection(path: str) -> str:
-    return path.split("/", 1)[0]
+_Chooser = Callable[[list[_Leaf]], list[bool]]
 
 
-def _last(path: str) -> str:
-    return path.rsplit("/", 1)[-1]
-
-
-def _parent(path: str) -> str:
-    return path.rsplit("/", 1)[0] if "/" in path else ""
-
-
-def _offered(named: list[tuple[str, Any]], collection: str | None = None) -> list[bool]:
-    """Which leaves may be chosen at all."""
-    if collection is None:
-        has_params = any(_collection(path) == "params" for path, _ in named)
-        collection = "params" if has_params else None
+def _leaves(params: Params) -> list[_Leaf]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_trees.is_hole)
     return [
-        _trees.is_floating(leaf) and (collection is None or _collection(path) == collection)
-        for path, leaf in named
+        _Leaf(_trees.path_name(path), tuple(_trees.path_name((part,)) for part in path), leaf)
+        for path, leaf in flat
     ]
+
+
+def _last(leaf: _Leaf) -> str:
+    return leaf.parts[-1] if leaf.parts else ""
+
+
+def _in_collection(named: list[_Leaf], collection: str | None = None) -> list[bool]:
+    """Which leaves lie where a selection may choose."""
+    if collection is None:
+        has_params = any(leaf.parts[:1] == ("params",) for leaf in named)
+        collection = "params" if has_params else None
+    return [collection is None or leaf.parts[:1] == (collection,) for leaf in named]
+
+
+def _offered(named: list[_Leaf], collection: str | None = None) -> list[bool]:
+    """Which leaves may be chosen at all."""
+    inside = _in_collection(named, collection)
+    return [ok and _trees.is_floating(leaf.value) for leaf, ok in zip(named, inside, strict=True)]
+
+
+@functools.cache
+def _warn_complex(what: str, left_out: tuple[str, ...]) -> None:
+    warnings.warn(
+        f"A selection offers real floating-point leaves; {what} also matches the complex "
+        f"{', '.join(left_out)}, which stay frozen. Hold the real and the imaginary part as two "
+        "leaves to adapt them.",
+        stacklevel=5,
+    )
+
+
+def _check_complex(what: str, named: list[_Leaf], test: Callable[[_Leaf], bool]) -> None:
+    """Warns once of complex leaves that match by name: none is ever dropped in silence."""
+    inside = _in_collection(named)
+    left_out = tuple(
+        leaf.path
+        for leaf, ok in zip(named, inside, strict=True)
+        if ok and _trees.is_complex(leaf.value) and test(leaf)
+    )
+    if left_out:
+        _warn_complex(what, left_out)
 
 
 def _from_chooser(choose: _Chooser) -> Selection:
     """Builds a selection from ``choose(named leaves) -> mask``, which raises on no match."""
 
     def split(params: Params) -> tuple[Any, Any]:
-        named = _trees.named_leaves(params)
+        named = _leaves(params)
         mask = choose(named)
         treedef = jax.tree.structure(params, is_leaf=_trees.is_hole)
-        fast = [leaf if keep else None for (_, leaf), keep in zip(named, mask, strict=True)]
-        frozen = [None if keep else leaf for (_, leaf), keep in zip(named, mask, strict=True)]
+        fast = [leaf.value if keep else None for leaf, keep in zip(named, mask, strict=True)]
+        frozen = [None if keep else leaf.value for leaf, keep in zip(named, mask, strict=True)]
         return jax.tree.unflatten(treedef, fast), jax.tree.unflatten(treedef, frozen)
 
     return Selection(split, _merge)
@@ -73,13 +109,14 @@ def _merge(fast: Any, frozen: Any) -> Params:
 
 
 def _matching(
-    description: str, test: Callable[[str], bool], *, collection: str | None = None
+    description: str, test: Callable[[_Leaf], bool], *, collection: str | None = None
 ) -> Selection:
     """Selects the offered leaves whose path passes ``test``."""
 
-    def choose(named: list[tuple[str, Any]]) -> list[bool]:
+    def choose(named: list[_Leaf]) -> list[bool]:
         offered = _offered(named, collection)
-        mask = [ok and test(path) for (path, _), ok in zip(named, offered, strict=True)]
+        mask = [ok and test(leaf) for leaf, ok in zip(named, offered, strict=True)]
+        _check_complex(description, named, test)
         if not any(mask):
             _raise_empty(description, named, offered)
         return mask
@@ -88,9 +125,9 @@ def _matching(
 
 
 def _raise_empty(
-    what: str, named: list[tuple[str, Any]], offered: list[bool], pattern: str | None = None
+    what: str, named: list[_Leaf], offered: list[bool], pattern: str | None = None
 ) -> None:
-    pool = [path for (path, _), ok in zip(named, offered, strict=True) if ok]
+    pool = [leaf.path for leaf, ok in zip(named, offered, strict=True) if ok]
     if not pool:
         raise ValueError(
             f"A selection must match at least one parameter; {what} was given a tree without any "
@@ -135,14 +172,13 @@ def paths(*regex: str) -> Selection:
                 f"select.paths needs regular expressions; {pattern!r} is not one ({error})."
             ) from error
 
-    def choose(named: list[tuple[str, Any]]) -> list[bool]:
+    def choose(named: list[_Leaf]) -> list[bool]:
         offered = _offered(named)
         mask = [False] * len(named)
         for pattern in compiled:
-            hits = [
-                ok and pattern.fullmatch(path) is not None
-                for (path, _), ok in zip(named, offered, strict=True)
-            ]
+            matches = functools.partial(_matches, pattern)
+            hits = [ok and matches(leaf) for leaf, ok in zip(named, offered, strict=True)]
+            _check_complex(f"pattern {pattern.pattern!r}", named, matches)
             if not any(hits):
                 _raise_empty(f"pattern {pattern.pattern!r}", named, offered, pattern.pattern)
             mask = [a or b for a, b in zip(mask, hits, strict=True)]
@@ -151,28 +187,33 @@ def paths(*regex: str) -> Selection:
     return _from_chooser(choose)
 
 
+def _matches(pattern: re.Pattern[str], leaf: _Leaf) -> bool:
+    return pattern.fullmatch(leaf.path) is not None
+
+
 def norm_affine() -> Selection:
     """The affine parameters of normalisation layers, whatever the layers are called.
 
     That is the ``scale`` leaf, and its sibling ``bias``, of any module that has a ``scale`` and
-    neither a ``kernel`` nor an ``embedding`` (Tent, EATA and SAR adapt these).
+    neither a ``kernel`` nor an ``embedding`` (Tent, EATA and SAR adapt these). What a module holds
+    is read from the tree: slashes within a name (``nn.WeightNorm``) make no module.
     """
 
-    def choose(named: list[tuple[str, Any]]) -> list[bool]:
+    def choose(named: list[_Leaf]) -> list[bool]:
         offered = _offered(named)
-        leaves: dict[str, set[str]] = {}
-        for path, leaf in named:
+        leaves: dict[tuple[str, ...], set[str]] = {}
+        for leaf in named:
             # A quantized kernel is not on offer, yet its scale is no normalization.
-            if leaf is not None:
-                leaves.setdefault(_parent(path), set()).add(_last(path))
+            if leaf.value is not None:
+                leaves.setdefault(leaf.parts[:-1], set()).add(_last(leaf))
         norms = {
             module
             for module, names in leaves.items()
             if "scale" in names and not names & {"kernel", "embedding"}
         }
         mask = [
-            ok and _parent(path) in norms and _last(path) in ("scale", "bias")
-            for (path, _), ok in zip(named, offered, strict=True)
+            ok and leaf.parts[:-1] in norms and _last(leaf) in ("scale", "bias")
+            for leaf, ok in zip(named, offered, strict=True)
         ]
         if not any(mask):
             _raise_empty("norm_affine() (a module with a scale)", named, offered)
@@ -183,12 +224,12 @@ def norm_affine() -> Selection:
 
 def biases() -> Selection:
     """Every leaf called ``bias`` (BitFit), those of normalisation layers included."""
-    return _matching("biases() (a leaf called bias)", lambda path: _last(path) == "bias")
+    return _matching("biases() (a leaf called bias)", lambda leaf: _last(leaf) == "bias")
 
 
 def everything() -> Selection:
     """Every floating-point parameter."""
-    return _matching("everything()", lambda path: True)
+    return _matching("everything()", lambda leaf: True)
 
 
 def lora() -> Selection:
@@ -198,14 +239,14 @@ def lora() -> Selection:
     """
     return _matching(
         "lora() (a leaf whose name contains lora_a or lora_b)",
-        lambda path: "lora_a" in _last(path) or "lora_b" in _last(path),
+        lambda leaf: "lora_a" in _last(leaf) or "lora_b" in _last(leaf),
     )
 
 
 def statistics() -> Selection:
     """Running normalisation statistics: the floating leaves of the ``batch_stats`` collection."""
     return _matching(
-        "statistics() (the batch_stats collection)", lambda path: True, collection="batch_stats"
+        "statistics() (the batch_stats collection)", lambda leaf: True, collection="batch_stats"
     )
 
 
@@ -226,6 +267,8 @@ def union(*selections: Selection) -> Selection:
     """Leaves chosen by at least one of the selections; each must match something."""
     if not selections:
         raise ValueError("select.union needs at least one selection, got none.")
+    for selection in selections:
+        _contract.require("select.union: a selection", selection, Selection)
 
     def combine(params: Params) -> list[bool]:
         masks = [_mask(selection, params) for selection in selections]
@@ -240,6 +283,8 @@ def exclude(base: Selection, *minus: Selection) -> Selection:
     Raises:
       ValueError: when splitting, if nothing is left.
     """
+    for selection in (base, *minus):
+        _contract.require("select.exclude: a selection", selection, Selection)
 
     def combine(params: Params) -> list[bool]:
         keep = _mask(base, params)
@@ -263,19 +308,22 @@ class Description(NamedTuple):
       num_elements: scalars that each private copy holds.
       num_bytes: their size in bytes.
       total_elements: scalars in the whole tree.
+      complex_paths: complex leaves, which no selection offers.
     """
 
     paths: tuple[str, ...]
     num_elements: int
     num_bytes: int
     total_elements: int
+    complex_paths: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         head = (
             f"{len(self.paths)} arrays, {self.num_elements:,} of {self.total_elements:,} "
             f"elements, {self.num_bytes:,} bytes per copy"
         )
-        return "\n".join([head, *(f"  {path}" for path in self.paths)])
+        left_out = [f"  not on offer, as it is complex: {path}" for path in self.complex_paths]
+        return "\n".join([head, *(f"  {path}" for path in self.paths), *left_out])
 
 
 def describe(selection: Selection, params: Params) -> Description:
@@ -283,6 +331,7 @@ def describe(selection: Selection, params: Params) -> Description:
 
     Works on arrays and on ``jax.ShapeDtypeStruct`` trees alike.
     """
+    _contract.require("selection", selection, Selection)
     fast, _ = selection.split(params)
     chosen = [(path, leaf) for path, leaf in _trees.named_leaves(fast) if leaf is not None]
     return Description(
@@ -290,4 +339,7 @@ def describe(selection: Selection, params: Params) -> Description:
         num_elements=sum(leaf.size for _, leaf in chosen),
         num_bytes=sum(leaf.size * leaf.dtype.itemsize for _, leaf in chosen),
         total_elements=sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(params)),
+        complex_paths=tuple(
+            path for path, leaf in _trees.named_leaves(params) if _trees.is_complex(leaf)
+        ),
     )

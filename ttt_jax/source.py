@@ -35,9 +35,16 @@ def value_of(source: Any) -> Any:
 
 
 def _is_test(split: str) -> bool:
-    """Whether a split holds test data: ``test[:50%]``, ``train+test``, ``my_test``, ``all``."""
+    """Whether a split holds test data: ``test[:50%]``, ``train+test``, ``cifartest``, ``all``."""
     words = re.findall(r"[a-z]+", split.lower())
-    return any(word.startswith("test") or word == "all" for word in words)
+    return any(
+        word == "all" or word.startswith("test") or (word.endswith("test") and word not in _OTHERS)
+        for word in words
+    )
+
+
+# English words that end in "test" and name no test data.
+_OTHERS = ("latest", "fastest", "greatest", "shortest", "brightest", "lightest", "contest")
 
 
 def source_statistics(

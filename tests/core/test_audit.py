@@ -170,3 +170,21 @@ class TestReports:
         frozen = audit.everything_but(select.norm_affine())
         paths = select.describe(frozen, models.make_params()).paths
         assert "params/head/kernel" in paths and "params/norm/scale" not in paths
+
+
+def add_one(params):
+    params["w"] = params["w"] + 1.0
+    return params
+
+
+@pytest.mark.parametrize("kind", ["predictor", "adapter"])
+def test_writing_into_parameters_outside_of_a_trace(kind):
+    params = {"w": jnp.asarray(PARAMS["w"])}
+    with pytest.raises(audit.AuditError, match="pristine parameters are unchanged"):
+        if kind == "predictor":
+            apply = ttt.unbatched(lambda params, images: scale(add_one(params), images))
+            audit.check(ttt.source(apply), params, IMAGES, KEYS)
+        else:
+            adapter = entropy_adapter()
+            writing = adapter._replace(init=lambda params: adapter.init(add_one(params)))
+            audit.check_adapter(writing, classify, params, IMAGES, KEYS)

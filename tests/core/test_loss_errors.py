@@ -99,12 +99,12 @@ class TestErrors:
 
     def test_patch_divides_the_image(self):
         with raises("patch = 4", "6 x 6"):
-            jax.eval_shape(losses.masked_reconstruction(None, patch=4), None, IMAGE, KEY)
+            jax.eval_shape(losses.masked_reconstruction(linear, patch=4), None, IMAGE, KEY)
 
     @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, 2])
     def test_mask_ratio(self, ratio):
         with raises("mask_ratio", "between 0 and 1", str(ratio)):
-            losses.masked_reconstruction(None, patch=3, mask_ratio=ratio)
+            losses.masked_reconstruction(linear, patch=3, mask_ratio=ratio)
 
     @pytest.mark.parametrize("ratio", [0.01, 0.9])
     def test_some_patches_are_visible_and_some_hidden(self, ratio):
@@ -129,7 +129,7 @@ class TestErrors:
     @pytest.mark.parametrize("name", ["patch", "num_masks"])
     def test_counts_of_reconstruction(self, name):
         with raises(name, "at least 1", "0"):
-            losses.masked_reconstruction(None, **{"patch": 3, name: 0})
+            losses.masked_reconstruction(linear, **{"patch": 3, name: 0})
 
     def test_weight_shape(self):
         loss = losses.entropy(identity, weight=lambda logits: jnp.ones(()), batch=True)

@@ -392,3 +392,8 @@ class TestOverBatch:
 
         lifted, batch = quickly(both, WEIGHTS, IMAGES, KEY)
         np.testing.assert_allclose(lifted, batch, rtol=1e-5)
+
+
+def test_a_pseudo_label_is_one_class_where_classes_tie():
+    grad = jax.grad(lambda x: losses.pseudo_label(identity)(1.0, x, KEY))(jnp.zeros(3))
+    np.testing.assert_allclose(grad, [-2 / 3, 1 / 3, 1 / 3], rtol=1e-6)

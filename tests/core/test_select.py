@@ -202,3 +202,50 @@ class TestErrors:
     def test_an_exclusion_that_matches_nothing(self):
         with pytest.raises(ValueError, match="'typo'"):
             select.exclude(select.everything(), select.paths("typo")).split(PARAMS)
+
+
+SLASHES = {
+    "params": {
+        "WeightNorm_0": {"Dense_1/kernel/scale": leaf(5), "Dense_1/kernel/bias": leaf(5)},
+        "LayerNorm_0": {"scale": leaf(5), "bias": leaf(5)},
+        "lora_a/x": {"kernel": leaf(2)},
+    },
+    "params/other": {"scale": leaf(2)},
+}
+
+
+class TestNamesWithSlashes:
+    """What a module holds is read from the tree, not from the spelling of a name."""
+
+    def chosen(self, selection):
+        return select.describe(selection, SLASHES).paths
+
+    def test_norm_affine(self):
+        assert set(self.chosen(select.norm_affine())) == {
+            "params/LayerNorm_0/scale",
+            "params/LayerNorm_0/bias",
+        }
+
+    def test_biases(self):
+        assert self.chosen(select.biases()) == ("params/LayerNorm_0/bias",)
+
+    def test_collections(self):
+        assert "params/other/scale" not in self.chosen(select.everything())
+
+    def test_a_layer_scale_stays_chosen(self):
+        params = {"layer_scale": {"scale": leaf(3)}}
+        assert select.describe(select.norm_affine(), params).paths == ("layer_scale/scale",)
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [select.everything(), select.paths("layer/.*"), select.biases(), select.union(select.biases())],
+)
+def test_complex_leaves_are_not_left_out_in_silence(selection):
+    name = f"bias_{id(selection)}"
+    params = {"layer": {"bias": leaf(3)}, name: {"bias": leaf(3, dtype=np.complex64)}}
+    params["layer"][name] = {"bias": leaf(2, dtype=np.complex64)}
+    with pytest.warns(UserWarning, match=rf"also matches the complex .*{name}.*stay frozen"):
+        description = select.describe(selection, params)
+    assert description.paths == ("layer/bias",)
+    assert f"complex: {name}/bias" in str(description)

@@ -91,6 +91,12 @@ def test_test_data_is_refused(split):
         ttt.source_statistics(second_moment, None, Data(split))
 
 
+@pytest.mark.parametrize("split", ["mytest", "minitest", "train+cifartest[:5]"])
+def test_names_that_end_in_test_are_refused(split):
+    with pytest.raises(ValueError, match="must not come from test data"):
+        ttt.source_statistics(second_moment, None, Data(split))
+
+
 @pytest.mark.parametrize("split", ["train", "train[10%:]", "validation", "train_latest", "small"])
 def test_other_splits_are_taken(split):
     assert ttt.source_statistics(second_moment, None, Data(split)).split == split

@@ -297,3 +297,23 @@ def test_in_memory_is_the_same_source(tfds_dir):
     assert held[3].id == stored[3].id == 103
     np.testing.assert_array_equal(held.arrays().image, stored.arrays().image)
     assert held.split == stored.split
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 9, 8), (4, 1, 9, 9)])
+def test_npz_channels_first(save, shape):
+    name = save(images=np.zeros(shape, np.uint8), labels=np.zeros(4, np.int64))
+    with pytest.raises(ValueError, match=r"channels last.*transpose\(0, 2, 3, 1\)"):
+        data.load(name, "test")
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 9, 4), (4, 1, 9, 6), (4, 3, 2, 12), (4, 9, 9, 12)])
+def test_npz_of_few_rows_or_many_channels(save, shape):
+    name = save(images=np.zeros(shape, np.uint8), labels=np.zeros(4, np.int64))
+    assert data.load(name, "test").image_shape == shape[1:]
+
+
+@pytest.mark.parametrize("method", ["take", "subset"])
+def test_masks_are_no_indices(save, images, method):
+    source = data.load(save(images=images, labels=np.arange(10) % 2), "test")
+    with pytest.raises(ValueError, match=r"integer indices; got bool.*np.flatnonzero\(mask\)"):
+        getattr(source, method)(source.labels() == 1)

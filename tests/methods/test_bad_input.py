@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.core import models
-from ttt_jax import methods, select
+from ttt_jax import methods, select, unbatched
 
 KEY = jax.random.key(0)
 PARAMS = models.make_params()
@@ -143,3 +143,32 @@ def test_more_neighbors_than_the_pool_has():
 def test_a_batch_where_one_instance_is_due(make, kind):
     with pytest.raises(ValueError, match=rf"works on {kind}.*ttt_jax.batched"):
         make()(PARAMS, IMAGES, KEY)
+
+
+@pytest.mark.parametrize("name", ["cotta", "deyo", "rpl", "lame", "t3a"])
+def test_model_functions_of_one_array_over_a_batch(name):
+    def build(model):
+        return {
+            "cotta": lambda: methods.cotta(model, augment=keep_image),
+            "deyo": lambda: methods.deyo(model),
+            "rpl": lambda: methods.rpl(model),
+            "lame": lambda: methods.lame(model, models.features),
+            "t3a": lambda: methods.t3a(model, linear=lambda p: (jnp.eye(5), jnp.zeros(5))),
+        }[name]()
+
+    with pytest.raises(TypeError, match=rf"methods.{name} .*got unbatched\(apply\)"):
+        build(unbatched(models.classify))
+
+
+def test_a_method_refuses_several_outputs():
+    stream = methods.rpl(lambda params, x: {"logits": models.classify(params, x)})
+    with pytest.raises(TypeError, match=r"methods.rpl .*\['logits'\]"):
+        jax.eval_shape(lambda x: stream.step(PARAMS, stream.init(PARAMS), x, KEY), IMAGES)
+
+
+def test_the_label_of_rpl_is_one_class_where_classes_tie():
+    head = jax.tree.map(jnp.zeros_like, PARAMS["params"]["head"])
+    params = {**PARAMS, "params": {**PARAMS["params"], "head": head}}
+    stream = methods.rpl(models.classify, select=select.paths("params/head/.*"))
+    _, (_, info) = stream.step(params, stream.init(params), IMAGES, KEY)
+    assert info.grad_norm[0] > 0.1

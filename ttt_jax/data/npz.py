@@ -79,6 +79,12 @@ def _check_images(images: np.ndarray, path: str) -> np.ndarray:
         raise ValueError(
             f"images must be [N, H, W, C] or [N, H, W], but {path!r} has the shape {images.shape}."
         )
+    rows, columns, channels = images.shape[1:]
+    if channels > 4 and (rows == 3 < columns or (rows == 1 and columns == channels)):
+        raise ValueError(
+            f"images must have their channels last, [N, H, W, C], but {path!r} has the shape "
+            f"{images.shape}, which is [N, C, H, W]: store images.transpose(0, 2, 3, 1)."
+        )
     if images.dtype == np.uint8:
         return images
     if not np.issubdtype(images.dtype, np.floating):

@@ -116,9 +116,9 @@ class Source:
 
         Raises:
           IndexError: an index is negative or too large.
-          ValueError: no index, or the images differ in shape.
+          ValueError: a mask in place of indices, no index, or the images differ in shape.
         """
-        indices = np.asarray(indices)
+        indices = _positions(indices)
         if indices.size == 0:
             raise ValueError("A batch needs at least one index, but none was given.")
         images = [_as_float(self._reader.image(self._position(i))) for i in indices]
@@ -140,9 +140,9 @@ class Source:
 
         Raises:
           IndexError: an index is negative or too large.
-          ValueError: no index, or one that comes twice.
+          ValueError: a mask in place of indices, no index, or one that comes twice.
         """
-        positions = np.array([self._position(index) for index in indices], np.int64)
+        positions = np.array([self._position(i) for i in _positions(indices)], np.int64)
         if len(positions) == 0 or len(np.unique(positions)) != len(positions):
             raise ValueError(
                 f"A subset needs distinct indices, at least one; got {len(positions)}, of which "
@@ -218,6 +218,17 @@ class _Held:
 
     def ids(self) -> np.ndarray:
         return self._reader.ids()
+
+
+def _positions(indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    array = np.asarray(indices)
+    if array.size and array.dtype.kind not in "iu":
+        mask = array.dtype == bool
+        raise ValueError(
+            f"Examples are chosen by integer indices; got {array.dtype} of shape {array.shape}"
+            f"{'. For a mask pass np.flatnonzero(mask).' if mask else ': count from 0.'}"
+        )
+    return array
 
 
 def _as_float(image: np.ndarray) -> np.ndarray:

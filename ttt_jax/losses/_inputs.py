@@ -1,12 +1,14 @@
 """What the loss factories share: checks of their input, calls of the model function, weights."""
 
+import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees
+from ttt_jax import _contract, _trees
 from ttt_jax.base import Key, Params
 
 # exp of it is 0 in float32, and sums of many stay finite.
@@ -31,11 +33,12 @@ def check_images(name: str, x: Any, batch: bool) -> jax.Array:
             )
         )
     if batch:
-        _refuse_empty(name, shape[0])
+        refuse_empty(name, shape[0])
     return x if batch else x[None]
 
 
-def _refuse_empty(name: str, count: int) -> None:
+def refuse_empty(name: str, count: int) -> None:
+    """Raises ``ValueError`` for a batch without instances, whose mean would be nan."""
     if count == 0:
         raise ValueError(
             f"losses.{name} averages over a batch and needs at least one instance; got 0. "
@@ -46,7 +49,7 @@ def _refuse_empty(name: str, count: int) -> None:
 def check_instance(name: str, x: Any, batch: bool) -> Any:
     """Returns ``x`` with a leading batch axis; refuses empty batches, and images by the batch."""
     if batch:
-        _refuse_empty(name, batch_size(x))
+        refuse_empty(name, batch_size(x))
         return x
     if getattr(x, "ndim", 0) >= 4:
         raise ValueError(
@@ -62,15 +65,34 @@ def batch_size(x: Any) -> int:
     return jax.tree.leaves(x)[0].shape[0]
 
 
-def caller(apply: Callable[..., Any], stochastic: bool) -> Callable[[Params, Any, Key], Any]:
+def caller(
+    name: str, apply: Callable[..., Any], stochastic: bool
+) -> Callable[[Params, Any, Key], Any]:
     """``call(params, inputs, key)`` for a model function with or without a key."""
+    _contract.require_model_function(f"losses.{name}", apply)
     if stochastic:
         return apply
     return lambda params, inputs, key: apply(params, inputs)
 
 
+_over_batch: "weakref.WeakSet[Callable[..., Any]]" = weakref.WeakSet()
+
+
+def over_batch(loss: Callable[..., Any], batch: bool = True) -> Any:
+    """The same loss, known from then on to average over a batch."""
+    if batch:
+        _over_batch.add(loss)
+    return loss
+
+
+def is_over_batch(loss: Callable[..., Any]) -> bool:
+    """Whether a loss is one that a factory of the library built over a batch."""
+    return inspect.isfunction(loss) and loss in _over_batch
+
+
 def check_logits(name: str, logits: Any, count: int, classes: int | None = None) -> jax.Array:
     """Returns logits in float32 after checking their leading axis and number of classes."""
+    _contract.require_array(f"losses.{name}", logits)
     shape = jnp.shape(logits)
     wanted = f"[{count}, ..., {classes or 'classes'}]"
     if len(shape) < 2 or shape[0] != count or (classes is not None and shape[-1] != classes):

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _contract
 from ttt_jax.source import value_of
 
 
@@ -27,6 +28,7 @@ def moments_of(name: str, source: Any, fields: tuple[str, str], maker: str) -> t
 
 def check_features(name: str, features: Any, count: int, width: int | None = None) -> jax.Array:
     """Returns features ``[N, D]`` in float32 after checking both axes."""
+    _contract.require_array(f"losses.{name}", features, "features")
     shape = jnp.shape(features)
     if len(shape) != 2 or shape[0] != count or (width is not None and shape[1] != width):
         raise ValueError(

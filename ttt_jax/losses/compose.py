@@ -5,7 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _contract
 from ttt_jax.base import AuxLoss, Key, Params, PyTree, StatefulLoss
+from ttt_jax.losses import _inputs
 
 
 def weighted(*terms: tuple[Any, AuxLoss | StatefulLoss]) -> AuxLoss | StatefulLoss:
@@ -34,6 +36,9 @@ def weighted(*terms: tuple[Any, AuxLoss | StatefulLoss]) -> AuxLoss | StatefulLo
             f"{len(terms)} arguments of types {[type(term).__name__ for term in terms]}."
         )
 
+    for _, loss in terms:
+        _check_loss("losses.weighted: a loss", loss)
+
     def init(params: Params) -> PyTree:
         return tuple(
             loss.init(params) if isinstance(loss, StatefulLoss) else () for _, loss in terms
@@ -47,7 +52,7 @@ def weighted(*terms: tuple[Any, AuxLoss | StatefulLoss]) -> AuxLoss | StatefulLo
                 term, old = loss.value(params, old, x, term_key)
             else:
                 term = loss(params, x, term_key)
-            total = total + weight * term
+            total = total + weight * _scalar("weighted", term)
             memories.append(old)
         return total, tuple(memories)
 
@@ -73,17 +78,42 @@ def over_batch(loss: AuxLoss) -> AuxLoss:
       An ``AuxLoss`` over ``xs`` with a leading batch axis on every leaf.
 
     Raises:
-      TypeError: the loss has a memory, which belongs to one instance or stream.
+      TypeError: the loss has a memory, which belongs to one instance or stream, or is no function.
+      ValueError: the loss is over a batch already; when called: an empty batch.
     """
     if isinstance(loss, StatefulLoss):
         raise TypeError(
             "losses.over_batch lifts plain losses; got a StatefulLoss, whose memory belongs to "
             "one stream. Write its value over the batch instead."
         )
+    _check_loss("losses.over_batch: loss", loss)
+    if _inputs.is_over_batch(loss):
+        raise ValueError(
+            "losses.over_batch lifts a loss over one instance; got one that averages over a batch "
+            "already (batch=True, or over_batch). Use it as it is, or build it with batch=False."
+        )
 
     def batched_loss(params: Params, x: Any, key: Key) -> jax.Array:
-        count = jax.tree.leaves(x)[0].shape[0]
+        count = _inputs.batch_size(x)
+        _inputs.refuse_empty("over_batch", count)
         keys = jax.random.split(key, count)
-        return jax.vmap(loss, in_axes=(None, 0, 0))(params, x, keys).mean()
+        values = jax.vmap(lambda one, k: _scalar("over_batch", loss(params, one, k)))(x, keys)
+        return values.mean()
 
-    return batched_loss
+    return _inputs.over_batch(batched_loss)
+
+
+def _check_loss(argument: str, loss: Any) -> None:
+    if not isinstance(loss, StatefulLoss):
+        _contract.require_function(argument, loss, "(params, x, key) -> scalar")
+
+
+def _scalar(name: str, value: Any) -> jax.Array:
+    """The value of one loss; refuses a report beside it, for which the sum has no place."""
+    if isinstance(value, tuple | list | dict):
+        raise TypeError(
+            f"losses.{name} adds losses that return a scalar; one returned "
+            f"{_contract.described(value)}: leave what it reports beside the scalar out, or give "
+            "it to gradient_adapter by itself, with has_aux=True."
+        )
+    return jnp.asarray(value)

@@ -64,7 +64,7 @@ def contrastive(
         raise ValueError(
             f"bank must hold source representations [M, D] with M >= 1; got shape {rows.shape}."
         )
-    call = _inputs.caller(apply, stochastic)
+    call = _inputs.caller("contrastive", apply, stochastic)
 
     def loss(params: Params, x: Any, key: Key) -> jax.Array:
         instances = _inputs.check_instance("contrastive", x, batch)
@@ -90,4 +90,4 @@ def contrastive(
         positives = similarity[places, places ^ 1]
         return (jax.nn.logsumexp(logits, axis=1) - positives).mean()
 
-    return loss
+    return _inputs.over_batch(loss, batch)

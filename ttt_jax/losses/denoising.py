@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees
+from ttt_jax import _contract, _trees
 from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs
 
@@ -49,7 +49,7 @@ def denoising(
             f"noise must be one standard deviation; got shape {jnp.shape(noise)}. Scale the inputs "
             "instead, if channels differ."
         )
-    call = _inputs.caller(apply, stochastic)
+    call = _inputs.caller("denoising", apply, stochastic)
 
     def loss(params: Params, x: Any, key: Key) -> jax.Array:
         inputs = _inputs.check_instance("denoising", x, batch)
@@ -63,6 +63,7 @@ def denoising(
         clean = jnp.repeat(inputs, num_copies, axis=0)
         normal = jax.random.normal(noise_key, clean.shape, clean.dtype)
         output = call(params, clean + (noise * normal).astype(clean.dtype), model_key)
+        _contract.require_array("losses.denoising", output, "decoded inputs")
         if jnp.shape(output) != clean.shape:
             raise ValueError(
                 f"losses.denoising needs an output of the inputs' shape {clean.shape}; the model "
@@ -71,4 +72,4 @@ def denoising(
         error = output.astype(jnp.float32) - clean.astype(jnp.float32)
         return jnp.square(error).mean()
 
-    return loss
+    return _inputs.over_batch(loss, batch)

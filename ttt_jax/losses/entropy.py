@@ -46,7 +46,7 @@ def entropy(
       Wang et al., `Tent <https://arxiv.org/abs/2006.10726>`_, 2021, Section 3.1. For the filters
       of EATA and SAR see :func:`sample_adaptive_entropy` and :func:`reliable_entropy`.
     """
-    call = _inputs.caller(apply, stochastic)
+    call = _inputs.caller("entropy", apply, stochastic)
 
     def loss(params: Params, x: Any, key: Key) -> jax.Array:
         inputs = _inputs.check_instance("entropy", x, batch)
@@ -62,7 +62,7 @@ def entropy(
             )
         return _inputs.weighted_mean(weights, values)
 
-    return loss
+    return _inputs.over_batch(loss, batch)
 
 
 def marginal_entropy(
@@ -97,7 +97,7 @@ def marginal_entropy(
     """
     if not _inputs.is_count(num_views):
         raise ValueError(f"num_views must be an integer of at least 1, got {num_views!r}.")
-    call = _inputs.caller(apply, stochastic)
+    call = _inputs.caller("marginal_entropy", apply, stochastic)
 
     def loss(params: Params, x: Any, key: Key) -> jax.Array:
         instances = _inputs.check_instance("marginal_entropy", x, batch)
@@ -114,7 +114,7 @@ def marginal_entropy(
         marginal = jax.nn.logsumexp(log_p, axis=1) - jnp.log(float(num_views))
         return _inputs.entropy(marginal).mean()
 
-    return loss
+    return _inputs.over_batch(loss, batch)
 
 
 def pseudo_label(
@@ -146,14 +146,16 @@ def pseudo_label(
     References:
       Lee, Pseudo-Label: The Simple and Efficient Semi-Supervised Learning Method, 2013.
     """
-    call = _inputs.caller(apply, stochastic)
+    call = _inputs.caller("pseudo_label", apply, stochastic)
 
     def loss(params: Params, x: Any, key: Key) -> jax.Array:
         inputs = _inputs.check_instance("pseudo_label", x, batch)
         logits = call(params, inputs, key)
         logits = _inputs.check_logits("pseudo_label", logits, _inputs.batch_size(inputs))
-        best = jax.nn.log_softmax(logits, axis=-1).max(axis=-1)
+        log_p = jax.nn.log_softmax(logits, axis=-1)
+        # The entry, not the maximum: classes that tie would share its gradient, and none be sure.
+        best = jnp.take_along_axis(log_p, logits.argmax(axis=-1, keepdims=True), axis=-1)[..., 0]
         confidence = _inputs.per_instance(jnp.exp(best))
         return _inputs.weighted_mean(confidence >= threshold, -_inputs.per_instance(best))
 
-    return loss
+    return _inputs.over_batch(loss, batch)

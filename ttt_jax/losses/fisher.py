@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _contract
 from ttt_jax.base import Params, PyTree, Selection
 from ttt_jax.losses import _inputs, _source
 
@@ -52,6 +53,8 @@ def fisher_diagonal(
       Niu et al., `EATA <https://arxiv.org/abs/2204.02610>`_, 2022, Eqs. 8-9; Kirkpatrick et al.,
       `Overcoming catastrophic forgetting <https://arxiv.org/abs/1612.00796>`_, 2017.
     """
+    _contract.require("select", select, Selection)
+    _contract.require_model_function("losses.fisher_diagonal", apply)
 
     def fisher(params: Params, data: Any) -> PyTree:
         inputs = _source.images_of(data)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees
+from ttt_jax import _contract, _trees
 from ttt_jax.base import AuxLoss, Key, Params, PyTree, StatefulLoss
 from ttt_jax.losses import _inputs, _source
 
@@ -34,6 +34,7 @@ def activation_moments(
       >>> print(moments(2.0, jnp.array([[1.0], [3.0]]))["square"]["layer"])
       [20.]
     """
+    _contract.require_model_function("losses.activation_moments", collect)
 
     def moments(params: Params, batch: Any) -> dict[str, PyTree]:
         found = jax.tree.map(
@@ -99,7 +100,7 @@ def activation_matching(
         {path: jnp.asarray(leaf, jnp.float32) for path, leaf in _trees.named_leaves(tree)}
         for tree in _source.moments_of(name, source, ("mean", "square"), "activation_moments")
     )
-    call = _inputs.caller(collect, stochastic)
+    call = _inputs.caller(name, collect, stochastic)
 
     def loss(params: Params, x: Any, key: Key) -> jax.Array:
         inputs = _inputs.check_instance(name, x, batch)
@@ -125,7 +126,7 @@ def activation_matching(
             total += jnp.abs(leaf.var(axis=0, ddof=1) - variance).mean()
         return total / 2
 
-    return loss
+    return _inputs.over_batch(loss, batch)
 
 
 def _check_layers(name: str, found: dict[str, Any], means: dict[str, Any], count: int) -> None:
@@ -161,6 +162,7 @@ def feature_moments(
     Raises:
       ValueError: when called: features that are not ``[N, D]``.
     """
+    _contract.require_model_function("losses.feature_moments", features)
 
     def moments(params: Params, batch: Any) -> dict[str, jax.Array]:
         inputs = _source.images_of(batch)
@@ -228,7 +230,7 @@ def moment_matching(
     mean_src, outer_src = (jnp.asarray(moment, jnp.float32) for moment in moments)
     covariance_src = outer_src - jnp.outer(mean_src, mean_src)
     width = mean_src.shape[0]
-    call = _inputs.caller(features, stochastic)
+    call = _inputs.caller(name, features, stochastic)
 
     def current(params: Params, x: Any, key: Key) -> jax.Array:
         inputs = _inputs.check_instance(name, x, batch)
@@ -274,4 +276,4 @@ def moment_matching(
     def after(adapted_params: Params, memory: PyTree) -> PyTree:
         return memory
 
-    return StatefulLoss(init, value, after) if queue else stateless
+    return StatefulLoss(init, value, after) if queue else _inputs.over_batch(stateless, batch)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _contract
 from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs
 
@@ -64,6 +65,8 @@ def masked_reconstruction(
     if not 0 < mask_ratio < 1:
         raise ValueError(f"mask_ratio must be between 0 and 1 (both excluded), got {mask_ratio}.")
 
+    _contract.require_model_function("losses.masked_reconstruction", apply)
+
     def loss(params: Params, x: Any, key: Key) -> jax.Array:
         images = _inputs.check_images("masked_reconstruction", x, batch)
         n, height, width, channels = images.shape
@@ -94,6 +97,7 @@ def masked_reconstruction(
         output = apply(params, views, keep, *extra)
         target = patches_of(images, patch).astype(jnp.float32)
         due = (n * num_masks, *target.shape[1:])
+        _contract.require_array("losses.masked_reconstruction", output, "patches")
         if jnp.shape(output) != due:
             raise ValueError(
                 "losses.masked_reconstruction needs patches of shape [N, P, patch * patch * C] = "
@@ -109,4 +113,4 @@ def masked_reconstruction(
         hidden = jnp.take_along_axis(errors, order[:, visible:], axis=1)
         return hidden.mean()
 
-    return loss
+    return _inputs.over_batch(loss, batch)

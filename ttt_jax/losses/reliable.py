@@ -59,7 +59,7 @@ def reliable_entropy(
       code, github.com/mr-eggplant/SAR, ``sar.py``.
     """
     name = "reliable_entropy"
-    call = _inputs.caller(apply, stochastic)
+    call = _inputs.caller(name, apply, stochastic)
 
     def measure(params: Params, inputs: Any, key: Key) -> tuple[jax.Array, jax.Array]:
         logits = call(params, inputs, key)
@@ -74,7 +74,7 @@ def reliable_entropy(
             reliable &= measure(reference, inputs, key)[1]
         return _inputs.weighted_mean(reliable, entropy)
 
-    return loss
+    return _inputs.over_batch(loss, batch)
 
 
 def sample_adaptive_entropy(
@@ -124,7 +124,7 @@ def sample_adaptive_entropy(
     name = "sample_adaptive_entropy"
     if not _trees.is_integer(num_classes, 2):
         raise ValueError(f"num_classes must be an integer of at least 2, got {num_classes!r}.")
-    call = _inputs.caller(apply, stochastic)
+    call = _inputs.caller(name, apply, stochastic)
 
     def init(params: Params) -> PyTree:
         return {
@@ -148,11 +148,12 @@ def sample_adaptive_entropy(
         # Before the first average the length is 0, and so is the cosine.
         cosine = jnp.sum(p * average[None], axis=-1) / jnp.where(lengths > 0, lengths, 1.0)
         taken = (entropy < margin_nats) & (~started | (cosine < epsilon))
-        number = taken.sum()
+        number = taken.sum().astype(jnp.float32)
         weights = jnp.where(taken, jnp.exp(margin_nats - entropy), 0.0)
         total = jnp.sum(jax.lax.stop_gradient(weights) * entropy)
         new = jnp.where(taken[:, None], p, 0.0).sum(axis=0) / jnp.maximum(number, 1)
-        moved = jnp.where(started, decay * average + (1 - decay) * new, new)
+        blended = (decay * average + (1 - decay) * new).astype(jnp.float32)
+        moved = jnp.where(started, blended, new)
         memory = {
             "probability": jnp.where(number > 0, moved, average),
             "started": started | (number > 0),

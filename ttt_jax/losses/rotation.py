@@ -63,7 +63,7 @@ def rotation(
     """
     if copies is not None and not _inputs.is_count(copies):
         raise ValueError(f"copies must be None or an integer of at least 1, got {copies!r}.")
-    call = _inputs.caller(apply, stochastic)
+    call = _inputs.caller("rotation", apply, stochastic)
 
     def views(image: jax.Array, key: Key) -> tuple[jax.Array, jax.Array]:
         augment_key, turn_key = jax.random.split(key)
@@ -93,4 +93,4 @@ def rotation(
         log_p = jax.nn.log_softmax(logits, axis=-1)
         return -jnp.take_along_axis(log_p, labels[:, None], axis=-1).mean()
 
-    return loss
+    return _inputs.over_batch(loss, batch)

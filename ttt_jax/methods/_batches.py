@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from ttt_jax import _contract
 from ttt_jax.base import Key, Params
 from ttt_jax.batching import unbatched
 
@@ -20,6 +21,22 @@ def prediction(classify: Callable[..., Any], serve: Serve | None, batch: bool) -
     if serve is not None:
         return serve
     return classify if batch else unbatched(classify)
+
+
+def checked(name: str, model: Callable[..., Any], role: str = "logits") -> Callable[..., Any]:
+    """A model function over a batch that is refused where it returns more than one array.
+
+    Raises:
+      TypeError: ``model`` is no model function; when called: it returned a dict or a tuple.
+    """
+    _contract.require_model_function(f"methods.{name}", model)
+
+    def call(*args: Any) -> Any:
+        output = model(*args)
+        _contract.require_array(f"methods.{name}", output, role)
+        return output
+
+    return call
 
 
 def require_batch(name: str, batch: bool) -> None:

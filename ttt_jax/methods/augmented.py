@@ -8,7 +8,7 @@ import jax
 from ttt_jax import predictors
 from ttt_jax.base import Key, Params, Predictor
 from ttt_jax.batching import unbatched
-from ttt_jax.methods._batches import Serve
+from ttt_jax.methods._batches import Serve, checked
 
 
 def augmented(
@@ -102,6 +102,7 @@ def mean_over_views(
       ``serve(params, x) -> [..., C]``: ``log sum_j p(view_j(x))``. A softmax of it is the mean
       probability; the constant ``log V`` is left in, as it changes no prediction.
     """
+    classify = checked("mean_over_views", classify)
 
     def serve(params: Params, x: Any) -> jax.Array:
         log_p = jax.nn.log_softmax(classify(params, views(x)), axis=-1)

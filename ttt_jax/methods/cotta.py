@@ -11,7 +11,7 @@ from ttt_jax import resets, select
 from ttt_jax._trees import is_integer
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Adapter, Key, Params, PyTree, Reset, Selection, StatefulLoss, Stream
-from ttt_jax.methods._batches import Serve, one_view_each, with_batch_axis
+from ttt_jax.methods._batches import Serve, checked, one_view_each, with_batch_axis
 from ttt_jax.online import online
 
 
@@ -78,6 +78,7 @@ def cotta(
       2022, Eqs. 1-8. Against the authors' code, github.com/qinenergy/cotta: each image has a view
       of its own (there the whole batch shares one draw), and views are made where they are used.
     """
+    classify = checked("cotta", classify)
     if not is_integer(num_views, 1):
         raise ValueError(
             f"methods.cotta: num_views must be an integer of at least 1, got {num_views!r}."

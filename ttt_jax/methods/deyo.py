@@ -11,7 +11,7 @@ from ttt_jax import resets, select
 from ttt_jax._trees import is_integer
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Key, Params, Reset, Selection, Stream
-from ttt_jax.methods._batches import Serve, batch_size, prediction, with_batch_axis
+from ttt_jax.methods._batches import Serve, batch_size, checked, prediction, with_batch_axis
 from ttt_jax.online import online
 
 
@@ -78,6 +78,7 @@ def deyo(
       matters with batch statistics), and sizes that the patches do not divide are refused, where
       the code resizes.
     """
+    classify = checked("deyo", classify)
     if not is_integer(patches, 2):
         raise ValueError(
             f"methods.deyo: patches must be an integer of at least 2, got {patches!r}."

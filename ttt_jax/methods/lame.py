@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ttt_jax._trees import is_integer
 from ttt_jax.base import Info, Key, Params, Predictor
-from ttt_jax.methods._batches import require_batch
+from ttt_jax.methods._batches import checked, require_batch
 from ttt_jax.predictors import no_steps
 
 # As the authors' code: of a probability of 0, and of the relative change of the energy.
@@ -59,6 +59,8 @@ def lame(
       github.com/fiveai/LAME. There the nearest vector counts as the instance itself, also where
       the batch has duplicates.
     """
+    classify = checked("lame", classify)
+    features = checked("lame", features, "features")
     require_batch("lame", batch)
     if not (is_integer(num_neighbors, 1) and is_integer(max_steps, 1)):
         raise ValueError(

@@ -10,7 +10,7 @@ import optax
 from ttt_jax import resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Key, Params, Reset, Selection, Stream
-from ttt_jax.methods._batches import Serve, batch_size, prediction, with_batch_axis
+from ttt_jax.methods._batches import Serve, batch_size, checked, prediction, with_batch_axis
 from ttt_jax.online import online
 
 
@@ -68,6 +68,7 @@ def rpl(
       Cross Entropy Loss <https://arxiv.org/abs/1805.07836>`_, 2018, Eq. 6. The computation is that
       of the authors' code, github.com/bethgelab/robustness (``gce.py``), in one pass.
     """
+    classify = checked("rpl", classify)
     if not isinstance(q, jax.core.Tracer) and not 0.0 < q <= 1.0:
         raise ValueError(
             f"methods.rpl: q must be in (0, 1], got {q!r}. Near 0 the loss is cross-entropy, "
@@ -79,7 +80,10 @@ def rpl(
         if not batch_size(inputs):
             raise ValueError("methods.rpl needs at least one instance; got 0 in the batch.")
         log_p = jax.nn.log_softmax(classify(params, inputs).astype(jnp.float32), axis=-1)
-        return ((1.0 - jnp.exp(q * log_p.max(axis=-1))) / q).mean()
+        # The entry, not the maximum: classes that tie would share its gradient.
+        label = log_p.argmax(axis=-1, keepdims=True)
+        best = jnp.take_along_axis(log_p, label, axis=-1)[..., 0]
+        return ((1.0 - jnp.exp(q * best)) / q).mean()
 
     return online(
         gradient_adapter(loss, optimizer, select=select),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ttt_jax import resets
 from ttt_jax._trees import is_integer
 from ttt_jax.base import Adapter, Key, Params, Reset, StepInfo, Stream
-from ttt_jax.methods._batches import with_batch_axis
+from ttt_jax.methods._batches import checked, with_batch_axis
 from ttt_jax.online import online
 
 
@@ -73,6 +73,7 @@ def t3a(
       <https://openreview.net/forum?id=e_yvNqkJKAW>`_, 2021, Section 3. The authors' code,
       github.com/matsuolab/T3A, keeps all supports on request; here a set has K slots.
     """
+    features = checked("t3a", features, "features")
     if not is_integer(num_supports, 1):
         raise ValueError(
             f"methods.t3a: num_supports must be an integer of at least 1, got {num_supports!r}."

@@ -92,7 +92,7 @@ def _served(cls: type) -> type:
     return _Served if cls is nnx.BatchNorm else type(cls.__name__, (cls, _Served), {})
 
 
-def serve(model: nnx.Module, norm: Norm, size: int, *, collect: bool = False) -> None:
+def serve(model: nnx.Module, norm: Norm, size: int, *, collect: bool = False) -> bool:
     """Makes every BatchNorm of ``model``, a private object, use ``norm``.
 
     Args:
@@ -100,6 +100,9 @@ def serve(model: nnx.Module, norm: Norm, size: int, *, collect: bool = False) ->
       norm: see :func:`ttt_jax.models.from_nnx`.
       size: the number of instances in the batch.
       collect: use the batch's statistics and store them in the layers' ``BatchStat``.
+
+    Returns:
+      Whether there is such a layer.
     """
     layers: list[tuple[Any, Any]] = [
         (path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.BatchNorm)
@@ -115,3 +118,4 @@ def serve(model: nnx.Module, norm: Norm, size: int, *, collect: bool = False) ->
             # As wide as the statistics, so that a scan over stacked layers slices it with them.
             weight = jnp.broadcast_to(source_weight(norm, size), layer.mean.shape)
             layer.ttt_weight = nnx.data(weight)
+    return bool(layers)

@@ -7,7 +7,9 @@ by covariate shift adaptation", equation 1; mean and variance are blended linear
 ``InstanceAware`` corrects the running statistics instance by instance, in the Linen bridge alone.
 """
 
+import functools
 import math
+import warnings
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -53,6 +55,42 @@ def check_norm(norm: Any) -> None:
             'norm is "running", "batch" or a prior N >= 0, received '
             f"{norm!r} of type {type(norm).__name__}."
         )
+
+
+class Served:
+    """Whether a bridge met a BatchNorm: without one, ``norm`` would do nothing in silence.
+
+    It remembers, as a later call may find the layers compiled already (``nn.jit``).
+    """
+
+    def __init__(self, bridge: str, module: Any, norm: Any):
+        self._bridge, self._norm, self._met = bridge, norm, False
+        self._name = type(module).__name__
+
+    def meet(self) -> None:
+        """Notes a layer."""
+        self._met = True
+
+    def check(self, params: Any) -> None:
+        """Raises ``ValueError``, or warns where there are no statistics, if none was met."""
+        if self._met or (isinstance(self._norm, str) and self._norm == "running"):
+            return
+        shown = self._norm if isinstance(self._norm, str | int | float) else "of an array"
+        rule = (
+            f"{self._bridge}: norm={shown!r} is served at layers of flax's own class BatchNorm, "
+            f"and {self._name} called none"
+        )
+        if jax.tree.leaves(params.get("batch_stats", ()) if hasattr(params, "get") else ()):
+            raise ValueError(
+                f"{rule}, although params has batch_stats: derive your layer from BatchNorm, or "
+                'serve this method with norm="running".'
+            )
+        _warn_none(rule)
+
+
+@functools.cache
+def _warn_none(rule: str) -> None:
+    warnings.warn(f'{rule}, so that it does nothing: leave it out (norm="running").', stacklevel=4)
 
 
 def source_weight(norm: Any, size: int) -> jax.Array:

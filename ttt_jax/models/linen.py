@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 
 from ttt_jax.models._checks import batch_size, check_method
 from ttt_jax.models._instance_norm import InstanceAware, instance_aware
-from ttt_jax.models._norm import Norm, check_norm, refuse_single, source_weight
+from ttt_jax.models._norm import Norm, Served, check_norm, refuse_single, source_weight
 
 _BATCH_NORM_CALL = inspect.unwrap(nn.BatchNorm.__call__)
 _BATCH_NORM_FIELDS = tuple(
@@ -56,7 +57,9 @@ def from_linen(
     Raises:
       TypeError: ``module`` is no Linen module, or ``norm`` of an impossible type.
       ValueError: an unknown method or ``norm``; from ``apply``: batch statistics of a single
-        instance, or a BatchNorm whose statistics are missing in ``params``.
+        instance, a BatchNorm whose statistics are missing in ``params``, or no ``nn.BatchNorm``
+        that ``norm`` could be served at beside a ``batch_stats`` collection (without one, a
+        warning).
     """
     _check_module(module, method, "from_linen")
     check_norm(norm)
@@ -67,16 +70,47 @@ def from_linen(
             'name at least one, such as rngs=("dropout",).'
         )
     fixed = dict(kwargs or {})
+    mark = _Mark(norm)
+    served = Served("from_linen", module, norm)
 
     def apply(params: Any, inputs: Any, *args: Any) -> Any:
         streams = None
         if stochastic:
             args, streams = args[:-1], _streams(names, args)
-        serve = _interceptor(norm, batch_size(inputs, "from_linen"))
-        with nn.intercept_methods(serve):
-            return module.apply(params, inputs, *args, rngs=streams, method=method, **fixed)
+        size = batch_size(inputs, "from_linen")
+        options, unwrap = mark.options(fixed, size)
+        with nn.intercept_methods(_interceptor(norm, size, met=served.meet)):
+            made = module.apply(params, inputs, *args, rngs=streams, method=method, **options)
+        served.check(params)
+        return made[0] if unwrap else made
 
     return apply
+
+
+class _Mark:
+    """Keeps ``nn.jit`` inside a module from reusing what it traced under another ``norm``.
+
+    Its cache knows the module and what is mutable, not the interceptor: a collection that nobody
+    has, mutable under a name of its own, tells the programs apart.
+    """
+
+    def __init__(self, norm: Norm):
+        self._number = next(_NUMBERS)
+        # The value of an array is not in the name: each call traces anew.
+        self._fresh = not isinstance(norm, str | int | float)
+
+    def options(self, fixed: Mapping[str, Any], size: int) -> tuple[dict[str, Any], bool]:
+        """Options of ``module.apply``, and whether the output then comes in a pair."""
+        number = next(_NUMBERS) if self._fresh else self._number
+        mutable = fixed.get("mutable", False)
+        names = [mutable] if isinstance(mutable, str) else mutable or ()
+        if not isinstance(names, list | tuple | set):
+            return dict(fixed), False
+        names = [*names, f"ttt_jax_norm_{number}_{size}"]
+        return {**fixed, "mutable": names}, mutable is False
+
+
+_NUMBERS = itertools.count()
 
 
 def linen_statistics(
@@ -110,8 +144,8 @@ def linen_statistics(
 
     Raises:
       TypeError: ``module`` is no Linen module.
-      ValueError: an unknown method; from ``collect``: a single instance, or ``params`` without
-        a ``batch_stats`` collection.
+      ValueError: an unknown method; from ``collect``: a single instance, ``params`` without
+        a ``batch_stats`` collection, or a method that meets no ``nn.BatchNorm``.
     """
     _check_module(module, method, "linen_statistics")
     check_norm(norm)
@@ -121,6 +155,8 @@ def linen_statistics(
             'a prior; received norm="running": use from_linen for the source\'s.'
         )
     fixed = dict(kwargs or {})
+    mark = _Mark(norm)
+    served = Served("linen_statistics", module, norm)
 
     def collect(params: Any, x: Any) -> Any:
         if "batch_stats" not in params:
@@ -128,9 +164,11 @@ def linen_statistics(
                 "linen_statistics: params needs a batch_stats collection, received "
                 f"{sorted(params)}: pass the whole variables dict of a model with BatchNorm."
             )
-        serve = _interceptor(norm, batch_size(x, "linen_statistics"), calls={})
-        with nn.intercept_methods(serve):
-            made, updated = module.apply(params, x, method=method, mutable=["batch_stats"], **fixed)
+        size = batch_size(x, "linen_statistics")
+        options, _ = mark.options({**fixed, "mutable": ["batch_stats"]}, size)
+        with nn.intercept_methods(_interceptor(norm, size, calls={}, met=served.meet)):
+            made, updated = module.apply(params, x, method=method, **options)
+        served.check(params)
         holes = {name: jax.tree.map(lambda _: None, params[name]) for name in params}
         holes["batch_stats"] = jax.tree.map(
             lambda new, old: new.astype(old.dtype), updated["batch_stats"], params["batch_stats"]
@@ -162,7 +200,10 @@ def _streams(names: tuple[str, ...], args: tuple[Any, ...]) -> dict[str, jax.Arr
 
 
 def _interceptor(
-    norm: Norm, size: int, calls: dict[int, tuple[Any, int, Any]] | None = None
+    norm: Norm,
+    size: int,
+    calls: dict[int, tuple[Any, int, Any]] | None = None,
+    met: Callable[[], None] = lambda: None,
 ) -> Callable[..., Any]:
     """Serves ``norm`` at every BatchNorm; with ``calls``, also stores the batch's statistics."""
     busy = False
@@ -174,6 +215,7 @@ def _interceptor(
         if busy or not inner or context.module.is_initializing():
             return next_fun(*args, **kwargs)
         busy = True
+        met()
         try:
             return _batch_norm(context.module, norm, size, calls, *args, **kwargs)
         finally:

@@ -17,7 +17,7 @@ from flax import nnx
 from ttt_jax.models._checks import batch_size, check_method
 from ttt_jax.models._instance_norm import InstanceAware
 from ttt_jax.models._nnx_batchnorm import serve
-from ttt_jax.models._norm import Norm, check_norm
+from ttt_jax.models._norm import Norm, Served, check_norm
 
 _Path = tuple[Any, ...]
 
@@ -173,7 +173,10 @@ def _runner(
         for path, name in where.items():
             leaves[path] = _lookup(params, name, path, bridge)
         model = nnx.merge(graphdef, nnx.from_flat_state(leaves))
-        serve(model, norm, size, collect=collect)
+        served = Served(bridge, module, norm)
+        if serve(model, norm, size, collect=collect):
+            served.meet()
+        served.check(params)
         return getattr(model, method)(inputs, *args, **options), model
 
     return run, params
