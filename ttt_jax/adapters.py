@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import _trees
+from ttt_jax import _trees, _varying
 from ttt_jax.base import (
     Adapter,
     AdapterState,
@@ -156,6 +156,8 @@ def _gradient_step(
             value, memory = loss.value(select.merge(fast, frozen), state.memory, x, key)
             value, aux = _with_aux(value, has_aux)
             return value, (memory, aux)
+
+        state = _varying.own(state, lambda state: objective(state.fast)[0])
 
         (value, (memory, aux)), grads = gradient(
             objective, state.fast, lambda fast: select.merge(fast, frozen)

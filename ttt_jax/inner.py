@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees
+from ttt_jax import _trees, _varying
 from ttt_jax.base import Adapter, Key, Params, PyTree, StepInfo
 
 
@@ -48,13 +48,14 @@ def observed_loop(
 
     def run(params: Params, state: PyTree, x: Any, key: Key) -> Any:
         def body(state: PyTree, i: Any) -> Any:
-            state, info = adapter.step(params, state, x, jax.random.fold_in(key, i))
-            return state, (info, look(state, info))
+            stepped, info = adapter.step(params, state, x, jax.random.fold_in(key, i))
+            return _varying.alike(stepped, state), (info, look(stepped, info))
 
         state, first = body(state, 0)
         first = jax.tree.map(lambda leaf: leaf[None], first)
         if num_steps == 1:
             return state, first
+        state = _varying.carry(lambda state: body(state, 1)[0], state)
         state, rest = jax.lax.scan(body, state, jnp.arange(1, num_steps))
         joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, rest)
         return state, joined

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees, inner
+from ttt_jax import _trees, _varying, inner
 from ttt_jax.base import (
     Adapter,
     Info,
@@ -140,9 +140,12 @@ def unroll(stream: Stream) -> Predictor:
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_chunks))
 
         def body(carry: PyTree, chunk: Any) -> Any:
-            return stream.step(params, carry, *chunk)
+            after, results = stream.step(params, carry, *chunk)
+            return _varying.alike(after, carry), results
 
-        _, (outputs, info) = jax.lax.scan(body, stream.init(params), (x, keys))
+        first = jax.tree.map(lambda leaf: leaf[0], (x, keys))
+        start = _varying.carry(lambda carry: body(carry, first)[0], stream.init(params))
+        _, (outputs, info) = jax.lax.scan(body, start, (x, keys))
         loss, grad_norm, aux = jax.tree.map(
             lambda leaf: leaf.reshape((-1,) + leaf.shape[2:]), (info.loss, info.grad_norm, info.aux)
         )
