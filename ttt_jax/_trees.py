@@ -32,7 +32,12 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def is_floating(leaf: Any) -> bool:
-    """Whether a leaf is a floating-point array (keys, integers and holes are not)."""
+    """Whether a leaf is a floating-point array or number (keys, integers and holes are not).
+
+    A Python number counts as the array that ``jit`` makes of it.
+    """
+    if isinstance(leaf, float):
+        return True
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
@@ -87,7 +92,7 @@ def spoiled(before: Any, after: Any) -> jax.Array:
 def norm(tree: Any) -> jax.Array:
     """Global Euclidean norm in float32 (inf when it overflows)."""
     squares = [
-        jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        jnp.sum(jnp.square(jnp.asarray(leaf).astype(jnp.float32)))
         for leaf in jax.tree.leaves(tree)
         if is_floating(leaf)
     ]

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from ttt_jax import _trees, _varying
+from ttt_jax import _checks, _trees, _varying
 from ttt_jax.base import (
     Adapter,
     AdapterState,
@@ -240,6 +241,9 @@ def gradient_adapter(
       Sun et al., `Test-Time Training with Self-Supervision
       <https://arxiv.org/abs/1909.13231>`_, 2020, Section 2.
     """
+    for strength in jax.tree.leaves(anchor):
+        if isinstance(strength, int | float | np.number | np.ndarray | jax.Array):
+            _checks.check_number("anchor", strength, 0.0)
     value_and_grad = functools.partial(jax.value_and_grad, has_aux=True)
     return _gradient_step(
         _as_stateful(loss),
@@ -298,6 +302,7 @@ def sharpness_aware_adapter(
             (value, (_, aux)), grads = value_and_grad(peak, _as_stateful(peak_loss(merge(fast))))
         return (value, (memory, aux)), grads
 
+    _checks.check_number("rho", rho, 0.0)
     return _gradient_step(_as_stateful(loss), optimizer, select, 0.0, gradient, has_aux)
 
 

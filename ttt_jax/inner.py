@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees, _varying
+from ttt_jax import _checks, _trees, _varying
 from ttt_jax.base import Adapter, Key, Params, PyTree, StepInfo
 
 
@@ -22,9 +22,7 @@ def guarded(adapter: Adapter) -> Adapter:
 
 def check_num_steps(num_steps: Any) -> int:
     """Returns ``num_steps`` as an int, or raises the one error that all callers share."""
-    if not _trees.is_integer(num_steps, 0):
-        raise ValueError(f"num_steps must be an integer of at least 0, got {num_steps!r}.")
-    return int(num_steps)
+    return _checks.check_count("num_steps", num_steps, 0)
 
 
 def observed_loop(
@@ -47,6 +45,8 @@ def observed_loop(
     look = observe or (lambda state, info: ())
 
     def run(params: Params, state: PyTree, x: Any, key: Key) -> Any:
+        _checks.check_key("A predictor under vmap", key)
+
         def body(state: PyTree, i: Any) -> Any:
             stepped, info = adapter.step(params, state, x, jax.random.fold_in(key, i))
             return _varying.alike(stepped, state), (info, look(stepped, info))

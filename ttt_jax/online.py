@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees, _varying, inner
+from ttt_jax import _checks, _trees, _varying, inner
 from ttt_jax.base import (
     Adapter,
     Info,
@@ -137,6 +137,7 @@ def unroll(stream: Stream) -> Predictor:
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
         num_chunks = _num_chunks(x)
+        _checks.check_mapped_keys("unroll", key)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_chunks))
 
         def body(carry: PyTree, chunk: Any) -> Any:

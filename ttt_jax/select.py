@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ttt_jax import _trees
 from ttt_jax.base import Params, Selection
@@ -41,6 +42,11 @@ def _offered(named: list[tuple[str, Any]], collection: str | None = None) -> lis
     ]
 
 
+def _as_array(leaf: Any) -> Any:
+    """A Python number as the array that it is in a compiled call."""
+    return jnp.asarray(leaf, float) if isinstance(leaf, float) else leaf
+
+
 def _from_chooser(choose: _Chooser) -> Selection:
     """Builds a selection from ``choose(named leaves) -> mask``, which raises on no match."""
 
@@ -48,8 +54,9 @@ def _from_chooser(choose: _Chooser) -> Selection:
         named = _trees.named_leaves(params)
         mask = choose(named)
         treedef = jax.tree.structure(params, is_leaf=_trees.is_hole)
-        fast = [leaf if keep else None for (_, leaf), keep in zip(named, mask, strict=True)]
-        frozen = [None if keep else leaf for (_, leaf), keep in zip(named, mask, strict=True)]
+        pairs = [(leaf, keep) for (_, leaf), keep in zip(named, mask, strict=True)]
+        fast = [_as_array(leaf) if keep else None for leaf, keep in pairs]
+        frozen = [None if keep else leaf for leaf, keep in pairs]
         return jax.tree.unflatten(treedef, fast), jax.tree.unflatten(treedef, frozen)
 
     return Selection(split, _merge)
@@ -276,5 +283,8 @@ def describe(selection: Selection, params: Params) -> Description:
         paths=tuple(path for path, _ in chosen),
         num_elements=sum(leaf.size for _, leaf in chosen),
         num_bytes=sum(leaf.size * leaf.dtype.itemsize for _, leaf in chosen),
-        total_elements=sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(params)),
+        total_elements=sum(
+            1 if isinstance(leaf, int | float | complex) else getattr(leaf, "size", 0)
+            for leaf in jax.tree.leaves(params)
+        ),
     )

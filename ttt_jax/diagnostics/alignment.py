@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.interpreters import partial_eval
 
-from ttt_jax import _trees, _varying, select as select_lib
+from ttt_jax import _checks, _trees, _varying, select as select_lib
 from ttt_jax.base import AuxLoss, Key, Params, PyTree, Selection
 
 MainLoss = Callable[[Params, Any, Any, Key], jax.Array]
@@ -98,6 +98,7 @@ def gradient_alignment(
             )
 
     def align(params: Params, x: Any, label: Any, key: Key) -> Alignment:
+        _checks.check_key("gradient_alignment under vmap", key)
         fast, frozen = select.split(params)
         aux_key, main_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
 
@@ -186,6 +187,7 @@ def secant_smoothness(
     """
 
     def smoothness(params: Params, x: Any, label: Any, key: Key) -> jax.Array:
+        _checks.check_key("secant_smoothness under vmap", key)
         fast, frozen = select.split(params)
         aux_key, main_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         aux = _own_gradient(lambda fast: aux_loss(select.merge(fast, frozen), x, aux_key))(fast)
@@ -219,6 +221,8 @@ def guaranteed_step(alignment: Alignment, *, smoothness: Any) -> jax.Array:
       Sun et al., `Test-Time Training with Self-Supervision
       <https://arxiv.org/abs/1909.13231>`_, 2020, Theorem 1.
     """
+    if isinstance(smoothness, int | float):
+        _checks.check_number("smoothness", smoothness, 0.0, above=True)
     bound = jnp.maximum(alignment.main_norm, alignment.aux_norm)
     step = _divided(alignment.inner, bound, bound) / smoothness
     return jnp.where((alignment.inner > 0) & jnp.isfinite(step), step, 0.0).astype(jnp.float32)

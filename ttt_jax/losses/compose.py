@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _checks
 from ttt_jax.base import AuxLoss, Key, Params, PyTree, StatefulLoss
 
 
@@ -20,7 +21,7 @@ def weighted(*terms: tuple[Any, AuxLoss | StatefulLoss]) -> AuxLoss | StatefulLo
       An ``AuxLoss``, or a ``StatefulLoss``.
 
     Raises:
-      ValueError: no term, or a term that is not a pair.
+      ValueError: no term, a term that is not a pair, or a known weight of nan.
 
     Examples:
       >>> import jax
@@ -33,6 +34,9 @@ def weighted(*terms: tuple[Any, AuxLoss | StatefulLoss]) -> AuxLoss | StatefulLo
             "losses.weighted needs pairs (weight, loss), as in weighted((1.0, a), (0.5, b)); got "
             f"{len(terms)} arguments of types {[type(term).__name__ for term in terms]}."
         )
+
+    for j, (weight, _) in enumerate(terms):
+        _checks.check_number(f"losses.weighted: weight {j}", weight)
 
     def init(params: Params) -> PyTree:
         return tuple(
@@ -82,8 +86,8 @@ def over_batch(loss: AuxLoss) -> AuxLoss:
         )
 
     def batched_loss(params: Params, x: Any, key: Key) -> jax.Array:
-        count = jax.tree.leaves(x)[0].shape[0]
-        keys = jax.random.split(key, count)
+        count = _checks.leading_size("losses.over_batch", x)
+        keys = _checks.split_to_map("losses.over_batch", key, count)
         return jax.vmap(loss, in_axes=(None, 0, 0))(params, x, keys).mean()
 
     return batched_loss

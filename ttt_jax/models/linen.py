@@ -72,7 +72,7 @@ def from_linen(
         streams = None
         if stochastic:
             args, streams = args[:-1], _streams(names, args)
-        serve = _interceptor(norm, batch_size(inputs, "from_linen"))
+        serve = _interceptor(norm, batch_size(inputs, "from_linen", norm))
         with nn.intercept_methods(serve):
             return module.apply(params, inputs, *args, rngs=streams, method=method, **fixed)
 
@@ -128,7 +128,7 @@ def linen_statistics(
                 "linen_statistics: params needs a batch_stats collection, received "
                 f"{sorted(params)}: pass the whole variables dict of a model with BatchNorm."
             )
-        serve = _interceptor(norm, batch_size(x, "linen_statistics"), calls={})
+        serve = _interceptor(norm, batch_size(x, "linen_statistics", norm), calls={})
         with nn.intercept_methods(serve):
             made, updated = module.apply(params, x, method=method, mutable=["batch_stats"], **fixed)
         holes = {name: jax.tree.map(lambda _: None, params[name]) for name in params}
