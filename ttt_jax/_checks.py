@@ -117,12 +117,12 @@ def check_key(name: str, key: Any) -> None:
 
 
 def leading_size(name: str, tree: Any) -> int:
-    """The one length of the leading axes of all leaves.
+    """The one length of the leading axes of all leaves; text, as of a domain's name, is left out.
 
     Raises:
       ValueError: no leaf, a leaf without axes, or several lengths.
     """
-    named = [(path, leaf) for path, leaf in _trees.named_leaves(tree) if leaf is not None]
+    named = [(path, leaf) for path, leaf in _trees.named_leaves(tree) if not _is_label(leaf)]
     shapes = {path: getattr(leaf, "shape", None) or np.shape(leaf) for path, leaf in named}
     if len({shape[:1] for shape in shapes.values()}) != 1 or () in shapes.values():
         raise ValueError(
@@ -131,3 +131,9 @@ def leading_size(name: str, tree: Any) -> int:
             "own row of each leaf."
         )
     return int(next(iter(shapes.values()))[0])
+
+
+def _is_label(leaf: Any) -> bool:
+    """Whether a leaf is a hole, or text, which no program is given."""
+    kind = getattr(getattr(leaf, "dtype", None), "kind", "")
+    return leaf is None or isinstance(leaf, str | bytes) or kind in ("U", "S", "O")

@@ -56,7 +56,8 @@ def online(
     Returns:
       A :class:`~ttt_jax.Stream`; ``step(params, carry, x, key) -> (carry, (output,
       StreamInfo))``. Scan it with ``jax.lax.scan(lambda c, xk: stream.step(params, c, *xk),
-      stream.init(params), (xs, keys))``.
+      stream.init(params), (xs, keys))``. In a ``jax.shard_map`` of your own the state is each
+      device's own: start from ``jax.lax.pcast(stream.init(params), axis, to="varying")``.
 
     Raises:
       ValueError: ``num_steps`` is negative, or ``predict`` is neither word.

@@ -77,3 +77,9 @@ def test_batches_weigh_as_many_instances_as_they_have():
     data.batches[1]["a"] = jnp.ones((2, 1))
     found = ttt.source_statistics(lambda params, batch: batch["x"].mean(0), None, data)
     np.testing.assert_allclose(found.value, 10 / 6, rtol=1e-6)
+
+
+def test_text_is_not_counted():
+    batch = {"domain": np.array(["snow"]), "name": "set", "x": np.ones((4, 2))}
+    found = ttt.source_statistics(lambda params, batch: batch["x"].mean(0), None, Data(batch))
+    np.testing.assert_array_equal(found.value, [1, 1])

@@ -150,7 +150,9 @@ COUNTS = {
     "capacity": lambda n: remembers("note", capacity=n),
     "update_every": lambda n: remembers("rotta", update_every=n),
     "max_steps": lambda n: methods.lame(CLASSIFY, models.features, max_steps=n),
-    "num_supports": lambda n: methods.t3a(models.features, num_supports=n),
+    "num_supports": lambda n: methods.t3a(
+        models.features, linear=lambda params: params, num_supports=n
+    ),
     "count": lambda n: diagnostics.feature_shift(MOMENTS, MOMENTS, count=n),
     "padding": lambda n: views.image.shift(n),
 }

@@ -99,6 +99,27 @@ def test_a_document_of_chunks(reset):
     agree(documents)
 
 
+def test_a_stream_on_every_device():
+    """Its start, which all devices share, is cast by who scans it."""
+    stream = ttt.online(ADAPTERS["adam"](), ttt.unbatched(model), reset=resets.never())
+
+    def scanned(cast, params, xs, keys):
+        def step(carry, pair):
+            return stream.step(params, carry, *pair)
+
+        return jax.lax.scan(step, cast(stream.init(params)), (xs, keys))[1][0]
+
+    def own(carry):
+        return jax.lax.pcast(carry, "d", to="varying")
+
+    def alone(carry):
+        return carry
+
+    parts = [scanned(alone, params(), ROWS[i : i + 2], KEYS[i : i + 2]) for i in (0, 2, 4, 6)]
+    got = everywhere(functools.partial(scanned, own))
+    np.testing.assert_allclose(got, jnp.concatenate(parts), rtol=1e-4, atol=1e-5)
+
+
 def test_statistics():
     variables = {"params": params(), "batch_stats": {"m": jnp.zeros(4)}}
     holes = jax.tree.map(lambda leaf: None, params())

@@ -208,7 +208,7 @@ def chain(*steps: Augment) -> Augment:
 
 
 def _padder(padding: int, pad_mode: str) -> Callable[[jax.Array], jax.Array]:
-    _checks.check_count("padding, a number of pixels,", padding, 0)
+    _checks.check_count("padding", padding, 0)
     if pad_mode not in _PAD_MODES:
         raise ValueError(f"pad_mode must be one of {list(_PAD_MODES)}; got {pad_mode!r}.")
     widths = ((padding, padding), (padding, padding), (0, 0))
