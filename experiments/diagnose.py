@@ -166,7 +166,7 @@ def run(
             batches = tqdm.tqdm(ahead, desc=f"seed {seed}", total=len(todo), disable=None)
             for cell, batch in zip(todo, batches, strict=True):
                 arrays = jnp.asarray(batch.image), jnp.asarray(batch.label)
-                arrays += (ttt.sample_keys(jax.random.key(seed), batch.id),)
+                arrays += (ttt.sample_keys(jax.random.key(seed, impl="threefry2x32"), batch.id),)
                 row = program(pristine.restore("memory"), *arrays)
                 book.add({**cell, **fields, "status": "ok", **row})
         rows = [row for row in book.reread().rows() if row["method"] == options.method]

@@ -26,6 +26,7 @@ import ttt_jax as ttt
 from experiments import journal, launch, pristine as pristine_lib, provenance, tasks
 from experiments.tasks import image_order, images as image_task
 from ttt_jax import data, diagnostics
+from ttt_jax.source import Moments, mean_of
 
 NORMS = ("running", "batch")
 _BATCH = 256
@@ -34,8 +35,8 @@ _MADE_WITH = ("data.name", "data.train", "data.imbalance", "data.test")
 _MADE_WITH += ("adapt.corruption_seed", "model.dtype")
 
 
-def moments_of(features: Any, params: Any, images: Iterable[np.ndarray]) -> dict[str, jax.Array]:
-    """Mean and second moment of the features of images that come in batches.
+def moments_of(features: Any, params: Any, images: Iterable[np.ndarray]) -> Moments:
+    """Mean and covariance of the features of images that come in batches.
 
     Args:
       features: ``(params, images[N, H, W, C]) -> [N, D]``.
@@ -43,16 +44,11 @@ def moments_of(features: Any, params: Any, images: Iterable[np.ndarray]) -> dict
       images: batches ``[N, H, W, C]``; N may differ.
 
     Returns:
-      ``{"mean": [D], "outer": [D, D]}``, as ``ttt_jax.losses.feature_moments`` has them.
+      Those of all images, as ``ttt_jax.losses.feature_moments`` has them.
     """
     measure = ttt.losses.feature_moments(features)
-    total: Any = {"mean": 0, "outer": 0}
-    count = 0
-    for batch in images:
-        size, moments = len(batch), measure(params, batch)
-        total = {name: total[name] + size * leaf for name, leaf in moments.items()}
-        count += size
-    return {name: leaf / count for name, leaf in total.items()}
+    parts, counts = zip(*((measure(params, batch), len(batch)) for batch in images), strict=True)
+    return mean_of(parts, counts)
 
 
 def _parts(count: int) -> list[np.ndarray]:

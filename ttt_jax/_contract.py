@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax import _trees, base
+from ttt_jax import _checks, _trees, base
 from ttt_jax.base import Params
 
 _MADE_BY = {
@@ -164,12 +164,19 @@ def require_predictor(argument: str, value: Any) -> None:
         )
 
 
-def require_key(place: str, key: Any) -> None:
-    """Raises unless ``key`` is one PRNG key: the contract's typed one, or raw ``uint32`` data."""
+def require_key(place: str, key: Any, *, maps: bool = False) -> None:
+    """Raises unless ``key`` is one PRNG key: the contract's typed one, or raw ``uint32`` data.
+
+    Where ``place`` maps over keys made of it, or a caller's own ``vmap`` maps over it, a generator
+    whose draws depend on the rest of the batch is refused too.
+    """
     shape = getattr(key, "shape", ())
     typed = _trees.is_key(key)
     raw = isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and len(shape) == 1
     if (typed and shape == ()) or raw:
+        # What vmap maps over says which axis it is; its type is not public.
+        if maps or getattr(key, "batch_dim", None) is not None:
+            _checks.check_mapped_keys(place if maps else f"{place} under vmap", key)
         return
     if typed:
         raise ValueError(

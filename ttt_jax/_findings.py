@@ -1,6 +1,25 @@
-"""What an audit found, and the error that lists it."""
+"""What an audit asks, what it found, and the error that lists it."""
 
 from typing import NamedTuple
+
+MEANING = {
+    "loop": "parallel, in padded chunks, equals the loop over single instances",
+    "order": "the order of the instances does not matter",
+    "mates": "batch mates do not matter",
+    "poison": "a NaN instance leaves its neighbors untouched",
+    "poison_ok": "a NaN instance is reported as not ok, or was skipped",
+    "pristine": "the pristine parameters are unchanged",
+    "zero_steps": "zero steps are the source prediction",
+    "trace": "entry 0 of a trace is the source prediction",
+    "every_1": "parallel episodic equals the loop, a stream with every(1)",
+    "stream_poison": "a NaN instance leaves the rest of a stream untouched",
+    "updates": "at least one instance is updated: an adapter that does nothing proves nothing",
+}
+# Judged with a limit of 0: within one program nothing rounds differently.
+BITWISE = (
+    *("mates", "poison", "poison_ok", "pristine", "zero_steps", "stream_poison"),
+    "updates",
+)
 
 
 class AuditError(AssertionError):

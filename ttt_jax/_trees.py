@@ -32,13 +32,20 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def is_floating(leaf: Any) -> bool:
-    """Whether a leaf is a floating-point array (keys, integers and holes are not)."""
+    """Whether a leaf is a floating-point array or number (keys, integers and holes are not).
+
+    A Python number counts as the array that ``jit`` makes of it.
+    """
+    if isinstance(leaf, float):
+        return True
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
 def is_complex(leaf: Any) -> bool:
-    """Whether a leaf is an array of complex numbers."""
+    """Whether a leaf is a complex array or number."""
+    if isinstance(leaf, complex):
+        return True
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating)
 
@@ -93,7 +100,7 @@ def spoiled(before: Any, after: Any) -> jax.Array:
 def norm(tree: Any) -> jax.Array:
     """Global Euclidean norm in float32 (inf when it overflows)."""
     squares = [
-        jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        jnp.sum(jnp.square(jnp.asarray(leaf).astype(jnp.float32)))
         for leaf in jax.tree.leaves(tree)
         if is_floating(leaf)
     ]

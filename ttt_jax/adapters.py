@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from ttt_jax import _contract, _optimizers, _trees
+from ttt_jax import _checks, _contract, _optimizers, _trees, _varying
 from ttt_jax.base import (
     Adapter,
     AdapterState,
@@ -162,6 +163,8 @@ def _gradient_step(
             value, aux = _with_aux(value, has_aux)
             return value, (memory, aux)
 
+        state = _varying.own(state, lambda state: objective(state.fast)[0])
+
         (value, (memory, aux)), grads, (height, surface) = gradient(
             objective, state.fast, lambda fast: select.merge(fast, frozen)
         )
@@ -253,6 +256,9 @@ def gradient_adapter(
       Sun et al., `Test-Time Training with Self-Supervision
       <https://arxiv.org/abs/1909.13231>`_, 2020, Section 2.
     """
+    for strength in jax.tree.leaves(anchor):
+        if isinstance(strength, int | float | np.number | np.ndarray | jax.Array):
+            _checks.check_number("anchor", strength, 0.0)
 
     def gradient(objective: Any, fast: PyTree, merge: Callable[[PyTree], Params]) -> Any:
         pair, grads = jax.value_and_grad(objective, has_aux=True)(fast)
@@ -314,6 +320,7 @@ def sharpness_aware_adapter(
 
         return (value, (memory, aux)), grads, (height, surface)
 
+    _checks.check_number("rho", rho, 0.0)
     return _gradient_step(_as_stateful(loss), optimizer, select, 0.0, gradient, has_aux)
 
 

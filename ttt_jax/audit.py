@@ -25,7 +25,7 @@ from ttt_jax import (
     resets,
     select as select_lib,
 )
-from ttt_jax._findings import AuditError, Finding
+from ttt_jax._findings import BITWISE, MEANING, AuditError, Finding
 from ttt_jax.base import Adapter, Key, Params, Predictor, Selection
 
 __all__ = [
@@ -44,25 +44,6 @@ __all__ = [
     "scale",
     "tolerance",
 ]
-
-_MEANING = {
-    "loop": "parallel, in padded chunks, equals the loop over single instances",
-    "order": "the order of the instances does not matter",
-    "mates": "batch mates do not matter",
-    "poison": "a NaN instance leaves its neighbors untouched",
-    "poison_ok": "a NaN instance is reported as not ok, or was skipped",
-    "pristine": "the pristine parameters are unchanged",
-    "zero_steps": "zero steps are the source prediction",
-    "trace": "entry 0 of a trace is the source prediction",
-    "every_1": "parallel episodic equals the loop, a stream with every(1)",
-    "stream_poison": "a NaN instance leaves the rest of a stream untouched",
-    "updates": "at least one instance is updated: an adapter that does nothing proves nothing",
-}
-_BITWISE = (
-    *("mates", "poison", "poison_ok", "pristine", "zero_steps", "stream_poison"),
-    "updates",
-)
-
 
 _ROUNDING = 1e-5
 
@@ -280,7 +261,7 @@ def adapter_differences(
 def findings(values: dict[str, Any], *, num_steps: int = 1) -> list[Finding]:
     """Judges measured differences: bitwise where it is promised, :func:`tolerance` elsewhere."""
     return [
-        Finding(_MEANING[name], float(value), 0.0 if name in _BITWISE else tolerance(num_steps))
+        Finding(MEANING[name], float(value), 0.0 if name in BITWISE else tolerance(num_steps))
         for name, value in values.items()
     ]
 

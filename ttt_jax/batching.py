@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax import _contract, _trees
+from ttt_jax import _checks, _contract, _trees
 from ttt_jax.base import Info, Key, Params, Predictor
 
 __all__ = ["BatchedPredictor", "batched", "sample_keys", "unbatched"]
@@ -48,13 +48,15 @@ def sample_keys(key: Key, ids: Any) -> Key:
       Typed keys ``[N]``: ``fold_in(key, id)``.
 
     Raises:
-      ValueError: ids that are not a vector of integers, or out of range.
+      ValueError: ids that are not a vector of integers, or out of range; a key of the generators
+        ``rbg`` and ``unsafe_rbg``, whose draws under ``vmap`` depend on the rest of the batch.
     """
-    if not isinstance(ids, jax.Array):
-        ids = np.asarray(ids)
-        if ids.size and ids.dtype.kind in "iu" and (ids.min() < 0 or ids.max() >= 2**32):
+    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    values = _checks.known(ids)
+    if values is not None and values.size and values.dtype.kind in "iu":
+        if values.min() < 0 or values.max() >= 2**32:
             raise ValueError(
-                f"ids must lie in [0, 2**32); got values from {ids.min()} to {ids.max()}. "
+                f"ids must lie in [0, 2**32); got values from {values.min()} to {values.max()}. "
                 "Number the samples, or hash their names to 32 bits."
             )
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -62,6 +64,7 @@ def sample_keys(key: Key, ids: Any) -> Key:
             f"ids must be a vector of integers, one per instance; got shape {ids.shape}, dtype "
             f"{ids.dtype}."
         )
+    _checks.check_mapped_keys("sample_keys", key)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(ids, jnp.uint32))
 
 
@@ -84,6 +87,7 @@ def _count(xs: Any, keys: Key) -> int:
             f"batched needs instances along a leading axis; got a {type(xs).__name__} of {len(xs)} "
             f"arrays of shape {jnp.shape(leaves[0][1])}. Stack them: jnp.stack(xs)."
         )
+    _checks.check_mapped_keys("batched", keys)
     if keys.shape != (count,):
         raise ValueError(
             f"batched needs one key per instance, shape ({count},); got {keys.shape}. Make them "
@@ -154,10 +158,8 @@ def batched(
         outside of ``jax.jit``.
     """
     _contract.require_predictor("predictor", predictor)
-    if chunk_size is not None and not _trees.is_integer(chunk_size, 1):
-        raise ValueError(
-            f"chunk_size must be None or an integer of at least 1, got {chunk_size!r}."
-        )
+    if chunk_size is not None:
+        _checks.check_count("chunk_size, unless None,", chunk_size)
     if mesh is not None and axis not in mesh.shape:
         raise ValueError(
             f"axis must name an axis of the mesh; got {axis!r}, the mesh has "
@@ -187,9 +189,9 @@ def _over_mesh(local: BatchedPredictor, mesh: jax.sharding.Mesh, axis: str) -> B
     """``local`` on each device's own instances.
 
     Plain ``jit`` over sharded inputs all-gathers grouped convolutions. Inside ``shard_map`` with
-    its replication checks on, a gradient with respect to a replicated value is summed over the
-    mesh, and a model function that scans from a carry of zeros is refused. With the checks off a
-    gradient is the device's own, as it must be here.
+    its replication checks on, a model function that scans from a carry of zeros is refused, and a
+    user's own adapter would sum its gradients for replicated parameters over the mesh. With the
+    checks off a gradient is the device's own, as it must be here.
     """
     each = jax.sharding.PartitionSpec(axis)
     return jax.shard_map(

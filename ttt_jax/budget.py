@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ttt_jax import _trees
+from ttt_jax import _checks
 from ttt_jax.base import Adapter, Params
 
 __all__ = ["Chunk", "copy_bytes", "free_bytes", "largest_chunk", "used"]
@@ -100,8 +100,7 @@ def largest_chunk(
       ValueError: ``most`` < 1, sizes that do not grow, or a limit into which one instance does
         not fit.
     """
-    if not _trees.is_integer(most, 1):
-        raise ValueError(f"most must be an integer of at least 1, got {most!r}.")
+    _checks.check_count("most", most)
     if not 1 <= sizes[0] < sizes[1]:
         raise ValueError(f"sizes must be two growing numbers of at least 1, got {sizes}.")
     found: dict[int, Chunk] = {}

@@ -283,7 +283,9 @@ class Evaluation:
         return results, drifts
 
     def _inputs(self, call: Call) -> tuple[Any, Any]:
-        keys = batching.sample_keys(jax.random.key(self._seed), call.id.reshape(-1))
+        # Whatever generator is jax's default: keys are mapped over, which not all can bear.
+        key = jax.random.key(self._seed, impl="threefry2x32")
+        keys = batching.sample_keys(key, call.id.reshape(-1))
         return self._devices.put((call.x, keys.reshape(call.id.shape)))
 
     def _call(self, method: Method, arguments: tuple[Any, ...], clock: _Clock) -> Any:

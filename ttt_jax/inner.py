@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _contract, _trees
+from ttt_jax import _checks, _contract, _trees, _varying
 from ttt_jax.base import Adapter, Key, Params, PyTree, StepInfo
 
 __all__ = ["check_num_steps", "guarded", "inner_loop", "observed_loop"]
@@ -25,9 +25,7 @@ def guarded(adapter: Adapter) -> Adapter:
 
 def check_num_steps(num_steps: Any) -> int:
     """Returns ``num_steps`` as an int, or raises the one error that all callers share."""
-    if not _trees.is_integer(num_steps, 0):
-        raise ValueError(f"num_steps must be an integer of at least 0, got {num_steps!r}.")
-    return int(num_steps)
+    return _checks.check_count("num_steps", num_steps, 0)
 
 
 def observed_loop(
@@ -54,13 +52,14 @@ def observed_loop(
         _contract.require_key("An inner loop", key)
 
         def body(state: PyTree, i: Any) -> Any:
-            state, info = adapter.step(params, state, x, jax.random.fold_in(key, i))
-            return state, (info, look(state, info))
+            stepped, info = adapter.step(params, state, x, jax.random.fold_in(key, i))
+            return _varying.alike(stepped, state), (info, look(stepped, info))
 
         state, first = body(state, 0)
         first = jax.tree.map(lambda leaf: leaf[None], first)
         if num_steps == 1:
             return state, first
+        state = _varying.carry(lambda state: body(state, 1)[0], state)
         state, rest = jax.lax.scan(body, state, jnp.arange(1, num_steps))
         joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, rest)
         return state, joined

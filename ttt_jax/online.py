@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _contract, _trees, inner
+from ttt_jax import _contract, _trees, _varying, inner
 from ttt_jax.base import (
     Adapter,
     Info,
@@ -58,7 +58,8 @@ def online(
     Returns:
       A :class:`~ttt_jax.Stream`; ``step(params, carry, x, key) -> (carry, (output,
       StreamInfo))``. Scan it with ``jax.lax.scan(lambda c, xk: stream.step(params, c, *xk),
-      stream.init(params), (xs, keys))``.
+      stream.init(params), (xs, keys))``. In a ``jax.shard_map`` of your own the state is each
+      device's own: start from ``jax.lax.pcast(stream.init(params), axis, to="varying")``.
 
     Raises:
       TypeError: ``adapter``, ``apply`` or ``reset`` is another thing, or a factory not called.
@@ -144,14 +145,17 @@ def unroll(stream: Stream) -> Predictor:
     _contract.require("stream", stream, Stream)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
-        _contract.require_key("unroll", key)
+        _contract.require_key("unroll", key, maps=True)
         num_chunks = _num_chunks(x)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_chunks))
 
         def body(carry: PyTree, chunk: Any) -> Any:
-            return stream.step(params, carry, *chunk)
+            after, results = stream.step(params, carry, *chunk)
+            return _varying.alike(after, carry), results
 
-        _, (outputs, info) = jax.lax.scan(body, stream.init(params), (x, keys))
+        first = jax.tree.map(lambda leaf: leaf[0], (x, keys))
+        start = _varying.carry(lambda carry: body(carry, first)[0], stream.init(params))
+        _, (outputs, info) = jax.lax.scan(body, start, (x, keys))
         loss, grad_norm, aux = jax.tree.map(
             lambda leaf: leaf.reshape((-1,) + leaf.shape[2:]), (info.loss, info.grad_norm, info.aux)
         )

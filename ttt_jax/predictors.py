@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _contract, _trees, inner
+from ttt_jax import _checks, _contract, _trees, inner
 from ttt_jax.base import Adapter, Info, Key, Params, Predictor, PyTree, StepInfo
 
 __all__ = ["augmented", "episodic", "no_steps", "source", "vote"]
@@ -63,14 +63,13 @@ def augmented(
     References:
       Krizhevsky et al., ImageNet Classification with Deep Convolutional Neural Networks, 2012.
     """
-    if not _trees.is_integer(num_views, 1):
-        raise ValueError(f"num_views must be an integer of at least 1, got {num_views!r}.")
+    _checks.check_count("num_views", num_views)
     _contract.require_function("apply", apply, "(params, x) -> logits")
     if mean not in ("probability", "logit"):
         raise ValueError(f"mean must be 'probability' or 'logit', got {mean!r}.")
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
-        _contract.require_key("augmented", key)
+        _contract.require_key("augmented", key, maps=True)
         keys = jax.random.split(key, num_views)
         views = jax.vmap(augment, in_axes=(None, 0))(x, keys[1:] if include_identity else keys)
         if include_identity:
@@ -172,12 +171,11 @@ def vote(predictor: Predictor, num_votes: int, *, combine: Callable[[Any], Any])
     Raises:
       ValueError: ``num_votes`` < 1.
     """
-    if not _trees.is_integer(num_votes, 1):
-        raise ValueError(f"num_votes must be an integer of at least 1, got {num_votes!r}.")
+    _checks.check_count("num_votes", num_votes)
     _contract.require_predictor("predictor", predictor)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
-        _contract.require_key("vote", key)
+        _contract.require_key("vote", key, maps=True)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_votes))
         outputs, info = jax.vmap(predictor, in_axes=(None, None, 0))(params, x, keys)
         merged = Info(

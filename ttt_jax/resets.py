@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _contract, _trees
+from ttt_jax import _checks, _contract, _trees
 from ttt_jax.base import Info, Key, PyTree, Reset
 
 __all__ = ["every", "never", "on_collapse", "stochastic_restore"]
@@ -38,8 +38,11 @@ def every(n: int | jax.Array) -> Reset:
     References:
       Press et al., `RDumb <https://arxiv.org/abs/2306.05401>`_, 2023.
     """
-    if not isinstance(n, jax.Array) and not _trees.is_integer(n, 1):
-        raise ValueError(f"resets.every needs an integer of at least 1, got {n!r}.")
+    known = _checks.known(n)
+    if known is not None:
+        count = known.item() if known.ndim == 0 else n
+        if not _trees.is_integer(count, 1):
+            raise ValueError(f"resets.every needs an integer of at least 1, got {n!r}.")
 
     def apply(carry: Any, state: PyTree, pristine: PyTree, output: Any, info: Info, key: Key):
         count = carry + 1
@@ -69,13 +72,18 @@ def on_collapse(
       statistic: scalar health of one step, larger is healthier: the loss (SAR: entropy), the
         effective number of predicted classes, the agreement with the pristine model.
       threshold: fires when the average is below it (SAR: 0.2). May be traced.
-      decay: weight of the old average. May be traced.
+      decay: weight of the old average, in [0, 1]. May be traced.
+
+    Raises:
+      ValueError: a known ``decay`` outside of [0, 1], or a threshold of nan.
 
     References:
       Niu et al., `Towards Stable Test-Time Adaptation in Dynamic Wild World
       <https://arxiv.org/abs/2302.12400>`_, 2023, Section 4 (model recovery).
     """
     _contract.require_function("statistic", statistic, "(output, info) -> scalar")
+    _checks.check_number("threshold", threshold)
+    _checks.check_share("decay", decay)
 
     def init() -> _Average:
         return _Average(jnp.zeros((), jnp.float32), jnp.zeros((), bool))
@@ -107,10 +115,14 @@ def stochastic_restore(p: float | jax.Array) -> Reset:
     Args:
       p: probability in [0, 1] (CoTTA: 0.01 on CIFAR, 0.001 on ImageNet). May be traced.
 
+    Raises:
+      ValueError: a known ``p`` outside of [0, 1].
+
     References:
       Wang et al., `Continual Test-Time Domain Adaptation
       <https://arxiv.org/abs/2203.13591>`_, 2022, Eqs. 7-8.
     """
+    _checks.check_share("p", p)
 
     def apply(carry: Any, state: PyTree, pristine: PyTree, output: Any, info: Info, key: Key):
         if not hasattr(state, "fast"):

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees, select as select_lib
+from ttt_jax import _checks, _trees, select as select_lib
 from ttt_jax.base import Adapter, AdapterState, Key, Params, PyTree, StepInfo
 
-__all__ = ["statistics_adapter"]
+__all__ = ["OLD_WEIGHT", "statistics_adapter"]
+
+OLD_WEIGHT = "It is the weight of the old statistics, one minus PyTorch's momentum."
 
 
 def statistics_adapter(
@@ -31,13 +33,15 @@ def statistics_adapter(
       An :class:`~ttt_jax.Adapter`; ``loss`` and ``grad_norm`` of its steps are 0.
 
     Raises:
-      ValueError: if ``params`` has no ``batch_stats``, or ``collect`` returns another layout.
+      ValueError: a known ``momentum`` outside of [0, 1]; when called: ``params`` without
+        ``batch_stats``, or another layout from ``collect``.
 
     References:
       Schneider et al., `Improving robustness against common corruptions by covariate shift
       adaptation <https://arxiv.org/abs/2006.16971>`_, 2020; Mirza et al., `The Norm Must Go On
       <https://arxiv.org/abs/2112.00463>`_, 2022 (DUA).
     """
+    _checks.check_share("momentum", momentum, hint=OLD_WEIGHT)
     selection = select_lib.statistics()
 
     def init(params: Params) -> AdapterState:

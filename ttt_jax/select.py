@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ttt_jax import _contract, _trees
 from ttt_jax.base import Params, Selection
@@ -90,6 +91,11 @@ def _check_complex(what: str, named: list[_Leaf], test: Callable[[_Leaf], bool])
         _warn_complex(what, left_out)
 
 
+def _as_array(leaf: Any) -> Any:
+    """A Python number as the array that it is in a compiled call."""
+    return jnp.asarray(leaf, float) if isinstance(leaf, float) else leaf
+
+
 def _from_chooser(choose: _Chooser) -> Selection:
     """Builds a selection from ``choose(named leaves) -> mask``, which raises on no match."""
 
@@ -97,8 +103,9 @@ def _from_chooser(choose: _Chooser) -> Selection:
         named = _leaves(params)
         mask = choose(named)
         treedef = jax.tree.structure(params, is_leaf=_trees.is_hole)
-        fast = [leaf.value if keep else None for leaf, keep in zip(named, mask, strict=True)]
-        frozen = [None if keep else leaf.value for leaf, keep in zip(named, mask, strict=True)]
+        pairs = [(leaf.value, keep) for leaf, keep in zip(named, mask, strict=True)]
+        fast = [_as_array(leaf) if keep else None for leaf, keep in pairs]
+        frozen = [None if keep else leaf for leaf, keep in pairs]
         return jax.tree.unflatten(treedef, fast), jax.tree.unflatten(treedef, frozen)
 
     return Selection(split, _merge)
@@ -338,7 +345,10 @@ def describe(selection: Selection, params: Params) -> Description:
         paths=tuple(path for path, _ in chosen),
         num_elements=sum(leaf.size for _, leaf in chosen),
         num_bytes=sum(leaf.size * leaf.dtype.itemsize for _, leaf in chosen),
-        total_elements=sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(params)),
+        total_elements=sum(
+            1 if isinstance(leaf, int | float | complex) else getattr(leaf, "size", 0)
+            for leaf in jax.tree.leaves(params)
+        ),
         complex_paths=tuple(
             path for path, leaf in _trees.named_leaves(params) if _trees.is_complex(leaf)
         ),

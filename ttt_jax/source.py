@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _checks
 from ttt_jax.base import Params, PyTree
 
 __all__ = ["SourceStatistics", "source_statistics", "value_of"]
@@ -29,9 +30,60 @@ class SourceStatistics:
 jax.tree_util.register_dataclass(SourceStatistics, data_fields=["value"], meta_fields=["split"])
 
 
+class Moments(NamedTuple):
+    """Moments of some instances, which :func:`source_statistics` joins exactly.
+
+    Centered, since in float32 the difference of a mean square and a squared mean is lost where
+    the mean is large beside the deviations.
+
+    Attributes:
+      mean: pytree of means.
+      centered: pytree of the same structure: means of the squared deviations from them, of the
+        shape of the mean; or, of a vector ``[D]``, of their outer products ``[D, D]``.
+    """
+
+    mean: PyTree
+    centered: PyTree
+
+
 def value_of(source: Any) -> Any:
     """Statistics themselves, whether or not they still carry their split."""
     return source.value if isinstance(source, SourceStatistics) else source
+
+
+def mean_of(parts: Sequence[PyTree], counts: Sequence[int]) -> PyTree:
+    """The mean over all instances, from the means over parts of so many of them.
+
+    Where the parts hold :class:`Moments`, these are joined as the moments of all instances.
+    """
+    total = sum(counts)
+    shares = [count / total for count in counts]
+
+    def mean(*leaves: Any) -> Any:
+        return sum(leaf * share for leaf, share in zip(leaves, shares, strict=True))
+
+    def join(*nodes: Any) -> Any:
+        if not isinstance(nodes[0], Moments):
+            return mean(*nodes)
+        center = jax.tree.map(mean, *(node.mean for node in nodes))
+        spread = [
+            jax.tree.map(
+                lambda c, m, centered: centered + _squared(m - c, centered),
+                center,
+                node.mean,
+                node.centered,
+            )
+            for node in nodes
+        ]
+        return Moments(center, jax.tree.map(mean, *spread))
+
+    return jax.tree.map(join, *parts, is_leaf=lambda node: isinstance(node, Moments))
+
+
+def _squared(distance: jax.Array, like: jax.Array) -> jax.Array:
+    """Elementwise, or as an outer product, whichever has the shape that is due."""
+    same = jnp.shape(distance) == jnp.shape(like)
+    return jnp.square(distance) if same else jnp.outer(distance, distance)
 
 
 def _is_test(split: str) -> bool:
@@ -59,7 +111,8 @@ def source_statistics(
     Args:
       fn: ``fn(params, batch) -> pytree``. With ``reduce="mean"`` its leaves are means over the
         batch (squared gradients, features, outer products) and the result is their mean over
-        all instances; with ``"concatenate"`` its leaves are ``[N, ...]`` rows of a bank.
+        all instances; :class:`Moments` in it become those of all instances. With
+        ``"concatenate"`` its leaves are ``[N, ...]`` rows of a bank.
       params: the pristine parameters.
       data: an iterable of batches with an attribute ``split``, such as a
         ``ttt_jax.data.Loader``; a batch is any pytree with a leading axis.
@@ -92,17 +145,11 @@ def source_statistics(
     parts, counts = [], []
     for batch in data:
         parts.append(fn(params, batch))
-        counts.append(jnp.shape(jax.tree.leaves(batch)[0])[0])
+        counts.append(_checks.leading_size("source_statistics: a batch", batch))
     if not parts:
         raise ValueError(f"source_statistics needs at least one batch; {split!r} is empty.")
     if reduce == "concatenate":
         value = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
     else:
-        total = sum(counts)
-        value = jax.tree.map(
-            lambda *leaves: sum(
-                leaf * (count / total) for leaf, count in zip(leaves, counts, strict=True)
-            ),
-            *parts,
-        )
+        value = mean_of(parts, counts)
     return SourceStatistics(value, split)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ttt_jax import _checks
 from ttt_jax.base import AuxLoss, Key, Params, Selection
 from ttt_jax.task import Examples, Task, TrainingData
 
@@ -62,6 +63,8 @@ def make_step(
     Returns:
       A :data:`Step`, to be compiled by the caller.
     """
+    if auxiliary is not None:
+        _checks.check_number("auxiliary.weight", auxiliary.weight)
 
     def losses(params: Params, examples: Examples, key: Key) -> Any:
         view_key, aux_key = jax.random.split(key)

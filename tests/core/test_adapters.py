@@ -114,7 +114,7 @@ class TestAnchor:
 
     @pytest.mark.parametrize("anchor", [{"w": W}, [W, None], {"w": W, "frozen": 1.0}])
     def test_wrong_structure(self, anchor):
-        adapter = sgd(anchor=anchor)
+        adapter = sgd(anchor=jax.tree.map(abs, anchor))
         message = r"(?s)number or a pytree shaped like the selected.*got.*expected.*same selection"
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(adapter.step, PARAMS, adapter.init(PARAMS), 0.7, KEY)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import ttt_jax as ttt
-from ttt_jax import audit, losses, predictors, select
+from ttt_jax import _findings, audit, losses, predictors, select
 
 from . import models
 from .compiling import quickly
@@ -45,7 +45,7 @@ def leaking(rule):
 
 
 def failed(values, **options):
-    names = {text: name for name, text in audit._MEANING.items()}
+    names = {text: name for name, text in _findings.MEANING.items()}
     return {names[f.name] for f in audit.findings(values, **options) if not f.passed}
 
 
@@ -100,7 +100,7 @@ class TestPredictors:
         predict = ttt.source(lambda params, x: x.sum())
         found = audit.check(predict, PARAMS, np.arange(12).reshape(4, 3), KEYS[:4])
         assert {finding.name for finding in found} == {
-            audit._MEANING[name] for name in ("loop", "order", "mates", "pristine")
+            _findings.MEANING[name] for name in ("loop", "order", "mates", "pristine")
         }
 
     def test_too_few_instances(self):

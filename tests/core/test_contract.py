@@ -49,7 +49,7 @@ LOSSES = {
     "activation_moments": losses.activation_moments,
     "moment_matching": lambda apply: losses.moment_matching(
         apply,
-        {"mean": np.zeros(3), "outer": np.eye(3)},
+        {"mean": np.zeros(3), "centered": np.eye(3)},
         mean_weight=1.0,
         covariance_weight=1.0,
         batch=True,

@@ -11,6 +11,7 @@ import pytest
 
 import ttt_jax as ttt
 from ttt_jax import losses
+from ttt_jax.source import Moments
 
 from .compiling import quickly, recorded
 from .streaming import scanned
@@ -83,15 +84,15 @@ class TestActivationMoments:
     def test_means_over_batches_combine_exactly(self, plain):
         found = activation_source(plain).value
         first, then = layers_of(ROWS, 1.5)
-        np.testing.assert_allclose(found["mean"]["first"], first.mean(0), rtol=1e-5)
-        np.testing.assert_allclose(found["square"]["first"], (first**2).mean(0), rtol=1e-5)
-        np.testing.assert_allclose(found["square"]["then"][0], (then**2).mean(0), rtol=1e-5)
+        np.testing.assert_allclose(found.mean["first"], first.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(found.centered["first"], first.var(0), rtol=1e-5)
+        np.testing.assert_allclose(found.centered["then"][0], then.var(0), rtol=1e-5)
 
 
 class TestActivationMatching:
     def test_by_hand(self):
         """Source 0 and 2: mean 1, variance 1. Test 3 and 7: mean 5, variance 8, over n - 1."""
-        source = {"mean": {"a": np.array([1.0])}, "square": {"a": np.array([2.0])}}
+        source = Moments({"a": np.array([1.0])}, {"a": np.array([1.0])})
         loss = losses.activation_matching(lambda p, x: {"a": p * x}, source, batch=True)
         value = quickly(loss, 1.0, np.array([[3.0], [7.0]], np.float32), KEY)
         assert value == 0.5 * (abs(5 - 1) + abs(8 - 1))
@@ -110,7 +111,7 @@ class TestActivationMatching:
 
     @pytest.mark.parametrize("count", [2, 4])
     def test_few_inputs_have_the_variance_of_the_source_on_average(self, count):
-        source = {"mean": {"a": np.zeros(1)}, "square": {"a": np.zeros(1)}}
+        source = Moments({"a": np.zeros(1)}, {"a": np.zeros(1)})
         loss = losses.activation_matching(lambda p, x: {"a": p * x}, source, batch=True)
         xs = np.random.default_rng(5).normal(size=(4000, count, 1)).astype(np.float32)
         values = quickly(jax.vmap(loss, in_axes=(None, 0, None)), 1.0, xs, KEY)
@@ -181,7 +182,7 @@ class TestActivationMatching:
         "source", [{"mean": 1.0}, (1.0, 2.0), ttt.SourceStatistics(3, "train")]
     )
     def test_source_of_another_form(self, source):
-        with raises(r"\['mean', 'square'\]", "got", "losses.activation_moments"):
+        with raises(r"\['mean', 'centered'\]", "got", "losses.activation_moments"):
             losses.activation_matching(collect, source, batch=True)
 
     def test_other_layers(self):
@@ -225,12 +226,12 @@ class TestMomentMatching:
     def test_moments(self):
         found = feature_source().value
         rows = 1.5 * VECTORS.astype(np.float64)
-        np.testing.assert_allclose(found["mean"], rows.mean(0), rtol=1e-5)
-        np.testing.assert_allclose(found["outer"], rows.T @ rows / 9, rtol=1e-5)
+        np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(found.centered, np.cov(rows.T, bias=True), rtol=1e-5, atol=1e-6)
 
     def test_by_hand(self):
         """Target (0, 0), (2, 4): mean (1, 2), covariance [[2, 4], [4, 8]]. Source: 0 and I."""
-        source = {"mean": np.zeros(2), "outer": np.eye(2)}
+        source = {"mean": np.zeros(2), "centered": np.eye(2)}
         loss = losses.moment_matching(
             features, source, mean_weight=3.0, covariance_weight=2.0, batch=True
         )
@@ -380,7 +381,7 @@ class TestMomentMatching:
             jax.eval_shape(matching(batch=True), 0.5, x, KEY)
 
     def test_source_of_another_form(self):
-        with raises(r"\['mean', 'outer'\]", r"\['mean', 'square'\]", "losses.feature_moments"):
+        with raises(r"\['mean', 'centered'\]", "losses.feature_moments", r"got.*first"):
             losses.moment_matching(
                 features,
                 activation_source(),

@@ -8,6 +8,7 @@ import pytest
 
 import ttt_jax as ttt
 from ttt_jax import diagnostics, losses, models, select
+from ttt_jax.source import Moments
 
 KEY = jax.random.key(0)
 
@@ -95,14 +96,14 @@ def test_as_many_source_inputs_are_one_unit_apart():
     count, width = 200, 3
     mix = jnp.array([[1.0, 0.0, 0.0], [0.5, 2.0, 0.0], [0.0, -1.0, 0.3]])
     covariance, mean = mix @ mix.T, jnp.array([1.0, -2.0, 0.5])
-    source = {"mean": mean, "outer": covariance + jnp.outer(mean, mean)}
+    source = Moments(mean, covariance)
 
     def drawn(key):
         z = mean[None] + jax.random.normal(key, (count, width)) @ mix.T
-        draw = {"mean": z.mean(axis=0), "outer": z.T @ z / count}
+        draw = Moments(z.mean(axis=0), jnp.cov(z.T, bias=True))
         return diagnostics.feature_shift(source, draw, count=count)
 
     found = jax.vmap(drawn)(jax.random.split(KEY, 300))
     np.testing.assert_allclose([leaf.mean() for leaf in found], 1.0, rtol=0.1)
-    with pytest.raises(ValueError, match="at least 2 inputs; got 1"):
+    with pytest.raises(ValueError, match="count must be an integer of at least 2, got 1"):
         diagnostics.feature_shift(source, source, count=1)

@@ -13,8 +13,8 @@ def test_moments_in_batches_are_those_of_all():
     z = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
     batches = iter([z[:4], z[4:5], z[5:]])
     found = feature_shift.moments_of(lambda params, z: params * z, 2.0, batches)
-    np.testing.assert_allclose(found["mean"], 2 * z.mean(0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found["outer"], 4 * z.T @ z / 10, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.mean, 2 * z.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.centered, 4 * np.cov(z.T, bias=True), rtol=1e-5, atol=1e-6)
 
 
 def test_no_batch_is_of_one_image(monkeypatch):

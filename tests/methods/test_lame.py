@@ -59,7 +59,9 @@ def test_number_of_iterations():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"methods\.lame .* num_neighbors=0, max_steps=100"):
+    with pytest.raises(
+        ValueError, match=r"methods\.lame: num_neighbors must be an integer of at least 1, got 0"
+    ):
         methods.lame(lab.classify, features, num_neighbors=0)
     with pytest.raises(ValueError, match=r"methods\.lame compares .* got batch=False"):
         methods.lame(lab.classify, features, batch=False)

@@ -144,5 +144,5 @@ def test_a_memory_that_is_not_full_is_repeated():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"methods\.note needs num_classes .* got 3, 0, 64"):
+    with pytest.raises(ValueError, match=r"methods\.note: capacity .* at least 1, got 0"):
         methods.note(classify, classify_statistics, like=XS[0, 0], num_classes=3, capacity=0)

@@ -188,7 +188,7 @@ def test_one_instance_at_a_time_and_reset():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"methods\.rotta needs num_classes .* got 1, 5, 6"):
+    with pytest.raises(ValueError, match=r"methods\.rotta: num_classes .* at least 2, got 1"):
         methods.rotta(
             classify,
             classify_statistics,

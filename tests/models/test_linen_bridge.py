@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_jax.models import from_linen, linen_statistics
+from ttt_jax.models import _checks, from_linen, linen_statistics
 
 
 class Net(nn.Module):
@@ -363,3 +363,13 @@ def test_method_may_be_a_function_and_statistics_are_never_returned(net):
     before = jax.tree.map(np.copy, net)
     from_linen(Net(), norm="batch", kwargs={"train": True})(net, X)
     jax.tree.map(np.testing.assert_array_equal, before, net)
+
+
+def test_a_prior_counts_all_leaves_of_the_inputs():
+    """Whichever comes first: ``n`` is the batch's, or the inputs are refused."""
+    uneven = {"a": jnp.ones((1, 2)), "x": jnp.ones((4, 2))}
+    with pytest.raises(
+        ValueError, match=r"from_linen: inputs .* same leading axis .*'a': \(1, 2\)"
+    ):
+        _checks.batch_size(uneven, "from_linen", 16)
+    assert _checks.batch_size(uneven, "from_linen", "running") == 1

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.interpreters import partial_eval
 
-from ttt_jax import _trees, select as select_lib
+from ttt_jax import _checks, _contract, _trees, _varying, select as select_lib
 from ttt_jax.base import AuxLoss, Key, Params, PyTree, Selection
 
 MainLoss = Callable[[Params, Any, Any, Key], jax.Array]
@@ -40,6 +40,11 @@ def _checked(name: str, value: Any) -> jax.Array:
     if value.shape != ():
         raise ValueError(f"{name} must return a scalar; got shape {value.shape}. Average it.")
     return value.astype(jnp.float32)
+
+
+def _own_gradient(loss: Callable[[PyTree], jax.Array]) -> Callable[[PyTree], PyTree]:
+    """The gradient of an instance, which a caller's ``shard_map`` does not sum over devices."""
+    return lambda fast: jax.grad(loss)(_varying.own(fast, loss))
 
 
 def _divided(value: jax.Array, *norms: jax.Array) -> jax.Array:
@@ -93,6 +98,7 @@ def gradient_alignment(
             )
 
     def align(params: Params, x: Any, label: Any, key: Key) -> Alignment:
+        _contract.require_key("gradient_alignment", key)
         fast, frozen = select.split(params)
         aux_key, main_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
 
@@ -102,7 +108,7 @@ def gradient_alignment(
         def aux(fast: PyTree) -> jax.Array:
             return _checked("aux_loss", aux_loss(select.merge(fast, frozen), x, aux_key))
 
-        main_grad, aux_grad = jax.grad(main)(fast), jax.grad(aux)(fast)
+        main_grad, aux_grad = _own_gradient(main)(fast), _own_gradient(aux)(fast)
         # Elementwise, so that no matrix unit rounds the products.
         products = jax.tree.map(
             lambda a, b: jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)),
@@ -181,10 +187,11 @@ def secant_smoothness(
     """
 
     def smoothness(params: Params, x: Any, label: Any, key: Key) -> jax.Array:
+        _contract.require_key("secant_smoothness", key)
         fast, frozen = select.split(params)
         aux_key, main_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-        aux = jax.grad(lambda fast: aux_loss(select.merge(fast, frozen), x, aux_key))(fast)
-        main = jax.grad(lambda fast: main_loss(select.merge(fast, frozen), x, label, main_key))
+        aux = _own_gradient(lambda fast: aux_loss(select.merge(fast, frozen), x, aux_key))(fast)
+        main = _own_gradient(lambda fast: main_loss(select.merge(fast, frozen), x, label, main_key))
         length, reach = optax.tree.norm(aux), _RADIUS * optax.tree.norm(fast)
         step = reach / jnp.where(length == 0, 1.0, length)
         moved = jax.tree.map(lambda p, g: p - step * g, fast, aux)
@@ -214,6 +221,8 @@ def guaranteed_step(alignment: Alignment, *, smoothness: Any) -> jax.Array:
       Sun et al., `Test-Time Training with Self-Supervision
       <https://arxiv.org/abs/1909.13231>`_, 2020, Theorem 1.
     """
+    if isinstance(smoothness, int | float):
+        _checks.check_number("smoothness", smoothness, 0.0, above=True)
     bound = jnp.maximum(alignment.main_norm, alignment.aux_norm)
     step = _divided(alignment.inner, bound, bound) / smoothness
     return jnp.where((alignment.inner > 0) & jnp.isfinite(step), step, 0.0).astype(jnp.float32)

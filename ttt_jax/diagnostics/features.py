@@ -1,9 +1,12 @@
 """Feature shift: how far the features of some inputs lie from the source's."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from ttt_jax import _checks
+from ttt_jax.source import Moments
 
 
 class FeatureShift(NamedTuple):
@@ -18,7 +21,7 @@ class FeatureShift(NamedTuple):
     covariance: jax.Array
 
 
-def feature_shift(source: Any, target: Any, *, count: int) -> FeatureShift:
+def feature_shift(source: Moments, target: Moments, *, count: int) -> FeatureShift:
     """How far mean and covariance of features lie from the source's.
 
     The squared distances that :func:`~ttt_jax.losses.moment_matching` lowers, each divided by its
@@ -26,8 +29,7 @@ def feature_shift(source: Any, target: Any, *, count: int) -> FeatureShift:
     gradient of that loss, and with it the largest useful step, goes with these numbers.
 
     Args:
-      source: ``{"mean": [D], "outer": [D, D]}`` of the source, means as
-        :func:`~ttt_jax.losses.feature_moments` gives.
+      source: moments of the source, as :func:`~ttt_jax.losses.feature_moments` gives.
       target: the same of some inputs.
       count: how many inputs those are, at least 2.
 
@@ -37,12 +39,11 @@ def feature_shift(source: Any, target: Any, *, count: int) -> FeatureShift:
     Raises:
       ValueError: fewer than two inputs.
     """
-    if count < 2:
-        raise ValueError(f"feature_shift needs the moments of at least 2 inputs; got {count}.")
-    covariance, other = (m["outer"] - jnp.outer(m["mean"], m["mean"]) for m in (source, target))
+    _checks.check_count("feature_shift: count", count, 2)
+    covariance, other = source.centered, target.centered
     width, trace = covariance.shape[0], jnp.trace(covariance)
     coral = jnp.square(covariance - other).sum() / (4 * width**2)
-    means = jnp.square(source["mean"] - target["mean"]).mean() / 2
+    means = jnp.square(source.mean - target.mean).mean() / 2
     # E |S - S'|_F^2 / (4 D^2) = (|S|_F^2 + tr(S)^2) / (n - 1) / (4 D^2), and
     # E mean((mu - mu')^2) / 2 = tr(S) / (2 n D).
     coral_unit = (jnp.square(covariance).sum() + trace**2) / (count - 1) / (4 * width**2)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ttt_jax import _checks
 from ttt_jax.base import Adapter, AuxLoss, Info, Key, Params, Predictor, Selection
 from ttt_jax.diagnostics import (
     _inputs,
@@ -113,6 +114,7 @@ def summary(
       are over the instances whose gradients are finite; ``guaranteed_step`` is the median where
       that step exists, nan where it never does.
     """
+    _checks.check_share("classes_kept", classes_kept)
     logits = jnp.moveaxis(probes.logits, 0, 2)
     values = {
         **_alignment(probes.alignment, probes.smoothness),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _checks
 from ttt_jax.diagnostics import _inputs, monitors
 
 Criterion = Callable[[jax.Array], jax.Array]
@@ -80,6 +81,7 @@ def lowest_entropy(*, floor: Any) -> Criterion:
       ``outputs[L, S + 1, N, C] -> scores[L, S + 1]``: minus the mean entropy in nats, -inf where
       the floor is not reached.
     """
+    _checks.check_number("floor", floor, 0.0)
 
     def score(outputs: jax.Array) -> jax.Array:
         instances, whole = _usable(outputs)
@@ -104,6 +106,7 @@ def largest_change(*, threshold: Any) -> Criterion:
       ``outputs[L, S + 1, N, C] -> scores[L, S + 1]``: the distance in [0, 1], -inf where the
       agreement is below the threshold.
     """
+    _checks.check_share("threshold", threshold)
 
     def score(outputs: jax.Array) -> jax.Array:
         instances, whole = _usable(outputs)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _contract, _trees
+from ttt_jax import _checks, _contract, _trees
 from ttt_jax.base import Key, Params
 
 # exp of it is 0 in float32, and sums of many stay finite.
@@ -49,7 +49,7 @@ def refuse_empty(name: str, count: int) -> None:
 def check_instance(name: str, x: Any, batch: bool) -> Any:
     """Returns ``x`` with a leading batch axis; refuses empty batches, and images by the batch."""
     if batch:
-        refuse_empty(name, batch_size(x))
+        count_of(name, x)
         return x
     if getattr(x, "ndim", 0) >= 4:
         raise ValueError(
@@ -60,9 +60,16 @@ def check_instance(name: str, x: Any, batch: bool) -> Any:
     return jax.tree.map(lambda leaf: leaf[None], x)
 
 
+def count_of(name: str, x: Any) -> int:
+    """The number of instances of a batch, on all leaves alike, and at least one."""
+    count = _checks.leading_size(f"losses.{name}", x)
+    refuse_empty(name, count)
+    return count
+
+
 def batch_size(x: Any) -> int:
     """The length of the leading axis of a batched pytree."""
-    return jax.tree.leaves(x)[0].shape[0]
+    return _checks.leading_size("A loss over a batch", x)
 
 
 def caller(
@@ -128,9 +135,14 @@ def weighted_mean(weights: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1.0)
 
 
+def instance_keys(name: str, key: Key, count: int, batch: bool) -> Key:
+    """One key per instance of a batch, ``[N]``; the key itself for one instance."""
+    return _checks.split_to_map(f"losses.{name}", key, count) if batch else key[None]
+
+
 def views_of(augment: Callable[[Any, Key], Any], x: Any, key: Key, num_views: int) -> Any:
     """``[V, ...]`` random views of one instance, one key each."""
-    keys = jax.random.split(key, num_views)
+    keys = _checks.split_to_map("A loss over random views", key, num_views)
     return jax.vmap(augment, in_axes=(None, 0))(x, keys)
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _contract
-from ttt_jax.source import value_of
+from ttt_jax import _contract, _trees
+from ttt_jax.source import Moments, value_of
 
 
 def images_of(batch: Any) -> Any:
@@ -14,16 +14,33 @@ def images_of(batch: Any) -> Any:
     return getattr(batch, "image", batch)
 
 
-def moments_of(name: str, source: Any, fields: tuple[str, str], maker: str) -> tuple[Any, Any]:
-    """The two moments of ``source``; refuses what ``maker`` did not make."""
+def moments_of(name: str, source: Any, maker: str) -> Moments:
+    """The moments of ``source``, which a checkpoint may give as a dict; refuses another maker's."""
     value = value_of(source)
-    if not isinstance(value, dict) or set(value) != set(fields):
+    if isinstance(value, dict) and set(value) == set(Moments._fields):
+        value = Moments(**value)
+    if not isinstance(value, Moments):
         found = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
-        raise ValueError(
-            f"losses.{name} needs source statistics with the fields {sorted(fields)}; got {found}. "
-            f"Make them with source_statistics(losses.{maker}(...), params, loader)."
-        )
-    return value[fields[0]], value[fields[1]]
+    elif _fits(value, outer=maker == "feature_moments"):
+        return value
+    else:
+        found = jax.tree.map(jnp.shape, value)
+    raise ValueError(
+        f"losses.{name} needs source statistics with the fields {list(Moments._fields)}, as "
+        f"losses.{maker} has them; got {found}. Make them with "
+        f"source_statistics(losses.{maker}(...), params, loader)."
+    )
+
+
+def _fits(moments: Moments, outer: bool) -> bool:
+    """Whether these are vectors with their covariance, or else means with their variances."""
+    if not _trees.same_structure(moments.mean, moments.centered):
+        return False
+    means, centered = (list(map(jnp.shape, jax.tree.leaves(tree))) for tree in moments)
+    if outer:
+        same = _trees.same_structure(moments.mean, 0) and len(means[0]) == 1
+        return same and centered[0] == means[0] * 2
+    return means == centered
 
 
 def check_features(name: str, features: Any, count: int, width: int | None = None) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _contract
+from ttt_jax import _checks, _contract
 from ttt_jax.base import AuxLoss, Key, Params, PyTree, StatefulLoss
 from ttt_jax.losses import _inputs
 
@@ -22,7 +22,7 @@ def weighted(*terms: tuple[Any, AuxLoss | StatefulLoss]) -> AuxLoss | StatefulLo
       An ``AuxLoss``, or a ``StatefulLoss``.
 
     Raises:
-      ValueError: no term, or a term that is not a pair.
+      ValueError: no term, a term that is not a pair, or a known weight of nan.
 
     Examples:
       >>> import jax
@@ -36,7 +36,8 @@ def weighted(*terms: tuple[Any, AuxLoss | StatefulLoss]) -> AuxLoss | StatefulLo
             f"{len(terms)} arguments of types {[type(term).__name__ for term in terms]}."
         )
 
-    for _, loss in terms:
+    for j, (weight, loss) in enumerate(terms):
+        _checks.check_number(f"losses.weighted: weight {j}", weight)
         _check_loss("losses.weighted: a loss", loss)
 
     def init(params: Params) -> PyTree:
@@ -94,9 +95,8 @@ def over_batch(loss: AuxLoss) -> AuxLoss:
         )
 
     def batched_loss(params: Params, x: Any, key: Key) -> jax.Array:
-        count = _inputs.batch_size(x)
-        _inputs.refuse_empty("over_batch", count)
-        keys = jax.random.split(key, count)
+        count = _inputs.count_of("over_batch", x)
+        keys = _checks.split_to_map("losses.over_batch", key, count)
         values = jax.vmap(lambda one, k: _scalar("over_batch", loss(params, one, k)))(x, keys)
         return values.mean()
 

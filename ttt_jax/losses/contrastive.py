@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _checks
 from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs, _source
 from ttt_jax.source import value_of
@@ -59,6 +60,7 @@ def contrastive(
             "losses.contrastive needs negatives for one instance; got bank = None. Pass stored "
             "source representations [M, D] as bank, or build the loss with batch=True."
         )
+    _checks.check_number("temperature", temperature, 0.0, above=True)
     rows = None if bank is None else jnp.asarray(value_of(bank))
     if rows is not None and (rows.ndim != 2 or rows.shape[0] < 1):
         raise ValueError(
@@ -75,7 +77,7 @@ def contrastive(
                 "larger batches, or pass a bank of source representations."
             )
         view_key, model_key = jax.random.split(key)
-        keys = jax.random.split(view_key, count) if batch else view_key[None]
+        keys = _inputs.instance_keys("contrastive", view_key, count, batch)
         views = jax.vmap(lambda one, k: _inputs.views_of(augment, one, k, 2))(instances, keys)
         outputs = call(params, _inputs.flatten_views(views), model_key)
         width = None if rows is None else rows.shape[1]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _contract, _trees
+from ttt_jax import _checks, _contract, _trees
 from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs
 
@@ -42,8 +42,8 @@ def denoising(
     References:
       Vincent et al., Extracting and Composing Robust Features with Denoising Autoencoders, 2008.
     """
-    if not _inputs.is_count(num_copies):
-        raise ValueError(f"num_copies must be an integer of at least 1, got {num_copies!r}.")
+    _checks.check_count("num_copies", num_copies)
+    _checks.check_number("noise", noise, 0.0)
     if jnp.shape(noise) != ():
         raise ValueError(
             f"noise must be one standard deviation; got shape {jnp.shape(noise)}. Scale the inputs "

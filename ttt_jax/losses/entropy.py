@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _checks
 from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs
 
@@ -95,15 +96,14 @@ def marginal_entropy(
     References:
       Zhang et al., `MEMO <https://arxiv.org/abs/2110.09506>`_, 2022, Eqs. 1-2.
     """
-    if not _inputs.is_count(num_views):
-        raise ValueError(f"num_views must be an integer of at least 1, got {num_views!r}.")
+    _checks.check_count("num_views", num_views)
     call = _inputs.caller("marginal_entropy", apply, stochastic)
 
     def loss(params: Params, x: Any, key: Key) -> jax.Array:
         instances = _inputs.check_instance("marginal_entropy", x, batch)
         count = _inputs.batch_size(instances)
         view_key, model_key = jax.random.split(key)
-        keys = jax.random.split(view_key, count) if batch else view_key[None]
+        keys = _inputs.instance_keys("marginal_entropy", view_key, count, batch)
         views = jax.vmap(lambda one, k: _inputs.views_of(augment, one, k, num_views))(
             instances, keys
         )
@@ -146,6 +146,7 @@ def pseudo_label(
     References:
       Lee, Pseudo-Label: The Simple and Efficient Semi-Supervised Learning Method, 2013.
     """
+    _checks.check_share("threshold", threshold)
     call = _inputs.caller("pseudo_label", apply, stochastic)
 
     def loss(params: Params, x: Any, key: Key) -> jax.Array:

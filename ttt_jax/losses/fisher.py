@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _contract
+from ttt_jax import _contract, _varying
 from ttt_jax.base import Params, PyTree, Selection
 from ttt_jax.losses import _inputs, _source
 
@@ -69,7 +69,8 @@ def fisher_diagonal(
             return -jnp.take_along_axis(log_p, label, axis=-1).mean()
 
         def squares(inputs: Any) -> PyTree:
-            grads = jax.grad(own_label)(fast, inputs)
+            copy = _varying.own(fast, lambda fast: own_label(fast, inputs))
+            grads = jax.grad(own_label)(copy, inputs)
             return jax.tree.map(lambda leaf: jnp.square(leaf.astype(jnp.float32)), grads)
 
         if batch:

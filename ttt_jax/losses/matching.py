@@ -6,16 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _contract, _trees
+from ttt_jax import _checks, _contract, _trees
 from ttt_jax.base import AuxLoss, Key, Params, PyTree, StatefulLoss
 from ttt_jax.losses import _inputs, _source
+from ttt_jax.source import Moments
 
 _EXACT = jax.lax.Precision.HIGHEST
 
 
 def activation_moments(
     collect: Callable[[Params, Any], PyTree],
-) -> Callable[[Params, Any], dict[str, PyTree]]:
+) -> Callable[[Params, Any], Moments]:
     """The moments that :func:`activation_matching` compares with, for ``source_statistics``.
 
     Args:
@@ -24,26 +25,26 @@ def activation_moments(
         compile ``jax.jit(collect)``, not the result.
 
     Returns:
-      ``fn(params, batch) -> {"mean", "square"}``: mean and mean square over the leading axis of
-      every activation, in float32, so that means over batches combine exactly. ``batch`` is a
+      ``fn(params, batch) -> Moments``: mean and variance (divided by N) over the leading axis of
+      every activation, in float32, which ``source_statistics`` joins exactly. ``batch`` is a
       batch of ``ttt_jax.data`` (its ``image`` is taken) or the inputs themselves.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> moments = activation_moments(lambda params, x: {"layer": params * x})
-      >>> print(moments(2.0, jnp.array([[1.0], [3.0]]))["square"]["layer"])
-      [20.]
+      >>> print(moments(2.0, jnp.array([[1.0], [3.0]])).centered["layer"])
+      [4.]
     """
     _contract.require_model_function("losses.activation_moments", collect)
 
-    def moments(params: Params, batch: Any) -> dict[str, PyTree]:
+    def moments(params: Params, batch: Any) -> Moments:
         found = jax.tree.map(
             lambda leaf: leaf.astype(jnp.float32), collect(params, _source.images_of(batch))
         )
-        return {
-            "mean": jax.tree.map(lambda leaf: leaf.mean(axis=0), found),
-            "square": jax.tree.map(lambda leaf: jnp.square(leaf).mean(axis=0), found),
-        }
+        return Moments(
+            mean=jax.tree.map(lambda leaf: leaf.mean(axis=0), found),
+            centered=jax.tree.map(lambda leaf: leaf.var(axis=0), found),
+        )
 
     return moments
 
@@ -67,7 +68,6 @@ def activation_matching(
       collect: ``collect(params, inputs[N, ...]) -> pytree`` of activations ``[N, ...]``; each
         leaf counts as a layer.
       source: ``source_statistics(activation_moments(collect), params, loader)``, or its value.
-        Its variance is ``square - mean^2`` in float32.
       augment: ``augment(x, key) -> x``, one random view of one instance. Needed for one
         instance, whose statistics are those of its views.
       num_views: V views of each instance, given together with ``augment``.
@@ -94,11 +94,11 @@ def activation_matching(
             "the loss with batch=True for the statistics of a batch."
         )
     least = 1 if batch else 2
-    if num_views is not None and not _trees.is_integer(num_views, least):
-        raise ValueError(f"num_views must be an integer of at least {least}, got {num_views!r}.")
-    means, squares = (
+    if num_views is not None:
+        _checks.check_count("num_views", num_views, least)
+    means, variances = (
         {path: jnp.asarray(leaf, jnp.float32) for path, leaf in _trees.named_leaves(tree)}
-        for tree in _source.moments_of(name, source, ("mean", "square"), "activation_moments")
+        for tree in _source.moments_of(name, source, "activation_moments")
     )
     call = _inputs.caller(name, collect, stochastic)
 
@@ -107,7 +107,7 @@ def activation_matching(
         view_key, model_key = jax.random.split(key)
         if augment is not None and num_views is not None:
             size = _inputs.batch_size(inputs)
-            keys = jax.random.split(view_key, size) if batch else view_key[None]
+            keys = _inputs.instance_keys(name, view_key, size, batch)
             views = jax.vmap(lambda one, k: _inputs.views_of(augment, one, k, num_views))
             inputs = _inputs.flatten_views(views(inputs, keys))
         count = _inputs.batch_size(inputs)
@@ -121,9 +121,8 @@ def activation_matching(
         total = jnp.zeros((), jnp.float32)
         for path, leaf in found.items():
             leaf = leaf.astype(jnp.float32)
-            variance = jnp.maximum(squares[path] - jnp.square(means[path]), 0.0)
             total += jnp.abs(leaf.mean(axis=0) - means[path]).mean()
-            total += jnp.abs(leaf.var(axis=0, ddof=1) - variance).mean()
+            total += jnp.abs(leaf.var(axis=0, ddof=1) - variances[path]).mean()
         return total / 2
 
     return _inputs.over_batch(loss, batch)
@@ -147,7 +146,7 @@ def _check_layers(name: str, found: dict[str, Any], means: dict[str, Any], count
 
 def feature_moments(
     features: Callable[[Params, Any], jax.Array],
-) -> Callable[[Params, Any], dict[str, jax.Array]]:
+) -> Callable[[Params, Any], Moments]:
     """The moments that :func:`moment_matching` compares with, for ``source_statistics``.
 
     Args:
@@ -155,8 +154,8 @@ def feature_moments(
         result, as batches of ``ttt_jax.data`` hold strings.
 
     Returns:
-      ``fn(params, batch) -> {"mean": [D], "outer": [D, D]}``: the means of z and of z z^T over
-      the batch, in float32, so that means over batches combine exactly. ``batch`` is a batch of
+      ``fn(params, batch) -> Moments``: mean ``[D]`` and covariance ``[D, D]`` (divided by N) over
+      the batch, in float32, which ``source_statistics`` joins exactly. ``batch`` is a batch of
       ``ttt_jax.data`` (its ``image`` is taken) or the inputs themselves.
 
     Raises:
@@ -164,12 +163,13 @@ def feature_moments(
     """
     _contract.require_model_function("losses.feature_moments", features)
 
-    def moments(params: Params, batch: Any) -> dict[str, jax.Array]:
+    def moments(params: Params, batch: Any) -> Moments:
         inputs = _source.images_of(batch)
         count = _inputs.batch_size(inputs)
         found = _source.check_features("feature_moments", features(params, inputs), count)
-        outer = jnp.matmul(found.T, found, precision=_EXACT) / count
-        return {"mean": found.mean(axis=0), "outer": outer}
+        mean = found.mean(axis=0)
+        apart = found - mean[None]
+        return Moments(mean, jnp.matmul(apart.T, apart, precision=_EXACT) / count)
 
     return moments
 
@@ -219,16 +219,16 @@ def moment_matching(
       `Deep CORAL <https://arxiv.org/abs/1607.01719>`_, 2016.
     """
     name = "moment_matching"
-    if not _trees.is_integer(queue, 0):
-        raise ValueError(f"queue must be an integer of at least 0, got {queue!r}.")
+    _checks.check_count("queue", queue, 0)
+    _checks.check_number("mean_weight", mean_weight, 0.0)
+    _checks.check_number("covariance_weight", covariance_weight, 0.0)
     if queue == 0 and not batch:
         raise ValueError(
             f"losses.{name} needs more than the one feature vector of one instance; got queue = 0. "
             "Set queue to the number of vectors to remember, or build the loss with batch=True."
         )
-    moments = _source.moments_of(name, source, ("mean", "outer"), "feature_moments")
-    mean_src, outer_src = (jnp.asarray(moment, jnp.float32) for moment in moments)
-    covariance_src = outer_src - jnp.outer(mean_src, mean_src)
+    moments = _source.moments_of(name, source, "feature_moments")
+    mean_src, covariance_src = (jnp.asarray(moment, jnp.float32) for moment in moments)
     width = mean_src.shape[0]
     call = _inputs.caller(name, features, stochastic)
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _contract
+from ttt_jax import _checks, _contract
 from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs
 
@@ -58,10 +58,8 @@ def masked_reconstruction(
       <https://arxiv.org/abs/2209.07522>`_, 2022, Eq. 2; He et al., `Masked Autoencoders Are
       Scalable Vision Learners <https://arxiv.org/abs/2111.06377>`_, 2022.
     """
-    if not _inputs.is_count(patch):
-        raise ValueError(f"patch must be an integer of at least 1, got {patch!r}.")
-    if not _inputs.is_count(num_masks):
-        raise ValueError(f"num_masks must be an integer of at least 1, got {num_masks!r}.")
+    _checks.check_count("patch", patch)
+    _checks.check_count("num_masks", num_masks)
     if not 0 < mask_ratio < 1:
         raise ValueError(f"mask_ratio must be between 0 and 1 (both excluded), got {mask_ratio}.")
 
@@ -89,7 +87,7 @@ def masked_reconstruction(
                 f"mask_ratio = {mask_ratio} of {count} patches leaves {visible} visible."
             )
         mask_key, model_key = jax.random.split(key)
-        keys = jax.random.split(mask_key, n * num_masks)
+        keys = _checks.split_to_map("losses.masked_reconstruction", mask_key, n * num_masks)
         order = jax.vmap(lambda k: jax.random.permutation(k, count))(keys)
         keep = jnp.sort(order[:, :visible], axis=-1)
         views = jnp.repeat(images, num_masks, axis=0)

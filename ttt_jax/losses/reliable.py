@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees
+from ttt_jax import _checks
 from ttt_jax.base import AuxLoss, Key, Params, PyTree, StatefulLoss
 from ttt_jax.losses import _inputs
 
@@ -59,6 +59,7 @@ def reliable_entropy(
       code, github.com/mr-eggplant/SAR, ``sar.py``.
     """
     name = "reliable_entropy"
+    _checks.check_number("margin", margin, 0.0)
     call = _inputs.caller(name, apply, stochastic)
 
     def measure(params: Params, inputs: Any, key: Key) -> tuple[jax.Array, jax.Array]:
@@ -122,8 +123,10 @@ def sample_adaptive_entropy(
       authors' code, github.com/mr-eggplant/EATA, ``eata.py``.
     """
     name = "sample_adaptive_entropy"
-    if not _trees.is_integer(num_classes, 2):
-        raise ValueError(f"num_classes must be an integer of at least 2, got {num_classes!r}.")
+    _checks.check_count("num_classes", num_classes, 2)
+    _checks.check_number("epsilon", epsilon, 0.0)
+    _checks.check_number("margin", margin, 0.0)
+    _checks.check_share("decay", decay)
     call = _inputs.caller(name, apply, stochastic)
 
     def init(params: Params) -> PyTree:

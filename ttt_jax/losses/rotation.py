@@ -85,8 +85,11 @@ def rotation(
                 f"{images.shape[2]} pixels. Crop or pad them first."
             )
         view_key, model_key = jax.random.split(key)
-        view_keys = jax.random.split(view_key, images.shape[0]) if batch else view_key[None]
-        turned, turns = jax.vmap(views)(images, view_keys)
+        if copies is not None or augment is not None:
+            keys = _inputs.instance_keys("rotation", view_key, images.shape[0], batch)
+        else:  # nothing is drawn
+            keys = jax.random.split(view_key, images.shape[0]) if batch else view_key[None]
+        turned, turns = jax.vmap(views)(images, keys)
         inputs, labels = _inputs.flatten_views((turned, turns))
         logits = call(params, inputs, model_key)
         logits = _inputs.check_logits("rotation", logits, inputs.shape[0], classes=4)

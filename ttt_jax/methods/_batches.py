@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from ttt_jax import _contract
+from ttt_jax import _checks, _contract
 from ttt_jax.base import Key, Params
 from ttt_jax.batching import unbatched
 
@@ -59,9 +59,10 @@ def with_batch_axis(x: Any, batch: bool) -> Any:
 
 def batch_size(inputs: Any) -> int:
     """The length N of the leading axis of ``inputs``."""
-    return int(jax.tree.leaves(inputs)[0].shape[0])
+    return _checks.leading_size("A method over batches", inputs)
 
 
 def one_view_each(augment: Callable[[Any, Key], Any], inputs: Any, key: Key) -> Any:
     """One random view of each of N instances, ``[N, ...]``; instance n has the n-th split key."""
-    return jax.vmap(augment)(inputs, jax.random.split(key, batch_size(inputs)))
+    keys = _checks.split_to_map("A method with random views", key, batch_size(inputs))
+    return jax.vmap(augment)(inputs, keys)

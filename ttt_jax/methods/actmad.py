@@ -85,7 +85,9 @@ def actmad(
     def measured(params: Params, inputs: Any) -> PyTree:
         if augment is None:
             return activations(params, inputs)
-        return activations(params, one_view_each(augment, inputs, jax.random.key(0)))
+        # Whatever generator is jax's default: keys are mapped over, which not all can bear.
+        key = jax.random.key(0, impl="threefry2x32")
+        return activations(params, one_view_each(augment, inputs, key))
 
     def build(statistics: PyTree) -> Stream:
         loss = losses.activation_matching(

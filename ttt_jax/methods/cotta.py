@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import resets, select
-from ttt_jax._trees import is_integer
+from ttt_jax import _checks, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Adapter, Key, Params, PyTree, Reset, Selection, StatefulLoss, Stream
 from ttt_jax.methods._batches import Serve, checked, one_view_each, with_batch_axis
@@ -79,10 +78,9 @@ def cotta(
       of its own (there the whole batch shares one draw), and views are made where they are used.
     """
     classify = checked("cotta", classify)
-    if not is_integer(num_views, 1):
-        raise ValueError(
-            f"methods.cotta: num_views must be an integer of at least 1, got {num_views!r}."
-        )
+    _checks.check_count("methods.cotta: num_views", num_views)
+    _checks.check_share("methods.cotta: threshold", threshold)
+    _checks.check_share("methods.cotta: decay", decay)
 
     def target(source: Params, teacher: Params, inputs: Any, key: Key) -> jax.Array:
         """The teacher's logits, averaged where the source is unsure."""

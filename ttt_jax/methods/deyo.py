@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import resets, select
-from ttt_jax._trees import is_integer
+from ttt_jax import _checks, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Key, Params, Reset, Selection, Stream
 from ttt_jax.methods._batches import Serve, batch_size, checked, prediction, with_batch_axis
@@ -79,15 +78,15 @@ def deyo(
       the code resizes.
     """
     classify = checked("deyo", classify)
-    if not is_integer(patches, 2):
-        raise ValueError(
-            f"methods.deyo: patches must be an integer of at least 2, got {patches!r}."
-        )
+    _checks.check_count("methods.deyo: patches", patches, 2)
+    _checks.check_number("methods.deyo: threshold", threshold)
+    _checks.check_number("methods.deyo: entropy_margin", entropy_margin, 0.0)
+    _checks.check_number("methods.deyo: margin", margin, 0.0)
 
     def loss(params: Params, x: Any, key: Key) -> Any:
         images = with_batch_axis(x, batch)
         _check(images, patches)
-        keys = jax.random.split(key, batch_size(images))
+        keys = _checks.split_to_map("methods.deyo", key, batch_size(images))
         shuffled = jax.vmap(lambda image, k: _shuffled(image, k, patches))(images, keys)
         logits = classify(params, images).astype(jnp.float32)
         if logits.ndim != 2:

@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 
-from ttt_jax import resets
-from ttt_jax._trees import is_integer
+from ttt_jax import _checks, resets
 from ttt_jax.base import Adapter, Key, Params, PyTree, Reset, StepInfo, Stream
-from ttt_jax.methods._batches import Serve, prediction, with_batch_axis
+from ttt_jax.methods._batches import Serve, batch_size, prediction, with_batch_axis
 from ttt_jax.online import online
 from ttt_jax.running_statistics import statistics_adapter
 
@@ -72,17 +71,18 @@ def dua(
       constants from the authors' code, github.com/jmiemirza/DUA. There new variances divide by
       n - 1; here ``statistics`` decides, and flax divides by n.
     """
-    if not is_integer(num_views, 1):
-        raise ValueError(
-            f"methods.dua: num_views must be an integer of at least 1, got {num_views!r}."
-        )
+    _checks.check_count("methods.dua: num_views", num_views)
+    _checks.check_share("methods.dua: momentum", momentum)
+    _checks.check_share("methods.dua: decay", decay)
+    _checks.check_share("methods.dua: floor", floor)
 
     def views_of(x: Any, key: Key) -> Any:
         """``[N * num_views, ...]``."""
         instances = with_batch_axis(x, batch)
-        count = jax.tree.leaves(instances)[0].shape[0]
+        count = batch_size(instances)
         repeated = jax.tree.map(lambda leaf: leaf.repeat(num_views, axis=0), instances)
-        return jax.vmap(augment)(repeated, jax.random.split(key, count * num_views))
+        keys = _checks.split_to_map("methods.dua", key, count * num_views)
+        return jax.vmap(augment)(repeated, keys)
 
     def step(params: Params, state: PyTree, x: Any, key: Key) -> tuple[PyTree, StepInfo]:
         weight = momentum * decay ** (state.count + 1) + floor

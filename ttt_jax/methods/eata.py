@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from ttt_jax import losses, resets, select
+from ttt_jax import _checks, losses, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import FromSource, Params, PyTree, Reset, Selection, Stream
 from ttt_jax.methods._batches import Serve, prediction
@@ -80,6 +80,7 @@ def eata(
       code, github.com/mr-eggplant/EATA: F is measured on training data (there: clean validation
       images), and a reset also forgets m.
     """
+    _checks.check_number("methods.eata: fisher_weight", fisher_weight, 0.0)
     loss = losses.sample_adaptive_entropy(
         classify, num_classes=num_classes, epsilon=epsilon, margin=margin, batch=batch
     )

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax._trees import is_integer
+from ttt_jax import _checks
 from ttt_jax.base import Info, Key, Params, Predictor
 from ttt_jax.methods._batches import checked, require_batch
 from ttt_jax.predictors import no_steps
@@ -62,11 +62,8 @@ def lame(
     classify = checked("lame", classify)
     features = checked("lame", features, "features")
     require_batch("lame", batch)
-    if not (is_integer(num_neighbors, 1) and is_integer(max_steps, 1)):
-        raise ValueError(
-            "methods.lame needs num_neighbors and max_steps of at least 1; got "
-            f"num_neighbors={num_neighbors!r}, max_steps={max_steps!r}."
-        )
+    _checks.check_count("methods.lame: num_neighbors", num_neighbors)
+    _checks.check_count("methods.lame: max_steps", max_steps)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[jax.Array, Info]:
         logits, vectors = classify(params, x), features(params, x)

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import resets, select
-from ttt_jax._trees import is_integer
+from ttt_jax import _checks, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Key, Params, PyTree, Reset, Selection, StatefulLoss, Stream
 from ttt_jax.methods._batches import Serve, batch_size, prediction, with_batch_axis
@@ -109,11 +108,10 @@ def note(
       a memory that is not full is repeated in turn, and an update that falls inside a batch is
       made after it.
     """
-    if not (is_integer(num_classes, 2) and min(capacity, update_every) >= 1):
-        raise ValueError(
-            "methods.note needs num_classes of at least 2, capacity and update_every of at least "
-            f"1; got {num_classes!r}, {capacity!r}, {update_every!r}."
-        )
+    _checks.check_count("methods.note: num_classes", num_classes, 2)
+    _checks.check_count("methods.note: capacity", capacity)
+    _checks.check_count("methods.note: update_every", update_every)
+    _checks.check_share("methods.note: momentum", momentum)
 
     def init(params: Params) -> Memory:
         label, arrivals = jnp.full(capacity, -1), jnp.zeros(num_classes, jnp.int32)

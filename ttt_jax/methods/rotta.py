@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import resets, select
-from ttt_jax._trees import is_integer
+from ttt_jax import _checks, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Key, Params, PyTree, Reset, Selection, StatefulLoss, Stream
 from ttt_jax.methods._batches import (
@@ -129,11 +128,13 @@ def rotta(
       in the loss); an update that falls inside a batch is made after it; each member has a view
       of its own.
     """
-    if not (is_integer(num_classes, 2) and min(capacity, update_every) >= 1):
-        raise ValueError(
-            "methods.rotta needs num_classes of at least 2, capacity and update_every of at least "
-            f"1; got {num_classes!r}, {capacity!r}, {update_every!r}."
-        )
+    _checks.check_count("methods.rotta: num_classes", num_classes, 2)
+    _checks.check_count("methods.rotta: capacity", capacity)
+    _checks.check_count("methods.rotta: update_every", update_every)
+    _checks.check_share("methods.rotta: momentum", momentum)
+    _checks.check_share("methods.rotta: decay", decay)
+    _checks.check_number("methods.rotta: timeliness", timeliness, 0.0)
+    _checks.check_number("methods.rotta: uncertainty", uncertainty, 0.0)
 
     def score(age: jax.Array, entropy: jax.Array) -> jax.Array:
         relative = entropy / jnp.log(float(num_classes))

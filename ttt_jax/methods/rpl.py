@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import resets, select
+from ttt_jax import _checks, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Key, Params, Reset, Selection, Stream
 from ttt_jax.methods._batches import Serve, batch_size, checked, prediction, with_batch_axis
@@ -69,11 +69,8 @@ def rpl(
       of the authors' code, github.com/bethgelab/robustness (``gce.py``), in one pass.
     """
     classify = checked("rpl", classify)
-    if not isinstance(q, jax.core.Tracer) and not 0.0 < q <= 1.0:
-        raise ValueError(
-            f"methods.rpl: q must be in (0, 1], got {q!r}. Near 0 the loss is cross-entropy, "
-            "at 1 the mean absolute error."
-        )
+    rule = "Near 0 the loss is cross-entropy, at 1 the mean absolute error."
+    _checks.check_number("methods.rpl: q", q, 0.0, 1.0, above=True, hint=rule)
 
     def loss(params: Params, x: Any, key: Key) -> jax.Array:
         inputs = with_batch_axis(x, batch)

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import resets
-from ttt_jax._trees import is_integer
+from ttt_jax import _checks, resets
 from ttt_jax.base import Adapter, Key, Params, Reset, StepInfo, Stream
 from ttt_jax.methods._batches import checked, with_batch_axis
 from ttt_jax.online import online
@@ -74,10 +73,7 @@ def t3a(
       github.com/matsuolab/T3A, keeps all supports on request; here a set has K slots.
     """
     features = checked("t3a", features, "features")
-    if not is_integer(num_supports, 1):
-        raise ValueError(
-            f"methods.t3a: num_supports must be an integer of at least 1, got {num_supports!r}."
-        )
+    _checks.check_count("methods.t3a: num_supports", num_supports)
 
     def vectors_of(params: Params, x: Any) -> jax.Array:
         kernel, _ = linear(params)

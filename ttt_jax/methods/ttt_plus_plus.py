@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import losses, resets, select
-from ttt_jax._trees import is_integer
+from ttt_jax import _checks, losses, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import (
     AuxLoss,
@@ -21,9 +20,10 @@ from ttt_jax.base import (
     StatefulLoss,
     Stream,
 )
+from ttt_jax.losses import _source
 from ttt_jax.methods._batches import Serve, prediction
 from ttt_jax.online import online
-from ttt_jax.source import value_of
+from ttt_jax.source import Moments, value_of
 
 Features = Callable[[Params, Any], jax.Array]
 
@@ -100,11 +100,14 @@ def ttt_plus_plus(
       were normal. The authors pass up to 500 times over the test set and stop by test labels;
       here it is one pass, and the last iterate counts.
     """
-    if not (is_integer(queue, 2) and is_integer(count, 2)):
-        raise ValueError(
-            "methods.ttt_plus_plus needs queue and count of at least 2 feature vectors; got "
-            f"queue={queue!r}, count={count!r}."
-        )
+    _checks.check_count("methods.ttt_plus_plus: queue", queue, 2)
+    _checks.check_count("methods.ttt_plus_plus: count", count, 2)
+    for name, weight in (
+        ("encoder_weight", encoder_weight),
+        ("head_weight", head_weight),
+        ("contrastive_weight", contrastive_weight),
+    ):
+        _checks.check_number(f"methods.ttt_plus_plus: {name}", weight, 0.0)
     heads = {"encoder": features, "head": project}
     weights = {"encoder": encoder_weight, "head": head_weight}
     moments = {name: losses.feature_moments(apply) for name, apply in heads.items()}
@@ -140,6 +143,7 @@ def _matching(
     set against the whole source, and two sets are twice as far apart: ``count`` source images
     have a distance of 1/2 + 1/4.
     """
+    moments = _source.moments_of("moment_matching", moments, "feature_moments")
     of_covariance, of_half_mean = _scatter(moments, count)
     return losses.moment_matching(
         features,
@@ -151,14 +155,13 @@ def _matching(
     )
 
 
-def _scatter(moments: PyTree, count: int) -> tuple[jax.Array, jax.Array]:
+def _scatter(moments: Moments, count: int) -> tuple[jax.Array, jax.Array]:
     """How far the moments of ``count`` source images lie from the source's, for normal features.
 
     The expected ``|S - S'|_F^2 / (4 D^2)``, which is ``(|S|_F^2 + tr(S)^2) / (n - 1) / (4 D^2)``,
     and the expected ``mean((mu - mu')^2) / 2``, which is ``tr(S) / (2 n D)``.
     """
-    mean = moments["mean"]
-    covariance = moments["outer"] - jnp.outer(mean, mean)
-    width, trace = mean.shape[0], jnp.trace(covariance)
+    covariance = moments.centered
+    width, trace = covariance.shape[0], jnp.trace(covariance)
     of_covariance = (jnp.square(covariance).sum() + trace**2) / (count - 1) / (4 * width**2)
     return of_covariance, trace / (2 * count * width)

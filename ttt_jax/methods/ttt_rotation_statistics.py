@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from ttt_jax import losses, select
+from ttt_jax import _checks, losses, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import (
     Adapter,
@@ -20,7 +20,7 @@ from ttt_jax.base import (
 )
 from ttt_jax.methods._batches import Serve, prediction
 from ttt_jax.predictors import episodic
-from ttt_jax.running_statistics import statistics_adapter
+from ttt_jax.running_statistics import OLD_WEIGHT, statistics_adapter
 
 
 def ttt_rotation_statistics(
@@ -77,12 +77,7 @@ def ttt_rotation_statistics(
       <https://arxiv.org/abs/1909.13231>`_, 2020, appendix; the authors' code,
       github.com/yueatsprograms/ttt_cifar_release, adapts in training mode too.
     """
-    # A traced value is not known here.
-    if isinstance(statistics_momentum, int | float) and not 0 <= statistics_momentum <= 1:
-        raise ValueError(
-            "statistics_momentum is the weight of the old statistics, in [0, 1]; got "
-            f"{statistics_momentum!r}."
-        )
+    _checks.check_share("statistics_momentum", statistics_momentum, hint=OLD_WEIGHT)
     # What it collects is what the pass of the loss has seen.
     follow = statistics_adapter(lambda params, seen: seen, momentum=statistics_momentum)
     loss = _following_loss(rotation_statistics, follow, copies, augment)

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from ttt_jax._checks import leading_size
+
 
 def nearest(name: str, options: Iterable[str]) -> str:
     """Names the options closest to ``name``, for the end of an error message."""
@@ -58,8 +60,11 @@ def check_images(
         )
 
 
-def batch_size(inputs: Any, bridge: str) -> int:
-    """The length of the leading axis of ``inputs``, any pytree of arrays ``[N, ...]``."""
+def batch_size(inputs: Any, bridge: str, norm: Any) -> int:
+    """The length of the leading axis of ``inputs``, any pytree of arrays ``[N, ...]``.
+
+    It must be that of all leaves where ``norm`` takes statistics from the inputs.
+    """
     leaves = jax.tree.leaves(inputs)
     if not leaves or getattr(leaves[0], "ndim", 0) < 1:
         raise ValueError(
@@ -67,4 +72,6 @@ def batch_size(inputs: Any, bridge: str) -> int:
             f"received {jax.tree.map(lambda leaf: getattr(leaf, 'shape', leaf), inputs)}: "
             "add the axis with x[None]."
         )
-    return leaves[0].shape[0]
+    if isinstance(norm, str) and norm == "running":
+        return int(leaves[0].shape[0])
+    return leading_size(f"{bridge}: inputs whose statistics are taken", inputs)

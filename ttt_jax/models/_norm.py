@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttt_jax import _checks
 from ttt_jax.models._checks import nearest
 from ttt_jax.models._instance_norm import InstanceAware
 
@@ -31,8 +32,8 @@ def check_norm(norm: Any) -> None:
       TypeError: anything else, booleans included.
     """
     if isinstance(norm, InstanceAware):
-        return
-    if isinstance(norm, str):
+        _checks.check_number("norm, InstanceAware.width,", norm.width, 0.0)
+    elif isinstance(norm, str):
         if norm not in ("running", "batch"):
             raise ValueError(
                 'norm is "running", "batch" or a prior N >= 0, received '
@@ -44,6 +45,7 @@ def check_norm(norm: Any) -> None:
                 f"A prior is one number, received an array of shape {norm.shape} and dtype "
                 f"{norm.dtype}: pass an int, or vmap over a scalar."
             )
+        _checks.check_number("norm, a prior,", norm, 0.0)
     elif isinstance(norm, int | float | np.number) and not isinstance(norm, bool):
         if not (math.isfinite(norm) and norm >= 0):
             raise ValueError(

@@ -77,7 +77,7 @@ def from_linen(
         streams = None
         if stochastic:
             args, streams = args[:-1], _streams(names, args)
-        size = batch_size(inputs, "from_linen")
+        size = batch_size(inputs, "from_linen", norm)
         options, unwrap = mark.options(fixed, size)
         with nn.intercept_methods(_interceptor(norm, size, met=served.meet)):
             made = module.apply(params, inputs, *args, rngs=streams, method=method, **options)
@@ -164,7 +164,7 @@ def linen_statistics(
                 "linen_statistics: params needs a batch_stats collection, received "
                 f"{sorted(params)}: pass the whole variables dict of a model with BatchNorm."
             )
-        size = batch_size(x, "linen_statistics")
+        size = batch_size(x, "linen_statistics", norm)
         options, _ = mark.options({**fixed, "mutable": ["batch_stats"]}, size)
         with nn.intercept_methods(_interceptor(norm, size, calls={}, met=served.meet)):
             made, updated = module.apply(params, x, method=method, **options)

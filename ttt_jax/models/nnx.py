@@ -163,7 +163,7 @@ def _runner(
     def run(
         params: Any, key: jax.Array | None, norm: Norm, collect: bool, inputs: Any, *args: Any
     ) -> tuple[Any, Any]:
-        size = batch_size(inputs, bridge)
+        size = batch_size(inputs, bridge, norm)
         leaves = dict(private)
         options = dict(kwargs or {})
         if key is not None:

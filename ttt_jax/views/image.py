@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees
+from ttt_jax import _checks
 
 Augment = Callable[[Any, jax.Array], Any]
 
@@ -63,7 +63,11 @@ def resized_crop(min_area: float) -> Augment:
 
     A part has a share of the area drawn between ``min_area`` and 1, and sides in a ratio between
     3/4 and 4/3, uniform in its logarithm; a side that would be too long is the image's.
+
+    Raises:
+      ValueError: ``min_area`` outside of (0, 1].
     """
+    _checks.check_number("min_area", min_area, 0.0, 1.0, above=True)
 
     def augment(image: jax.Array, key: jax.Array) -> jax.Array:
         area_key, ratio_key, corner_key = jax.random.split(key, 3)
@@ -96,7 +100,12 @@ def color_jitter(strength: float, probability: float) -> Augment:
     """Returns random changes of brightness, contrast and saturation, made with some probability.
 
     Each factor is uniform in ``[1 - strength, 1 + strength]``. Gray images have no saturation.
+
+    Raises:
+      ValueError: ``strength`` or ``probability`` outside of [0, 1].
     """
+    _checks.check_share("strength", strength)
+    _checks.check_share("probability", probability)
 
     def augment(image: jax.Array, key: jax.Array) -> jax.Array:
         chance_key, factor_key = jax.random.split(key)
@@ -128,7 +137,8 @@ def luma(image: jax.Array) -> jax.Array:
 
 
 def grayscale(probability: float) -> Augment:
-    """Returns views that lose their colors with some probability."""
+    """Returns views that lose their colors with some probability, in [0, 1]."""
+    _checks.check_share("probability", probability)
 
     def augment(image: jax.Array, key: jax.Array) -> jax.Array:
         gray = jnp.broadcast_to(luma(image), image.shape)
@@ -198,8 +208,7 @@ def chain(*steps: Augment) -> Augment:
 
 
 def _padder(padding: int, pad_mode: str) -> Callable[[jax.Array], jax.Array]:
-    if not _trees.is_integer(padding, 0):
-        raise ValueError(f"padding must be a number of pixels, at least 0; got {padding!r}.")
+    _checks.check_count("padding", padding, 0)
     if pad_mode not in _PAD_MODES:
         raise ValueError(f"pad_mode must be one of {list(_PAD_MODES)}; got {pad_mode!r}.")
     widths = ((padding, padding), (padding, padding), (0, 0))
