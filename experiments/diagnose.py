@@ -25,6 +25,7 @@ from absl import flags
 
 import ttt_jax as ttt
 from experiments import (
+    config_check,
     diagnose_record,
     diagnosis,
     journal,
@@ -129,8 +130,9 @@ def run(
     Raises:
       UserError: impossible options, or a folder whose rows were made otherwise.
     """
-    launch.check_seeds(config)
+    config_check.check(config)
     options, workdir = checked(options), launch.open_workdir(folder)
+    paths = pristine_lib.paths(workdir, config.seeds, checkpoint_path)
     with journal.locked(workdir, shard):
         task = tasks.build(config)
         source = images.load_data(config, options.split)
@@ -142,8 +144,7 @@ def run(
         program = diagnosis.Program(network, name, settings, rates, config.adapt.chunk_size)
         book = journal.Journal(workdir / "diagnostics.jsonl", shard=shard)
         for seed in config.seeds:
-            path = checkpoint_path or pristine_lib.path_of(workdir, seed)
-            pristine = pristine_lib.load(path, task, config)
+            pristine = pristine_lib.load(paths[seed], task, config)
             fields = {
                 "method": options.method,
                 "dataset": source.title,

@@ -32,7 +32,7 @@ def value_of(source: Any) -> Any:
     return source.value if isinstance(source, SourceStatistics) else source
 
 
-def _is_test(split: str) -> bool:
+def is_test_split(split: str) -> bool:
     """Whether a split holds test data: ``test[:50%]``, ``train+test``, ``my_test``, ``all``."""
     words = re.findall(r"[a-z]+", split.lower())
     return any(word.startswith("test") or word == "all" for word in words)
@@ -75,7 +75,7 @@ def source_statistics(
             "source_statistics needs data that says which split it is (a str attribute .split); "
             f"got {type(data).__name__}. Use ttt_jax.data.Loader."
         )
-    if _is_test(split):
+    if is_test_split(split):
         raise ValueError(
             f"Source statistics must not come from test data; got the split {split!r}. Use the "
             "training split."

@@ -58,6 +58,17 @@ class Order:
                 yield Examples(batch.id, batch.image, batch.label, tags)
 
 
+def names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The names of the streams of both roles, as :func:`streams` gives them."""
+    clean = launch.setting(config, "data.domain")
+    if launch.setting(config, "adapt.corruptions") == "none":
+        return tuple(dict.fromkeys((clean, "clean")))
+    if (sequence := launch.setting(config, "adapt.sequence")) != "none":
+        return clean, sequence
+    corruptions = data.corruptions
+    return clean, *corruptions.CORRUPTIONS, *corruptions.VALIDATION_CORRUPTIONS
+
+
 def check(config: ml_collections.ConfigDict) -> None:
     """Refuses an order that there is not.
 
