@@ -87,7 +87,8 @@ def run(
       shard: which of the processes that share the folder this one is.
 
     Raises:
-      UserError: a config that cannot be run, a part that there is not, or a work folder that is not fit.
+      UserError: a config that cannot be run, a part that there is not, or a work folder that is
+        not fit.
     """
     config_check.check(config)
     config_check.check_domains(config, part.domains)

@@ -33,6 +33,14 @@ def check(config: ml_collections.ConfigDict, *, adapts: bool = True) -> None:
     Raises:
       ConfigError: naming the key, its rule, the value, and the nearest key where it is unknown.
     """
+    try:
+        _check(config, adapts)
+    except ValueError as error:
+        # Of a model, a method or a task.
+        raise ConfigError(f"{error}") from error
+
+
+def _check(config: ml_collections.ConfigDict, adapts: bool) -> None:
     _require_sections(config, _SECTIONS + ("methods",) * adapts)
     _values({"task": COMMON["task"]}, config)
     own = tasks.keys(config)

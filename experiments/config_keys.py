@@ -75,7 +75,7 @@ def share() -> Rule:
     )
 
 
-def among(*names: Any) -> Rule:
+def among(*names: str) -> Rule:
     """One of some values."""
     return Rule(
         f"be one of {list(names)}",

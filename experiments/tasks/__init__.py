@@ -50,7 +50,7 @@ def fingerprint(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def at_hand(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The fingerprints that a work folder notes; none where ``config.data`` tells its data apart."""
+    """The fingerprints that a work folder notes; none where ``config.data`` says it all."""
     module = _module(config)
     found = getattr(module, "at_hand", getattr(module, "fingerprint", None))
     return {} if found is None else json.loads(json.dumps(found(config)))

@@ -1,4 +1,4 @@
-"""What holds between splits: none may be part of the reported one, and all have the same classes."""
+"""What holds between splits: none has images of the reported one, all have the same classes."""
 
 import os
 import zlib
