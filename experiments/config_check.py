@@ -169,7 +169,7 @@ def _methods(config: ml_collections.ConfigDict) -> None:
             grid = settings.grid_of(options)
             if of_heads is not None:
                 known = {*arguments, *METHOD, *of_heads}
-                settings.require_known(name, options, known)
+                launch.require_known(name, options, known)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{where}: {error}") from error
         rules = {key: entry.rule for key, entry in {**METHOD, **(of_heads or {})}.items()}

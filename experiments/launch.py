@@ -187,6 +187,19 @@ def chosen(kind: str, names: Iterable[str], known: Iterable[str]) -> tuple[str, 
     return names
 
 
+def require_known(name: str, settings: Iterable[str], known: Iterable[str]) -> None:
+    """Refuses the settings of a method that nothing reads.
+
+    Raises:
+      ValueError: naming the first, what there is, and the nearest.
+    """
+    known = sorted(known)
+    for key in settings:
+        if key not in known:
+            hint = nearest(key, known) or "."
+            raise ValueError(f"{key!r} is no setting of {name}; choose from {known}{hint}")
+
+
 def new_file(path: str | os.PathLike[str]) -> pathlib.Path:
     """The path of a file to write that is not there yet, in a folder that can be written.
 

@@ -9,7 +9,7 @@ of candidates, and so is a list, among which validation chooses.
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -249,19 +249,6 @@ def parameter_counts(select: ttt.Selection | None, shapes: Any) -> dict[str, int
     return {"adapted_parameters": chosen.num_elements, "total_parameters": chosen.total_elements}
 
 
-def require_known(name: str, settings: Iterable[str], known: Iterable[str]) -> None:
-    """Refuses the settings of a method that nothing reads.
-
-    Raises:
-      ValueError: naming the first, what there is, and the nearest.
-    """
-    known = sorted(known)
-    for key in settings:
-        if key not in known:
-            hint = launch.nearest(key, known) or "."
-            raise ValueError(f"{key!r} is no setting of {name}; choose from {known}{hint}")
-
-
 def function_of(settings: Mapping[str, Any], label: str) -> tuple[str, Callable[..., Any]]:
     """The name and the function of a method.
 
@@ -371,7 +358,7 @@ def _arguments(
     if "private" in allowed and "optimizer" in parameters and not in_batches:
         serving["private"] = True
     known = {*parameters, *allowed, *_OPTIMIZER, "method", "prior"} - {"private"}
-    require_known(name, [k for k in serving if k not in allowed], known)
+    launch.require_known(name, [k for k in serving if k not in allowed], known)
     heads = dict(task.heads(**serving))
     if name == "bn_adapt" and not heads.get("batch_norm", True):
         raise ValueError(

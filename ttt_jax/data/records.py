@@ -33,14 +33,15 @@ class RecordReader:
         self._builder, self._split = builder, split
         self._source = _data_source(builder, split)
         self._files = [os.fspath(path) for path in builder.info.splits[split].filepaths]
-        # What len() of the source says is of the metadata too.
-        stored = sum(map(_records, self._files))
         promised = builder.info.splits[split].num_examples
-        if stored != promised:
-            raise ValueError(
-                f"{builder.info.full_name}/{split} has {stored} records on disk, but its metadata "
-                f"say {promised}; delete {str(builder.data_dir)!r} and prepare it again."
-            )
+        # len() of the source may be of the metadata too: the files themselves are counted.
+        for stored in (len(self._source), sum(map(_records, self._files))):
+            if stored != promised:
+                raise ValueError(
+                    f"{builder.info.full_name}/{split} has {stored} records on disk, but its "
+                    f"metadata say {promised}; delete {str(builder.data_dir)!r} and prepare it "
+                    "again."
+                )
 
     def __len__(self) -> int:
         return len(self._source)
