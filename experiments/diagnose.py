@@ -124,11 +124,10 @@ def run(
       shard: which of several processes this is; each takes every N-th cell.
 
     Returns:
-      The record that ``diagnostics.json`` holds: origin, ``correlation``, ``rows``; nothing where
-      there is no row, as of a shard that has no cell.
+      The record of ``diagnostics.json``: origin, ``correlation``, ``rows``; ``{}`` without a row.
 
     Raises:
-      UserError: impossible options, or a folder whose rows were made otherwise.
+      UserError: impossible options, or a folder of other rows.
     """
     config_check.check(config)
     options, workdir = checked(options), launch.open_workdir(folder)

@@ -36,9 +36,6 @@ _LOG_EVERY_S = 30.0
 _SLURM_WORKERS = 256
 
 
-_NONE: Mapping[str, Any] = {}
-
-
 class _Interrupted(Exception):
     """The sweep was told to stop."""
 
@@ -51,7 +48,7 @@ def run(
     *,
     trackers: Sequence[str] = (),
     retry_failed: bool = False,
-    overrides: Mapping[str, Any] = _NONE,
+    overrides: Mapping[str, Any] = plan.NOTHING,
 ) -> int:
     """Runs a sweep to its end; returns the exit status, 1 if a trial failed.
 
@@ -89,11 +86,9 @@ def run(
         _tend(pool, workdir, units)
         path = collect.write(workdir, collect.rows(workdir, units))
         now = progress.measure(workdir, units)
-        counts = now.counts
-    for line in progress.faults(workdir, units, now):
-        print(line, file=sys.stderr)
-    print(f"{counts['done']} of {trials} trials done, {counts['failed']} failed; {path}")
-    return 0 if counts["done"] == trials else 1
+    print(*progress.faults(workdir, units, now), sep="", end="", file=sys.stderr)
+    print(f"{now.counts['done']} of {trials} trials done, {now.counts['failed']} failed; {path}")
+    return 0 if now.counts["done"] == trials else 1
 
 
 def _tend(pool: pools.Pool, workdir: pathlib.Path, units: Sequence[plan.Unit]) -> None:

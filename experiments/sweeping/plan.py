@@ -25,7 +25,7 @@ _NO_RESULTS = ("configs/**/*.py", "report/**/*.py", "prepare/**/*.py")
 _ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
-_NOTHING: Mapping[str, Any] = {}
+NOTHING: Mapping[str, Any] = {}
 
 
 class Variant(NamedTuple):
@@ -41,7 +41,7 @@ class Variant(NamedTuple):
         return self.config.seeds[0]
 
 
-def variants(path: str, given: Mapping[str, Any] = _NOTHING) -> list[Variant]:
+def variants(path: str, given: Mapping[str, Any] = NOTHING) -> list[Variant]:
     """The variants of a config file, in the order of its ``sweep(add)``.
 
     ``add(methods=(), domains=(), **overrides)`` adds one; an override is named by its dotted key,

@@ -126,6 +126,6 @@ def faults(workdir: pathlib.Path, units: Sequence[Unit], progress: Progress) -> 
         if state.state == "failed":
             found.setdefault(state.message, []).append(unit)
     return [
-        f"failed ({len(failed)}): {message} (log: {failed[0].folder(workdir) / 'log.txt'})"
+        f"failed ({len(failed)}): {message} (log: {failed[0].folder(workdir) / 'log.txt'})\n"
         for message, failed in found.items()
     ]

@@ -1,8 +1,12 @@
 """A config is checked as a whole, before anything is read, trained or written."""
 
+import re
+import sys
+
 import ml_collections
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 
 from experiments import adapt, config_check, config_keys, launch, provenance, settings, tasks, train
 from experiments.configs import digits, documents, few_shot, frames, series
@@ -278,3 +282,41 @@ def test_the_table_has_the_defaults_and_every_key_of_the_demo():
         if key.default not in (config_keys.NEEDED, config_keys.ABSENT):
             assert key.rule.holds(key.default), name
         assert key.meaning and key.rule.says
+
+
+def test_the_page_of_the_programs_has_the_table():
+    page = (launch.DEFAULT_CONFIG.parents[2] / "docs" / "programs.md").read_text()
+    page = page.partition("Keys that may be left out")[2].partition("takes only keys that are")[0]
+    rows = re.findall(r"^\| `(\w+\.\w+)` \| `?([^`|]+?)`? \| .* \|$", page, re.MULTILINE)
+    assert dict(rows) == {name: str(value) for name, value in config_keys.DEFAULTS.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "there is no file .*config.py; --config names a config file"),
+        ("x = 1", r"has no function get_config\(\); add it"),
+        ("def get_config(:", "config.py fails: SyntaxError"),
+        ("import nowhere_at_all", "config.py fails: ModuleNotFoundError"),
+        ("def get_config():\n    return {}[1]", r"get_config\(\) of .* fails: KeyError"),
+        ("def get_config():\n    pass", "must return a ConfigDict; got None"),
+    ],
+)
+def test_a_config_file_that_gives_no_config_is_one_sentence(text, words, tmp_path, monkeypatch):
+    path = tmp_path / "config.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(launch.UserError, match=words):
+        launch.config_from(path)
+    for flag in ([f"--config={path}"], ["--config", str(path)]):
+        monkeypatch.setattr(sys, "argv", ["train", *flag])
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+            launch.define_config(None)
+        assert ended.value.code == 2
+
+
+def test_a_workdir_that_is_a_file_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(launch.UserError, match="file is a file and no folder; choose another"):
+            launch.open_workdir(str(path))

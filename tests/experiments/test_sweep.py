@@ -300,7 +300,7 @@ def test_a_sweep_with_a_trial_that_fails(config, tmp_path, capsys, monkeypatch):
     output = capsys.readouterr()
     assert "1 of 2 trials done, 1 failed" in output.out
     # Each different reason once, with where more is said.
-    (reason,) = [line for line in output.err.splitlines() if line.startswith("failed")]
+    (reason,) = [line for line in output.err.splitlines() if line.startswith("failed (")]
     assert reason.startswith("failed (1): ") and "nowhere/.*" in reason
     assert reason.endswith(f"(log: {folder / 'trials' / rows[1]['trial'] / 'log.txt'})")
     said = sweep.status(str(folder))
