@@ -93,8 +93,8 @@ def run(
     config_check.check(config)
     config_check.check_domains(config, part.domains)
     workdir = launch.open_workdir(folder)
-    paths = pristine_lib.paths(workdir, config.seeds, checkpoint_path)
     with journal.locked(workdir, shard):
+        paths = pristine_lib.paths(workdir, config.seeds, checkpoint_path)
         task = tasks.build(config)
         candidates = settings.candidates(config, task)
         if part.methods:

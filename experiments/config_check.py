@@ -151,7 +151,7 @@ def _values(keys: Mapping[str, Key], config: ml_collections.ConfigDict) -> None:
 
 def _hold(name: str, rule: Rule, value: Any, meaning: str = "") -> None:
     if not rule.holds(value):
-        said = f" It is {meaning}." if meaning else ""
+        said = f" Meaning: {meaning}." if meaning else ""
         raise ConfigError(f"{rule.sentence(name, value)}{said}")
 
 

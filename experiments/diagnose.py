@@ -131,8 +131,8 @@ def run(
     """
     config_check.check(config)
     options, workdir = checked(options), launch.open_workdir(folder)
-    paths = pristine_lib.paths(workdir, config.seeds, checkpoint_path)
     with journal.locked(workdir, shard):
+        paths = pristine_lib.paths(workdir, config.seeds, checkpoint_path)
         task = tasks.build(config)
         source = images.load_data(config, options.split)
         name, grid = diagnosis.candidates_of(config, options.method, task)
