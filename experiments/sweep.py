@@ -156,9 +156,9 @@ def main(argv: Sequence[str]) -> int:
     if values.status:
         print(status(values.status))
         return 0
-    config = config_flags.get_config_filename(values["config"])
-    if not config or not values.workdir:
+    if not values["config"].present or not values.workdir:
         raise launch.UserError("--config and --workdir are needed, or --status=DIR.")
+    config = config_flags.get_config_filename(values["config"])
     if values.trackers:
         launch.chosen("tracker", values.trackers, writers.TRACKERS)
     return run(

@@ -57,6 +57,16 @@ def test_the_program_takes_them_as_the_others_do(path, tmp_path, monkeypatch):
     assert given == [path, {"adapt.severity": 3}]
 
 
+def test_the_program_says_that_it_needs_a_config(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep", f"--workdir={tmp_path / 'w'}"])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(pathlib.Path(sweep.__file__)), run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: --config and --workdir are needed, or --status=DIR.\n"
+    )
+
+
 class Rows:
     """Writes one row and is done."""
 
