@@ -25,6 +25,7 @@ import numpy as np
 from absl import flags
 
 from experiments import (
+    config_check,
     journal,
     launch,
     pristine as pristine_lib,
@@ -86,11 +87,14 @@ def run(
       shard: which of the processes that share the folder this one is.
 
     Raises:
-      UserError: a part that there is not, impossible seeds, or a work folder that is not fit.
+      UserError: a config that cannot be run, a part that there is not, or a work folder that is
+        not fit.
     """
-    launch.check_seeds(config)
+    config_check.check(config)
+    config_check.check_domains(config, part.domains)
     workdir = launch.open_workdir(folder)
     with journal.locked(workdir, shard):
+        paths = pristine_lib.paths(workdir, config.seeds, checkpoint_path)
         task = tasks.build(config)
         candidates = settings.candidates(config, task)
         if part.methods:
@@ -100,15 +104,15 @@ def run(
         # Once all is checked: a config that cannot be run must not keep the folder.
         count = 1 if mesh is None else mesh.size
         with launch.locked(workdir, ".lock.run", wait=True):
-            provenance.claim(workdir, config, devices=count, shards=shard.count)
+            data = tasks.at_hand(config)
+            provenance.claim(workdir, config, data, devices=count, shards=shard.count)
         results = journal.Journal(workdir / "results.jsonl", shard=shard)
         with writers.open_writer(workdir, trackers) as writer:
             for seed in config.seeds:
-                path = checkpoint_path or pristine_lib.path_of(workdir, seed)
                 sharding = None
                 if mesh is not None:
                     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-                held = pristine_lib.load(path, task, config, sharding=sharding)
+                held = pristine_lib.load(paths[seed], task, config, sharding=sharding)
                 model = seed_run.SeedRun(config, task, held, seed, restore, mesh, shard)
                 chosen = model.choose(workdir / "selection.json", candidates)
                 for role in ("validation", "reported"):

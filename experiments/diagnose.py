@@ -25,6 +25,7 @@ from absl import flags
 
 import ttt_jax as ttt
 from experiments import (
+    config_check,
     diagnose_record,
     diagnosis,
     journal,
@@ -123,15 +124,15 @@ def run(
       shard: which of several processes this is; each takes every N-th cell.
 
     Returns:
-      The record that ``diagnostics.json`` holds: origin, ``correlation``, ``rows``; nothing where
-      there is no row, as of a shard that has no cell.
+      The record of ``diagnostics.json``: origin, ``correlation``, ``rows``; ``{}`` without a row.
 
     Raises:
-      UserError: impossible options, or a folder whose rows were made otherwise.
+      UserError: impossible options, or a folder of other rows.
     """
-    launch.check_seeds(config)
+    config_check.check(config)
     options, workdir = checked(options), launch.open_workdir(folder)
     with journal.locked(workdir, shard):
+        paths = pristine_lib.paths(workdir, config.seeds, checkpoint_path)
         task = tasks.build(config)
         source = images.load_data(config, options.split)
         name, grid = diagnosis.candidates_of(config, options.method, task)
@@ -142,8 +143,7 @@ def run(
         program = diagnosis.Program(network, name, settings, rates, config.adapt.chunk_size)
         book = journal.Journal(workdir / "diagnostics.jsonl", shard=shard)
         for seed in config.seeds:
-            path = checkpoint_path or pristine_lib.path_of(workdir, seed)
-            pristine = pristine_lib.load(path, task, config)
+            pristine = pristine_lib.load(paths[seed], task, config)
             fields = {
                 "method": options.method,
                 "dataset": source.title,

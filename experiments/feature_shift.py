@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 import ttt_jax as ttt
-from experiments import journal, launch, pristine as pristine_lib, provenance, tasks
+from experiments import config_check, journal, launch, pristine as pristine_lib, provenance, tasks
 from experiments.tasks import image_order, images as image_task
 from ttt_jax import data, diagnostics
 from ttt_jax.source import Moments, mean_of
@@ -82,7 +82,7 @@ def run(
       UserError: a model without features, an unknown domain or norm, a choice that is empty or
         doubled, the batch's statistics for a model without BatchNorm, or too few images.
     """
-    launch.check_seeds(config)
+    config_check.check(config)
     launch.chosen("--norm value", [norm], NORMS)
     launch.chosen("--domains value", domains, data.corruptions.CORRUPTIONS)
     seed, severity = config.seeds[0], config.adapt.severity
@@ -105,7 +105,7 @@ def run(
             "--norm=batch is for a model with BatchNorm, and this one has none; use --norm=running."
         )
     workdir = launch.open_workdir(folder)
-    path = checkpoint_path or pristine_lib.path_of(workdir, seed)
+    path = pristine_lib.paths(workdir, [seed], checkpoint_path)[seed]
     pristine = pristine_lib.load(path, tasks.build(config), config)
     features = jax.jit(plain)
     same = {

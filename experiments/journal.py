@@ -15,6 +15,7 @@ import ml_collections
 from absl import flags
 
 from experiments import launch
+from experiments.config_keys import DEFAULTS
 
 # Of rows that do not say their tags, as those of earlier releases.
 _TAGS = ("domain", "severity", "document", "source")
@@ -96,7 +97,7 @@ def made_with(config: ml_collections.ConfigDict, names: Sequence[str]) -> dict[s
 
     A key that the config leaves out has its default, so that saying it changes no row.
     """
-    values = launch.DEFAULTS | launch.flat(config)
+    values = DEFAULTS | launch.flat(config)
     return json.loads(json.dumps({name: values[name] for name in names}))
 
 

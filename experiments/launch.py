@@ -4,10 +4,12 @@ import contextlib
 import difflib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import pathlib
 import re
+import runpy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -17,24 +19,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-# Keys that a config may leave out, and what their absence means.
-DEFAULTS = {
-    "data.domain": "clean",
-    "data.imbalance": 1,
-    "views.rim": "edge",
-    "train.aux": "rotation",
-    "train.main_select": "all",
-    "train.mask_ratio": 0.75,
-    "train.optimizer": "sgd",
-    "train.schedule": "cosine",
-    "train.warmup_steps": 0,
-    "train.steps_per_call": 1,
-    "adapt.corruptions": "standard",
-    "adapt.sequence": "none",
-    "adapt.parallel_streams": 16,
-    "adapt.selection_passes": 1,
-    "model.dtype": "float32",
-}
+from experiments.config_keys import DEFAULTS
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "digits.py"
 
@@ -55,15 +40,21 @@ MENDABLE = (UserError, ValueError, OSError)
 
 def define_flags() -> tuple[Any, Any]:
     """Defines ``--config`` and ``--workdir``; returns their holders."""
-    try:
-        config = config_flags.DEFINE_config_file(
-            "config", str(DEFAULT_CONFIG), "Config file; override with --config.KEY=VALUE."
-        )
-    except _OVERRIDE_ERRORS as error:
-        _refuse_override(error)
+    config = define_config(str(DEFAULT_CONFIG))
     workdir = flags.DEFINE_string("workdir", None, "Folder for everything the run writes.")
     flags.mark_flag_as_required("workdir")
     return config, workdir
+
+
+def define_config(default: str | None) -> Any:
+    """Defines ``--config``, whose keys ``--config.KEY=VALUE`` overrides; returns its holder."""
+    _check_files(sys.argv)
+    try:
+        return config_flags.DEFINE_config_file(
+            "config", default, "Config file; override with --config.KEY=VALUE."
+        )
+    except _OVERRIDE_ERRORS as error:
+        _refuse_override(error)
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> None:
@@ -132,15 +123,67 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def config_from(path: str | os.PathLike[str]) -> ml_collections.ConfigDict:
-    """The ``get_config()`` of a config file."""
-    namespace: dict[str, Any] = {}
-    exec(compile(pathlib.Path(path).read_text(), str(path), "exec"), namespace)
-    return namespace["get_config"]()
+def config_file(name: str | os.PathLike[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What a config file defines, and the arguments of its ``get_config``.
+
+    Args:
+      name: ``PATH`` or ``PATH:ARGUMENT``.
+
+    Raises:
+      UserError: no such file, one that fails, or one without ``get_config``.
+    """
+    path, *arguments = str(name).split(":", 1)
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"there is no file {path}; --config names a config file.")
+    try:
+        namespace = runpy.run_path(path)
+    except (Exception, SystemExit) as error:
+        if os.environ.get("TTT_JAX_TRACEBACK"):
+            raise
+        raise UserError(f"--config={path} fails: {type(error).__name__}: {error}.") from error
+    if not callable(namespace.get("get_config")):
+        raise UserError(f"--config={path} has no function get_config(); add it.")
+    return namespace, tuple(arguments)
+
+
+def config_from(name: str | os.PathLike[str]) -> ml_collections.ConfigDict:
+    """The ``get_config()`` of a config file, ``PATH`` or ``PATH:ARGUMENT``.
+
+    Raises:
+      UserError: there is none, or it fails or gives something else.
+    """
+    namespace, arguments = config_file(name)
+    try:
+        config = namespace["get_config"](*arguments)
+    except Exception as error:
+        if os.environ.get("TTT_JAX_TRACEBACK"):
+            raise
+        raise UserError(
+            f"get_config() of --config={name} fails: {type(error).__name__}: {error}."
+        ) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(
+            f"get_config() of --config={name} must return a ConfigDict; got {config!r}. End it "
+            "with return config."
+        )
+    return config
+
+
+def _check_files(argv: Sequence[str]) -> None:
+    """Says what is wrong with a config file, where ml_collections has other words."""
+    given = (re.fullmatch(r"--?config=(.*)", argument) for argument in argv)
+    names = [match[1] for match in given if match]
+    names += [b for a, b in itertools.pairwise(argv) if a in ("--config", "-config")]
+    for name in names:
+        try:
+            config_from(name)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 def setting(config: ml_collections.ConfigDict, name: str) -> Any:
-    """The value of one of the keys in :data:`DEFAULTS`, such as ``train.aux``."""
+    """The value of a key of ``config_keys.DEFAULTS``, such as ``train.aux``."""
     section, key = name.split(".")
     return config[section].get(key, DEFAULTS[name])
 
@@ -156,19 +199,17 @@ def chosen(kind: str, names: Iterable[str], known: Iterable[str]) -> tuple[str, 
     return names
 
 
-def check_seeds(config: ml_collections.ConfigDict) -> None:
-    """Refuses ``seeds`` that are none, doubled, or no seeds.
+def require_known(name: str, settings: Iterable[str], known: Iterable[str]) -> None:
+    """Refuses the settings of a method that nothing reads.
 
     Raises:
-      UserError: naming them.
+      ValueError: naming the first, what there is, and the nearest.
     """
-    seeds = tuple(config.seeds)
-    whole = all(isinstance(seed, int) and seed >= 0 for seed in seeds)
-    if not seeds or not whole or len(set(seeds)) < len(seeds):
-        raise UserError(
-            "config.seeds must list at least one integer from 0 on, each once; got "
-            f"{seeds}. Write --config.seeds='(0,)'."
-        )
+    known = sorted(known)
+    for key in settings:
+        if key not in known:
+            hint = nearest(key, known) or "."
+            raise ValueError(f"{key!r} is no setting of {name}; choose from {known}{hint}")
 
 
 def new_file(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -279,6 +320,11 @@ def write_json(path: str | os.PathLike[str], record: Any) -> None:
 def open_workdir(workdir: str) -> pathlib.Path:
     """Makes the work folder, and finds out now whether it can be written."""
     folder = pathlib.Path(workdir)
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise UserError(
+                f"cannot write {folder}: {part} is a file and no folder; choose another --workdir."
+            )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"

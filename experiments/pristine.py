@@ -1,6 +1,7 @@
 """The checkpoints of a work folder: where they lie, and what they must agree on with a config."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,25 @@ _FORMS = ("dtype", "conv", "attention")
 def path_of(workdir: pathlib.Path, seed: int) -> pathlib.Path:
     """Where the pristine checkpoint of a seed lies."""
     return workdir / "checkpoints" / f"seed_{seed}"
+
+
+def paths(
+    workdir: pathlib.Path, seeds: Sequence[int], given: str | None = None
+) -> dict[int, pathlib.Path]:
+    """The checkpoint of every seed: that of the folder, or a given one for all.
+
+    Raises:
+      FileNotFoundError: naming the first that there is not.
+    """
+    found = {seed: pathlib.Path(given) if given else path_of(workdir, seed) for seed in seeds}
+    for seed, path in found.items():
+        if not path.exists():
+            raise FileNotFoundError(
+                f"there is no checkpoint of seed {seed} at {path}; train one first: python -m "
+                "experiments.train with the same --workdir, --config and seeds, or name another "
+                "with --checkpoint."
+            )
+    return found
 
 
 def metadata(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -47,13 +67,7 @@ def load(
 
     Raises:
       CheckpointError: damaged, of another layout, or made with other constants.
-      FileNotFoundError: there is none.
     """
-    if not pathlib.Path(path).exists():
-        raise FileNotFoundError(
-            f"there is no checkpoint at {path}; train one first: python -m experiments.train with "
-            "the same --workdir and --config, or name another with --checkpoint."
-        )
     pristine = checkpoint.load(path, like=layout(task), sharding=sharding)
     pristine.require(**metadata(config))
     return pristine

@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 
 from experiments import launch
+from experiments.config_keys import DEFAULTS
 
 ORIGIN = ("command", "device", "device_count", "versions", "commit", "started")
 
@@ -95,38 +96,51 @@ def require_same(
 _MADE = ("results*.jsonl", "selection.json", "checkpoints/*", "training/*/*")
 
 
-def claim(folder: pathlib.Path, config: ml_collections.ConfigDict, **more: Any) -> None:
-    """Writes ``run.json``, or refuses a folder whose results were made with another config.
+def claim(
+    folder: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    data: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> None:
+    """Writes ``run.json``, or refuses a folder whose results were made with another config or data.
 
     The file is of the program that began the rows, or of the last one while there are none. Its
     ``runs`` are the origins of all that claimed the folder, in order, without those that differ
-    from the one before in their time alone. ``more`` is written too, and need not stay the same.
+    from the one before in their time alone. ``data`` are fingerprints by name, which a name that
+    both have must keep. ``more`` is written too, and need not stay the same.
 
     Raises:
       launch.UserError: naming each differing key, its stored and its present value.
     """
     path = folder / "run.json"
     record = of(config) | more
+    found = dict(data or {})
     latest = origin(record) | more
     runs: list[dict[str, Any]] = []
     if path.exists():
         try:
             old = json.loads(path.read_text())
-            before = launch.DEFAULTS | launch.flat(ml_collections.ConfigDict(old["config"]))
+            before = DEFAULTS | launch.flat(ml_collections.ConfigDict(old["config"]))
+            noted = dict(old.get("data", {}))
             runs = list(old.get("runs", [origin(old) | {k: old[k] for k in more if k in old}]))
         except (ValueError, KeyError, TypeError) as error:
             raise launch.UserError(
                 f"{path} is damaged ({error}). Use another --workdir."
             ) from error
-        after = launch.DEFAULTS | launch.flat(ml_collections.ConfigDict(record["config"]))
+        after = DEFAULTS | launch.flat(ml_collections.ConfigDict(record["config"]))
         before["seeds"] = after["seeds"]  # which may grow
         if any(any(folder.glob(pattern)) for pattern in _MADE):
             require_same(differences(before, after), folder, "the old values")
+            both = noted.keys() & found.keys()
+            now = {f"the images or labels of {n}": found[n] for n in sorted(both)}
+            was = {f"the images or labels of {n}": noted[n] for n in sorted(both)}
+            require_same(differences(was, now), folder, "the old data")
+            found = noted | found
         if any(folder.glob("results*.jsonl")):
             record = old | {"config": record["config"]}
     if not runs or _without_time(runs[-1]) != _without_time(latest):
         runs.append(latest)
-    launch.write_json(path, record | {"runs": runs})
+    launch.write_json(path, record | ({"data": found} if found else {}) | {"runs": runs})
 
 
 def _without_time(run: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 ``config.methods`` maps a label to settings. ``method`` names a function of ``ttt_jax.methods`` (the
 label itself where it is left out) or a function of a user's own, ``package.module:name``. Its other
 settings are arguments of that function, of the optimizer, or of ``Task.heads``. A tuple is a list
-of candidates, among which validation chooses.
+of candidates, and so is a list, among which validation chooses.
 """
 
 import importlib
@@ -84,15 +84,15 @@ def candidates(config: ml_collections.ConfigDict, task: Task) -> dict[str, list[
 
 
 def grid_of(options: Mapping[str, Any]) -> tuple[Settings, ...]:
-    """The product of the settings that are tuples; the others are the same in every candidate.
+    """The product of the settings that are tuples or lists; the others are in every candidate.
 
     Raises:
-      ValueError: a tuple without values.
+      ValueError: a tuple or list without values.
     """
     for name, value in options.items():
-        if isinstance(value, tuple) and not value:
+        if isinstance(value, tuple | list) and not value:
             raise ValueError(f"{name} lists no candidate; give it at least one value.")
-    values = [value if isinstance(value, tuple) else (value,) for value in options.values()]
+    values = [value if isinstance(value, tuple | list) else (value,) for value in options.values()]
     return tuple(dict(zip(options, chosen, strict=True)) for chosen in itertools.product(*values))
 
 
@@ -249,21 +249,26 @@ def parameter_counts(select: ttt.Selection | None, shapes: Any) -> dict[str, int
     return {"adapted_parameters": chosen.num_elements, "total_parameters": chosen.total_elements}
 
 
-def _function(settings: Settings, label: str) -> tuple[str, Callable[..., Any]]:
+def function_of(settings: Mapping[str, Any], label: str) -> tuple[str, Callable[..., Any]]:
+    """The name and the function of a method.
+
+    Raises:
+      ValueError: there is none of the name.
+    """
     name = settings.get("method", label)
     if ":" in name:
         return name, imported(name, "method")
     if name not in methods.__all__:
-        near = ", ".join(sorted(methods.__all__))
+        known = ", ".join(sorted(methods.__all__))
         raise ValueError(
-            f"method must be a function of ttt_jax.methods or PACKAGE.MODULE:NAME; got {name!r}. "
-            f"There are {near}."
+            f"method must be a function of ttt_jax.methods or PACKAGE.MODULE:NAME; got {name!r}"
+            f"{launch.nearest(name, methods.__all__) or '.'} There are {known}."
         )
     return name, getattr(methods, name)
 
 
 def _candidate(label: str, options: Settings, task: Task, batch_size: int) -> Candidate:
-    name, function = _function(options, label)
+    name, function = function_of(options, label)
     settings = PUBLISHED.get(name, {}) | options
     if settings.get("optimizer") == "adam" and options.get("momentum") is None:
         settings.pop("momentum", None)
@@ -352,10 +357,8 @@ def _arguments(
         serving.setdefault("norm", "batch")
     if "private" in allowed and "optimizer" in parameters and not in_batches:
         serving["private"] = True
-    unknown = [k for k in serving if k not in allowed]
-    if unknown:
-        known = sorted({*parameters, *allowed, *_OPTIMIZER, "method", "prior"} - {"private"})
-        raise ValueError(f"{unknown[0]!r} is no setting of {name}; choose from {known}.")
+    known = {*parameters, *allowed, *_OPTIMIZER, "method", "prior"} - {"private"}
+    launch.require_known(name, [k for k in serving if k not in allowed], known)
     heads = dict(task.heads(**serving))
     if name == "bn_adapt" and not heads.get("batch_norm", True):
         raise ValueError(

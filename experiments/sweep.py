@@ -21,10 +21,11 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
+from ml_collections import config_flags
 
 from experiments import launch, trial, writers
 from experiments.sweeping import collect, plan, pools, progress, work
@@ -47,6 +48,7 @@ def run(
     *,
     trackers: Sequence[str] = (),
     retry_failed: bool = False,
+    overrides: Mapping[str, Any] = plan.NOTHING,
 ) -> int:
     """Runs a sweep to its end; returns the exit status, 1 if a trial failed.
 
@@ -57,6 +59,7 @@ def run(
       limits: on every unit.
       trackers: where scalars go beside the folders of the units.
       retry_failed: try again what failed for good in an earlier run.
+      overrides: values of the config for all trials, by dotted key.
 
     Raises:
       UserError: a config without trials, or a folder that another sweep uses or that cannot be
@@ -64,7 +67,7 @@ def run(
     """
     workdir = launch.open_workdir(folder).resolve()
     with launch.locked(workdir):
-        units = plan.units(plan.variants(config))
+        units = plan.units(plan.variants(config, overrides))
         progress.save(workdir, units)
         before = progress.measure(workdir, units).counts
         trials = sum(before.values())
@@ -73,7 +76,8 @@ def run(
             return 0
         if before["done"] or before["failed"]:
             print(f"{before['done']} of {trials} trials are finished, {before['failed']} failed")
-        command = trial.command(str(pathlib.Path(config).resolve()), str(workdir), trackers)
+        file = str(pathlib.Path(config).resolve())
+        command = trial.command(file, str(workdir), trackers, overrides)
         # Trials of one shape share their compiled programs.
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(workdir / "compiled"))
         job = Job(str(workdir), command, {"JAX_COMPILATION_CACHE_DIR": cache}, limits)
@@ -81,9 +85,10 @@ def run(
         work.reopen([unit.folder(workdir) for unit in units], retry_failed=retry_failed)
         _tend(pool, workdir, units)
         path = collect.write(workdir, collect.rows(workdir, units))
-        counts = progress.measure(workdir, units).counts
-    print(f"{counts['done']} of {trials} trials done, {counts['failed']} failed; {path}")
-    return 0 if counts["done"] == trials else 1
+        now = progress.measure(workdir, units)
+    print(*progress.faults(workdir, units, now), sep="", end="", file=sys.stderr)
+    print(f"{now.counts['done']} of {trials} trials done, {now.counts['failed']} failed; {path}")
+    return 0 if now.counts["done"] == trials else 1
 
 
 def _tend(pool: pools.Pool, workdir: pathlib.Path, units: Sequence[plan.Unit]) -> None:
@@ -152,22 +157,24 @@ def main(argv: Sequence[str]) -> int:
     if values.status:
         print(status(values.status))
         return 0
-    if not values.config or not values.workdir:
+    if not values["config"].present or not values.workdir:
         raise launch.UserError("--config and --workdir are needed, or --status=DIR.")
+    config = config_flags.get_config_filename(values["config"])
     if values.trackers:
         launch.chosen("tracker", values.trackers, writers.TRACKERS)
     return run(
-        values.config,
+        config,
         values.workdir,
         _pool_maker(values),
         Limits(values.retries, 60 * values.time_min, values.memory_gb, values.pack),
         trackers=values.trackers,
         retry_failed=values.retry_failed,
+        overrides=config_flags.get_override_values(values["config"]),
     )
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("config", None, "Config file with sweep(add).")
+    launch.define_config(None)
     flags.DEFINE_string("workdir", None, "Folder of the sweep.")
     flags.DEFINE_string("status", None, "Only say how far the sweep of DIR is.")
     flags.DEFINE_enum("executor", "local", ["local", "slurm"], "Where to run.")

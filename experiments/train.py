@@ -19,11 +19,9 @@ import ml_collections
 import optax
 import tqdm
 
-from experiments import launch, pristine, provenance, settings, tasks, writers
+from experiments import config_check, launch, pristine, provenance, settings, tasks, writers
 from ttt_jax import checkpoint, evaluation, training, tuning
 from ttt_jax.task import Task
-
-_COUNTS = ("num_steps", "batch_size", "log_every", "save_every")
 
 
 def check(config: ml_collections.ConfigDict, task: Task) -> None:
@@ -32,19 +30,16 @@ def check(config: ml_collections.ConfigDict, task: Task) -> None:
     Raises:
       ValueError: an unknown ``train.aux``, ``train.schedule`` or ``train.optimizer``, a
         ``train.main_select`` that no parameter matches or that leaves parameters untrained, a
-        ``train.warmup_steps`` that is not shorter than the training, or fewer than one of
-        ``train.num_steps``, ``train.batch_size``, ``train.log_every``, ``train.save_every`` or
-        ``train.steps_per_call``.
-      UserError: impossible seeds.
+        ``train.warmup_steps`` that is not shorter than the training, or a model with BatchNorm
+        without ``train.statistics_momentum``.
     """
-    launch.check_seeds(config)
-    counts = {name: config.train[name] for name in _COUNTS}
-    counts["steps_per_call"] = launch.setting(config, "train.steps_per_call")
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"train.{name} must be at least 1; got {count}.")
     # Needed at the end of the training: a split that is missing is said now.
     task.streams("validation", config.seeds[0])
+    if "follow" in task.heads() and "statistics_momentum" not in config.train:
+        raise ValueError(
+            "the config lacks train.statistics_momentum, which a model with BatchNorm needs; add "
+            "it, such as 0.95."
+        )
     auxiliary = settings.auxiliary(config, task)
     _check_main_select(launch.setting(config, "train.main_select"), auxiliary, task)
     settings.training_optimizer(config)
@@ -158,12 +153,13 @@ def _require_finite(losses: dict[str, float], done: int) -> None:
 def run(config: ml_collections.ConfigDict, folder: str, *, trackers: Sequence[str] = ()) -> None:
     """Trains every seed of a config that has no checkpoint yet."""
     # Before the folder is claimed: a config that cannot be trained must not keep it.
-    launch.check_seeds(config)
+    config_check.check(config, adapts=False)
     task = tasks.build(config)
     check(config, task)
+    data = tasks.at_hand(config)
     workdir = launch.open_workdir(folder)
     with launch.locked(workdir), writers.open_writer(workdir, trackers) as writer:
-        provenance.claim(workdir, config)
+        provenance.claim(workdir, config, data)
         for seed in config.seeds:
             train(config, task, workdir, seed, writer)
 

@@ -10,7 +10,8 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -26,13 +27,21 @@ class Trials:
       config: path of the config file.
       folder: that of the sweep, which holds its plan.
       trackers: where scalars go beside the folders of the units.
+      overrides: of the config for all trials, as JSON by dotted key.
     """
 
-    def __init__(self, config: str, folder: str, trackers: Sequence[str] = ()):
+    def __init__(
+        self,
+        config: str,
+        folder: str,
+        trackers: Sequence[str] = (),
+        overrides: str = "{}",
+    ):
         self._workdir = pathlib.Path(folder)
         self._trackers = trackers
         self._units = {unit.id: unit for unit in progress.load(self._workdir)}
-        self._variants = {plan.digest(variant): variant for variant in plan.variants(config)}
+        variants = plan.variants(config, json.loads(overrides))
+        self._variants = {plan.digest(variant): variant for variant in variants}
 
     def attempt(self, name: str) -> tuple[str, str]:
         """Does the work of a unit; returns the outcome and what went wrong."""
@@ -86,9 +95,12 @@ def _failed_rows(path: pathlib.Path) -> str:
     return f"{len(failed)} rows failed; {first['method']} on {first['stream']}: {first['message']}"
 
 
-def command(config: str, folder: str, trackers: Sequence[str]) -> tuple[str, ...]:
+def command(
+    config: str, folder: str, trackers: Sequence[str], overrides: Mapping[str, Any]
+) -> tuple[str, ...]:
     """The command line that runs units."""
     values = {"config": config, "workdir": folder, "trackers": ",".join(trackers)}
+    values["overrides"] = json.dumps(dict(overrides))
     given = (f"--{name}={value}" for name, value in values.items())
     return (sys.executable, "-m", "experiments.trial", *given)
 
@@ -108,5 +120,6 @@ if __name__ == "__main__":
         flags.DEFINE_string("config", None, "The config file.", required=True),
         flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True),
         writers.define_flag(),
+        flags.DEFINE_string("overrides", "{}", "Of the config for all trials, as JSON."),
     )
     launch.run(main)

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from ttt_jax import _checks
 from ttt_jax.base import Params, PyTree
 
-__all__ = ["SourceStatistics", "source_statistics", "value_of"]
+__all__ = [
+    "Moments",
+    "SourceStatistics",
+    "is_test_split",
+    "mean_of",
+    "source_statistics",
+    "value_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +93,7 @@ def _squared(distance: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.square(distance) if same else jnp.outer(distance, distance)
 
 
-def _is_test(split: str) -> bool:
+def is_test_split(split: str) -> bool:
     """Whether a split holds test data: ``test[:50%]``, ``train+test``, ``cifartest``, ``all``."""
     words = re.findall(r"[a-z]+", split.lower())
     return any(
@@ -137,7 +144,7 @@ def source_statistics(
             "source_statistics needs data that says which split it is (a str attribute .split); "
             f"got {type(data).__name__}. Use ttt_jax.data.Loader."
         )
-    if _is_test(split):
+    if is_test_split(split):
         raise ValueError(
             f"Source statistics must not come from test data; got the split {split!r}. Use the "
             "training split."

@@ -36,7 +36,7 @@ def read(folder: pathlib.Path) -> tuple[Rows, dict[str, int], pathlib.Path, list
     try:
         units = progress.load(folder)
         found = progress.measure(folder, units).counts
-        found["waiting"] += found["blocked"]
+        found["waiting"] += found["blocked"] + found["unknown"]
         counts = {name: found[name] for name in ("done", "failed", "running", "waiting")}
     except launch.UserError:
         places = sorted((folder / "trials").glob("*/results.jsonl"))

@@ -9,14 +9,13 @@ import functools
 import hashlib
 import json
 import pathlib
-import runpy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
 import ml_collections
 
-from experiments import adapt, launch, tasks
+from experiments import adapt, config_check, launch, tasks
 from experiments.sweeping.unit import Unit
 
 # What a trained model depends on; all else of a config only adapts it.
@@ -24,6 +23,9 @@ TRAINING = ("task", "data", "model", "views", "train")
 # What makes no row. The values of a config count by themselves.
 _NO_RESULTS = ("configs/**/*.py", "report/**/*.py", "prepare/**/*.py")
 _ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+NOTHING: Mapping[str, Any] = {}
 
 
 class Variant(NamedTuple):
@@ -39,31 +41,54 @@ class Variant(NamedTuple):
         return self.config.seeds[0]
 
 
-def variants(path: str) -> list[Variant]:
+def variants(path: str, given: Mapping[str, Any] = NOTHING) -> list[Variant]:
     """The variants of a config file, in the order of its ``sweep(add)``.
 
     ``add(methods=(), domains=(), **overrides)`` adds one; an override is named by its dotted key,
     and replaces a value of the same type. Without ``sweep`` there is one variant per seed.
 
+    Args:
+      path: of the file, ``PATH:ARGUMENT`` with an argument of its ``get_config``.
+      given: values of ``--config.KEY=VALUE`` by dotted key, for all variants.
+
     Raises:
-      UserError: no such file, no variant, an unknown key or method, two variants that are the
-        same, or one with several seeds.
+      UserError: no such file, no variant, an unknown key, method or domain, a config that cannot
+        be run, two variants that are the same, one with several seeds, or a key that both ``given``
+        and an override have.
     """
-    if not pathlib.Path(path).exists():
-        raise launch.UserError(f"there is no file {path}; --config names a config file.")
-    namespace = runpy.run_path(path)
+    namespace, _ = launch.config_file(path)
     found: list[Variant] = []
 
+    def configured() -> ml_collections.ConfigDict:
+        config = launch.config_from(path)
+        config.update_from_flattened_dict(given)
+        return config
+
     def add(methods: Sequence[str] = (), domains: Sequence[str] = (), **overrides: Any) -> None:
-        config = namespace["get_config"]()
+        config = configured()
         known = launch.flat(config)
         for key in overrides:
             if key not in known:
                 near = launch.nearest(key, known)
                 raise launch.UserError(f"sweep(add) of {path}: no key {key!r} in the config{near}.")
+            if key in given and sweep is not None:
+                raise launch.UserError(
+                    f"sweep(add) of {path} sets {key} in its trials, and --config.{key} in all of "
+                    "them; leave one out."
+                )
+        if isinstance(methods, str):
+            raise launch.UserError(
+                f"sweep(add) of {path}: methods must be a list of names; got the text {methods!r}. "
+                f"Write methods=({methods!r},)."
+            )
         try:
             config.update_from_flattened_dict(overrides)
         except (TypeError, ValueError) as error:
+            raise launch.UserError(f"sweep(add) of {path}: {error}") from error
+        try:
+            config_check.check(config)
+            config_check.check_domains(config, domains)
+        except launch.UserError as error:
             raise launch.UserError(f"sweep(add) of {path}: {error}") from error
         if methods:
             launch.chosen("method", methods, config.methods)
@@ -78,7 +103,7 @@ def variants(path: str) -> list[Variant]:
 
     sweep = namespace.get("sweep")
     if sweep is None:
-        for seed in namespace["get_config"]().seeds:
+        for seed in configured().seeds:
             add(seeds=(seed,))
     else:
         sweep(add)

@@ -100,6 +100,7 @@ def table(units: Sequence[Unit], progress: Progress, columns: int | None = None)
     counts = progress.counts
     total = sum(counts.values())
     line = ", ".join(f"{counts[name]} {name}" for name in ("done", "running", "waiting", "failed"))
+    line += f", {counts['unknown']} unknown" if counts["unknown"] else ""
     if progress.seconds_left is not None:
         line += f"; about {tqdm.tqdm.format_interval(progress.seconds_left)} left"
     filled = _BAR * (counts["done"] + counts["failed"]) // max(1, total)
@@ -113,4 +114,18 @@ def table(units: Sequence[Unit], progress: Progress, columns: int | None = None)
     lines += [f"  and {len(running) - _LISTED} more that run"] * (len(running) > _LISTED)
     lines += [f"  failed   {unit.id}  {unit.label}: {said}" for said, unit in failed[:_LISTED]]
     lines += [f"  and {len(failed) - _LISTED} more that failed"] * (len(failed) > _LISTED)
+    unknown = [(u.id, s.message) for u, s in pairs if s.state == "unknown"]
+    lines += [f"  unknown  {name}: {said}" for name, said in unknown[:_LISTED]]
     return "\n".join(line[:columns] for line in lines)
+
+
+def faults(workdir: pathlib.Path, units: Sequence[Unit], progress: Progress) -> list[str]:
+    """Why units failed: each different message once, with how many and the log of the first."""
+    found: dict[str, list[Unit]] = {}
+    for unit, state in zip(units, progress.states, strict=True):
+        if state.state == "failed":
+            found.setdefault(state.message, []).append(unit)
+    return [
+        f"failed ({len(failed)}): {message} (log: {failed[0].folder(workdir) / 'log.txt'})\n"
+        for message, failed in found.items()
+    ]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from experiments import launch
 
-STATES = ("waiting", "running", "done", "failed", "blocked")
+STATES = ("waiting", "running", "done", "failed", "blocked", "unknown")
 FINAL = ("done", "failed")
 # Of one unit, in one run of the sweep: something kills it, such as the system for its memory.
 _MOST_INTERRUPTIONS = 20
@@ -18,7 +18,7 @@ class State(NamedTuple):
 
     Attributes:
       state: one of :data:`STATES`; a unit is blocked by what no other attempt would mend, such as a
-        full disk, and the sweep ends.
+        full disk, and the sweep ends; one whose file is damaged is unknown.
       failures: attempts that ended in an error.
       interruptions: attempts of this run of the sweep that were killed, or told to stop.
       message: of the last error.
@@ -35,18 +35,21 @@ class State(NamedTuple):
 
 
 def read(folder: pathlib.Path) -> State:
-    """The state of the unit of a folder; waiting if it never ran.
+    """The state of the unit of a folder: waiting if it never ran, unknown if its file is damaged.
 
-    Raises:
-      UserError: the file is damaged.
+    What is unknown is done again; what its files have is kept.
     """
     path = folder / "state.json"
     try:
-        return State(**json.loads(path.read_text()))
+        state = State(**json.loads(path.read_text()))
+        if state.state not in STATES:
+            raise ValueError(f"there is no state {state.state!r}")
     except FileNotFoundError:
         return State()
     except (ValueError, TypeError) as error:
-        raise launch.UserError(f"{path} is damaged ({error}); remove it.") from error
+        message = f"{path} is damaged ({error}); the sweep does it again, and keeps its rows."
+        return State("unknown", message=message)
+    return state
 
 
 def write(folder: pathlib.Path, state: State) -> None:

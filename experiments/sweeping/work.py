@@ -58,6 +58,8 @@ def _take(folder: pathlib.Path, retries: int, process: Process, stop: threading.
             if state.state == "running":
                 state = state_lib.ended(state, "interrupted", "its job was killed", retries)
                 state_lib.write(folder, state)
+            if state.state == "unknown":
+                state = state_lib.State()
             if state.state == "waiting":
                 state = state_lib.begun(state)
                 state_lib.write(folder, state)

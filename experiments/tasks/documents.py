@@ -18,12 +18,24 @@ import numpy as np
 import optax
 
 import ttt_jax as ttt
+from experiments.config_keys import ABSENT, NEEDED, TEXT, Key, whole
 from experiments.tasks.byte_decoder import ByteDecoder
 from ttt_jax import metrics
 from ttt_jax.task import Examples, Metric, Task
 
 # Of the files, by a checksum of their names: eight tenths train.
 _ROLES = {"train": range(8), "validation": range(8, 9), "reported": range(9, 10)}
+
+# The keys that this task reads, beside those of all.
+KEYS = {
+    "data.folder": Key(TEXT, "a folder of *.py files, '' for the standard library", NEEDED),
+    "data.chunk": Key(whole(2), "bytes of a chunk", NEEDED),
+    "data.chunks": Key(whole(1), "chunks of a document", NEEDED),
+    "data.most": Key(whole(1), "documents of a role, at most", ABSENT),
+    "model.width": Key(whole(1), "of the residual stream", ABSENT),
+    "model.depth": Key(whole(1), "number of blocks", ABSENT),
+    "model.heads": Key(whole(1), "of attention", ABSENT),
+}
 
 
 def task(config: ml_collections.ConfigDict) -> Task:
@@ -62,6 +74,14 @@ def task(config: ml_collections.ConfigDict) -> Task:
         metrics=_metrics(),
         chooses="bits_per_byte",
     )
+
+
+def fingerprint(config: ml_collections.ConfigDict) -> dict[str, int]:
+    """The bytes of the documents of every role; of which folder does not matter."""
+    return {
+        f"documents of {role}": zlib.crc32(_documents(config, role).x["tokens"].tobytes())
+        for role in _ROLES
+    }
 
 
 def document_ttt(

@@ -15,10 +15,20 @@ import numpy as np
 import optax
 
 import ttt_jax as ttt
+from experiments.config_keys import NEEDED, Key, whole
 from ttt_jax import metrics
 from ttt_jax.task import Examples, Task
 
 _ROLES = {"train": 1, "validation": 2, "reported": 3}
+
+# The keys that this task reads, beside those of all.
+KEYS = {
+    "data.colors": Key(whole(2), "colors of a grid", NEEDED),
+    "data.side": Key(whole(1), "cells along a side of a grid", NEEDED),
+    "data.demos": Key(whole(1), "demonstrations of a task", NEEDED),
+    "data.tasks": Key(whole(1), "tasks of a role", NEEDED),
+    "model.width": Key(whole(1), "of a color's embedding", NEEDED),
+}
 
 
 def task(config: ml_collections.ConfigDict) -> Task:

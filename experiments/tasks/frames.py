@@ -16,11 +16,19 @@ import numpy as np
 import optax
 
 import ttt_jax as ttt
+from experiments.config_keys import NEEDED, Key, whole
 from ttt_jax import data, losses, metrics, models
 from ttt_jax.task import Examples, Task
 
 NUM_CLASSES = 11
 SHIFTS = {"validation": ("dark",), "reported": ("clean", "noise", "faded")}
+
+# The keys that this task reads, beside those of all.
+KEYS = {
+    "data.frames": Key(whole(1), "frames of a video", NEEDED),
+    "data.side": Key(whole(8), "pixels along a side of the canvas", NEEDED),
+    "model.width": Key(whole(1), "channels of the first layer", NEEDED),
+}
 
 
 class PixelNet(nn.Module):

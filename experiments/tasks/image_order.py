@@ -11,11 +11,6 @@ from experiments import launch
 from ttt_jax import data
 from ttt_jax.task import Examples
 
-# Of the streams; "none" takes the images as they are, such as those of a natural domain.
-CORRUPTIONS = ("standard", "none")
-ORDERS = ("shuffled", "sorted_by_label", "dirichlet")
-SEQUENCES = ("none", "domains", "mixed", "gradual")
-
 
 @dataclasses.dataclass(frozen=True)
 class Order:
@@ -25,7 +20,7 @@ class Order:
       source: the images.
       plans: one after the other. Each has batches of its own, so that the statistics of a batch
         are never those of two domains unless a plan itself mixes them.
-      sequence: one of :data:`SEQUENCES`; ``"none"`` for a domain by itself.
+      sequence: that of ``adapt.sequence``; ``"none"`` for a domain by itself.
       batch_size: images per batch.
       seed: of the corruptions.
       domain: what the domain is called where that is not what the plans say: images that are not
@@ -58,32 +53,25 @@ class Order:
                 yield Examples(batch.id, batch.image, batch.label, tags)
 
 
+def names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The names of the streams of both roles, as :func:`streams` gives them."""
+    clean = launch.setting(config, "data.domain")
+    if launch.setting(config, "adapt.corruptions") == "none":
+        return tuple(dict.fromkeys((clean, "clean")))
+    if (sequence := launch.setting(config, "adapt.sequence")) != "none":
+        return clean, sequence
+    corruptions = data.corruptions
+    return clean, *corruptions.CORRUPTIONS, *corruptions.VALIDATION_CORRUPTIONS
+
+
 def check(config: ml_collections.ConfigDict) -> None:
-    """Refuses an order that there is not.
+    """Refuses orders that exclude each other; each by itself is of the table of keys.
 
     Raises:
-      ValueError: an unknown ``adapt.stream``, ``adapt.sequence`` or ``adapt.corruptions``, two
-        that exclude each other, a severity that there is not, or fewer than one of
-        ``adapt.batch_size``, ``adapt.parallel_streams`` or ``adapt.selection_passes``.
+      ValueError: naming them.
     """
-    for name, least in (("batch_size", 1), ("chunk_size", 0), ("corruption_seed", 0)):
-        if config.adapt[name] < least:
-            raise ValueError(f"adapt.{name} must be at least {least}; got {config.adapt[name]}.")
-    for name in ("parallel_streams", "selection_passes"):
-        if (count := launch.setting(config, f"adapt.{name}")) < 1:
-            raise ValueError(f"adapt.{name} must be at least 1; got {count}.")
     corruptions = launch.setting(config, "adapt.corruptions")
     stream, sequence = config.adapt.stream, launch.setting(config, "adapt.sequence")
-    choices = (
-        ("adapt.corruptions", corruptions, CORRUPTIONS),
-        ("adapt.stream", stream, ORDERS),
-        ("adapt.sequence", sequence, SEQUENCES),
-    )
-    for key, value, allowed in choices:
-        if value not in allowed:
-            raise ValueError(f"{key} must be one of {list(allowed)}; got {value!r}.")
-    if corruptions != "none":
-        data.corruptions.check_name(data.corruptions.CORRUPTIONS[0], config.adapt.severity)
     if sequence != "none" and corruptions == "none":
         raise ValueError(
             "adapt.sequence is a sequence of corruptions and needs adapt.corruptions='standard'; "

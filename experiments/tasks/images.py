@@ -1,5 +1,6 @@
 """Image classification: digits, CIFAR, PACS, or a user's own arrays and model."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,8 +12,8 @@ import numpy as np
 import optax
 
 import ttt_jax as ttt
-from experiments import launch
-from experiments.tasks import image_metrics, image_order, networks
+from experiments import config_keys, launch, settings
+from experiments.tasks import image_metrics, image_order, image_splits, networks
 from ttt_jax import data
 from ttt_jax.task import Examples, Task
 from ttt_jax.views import augmix, image as views
@@ -21,8 +22,33 @@ from ttt_jax.views import augmix, image as views
 # adaptation alone.
 _PROBE_KEY = 8
 _PROBE_VIEWS = 8
+_ROLES = ("train", "validation", "test")
 # Images per batch of a pass over the training split.
 _PASS_BATCH = 500
+
+
+KEYS = {**config_keys.IMAGES, **config_keys.MODEL}
+HEAD_KEYS = config_keys.IMAGE_HEADS
+stream_names = image_order.names
+
+
+def model_options(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The options of the model of a config.
+
+    Raises:
+      ValueError: an unknown model.
+    """
+    return networks.options_of(config.model.name)
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Refuses orders that exclude each other, and settings chosen on what is reported.
+
+    Raises:
+      ValueError: naming the keys.
+    """
+    image_order.check(config)
+    image_splits.check(config)
 
 
 def task(config: ml_collections.ConfigDict) -> Task:
@@ -33,6 +59,7 @@ def task(config: ml_collections.ConfigDict) -> Task:
     """
     image_order.check(config)
     test = load_data(config, "test")
+    _check_channels(config, test)
     net = ImageModel(config, test)
     groups: dict[str, np.ndarray] = {}
     if launch.setting(config, "data.imbalance") != 1:
@@ -61,6 +88,15 @@ def task(config: ml_collections.ConfigDict) -> Task:
     )
 
 
+def _check_channels(config: ml_collections.ConfigDict, source: data.Source) -> None:
+    channels = source.image_shape[-1]
+    if launch.setting(config, "adapt.corruptions") != "none" and channels not in (1, 3):
+        raise ValueError(
+            f"adapt.corruptions takes images of 1 or 3 channels; got {channels} of {source.name}. "
+            "Set config.adapt.corruptions = 'none', or take away channels."
+        )
+
+
 def load_data(
     config: ml_collections.ConfigDict, split: str, *, in_memory: bool = True
 ) -> data.Source:
@@ -76,6 +112,9 @@ def load_data(
     # Sets of one file per split name it by its place: npz:DIR/{split}.npz
     name = config.data.name.replace("{split}", base)
     source = data.load(name, config.data[split], data_dir=config.data.dir or None)
+    if name.startswith("npz:") and name != config.data.name:
+        # A file counts the classes of its own labels alone.
+        source.num_classes, source.class_names = image_splits.classes(config)
     imbalance = launch.setting(config, "data.imbalance")
     if split == "train" and imbalance != 1:
         # Which images stay belongs to the data set: it is the same for every seed.
@@ -83,10 +122,33 @@ def load_data(
     return source.in_memory() if config.data.in_memory and in_memory else source
 
 
-def fingerprint(config: ml_collections.ConfigDict) -> list[tuple[str, int, str]]:
-    """The images and labels of every split, and what results call them."""
-    sources = [load_data(config, split) for split in ("train", "validation", "test")]
-    return [(source.fingerprint, source.num_classes, source.title) for source in sources]
+def fingerprint(config: ml_collections.ConfigDict) -> dict[str, tuple[str, int, str]]:
+    """The images and labels of every split, and what results call them.
+
+    Raises:
+      ValueError: a split shares its images with the reported one.
+    """
+    sources = {role: load_data(config, role) for role in _ROLES}
+    found = image_splits.check_images(config, sources)
+    return {
+        f"data.{role}": (found[role], source.num_classes, source.title)
+        for role, source in sources.items()
+    }
+
+
+def at_hand(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """The fingerprints of the splits that are there, but of no training set too large for memory.
+
+    Raises:
+      ValueError: a split shares its images with the reported one.
+    """
+    sources = {role: load_data(config, role) for role in ("validation", "test")}
+    if config.data.in_memory:
+        # Who adapts a checkpoint of others may not have what it was trained on.
+        with contextlib.suppress(FileNotFoundError):
+            sources["train"] = load_data(config, "train")
+    found = image_splits.check_images(config, sources)
+    return {f"data.{role}": found[role] for role in sources}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +195,13 @@ class ImageModel:
                 f"{source.name} has images of several sizes {source.image_shape}; resize them "
                 "first."
             )
+        for name in ("mean", "std"):
+            value = config.data[name]
+            if isinstance(value, tuple | list) and len(value) != source.image_shape[-1]:
+                raise ValueError(
+                    f"data.{name} must be a number or one per channel; got {value!r} for images "
+                    f"of {source.image_shape[-1]} channels. Write {source.image_shape[-1]} numbers."
+                )
         self.image_shape = tuple(source.image_shape)
         self.num_classes = source.num_classes
         self._config = config
@@ -152,7 +221,15 @@ class ImageModel:
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Images in [0, 1] to what the module takes."""
-        return (images - self._config.data.mean) / self._config.data.std
+        mean, std = (self._constant(name) for name in ("mean", "std"))
+        return (images - mean) / std
+
+    def _constant(self, name: str) -> Any:
+        """A number, or one per channel as an array that lies along the last axis of images."""
+        value = self._config.data[name]
+        if not isinstance(value, tuple | list):
+            return value
+        return np.asarray(value, np.float32).reshape(1, 1, 1, -1)
 
     def training_heads(self) -> Mapping[str, Any]:
         """Heads in training mode: statistics of the batch where there is BatchNorm."""
@@ -265,7 +342,8 @@ class ImageModel:
     def _observed(self, classify: Any, probes: Mapping[str, Any]) -> Any:
         """The source model's logits, and the readings that the config's methods ask for."""
         methods = self._config.get("methods", {})
-        names = dict.fromkeys(options.get("probe") for options in methods.values())
+        grids = [settings.grid_of({"probe": o.get("probe")}) for o in methods.values()]
+        names = dict.fromkeys(one["probe"] for grid in grids for one in grid)
         wanted = {name: probes[name] for name in names if name in probes}
 
         def one(params: Any, image: jax.Array) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen, nnx
 
-from experiments import settings
+from experiments import launch, settings
+from experiments.tasks import ANY_OPTION
 from ttt_jax import data, kernels, models
 
 MODELS: dict[str, Any] = {"resnet": models.ResNet, "vit": models.ViT}
@@ -66,6 +67,27 @@ class Network(NamedTuple):
         return None if self.factory is not None else models.linen_activations(self.module)
 
 
+# Options that the images say, or the class makes itself.
+_FROM_IMAGES = ("num_classes", "image_size", "channels", "rngs", "parent", "name", "self")
+
+
+def options_of(name: str) -> tuple[str, ...]:
+    """The options that a model may have in a config; ``ANY_OPTION`` where it takes whatever comes.
+
+    Raises:
+      ValueError: an unknown model.
+    """
+    if ":" not in name and name not in MODELS:
+        raise ValueError(
+            f"model.name must be one of {sorted(MODELS)}, or PACKAGE.MODULE:NAME; got {name!r}."
+        )
+    factory = settings.imported(name, "model.name") if ":" in name else MODELS[name]
+    parameters = inspect.signature(factory).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return ANY_OPTION
+    return tuple(p.name for p in parameters if p.name not in _FROM_IMAGES)
+
+
 def build(
     config: ml_collections.ConfigDict, source: data.Source, *, shared_kernels: bool
 ) -> Network:
@@ -84,16 +106,17 @@ def build(
     """
     name = config.model.name
     options = {key: value for key, value in config.model.items() if key != "name"}
+    known = options_of(name)
+    for key in options:
+        if key not in known and known != ANY_OPTION:
+            hint = launch.nearest(key, known) or f"; it has {', '.join(known)}."
+            raise ValueError(f"model.{key} is no option of model.name={name!r}{hint}")
     options["num_classes"] = source.num_classes
     shape = tuple(source.image_shape)
     if "dtype" in options:
         options["dtype"] = jnp.dtype(options["dtype"])
     if ":" in name:
         return _imported(settings.imported(name, "model.name"), options, shape, name)
-    if name not in MODELS:
-        raise ValueError(
-            f"model.name must be one of {sorted(MODELS)}, or PACKAGE.MODULE:NAME; got {name!r}."
-        )
     if name == "vit":
         options |= {"image_size": shape[0], "channels": shape[2]}
     if name == "resnet" and shared_kernels:

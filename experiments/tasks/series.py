@@ -6,6 +6,7 @@ window, forecast from the S before them.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,10 +17,26 @@ import numpy as np
 import optax
 
 import ttt_jax as ttt
+from experiments.config_keys import ABSENT, NEEDED, TEXT, Key, Rule, number, whole
 from ttt_jax import metrics
 from ttt_jax.task import Examples, Task
 
 _ROLES = {"train": 1, "validation": 2, "reported": 3}
+
+# The keys that this task reads, beside those of all.
+_PERIODS = Rule(
+    "be a positive period for each of train, validation and reported",
+    lambda value: {*value} == {"train", "validation", "reported"} and min(value.values()) > 0,
+)
+KEYS = {
+    "data.file": Key(TEXT, "an npz file of series, '' to draw them", NEEDED),
+    "data.window": Key(whole(2), "values of a window", NEEDED),
+    "data.seen": Key(whole(1), "values that a forecast is made from", NEEDED),
+    "data.horizon": Key(whole(1), "values that are forecast", NEEDED),
+    "data.length": Key(whole(2), "values of a series that is drawn", ABSENT, ("data.file", "")),
+    "data.noise": Key(number(0), "added to a series that is drawn", ABSENT, ("data.file", "")),
+    "data.periods": Key(_PERIODS, "of series that are drawn", ABSENT, ("data.file", "")),
+}
 
 
 def task(config: ml_collections.ConfigDict) -> Task:
@@ -83,6 +100,11 @@ def task(config: ml_collections.ConfigDict) -> Task:
         metrics={"mse": metrics.mean(squared_error), "harmed": metrics.mean(worse)},
         chooses="mse",
     )
+
+
+def fingerprint(config: ml_collections.ConfigDict) -> dict[str, int]:
+    """The values of the series of every role."""
+    return {f"series of {role}": zlib.crc32(_series(config, role, 0).tobytes()) for role in _ROLES}
 
 
 def hindcasts(

@@ -133,7 +133,7 @@ def test_refusals(tmp_path, options, message):
     [
         ({"seeds": ()}, r"config\.seeds must list .* got \(\)"),
         ({"data.test": "test[:1]"}, r"at least 2; got 1536 and 1 of 'test\[:1\]'"),
-        ({"adapt.severity": 6}, "from 1 .* to 5"),
+        ({"adapt.severity": 6}, r"adapt\.severity must be at least 1 and at most 5; got 6"),
     ],
 )
 def test_refusals_of_a_config(tmp_path, change, message):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import adapt, journal, units
+from experiments import adapt, config_check, journal, units
 from experiments.tasks import image_order, images
 from tests.experiments import diagnosed, tiny_config
 from ttt_jax import data
@@ -74,7 +74,7 @@ def test_settings_are_chosen_on_several_passes_of_the_validation_images(source, 
         assert not np.array_equal(passes[0], passes[1])
     config.adapt.selection_passes = 0
     with pytest.raises(ValueError, match=r"adapt\.selection_passes must be at least 1; got 0"):
-        image_order.check(config)
+        config_check.check(config)
 
 
 def test_no_sequence_is_a_stream_per_domain(source):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments import launch
+from experiments import config_check, launch
 from tests.experiments import tiny_config
 
 
@@ -15,7 +15,7 @@ def test_impossible_seeds(seeds):
     config = tiny_config.get_config()
     config.seeds = seeds
     with pytest.raises(launch.UserError, match="at least one integer from 0 on, each once; got"):
-        launch.check_seeds(config)
+        config_check.check(config)
 
 
 def test_choices_are_some_and_each_once():

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import adapt, launch, train
+from experiments import adapt, config_check, launch, train
 from experiments.configs import pacs
 from experiments.prepare import pacs as prepare_pacs
 from experiments.tasks import image_order, images
@@ -134,7 +134,7 @@ def test_impossible_domains_are_refused(adapt_options, words):
     config = tiny_config.get_config()
     config.adapt.update(adapt_options)
     with pytest.raises(ValueError, match=words):
-        image_order.check(config)
+        config_check.check(config)
 
 
 @pytest.mark.parametrize("name", ["pacs", "pacs_source"])

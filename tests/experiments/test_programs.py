@@ -314,7 +314,7 @@ def test_a_value_that_was_wrong_can_be_corrected(trained, tmp_path):
     config = get_config()
     part = adapt.Part(("source",), ("clean",))
     for section, key, value, words in (
-        ("adapt", "severity", 7, "A severity is an integer from 1"),
+        ("adapt", "severity", 7, r"adapt\.severity must be at least 1 and at most 5; got 7"),
         ("adapt", "batch_size", 0, r"adapt\.batch_size must be at least 1; got 0"),
         ("adapt", "corruption_seed", -1, r"adapt\.corruption_seed must be at least 0; got -1"),
     ):

@@ -93,6 +93,10 @@ def test_code_that_makes_no_row_changes_no_id(tmp_path, monkeypatch):
         ("add(seeds=(0, 1))", r"one seed; got seeds=\(0, 1\)"),
         ("add(seeds=(0,))\nadd(seeds=(0,))", r"trials 0 and 1 are the same \(seeds=0\)"),
         ('add(methods=("rotate",))', "unknown method 'rotate'; choose from rotation"),
+        ('add(domains="fog")', r"domains must be a list of names; got the text 'fog'"),
+        ('add(methods="rotation")', "methods must be a list of names; got the text 'rotation'"),
+        ('add(domains=("mist",))', "unknown domain 'mist'; choose from"),
+        ('add(**{"train.num_steps": 0})', r"train\.num_steps must be at least 1; got 0"),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused(config, body, words):
@@ -306,18 +310,24 @@ def test_a_model_keeps_its_steps_when_its_trials_change(config, tmp_path):
 
 def test_a_sweep_with_a_trial_that_fails(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(work, "Process", Here)
-    path = config('add(domains=("fog",))\nadd(domains=("mist",))')
+    nothing = '**{"methods.rotation.select": "nowhere/.*"}'
+    path = config(f'add(domains=("fog",))\nadd(domains=("fog",), {nothing})')
     folder = tmp_path / "sweep"
     assert sweep.run(path, str(folder), Pool, Limits(retries=1)) == 1
     rows = pq.read_table(folder / "results.parquet").to_pylist()
     assert [(row["status"], row["domain"]) for row in rows] == [("ok", "fog"), ("failed", None)]
-    assert "unknown domain 'mist'; choose from" in rows[1]["message"]
+    assert "nowhere/.*" in rows[1]["message"]
     assert rows[0]["trial"] != rows[1]["trial"] and 0 <= rows[0]["error"] <= 1
     assert rows[0]["settings"].startswith('{"copies"')
-    assert "1 of 2 trials done, 1 failed" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "1 of 2 trials done, 1 failed" in output.out
+    # Each different reason once, with where more is said.
+    (reason,) = [line for line in output.err.splitlines() if line.startswith("failed (")]
+    assert reason.startswith("failed (1): ") and "nowhere/.*" in reason
+    assert reason.endswith(f"(log: {folder / 'trials' / rows[1]['trial'] / 'log.txt'})")
     said = sweep.status(str(folder))
     assert said.splitlines()[0].endswith("] 2 trials: 1 done, 0 running, 0 waiting, 1 failed")
-    assert "unknown domain 'mist'" in said.splitlines()[1]
+    assert "nowhere/.*" in said.splitlines()[1]
     # Again: what failed for good stays so, and what is done is not done again.
     failed = state_lib.read(folder / "trials" / rows[1]["trial"])
     assert failed.failures == 2

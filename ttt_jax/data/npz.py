@@ -72,6 +72,23 @@ def open_file(path: str) -> ArrayReader:
     return ArrayReader(images, labels, class_names, ids, title)
 
 
+def classes(path: str) -> tuple[int, tuple[str, ...] | None]:
+    """How many classes a file shows, and their names if it has them; no image is read.
+
+    Raises:
+      ValueError: it is no npz file with labels.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            labels = archive["labels"]
+            names = archive["class_names"] if "class_names" in archive else None
+    except (ValueError, OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path!r} is not a readable npz file with labels: {error}") from error
+    if names is not None:
+        return len(names), tuple(str(name) for name in names)
+    return int(labels.max(initial=-1)) + 1, None
+
+
 def _check_images(images: np.ndarray, path: str) -> np.ndarray:
     if images.ndim == 3:
         images = images[..., None]

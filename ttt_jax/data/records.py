@@ -1,8 +1,10 @@
 """Prepared TFDS sets, read through array_record without TensorFlow."""
 
+import contextlib
 import difflib
 import os
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,19 +32,24 @@ class RecordReader:
         self.image_shape = tuple(features["image"].shape)
         self._builder, self._split = builder, split
         self._source = _data_source(builder, split)
-        stored, promised = len(self._source), builder.info.splits[split].num_examples
-        if stored != promised:
-            raise ValueError(
-                f"{builder.info.full_name}/{split} has {stored} records on disk, but its metadata "
-                f"say {promised}; delete {str(builder.data_dir)!r} and prepare it again."
-            )
+        self._files = [os.fspath(path) for path in builder.info.splits[split].filepaths]
+        promised = builder.info.splits[split].num_examples
+        # len() of the source may be of the metadata too: the files themselves are counted.
+        for stored in (len(self._source), sum(map(_records, self._files))):
+            if stored != promised:
+                raise ValueError(
+                    f"{builder.info.full_name}/{split} has {stored} records on disk, but its "
+                    f"metadata say {promised}; delete {str(builder.data_dir)!r} and prepare it "
+                    "again."
+                )
 
     def __len__(self) -> int:
         return len(self._source)
 
     def image(self, position: int) -> np.ndarray:
         """The decoded image at ``position``."""
-        return np.asarray(self._source[position]["image"])
+        with _reading(self._files):
+            return np.asarray(self._source[position]["image"])
 
     def labels(self) -> np.ndarray:
         """int32 ``[N]``; the images stay encoded."""
@@ -51,11 +58,40 @@ class RecordReader:
         lean = self._builder.as_data_source(
             self._split, decoders={"image": tfds.decode.SkipDecoding()}
         )
-        return np.fromiter((record["label"] for record in lean), np.int32, len(lean))
+        with _reading(self._files):
+            return np.fromiter((record["label"] for record in lean), np.int32, len(lean))
 
     def ids(self) -> np.ndarray:
         """int64 ``[N]``: positions."""
         return np.arange(len(self), dtype=np.int64)
+
+
+def _records(file: str) -> int:
+    """How many records a file has."""
+    reader_of = _extras.load("array_record.python.array_record_module", "data").ArrayRecordReader
+    if not os.path.exists(file):
+        raise ValueError(
+            f"the record file {file!r} is missing; delete its folder and prepare the set again."
+        )
+    with _reading([file]):
+        reader = reader_of(file)
+        try:
+            return reader.num_records()
+        finally:
+            reader.close()
+
+
+@contextlib.contextmanager
+def _reading(files: Sequence[str]) -> Iterator[None]:
+    """Names the files of a set that cannot be read: array_record does not."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"the set in {' or '.join(map(repr, files))} is damaged ({first}); delete its folder "
+            "and prepare it again."
+        ) from error
 
 
 def _data_source(builder: Any, split: str) -> Any:
