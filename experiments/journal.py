@@ -158,7 +158,8 @@ class Journal:
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         others = [file for file in files(path) if file != path]
         self._load(self.path, others if shard == WHOLE else [])
-        self.reread()
+        if shard != WHOLE:
+            self.reread()
 
     def reread(self) -> "Journal":
         """Takes the rows that other shards have added; returns this journal."""

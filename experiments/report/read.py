@@ -213,17 +213,15 @@ def json_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
             f"{path}: no results here. Run `python -m experiments.adapt --workdir={path.parent}` "
             "first, or give the folder of a run or of a sweep."
         )
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    notes: list[str] = []
-    for file in files:
-        found, more = _one_file(file)
-        # What failed in a shard may have succeeded in another one since.
-        for row in found:
-            key = journal.identity(row)
-            if key not in rows or rows[key]["status"] != "ok":
-                rows[key] = row
-        notes += more
-    return list(rows.values()), notes
+    parts = [_one_file(file) for file in files]
+    # What failed in a shard may have succeeded in another one since.
+    done: dict[tuple[Any, ...], int] = {}
+    for n, (found, _) in enumerate(parts):
+        for row in (row for row in found if row["status"] == "ok"):
+            done.setdefault(journal.identity(row), n)
+    pairs = [(row, n) for n, (found, _) in enumerate(parts) for row in found]
+    rows = [row for row, n in pairs if done.get(journal.identity(row), n) == n]
+    return rows, [note for _, notes in parts for note in notes]
 
 
 def _one_file(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:

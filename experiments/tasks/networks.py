@@ -47,7 +47,8 @@ class Network(NamedTuple):
         """
         kind, base = type(self.module), nnx.Module if self.factory is not None else linen.Module
         names = [name for name in dir(kind) if name[0] != "_" and not hasattr(base, name)]
-        found = [n for n in names if n not in _NO_HEADS and inspect.isfunction(getattr(kind, n))]
+        none = {*_NO_HEADS, *getattr(kind, "__dataclass_fields__", ())}
+        found = [n for n in names if n not in none and inspect.isfunction(getattr(kind, n))]
         return [*found, "project"] if getattr(self.module, "projection", 0) else found
 
     def apply(self, method: str | None, norm: Any) -> Any:

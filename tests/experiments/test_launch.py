@@ -1,6 +1,5 @@
 """What every program shares: seeds, choices, files that are there."""
 
-import signal
 import subprocess
 import sys
 
@@ -35,16 +34,12 @@ def test_a_file_that_is_there_is_not_replaced(tmp_path):
 
 def ended(program, **options):
     """How a process of ``launch.run`` over the body of a ``main`` ends."""
-    lines = ["import os, signal, sys", "from experiments import launch", "def main(argv):"]
-    lines += [f"    {line}" for line in program]
-    code = "\n".join([*lines, "launch.run(main)"])
+    lines = ["import os, signal, sys", "from experiments import launch"]
+    # As in a terminal: some runners have it ignored.
+    lines += ["signal.signal(signal.SIGINT, signal.default_int_handler)", "def main(argv):"]
+    code = "\n".join([*lines, *(f"    {line}" for line in program), "launch.run(main)"])
     return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stderr=subprocess.PIPE,
-        text=True,
-        # As in a terminal: some runners have it ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **options,
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, **options
     )
 
 

@@ -1,13 +1,16 @@
 """A user's own NNX model, auxiliary loss and method, from a config to rows."""
 
 import json
+from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
 import pytest
 
 from experiments import adapt, settings, tasks, train
+from experiments.tasks import networks
 from tests.experiments import own_model, tiny_config
 
 _HERE = "tests.experiments.own_model"
@@ -47,11 +50,27 @@ def test_the_public_methods_of_a_model_are_heads():
     assert loss == wanted(params, images, jax.random.key(1))
 
 
+def test_a_field_that_holds_a_function_is_no_head():
+    class Net(nn.Module):
+        num_classes: int
+        activation: Callable = abs_of
+
+        def features(self, images):
+            return images
+
+    network = networks.Network(Net(3), None, (8, 8, 1))
+    assert network.heads() == ["features"]
+
+
 def test_a_head_that_the_model_has_not():
     config = get_config()
     config.train.aux = "tests.experiments.test_own_model:of_another_head"
     with pytest.raises(ValueError, match=r"of_another_head needs 'segment'; .* has .*decode"):
         settings.auxiliary(config, tasks.build(config))
+
+
+def abs_of(x):
+    return jnp.abs(x)
 
 
 def of_another_head(segment):

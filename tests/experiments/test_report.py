@@ -192,6 +192,12 @@ def test_a_malformed_row_names_file_line_and_rule(tmp_path, changes, words):
     assert words in str(caught.value) and "results.jsonl" in str(caught.value)
 
 
+def test_rows_that_differ_in_another_text_alone_are_all_kept(tmp_path):
+    kinds = [row("source", "fog", 0, 0.5) | {"compute_dtype": kind} for kind in ("f32", "bf16")]
+    put_run(tmp_path, kinds)
+    assert read.results(tmp_path).frame["compute_dtype"].tolist() == ["f32", "bf16"]
+
+
 def test_broken_files_are_one_sentence_or_a_note(tmp_path):
     with pytest.raises(ReportError, match=r"no results here\. Run"):
         read.results(tmp_path)
