@@ -58,7 +58,9 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, functools.partial], ids=str)
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, jax.jit, functools.partial], ids=("itself", "jit", "partial")
+)
 def test_a_loss_refuses_unbatched(name, wrap):
     with pytest.raises(TypeError, match=rf"{name} .*got unbatched\(apply\).*pass apply"):
         LOSSES[name](wrap(ttt.unbatched(model)))
