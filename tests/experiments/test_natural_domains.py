@@ -81,8 +81,9 @@ def test_the_program_writes_what_the_config_reads(sets, tmp_path, monkeypatch):
 
 
 def natural(folder, sets):
+    rng = np.random.default_rng(0)
     for name, arrays in prepare_pacs.leave_one_out(sets, "photo", seed=0).items():
-        noise = np.random.default_rng(0).integers(0, 256, arrays["images"].shape, np.uint8)
+        noise = rng.integers(0, 256, arrays["images"].shape, np.uint8)
         np.savez(folder / f"{name}.npz", **arrays | {"images": noise})
     config = diagnosed.get_config()
     config.data.update({"name": f"npz:{folder}/{{split}}.npz", "domain": "photo"})

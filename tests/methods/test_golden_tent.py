@@ -162,5 +162,5 @@ def test_rpl():
 
 @pytest.mark.parametrize("q", [0.0, -0.1, 1.1, float("nan")])
 def test_rpl_refuses_an_exponent_out_of_range(q):
-    with pytest.raises(ValueError, match=r"rpl: q must be in \(0, 1\], got"):
+    with pytest.raises(ValueError, match=r"rpl: q must be a number in \(0, 1\]; got"):
         methods.rpl(model, q=q)
