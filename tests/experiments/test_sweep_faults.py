@@ -167,6 +167,9 @@ def test_a_kill_of_each_kind_leaves_no_trace(tmp_path, monkeypatch):
     cache = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", cache)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # Programs for the four devices of conftest.py take longer to compile than for one.
+    flags = os.environ.get("XLA_FLAGS", "").replace("device_count=4", "device_count=1")
+    monkeypatch.setenv("XLA_FLAGS", flags)
     config, held = (tiny_sweep.write(tmp_path / name, SMALL) for name in ("small.py", "held.py"))
     for path, more in ((config, LIGHT), (held, LIGHT + HELD)):
         with open(path, "a") as file:
