@@ -87,7 +87,7 @@ def _opened(data: Data, kind: str, pick: table.Pick, plain: table.Pick | None) -
     else:
         line = table.difference(data, method, plain.method)
         compared = _distance(line, name, plain.method)
-        if pick.rivals == 1 and line is not None and not abs(line["mean"]) <= line["half"]:
+        if pick.rivals == 1 and line is not None and abs(line["mean"]) > line["half"]:
             moved = "lowers" if line["mean"] < 0 else "raises"
             before = f"{_value(plain.line, name)} ({plain.method})"
             return f"{said}, {moved} it from {before} to {value}: {compared}."

@@ -277,7 +277,7 @@ def test_a_method_at_chance_is_marked_and_never_the_lowest(tmp_path):
 def test_the_headline_says_that_it_is_at_chance(tmp_path):
     rows = at_level({"source": {"fog": 0.91}, "memo": {"fog": 0.92}})
     text = " ".join(notes.lead(prepared(put_run(tmp_path, rows))))
-    assert "to 92.0 % (at chance: a constant answer has 90.0 %)" in text
+    assert ": 92.0 % (at chance: a constant answer has 90.0 %), 1.0 points above source" in text
 
 
 def test_rows_that_do_not_know_chance_have_no_mark(tmp_path):
