@@ -41,7 +41,7 @@ picks its learning rate and number of steps on the images it is scored on, a bou
 result.</p>
 {{ picture | safe }}<p>Each mark is one set of images. Inner product over the shared encoder
 parameters that adapt, mean per image; dashed: least squares. Here {{ shown }}. {{ published }}</p>
-<div>{{ table | safe }}</div>
+<div tabindex="0" role="region" aria-label="Sets">{{ table | safe }}</div>
 <dl>{% for name, value in facts.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
 </main></body></html>
 """

@@ -169,7 +169,12 @@ def _gains(
             replicates["gain"][index.index] = matrix[index] - matrix[index.index]
     if {"turned_right", "turned_wrong"} <= {*frame} and primary == "error":
         turned = frame["turned_right"] - frame["turned_wrong"]
-        gain = gain.fillna(turned.where(frame[primary].notna()))
+        bare = (gain.isna() & frame[primary].notna()).to_numpy()
+        gain = gain.mask(bare, turned)
+        if {"turned_right", "turned_wrong"} <= {*replicates}:
+            right, wrong = (replicates[f"turned_{side}"] for side in ("right", "wrong"))
+            draws = replicates.setdefault("gain", np.full_like(right, np.nan))
+            draws[bare] = right[bare] - wrong[bare]
     return (names[0] if names else None), gain
 
 

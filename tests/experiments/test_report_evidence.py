@@ -221,6 +221,24 @@ def test_without_instances_an_interval_takes_three_seeds(tmp_path, count, basis)
     assert f"(paired, {said})" in " ".join(notes.lead(data))
 
 
+def test_a_gain_without_source_rows_is_paired_too(tmp_path):
+    put_run(tmp_path, [row("memo", "fog", 0, 0.4, turned_right=0.2, turned_wrong=0.05)])
+    (tmp_path / "instances").mkdir()
+    right, wrong = np.arange(100) < 20, np.arange(100) >= 95
+    np.savez(
+        tmp_path / "instances" / "memo.npz",
+        id=np.arange(100),
+        sums=np.stack([right, wrong], 1).astype(float),
+        metrics=np.array(["turned_right", "turned_wrong"]),
+        **{"method": "memo", "stream": "fog", "seed": 0, "role": "reported"},
+    )
+    (line,) = table.means(prepared(tmp_path), "gain").to_dict("records")
+    # Of each image 1, 0 or -1.
+    error = ((right * 1.0 - wrong).var() / 100) ** 0.5
+    assert line["mean"] == pytest.approx(0.15) and line["basis"] == "instances"
+    assert line["half"] == pytest.approx(1.96 * error, rel=0.25)
+
+
 def test_trials_of_a_sweep_have_instances_of_their_own(tmp_path):
     trials = {
         f"seeds={s}": [r for r in seeds_of([(0.5, 0.4)] * 2) if r["seed"] == s] for s in (0, 1)
