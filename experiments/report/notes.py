@@ -42,7 +42,11 @@ def lead(data: Data) -> list[str]:
     plain = head.pop("plain", None)
     count = kept.rows(shifted=True)["domain"].nunique()
     what = f"Mean {title_of(name)} over {count} domain{'s' if count != 1 else ''}"
-    what += ", with the settings that validation rows chose" if kept is not data else ""
+    if trials is not None:
+        validated = len(kept.rows("validation"))
+        what += (
+            ", with the settings that validation rows chose" if validated else ", of all settings"
+        )
     if not head:
         text.append(f"{what}: no method that takes gradient steps has a measured row yet.")
         return [*text, _opened(kept, "plain", plain, None)] if plain else text

@@ -272,13 +272,21 @@ def difference(data: Data, method: str, other: str) -> pd.Series | None:
       The line of :func:`experiments.report.intervals.summarize`; None where they share no place.
     """
     measure, pair = data.results.primary, [*intervals.PAIR]
-    rows = data.rows(shifted=True).reset_index()
-    first, second = (rows[rows["method"] == name] for name in (method, other))
-    both = first.merge(second, on=pair, suffixes=("", "_other"))
-    both = both.assign(_value=both[measure] - both[f"{measure}_other"], _all="all")
+    rows = data.rows(shifted=True).dropna(subset=[measure]).reset_index()
+    sides = (
+        rows[rows["method"] == name]
+        .groupby(pair, dropna=False)
+        # Of several settings the mean: validation chose none among them.
+        .agg(value=(measure, "mean"), rows=("index", list))
+        for name in (method, other)
+    )
+    first, second = sides
+    both = first.merge(second, left_index=True, right_index=True, suffixes=("", "_other"))
+    both = both.assign(_value=both["value"] - both["value_other"], _all="all").reset_index()
     replicates = None
-    if (matrix := data.replicates.get(measure)) is not None:
-        replicates = {"_value": matrix[both["index"]] - matrix[both["index_other"]]}
+    if (matrix := data.replicates.get(measure)) is not None and len(both):
+        own, its = ([matrix[i].mean(0) for i in both[name]] for name in ("rows", "rows_other"))
+        replicates = {"_value": np.subtract(own, its)}
     lines = intervals.summarize(both, ["_all"], "_value", replicates=replicates)
     return None if lines.empty else lines.iloc[0]
 

@@ -154,6 +154,17 @@ def test_a_sweep_chooses_settings_and_method_on_validation(tmp_path):
     assert "40.0 %, 10.0 points below source" in text and f"{HINDSIGHT}memo, 35.0 %" in text
 
 
+def test_a_sweep_without_validation_rows_is_compared_over_all_settings(tmp_path):
+    trials = {"methods=source": made("source", None, 0.5)}
+    for n, error in enumerate((0.4, 0.3, 0.2)):
+        trials[f"rate={n}"] = made("rotation", None, error, settings={"learning_rate": n})
+    data = prepared(put_sweep(tmp_path, trials))
+    text = " ".join(notes.lead(data))
+    assert "over 2 domains, of all settings." in text and "chose" not in text
+    assert table.difference(data, "rotation", "source")["mean"] == pytest.approx(-0.2)
+    assert table.difference(data, "rotation", "source")["rows"] == 2
+
+
 def test_rows_are_paired_by_their_tags(tmp_path):
     def of(method, errors):
         more = {"stream": "frames", "tags": ["shift"], "num_examples": 50}
