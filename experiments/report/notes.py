@@ -18,7 +18,7 @@ _KINDS = {
     "plain": "without a gradient step",
 }
 _HINDSIGHT = "picked on these very instances"
-_ONE_MODEL = "All this is of one model; it says nothing about another one."
+_ONE = "All this is of one {}; it says nothing about another one."
 
 
 def percent(value: float, half: float, name: str, unit: str = "%") -> str:
@@ -37,16 +37,20 @@ def lead(data: Data) -> list[str]:
         text.append(f"{sum(trials.values()):,} trials: {counts}; {len(data.frame):,} rows.")
     if not name or data.rows().empty:
         return [*text, "There is no reported row with a measure yet; what there is follows."]
+    if not data.ranks:
+        return [
+            *text,
+            f"No row says which measure chooses, and whether a lower {title_of(name)} is better is "
+            "not known, so there is no headline; what there is follows.",
+        ]
     kept = table.chosen(data)
     head = table.headline(kept)
     plain = head.pop("plain", None)
     count = kept.rows(shifted=True)["domain"].nunique()
     what = f"Mean {title_of(name)} over {count} domain{'s' if count != 1 else ''}"
     if trials is not None:
-        validated = len(kept.rows("validation"))
-        what += (
-            ", with the settings that validation rows chose" if validated else ", of all settings"
-        )
+        chose = len(kept.rows("validation")) > 0
+        what += ", with the settings that validation rows chose" if chose else ", of all settings"
     if not head:
         text.append(f"{what}: no method that takes gradient steps has a measured row yet.")
         return [*text, _opened(kept, "plain", plain, None)] if plain else text
@@ -59,8 +63,10 @@ def lead(data: Data) -> list[str]:
             text[-1] += f" {kept.reference} has {_value(source.loc[kept.reference], name)}."
     text += _on_clean(kept, next(iter(head.values())).method)
     rows = kept.rows()
-    if rows["seed"].nunique() == 1 or ("checkpoint" in rows and rows["checkpoint"].nunique() == 1):
-        text.append(_ONE_MODEL)
+    if "checkpoint" in rows and rows["checkpoint"].nunique() == 1:
+        text.append(_ONE.format("model"))
+    elif rows["seed"].nunique() == 1:
+        text.append(_ONE.format("seed"))
     return text
 
 

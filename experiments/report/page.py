@@ -198,7 +198,7 @@ def _payload(data: Data, views: list[charts.View]) -> dict[str, Any]:
         "titles": {name: title_of(name) for name in (*columns, "num_steps")},
         "roles": [r for r in ("reported", "validation") if r in roles] or ["reported"],
         "measures": measures,
-        "primary": results.primary,
+        "primary": results.primary if data.ranks else "",
         "prices": [n for n in ("cost", "milliseconds") if n in measures],
         "axes": axes,
         "curves": list(results.curves),

@@ -56,12 +56,21 @@ class Data(NamedTuple):
         """The rows."""
         return self.results.frame
 
+    @property
+    def ranks(self) -> bool:
+        """Whether lower values of the primary measure are known to be better: rows name it."""
+        return _ranks(self.frame, self.results.primary)
+
     def rows(self, role: str = "reported", *, shifted: bool = False) -> pd.DataFrame:
         """The rows of a split role that hold a measurement; ``shifted`` leaves clean ones out."""
         kept = self.frame[(self.frame["split_role"] == role) & (self.frame["status"] == "ok")]
         if shifted and (kept["domain"] != CLEAN).any():
             kept = kept[kept["domain"] != CLEAN]
         return kept
+
+
+def _ranks(frame: pd.DataFrame, primary: str) -> bool:
+    return primary == "error" or primary in {*frame.get("chooses", ())}
 
 
 def prepare(results: Results) -> Data:
@@ -85,7 +94,7 @@ def prepare(results: Results) -> Data:
     settings = [*results.settings, *(["num_steps"] if "num_steps" in frame else [])]
     keys = [frame[name] for name in ("method", *settings)]
     frame["setting"] = frame.groupby([*keys, label.str.strip()], dropna=False).ngroup()
-    frame["chosen"] = _chosen(frame, results.primary)
+    frame["chosen"] = _chosen(frame, results.primary if _ranks(frame, results.primary) else "")
     replicates = intervals.bootstrap(frame, results.folder)
     reference, frame["gain"] = _gains(frame, results.primary, replicates)
     frame["worse"] = (frame["gain"] < 0).where(frame["gain"].notna()).astype(float)

@@ -42,7 +42,7 @@ def error_table(data: Data, role: str = "reported") -> str:
     factor = charts.scale_of(data.results.primary)
     columns = {}
     for domain, lines in [*table.by_domain(data, role=role).groupby("domain"), ("mean", means)]:
-        low = {*table.marked(lines)["method"]}
+        low = {*table.marked(lines)["method"]} if data.ranks else set()
         lines = lines.assign(chance=intervals.at_chance(lines))
         columns[domain] = {
             line["method"]: f"{factor * line['mean']:.{1 if factor > 1 else 3}f}"

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from experiments import result_rows
-from experiments.report import charts, intervals, notes, read, table, terminal
-from tests.experiments.report_rows import put_instances, put_run, put_sweep, row
+from experiments.report import charts, intervals, notes, page, read, table, terminal
+from tests.experiments.report_rows import payload, put_instances, put_run, put_sweep, row
 from ttt_jax import metrics
 from ttt_jax.task import Examples
 
+ONE_MODEL = "All this is of one model; it says nothing about another one."
 HINDSIGHT = "Best in hindsight, picked on these very instances: "
 
 
@@ -190,6 +191,23 @@ def test_the_interval_covers_the_mean_over_new_seeds_and_new_instances():
     assert 0.94 <= np.mean(covered) < 1
 
 
+def test_several_models_of_one_seed_are_one_seed(tmp_path):
+    rows = [one | {"checkpoint": one["domain"]} for one in (*SOURCE, *made("memo", 0.2, 0.3))]
+    text = lead_of(tmp_path, rows)
+    assert text.endswith("All this is of one seed; it says nothing about another one.")
+
+
+def test_a_measure_that_nobody_says_chooses_has_no_headline(tmp_path):
+    rows = made("source", 0.5, 0.5) + made("memo", 0.9, 0.9) + made("rotation", 0.1, 0.1)
+    for one in rows:
+        one["accuracy"] = one.pop("error")
+    data = prepared(put_run(tmp_path, rows))
+    text = " ".join(notes.lead(data))
+    assert "No row says which measure chooses" in text and "rotation" not in text
+    assert "*" not in terminal.error_table(data) and data.frame["chosen"].all()
+    assert payload(page.render(data, name="run"))["primary"] == ""
+
+
 def seeds_of(errors, **changes):
     return [
         one
@@ -208,18 +226,16 @@ def test_a_difference_is_over_seeds_and_instances(tmp_path):
     assert line["half"] == pytest.approx(np.hypot(of_seeds, line["within"])) and line["within"] > 0
     text = " ".join(notes.lead(prepared(tmp_path)))
     assert "6.0 ± 6." in text and "no difference seen from source" in text
-    assert "interval over seeds and instances" in text and notes._ONE_MODEL not in text
+    assert "interval over seeds and instances" in text and ONE_MODEL not in text
 
 
 def test_one_seed_is_one_model(tmp_path):
     rows = seeds_of([(0.50, 0.40)])
     put_instances(put_run(tmp_path, rows), rows)
     text = " ".join(notes.lead(prepared(tmp_path)))
-    assert "paired, interval over instances)" in text and text.endswith(notes._ONE_MODEL)
+    assert "paired, interval over instances)" in text and text.endswith(ONE_MODEL)
     # Nor do several seeds of one checkpoint say more.
-    assert notes._ONE_MODEL in lead_of(
-        tmp_path / "shared", seeds_of([(0.5, 0.4)] * 3, checkpoint="one")
-    )
+    assert ONE_MODEL in lead_of(tmp_path / "shared", seeds_of([(0.5, 0.4)] * 3, checkpoint="one"))
 
 
 @pytest.mark.parametrize(("count", "basis"), [(1, ""), (2, ""), (3, "seeds")])
