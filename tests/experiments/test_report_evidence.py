@@ -3,10 +3,11 @@
 import types
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from experiments import result_rows
-from experiments.report import charts, intervals, notes, page, read, table, terminal
+from experiments.report import alignment, charts, intervals, notes, page, read, table, terminal
 from tests.experiments.report_rows import payload, put_instances, put_run, put_sweep, row
 from ttt_jax import metrics
 from ttt_jax.task import Examples
@@ -264,6 +265,13 @@ def test_a_gain_without_source_rows_is_paired_too(tmp_path):
     error = ((right * 1.0 - wrong).var() / 100) ** 0.5
     assert line["mean"] == pytest.approx(0.15) and line["basis"] == "instances"
     assert line["half"] == pytest.approx(1.96 * error, rel=0.25)
+
+
+def test_gains_of_a_diagnosis_have_paired_intervals():
+    rows = [{"gain": g, "turned_right": g + 0.02, "turned_wrong": 0.02} for g in (0.04, 0.01)]
+    shown = alignment.cells(pd.DataFrame(rows).assign(num_examples=400))["gain (points)"]
+    # Of 400 images 24 right and 8 wrong: the variance of one is 0.08 - 0.04 ** 2.
+    assert shown.tolist() == ["4.00 ± 2.74", "1.00 ± 2.19 (no difference seen)"]
 
 
 def test_trials_of_a_sweep_have_instances_of_their_own(tmp_path):
