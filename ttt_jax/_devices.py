@@ -113,3 +113,13 @@ def calls_of_batches(batches: Sequence[Examples], devices: Devices) -> Iterator[
             jax.tree.map(lambda *leaves: np.stack(leaves), *(batch.x for batch in filled)),
             tuple(len(batch.id) for batch in group),
         )
+
+
+def cut_as(lengths: Sequence[int], outputs: Sequence[Any]) -> list[Any]:
+    """Outputs of calls, cut as the batches of the stream."""
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *outputs)
+    ends = np.cumsum(lengths)
+    return [
+        jax.tree.map(lambda leaf, a=end - length, b=end: leaf[a:b], joined)
+        for length, end in zip(lengths, ends, strict=True)
+    ]

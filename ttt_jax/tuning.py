@@ -1,14 +1,21 @@
-"""Choosing settings on the validation streams of a task, and on nothing else."""
+"""Choosing settings on the validation streams of a task, and on nothing else; and what is fastest.
+
+How many instances are in flight at once changes no result beyond rounding, only the speed: it is
+chosen by the clock, not by a metric.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from ttt_jax import _checks, _chunks, _contract, batching
+from ttt_jax.base import Key, Params, Predictor
 from ttt_jax.evaluation import Evaluation, Method, Row
 from ttt_jax.task import Task
 
-__all__ = ["Trial", "best", "score", "tried"]
+__all__ = ["Trial", "best", "chunk_seconds", "fastest_chunk", "score", "tried"]
 
 
 class Trial(NamedTuple):
@@ -72,3 +79,79 @@ def best(trials: Sequence[Trial]) -> int:
         return tuple(value if np.isfinite(value) else np.inf for value in values)
 
     return min(range(len(trials)), key=key)
+
+
+def fastest_chunk(
+    predictor: Predictor,
+    params: Params,
+    xs: Any,
+    keys: Key,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    axis: str = "data",
+    max_seconds: float = 120.0,
+) -> int:
+    """The ``chunk_size`` of :func:`ttt_jax.batched` that is fastest here, by trying.
+
+    More in flight is not always faster: private copies of a convolution become one grouped
+    convolution, for which most GPUs have slow kernels, and large images fill a device one at a
+    time. Sizes 1, 2, 4, ... and the largest that fits into memory are compiled and timed, twice
+    each, on as many instances as tell; see :func:`chunk_seconds`.
+
+    Args:
+      predictor: any one-instance predictor.
+      params: its parameters.
+      xs: instances ``[N, ...]`` of the shapes, and as many, as the calls to come have.
+      keys: ``[N]`` typed keys.
+      mesh: as for :func:`ttt_jax.batched`; the size is then per device.
+      axis: the mesh axis that holds the instances.
+      max_seconds: after these no other size is begun, compilation included; the largest that fits
+        and one instance are always timed. What is returned is never slower than the largest.
+
+    Returns:
+      A size of at least 1.
+
+    Raises:
+      ValueError: what :func:`ttt_jax.batched` refuses, ``max_seconds`` < 0, or one instance that
+        does not fit into memory.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, ttt_jax as ttt
+      >>> predict = ttt.source(ttt.unbatched(lambda params, inputs: inputs @ params))
+      >>> xs, keys = jnp.ones((8, 3)), ttt.sample_keys(jax.random.key(0), range(8))
+      >>> size = fastest_chunk(predict, jnp.eye(3), xs, keys)
+      >>> run = jax.jit(ttt.batched(predict, chunk_size=size))
+    """
+    seconds = chunk_seconds(
+        predictor, params, xs, keys, mesh=mesh, axis=axis, max_seconds=max_seconds
+    )
+    return next(iter(seconds))
+
+
+def chunk_seconds(
+    predictor: Predictor,
+    params: Params,
+    xs: Any,
+    keys: Key,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    axis: str = "data",
+    max_seconds: float = 120.0,
+) -> dict[int, float]:
+    """Seconds per instance by ``chunk_size``, the fastest first; see :func:`fastest_chunk`.
+
+    Compilation is not in them; the padding of the last chunk is. A size that was far slower than
+    another one in its first call is not timed again, so its figure holds the start of the program.
+    """
+    _contract.require_predictor("predictor", predictor)
+    _checks.check_number("max_seconds", max_seconds, 0.0)
+
+    def run_of(size: int) -> Any:
+        return batching.batched(predictor, chunk_size=size, mesh=mesh, axis=axis)
+
+    # Says what is wrong with them before anything is compiled.
+    jax.eval_shape(run_of(1), params, xs, keys)
+    devices = 1 if mesh is None else mesh.shape[axis]
+    return _chunks.seconds_by_size(
+        run_of, (params,), (xs, keys), devices=devices, max_seconds=max_seconds
+    )
