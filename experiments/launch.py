@@ -33,6 +33,7 @@ class UserError(Exception):
     """Something the person at the terminal can mend; printed as one line, exit status 2."""
 
 
+_HELP = {f"{d}{name}" for d in ("-", "--") for name in ("help", "helpshort", "helpfull", "h")}
 _INTERRUPTED = "interrupted; what is finished is kept. Run the same command again to go on."
 # What a person can mend.
 MENDABLE = (UserError, ValueError, OSError)
@@ -54,20 +55,32 @@ def define_config(default: str | None) -> Any:
             "config", default, "Config file; override with --config.KEY=VALUE."
         )
     except _OVERRIDE_ERRORS as error:
-        _refuse_override(error)
+        _refuse(error)
 
 
-def run(main: Callable[[Sequence[str]], Any]) -> None:
+def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> None:
     """``absl.app.run`` in which errors a person can mend are one line and exit status 2.
 
     Ctrl-C is one line and status 130; an output that nobody reads, as behind ``head``, is no word.
+    ``--help`` prints :func:`experiments.usage.text`, with status 0.
+
+    Args:
+      main: the program; takes the command line without flags, returns the exit status.
+      arguments: whether it takes any beside its flags.
     """
+    helps = not _HELP.isdisjoint(sys.argv[1:])
 
     def guarded(argv: Sequence[str]) -> Any:
-        if len(argv) > 1:
-            raise app.UsageError(f"Unexpected argument {argv[1]!r}; flags begin with --.")
         try:
-            status = main(argv)
+            if helps:
+                from experiments import usage  # which needs this module
+
+                print(usage.text(sys.argv))
+                status = 0
+            elif len(argv) > 1 and not arguments:
+                raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --.")
+            else:
+                status = main(argv)
             sys.stdout.flush()
             return status
         except BrokenPipeError:
@@ -76,45 +89,33 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
         except (KeyboardInterrupt, *MENDABLE) as error:
             if os.environ.get("TTT_JAX_TRACEBACK"):
                 raise
-            print(f"error: {f'{error}' or _INTERRUPTED}", file=sys.stderr, flush=True)
+            said = " ".join(str(error).splitlines()) or _INTERRUPTED
+            print(f"error: {said}", file=sys.stderr, flush=True)
             if isinstance(error, KeyboardInterrupt):
                 # Threads of libraries would print tracebacks, or crash, in an orderly end.
                 os._exit(130)
             return 2
 
     def parse(argv: Sequence[str]) -> list[str]:
+        if helps:
+            flags.FLAGS.mark_as_parsed()
+            return list(argv[:1])
         try:
-            return app.parse_flags_with_usage(list(argv))
-        except _OVERRIDE_ERRORS as error:
-            _refuse_override(error)
+            return flags.FLAGS(list(argv))
+        except (flags.Error, *_OVERRIDE_ERRORS) as error:
+            _refuse(error)
 
     # Orbax and TFDS log each file they touch at INFO.
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parse)
 
 
-def _refuse_override(error: Exception) -> NoReturn:
-    message = str(error.args[0]) if error.args else str(error)
-    print(f"error: bad --config: {_with_nearest(message, sys.argv)}", file=sys.stderr)
+def _refuse(error: Exception) -> NoReturn:
+    """Ends a program whose command line is wrong."""
+    from experiments import usage  # which needs this module
+
+    print(f"error: {usage.wrong(error, sys.argv)}", file=sys.stderr)
     sys.exit(2)
-
-
-def _with_nearest(message: str, argv: Sequence[str]) -> str:
-    """Says of the override that failed what would mend it, where ml_collections does not."""
-    if "Did you mean" in message:
-        return message
-    keys = [
-        found[1] for argument in argv if (found := re.match(r"--?config\.([\w.]+)=?", argument))
-    ]
-    # The message of a key that there is not is the key's last part in quotes.
-    named = re.fullmatch(r"""['"]+(\w+)['"]+""", message.strip())
-    failing = [key for key in keys if named and key.split(".")[-1] == named[1]]
-    for key in failing:
-        hint = "" if key in DEFAULTS else nearest(key, flat(config_from(DEFAULT_CONFIG)))
-        default = f", which is {DEFAULTS[key]!r} by default" if key in DEFAULTS else ""
-        said = f"the config file has no {key}{default}{hint}"
-        return f"{said if hint else said + '.'} Only keys of the file can be overridden; add it."
-    return message
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -169,12 +170,16 @@ def config_from(name: str | os.PathLike[str]) -> ml_collections.ConfigDict:
     return config
 
 
-def _check_files(argv: Sequence[str]) -> None:
-    """Says what is wrong with a config file, where ml_collections has other words."""
+def configs_named(argv: Sequence[str]) -> list[str]:
+    """The config files that a command line names."""
     given = (re.fullmatch(r"--?config=(.*)", argument) for argument in argv)
     names = [match[1] for match in given if match]
-    names += [b for a, b in itertools.pairwise(argv) if a in ("--config", "-config")]
-    for name in names:
+    return names + [b for a, b in itertools.pairwise(argv) if a in ("--config", "-config")]
+
+
+def _check_files(argv: Sequence[str]) -> None:
+    """Says what is wrong with a config file, where ml_collections has other words."""
+    for name in configs_named(argv):
         try:
             config_from(name)
         except UserError as error:

@@ -16,7 +16,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from experiments import journal, launch
 from experiments.report import charts, page, read, table, terminal
@@ -111,9 +111,9 @@ def main(argv: Sequence[str]) -> int:
     values = flags.FLAGS
     given = [*([values.workdir] if values.workdir else []), *argv[1:]]
     if len(given) != 1:
-        raise app.UsageError(
-            "give exactly one results folder, as --workdir=DIR or as the only argument; "
-            f"got {', '.join(given) or 'none'}"
+        raise launch.UserError(
+            "give exactly one results folder, as --workdir=DIR or as the only argument; got "
+            f"{', '.join(given) or 'none'}."
         )
     return run(given[0], values.export, values.figures)
 
@@ -131,4 +131,4 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    launch.run(main, arguments=True)
