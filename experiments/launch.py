@@ -4,12 +4,10 @@ import contextlib
 import difflib
 import errno
 import fcntl
-import itertools
 import json
 import os
 import pathlib
-import re
-import runpy
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -17,16 +15,12 @@ from typing import Any, NoReturn
 import ml_collections
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from experiments.config_keys import DEFAULTS
 
-DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "digits.py"
-
-
 # What ml_collections raises for a missing config file and for --config.KEY=VALUE it cannot apply;
 # it parses the overrides as soon as the flag is defined.
-_OVERRIDE_ERRORS = (KeyError, AttributeError, TypeError, ValueError, OSError)
+OVERRIDE_ERRORS = (KeyError, AttributeError, TypeError, ValueError, OSError)
 
 
 class UserError(Exception):
@@ -35,27 +29,12 @@ class UserError(Exception):
 
 _HELP = {f"{d}{name}" for d in ("-", "--") for name in ("help", "helpshort", "helpfull", "h")}
 _INTERRUPTED = "interrupted; what is finished is kept. Run the same command again to go on."
+_INTACT = (
+    "What was written before is intact; free space or choose another --workdir, then run the same "
+    "command again."
+)
 # What a person can mend.
 MENDABLE = (UserError, ValueError, OSError)
-
-
-def define_flags() -> tuple[Any, Any]:
-    """Defines ``--config`` and ``--workdir``; returns their holders."""
-    config = define_config(str(DEFAULT_CONFIG))
-    workdir = flags.DEFINE_string("workdir", None, "Folder for everything the run writes.")
-    flags.mark_flag_as_required("workdir")
-    return config, workdir
-
-
-def define_config(default: str | None) -> Any:
-    """Defines ``--config``, whose keys ``--config.KEY=VALUE`` overrides; returns its holder."""
-    _check_files(sys.argv)
-    try:
-        return config_flags.DEFINE_config_file(
-            "config", default, "Config file; override with --config.KEY=VALUE."
-        )
-    except _OVERRIDE_ERRORS as error:
-        _refuse(error)
 
 
 def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> None:
@@ -84,14 +63,20 @@ def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> Non
             sys.stdout.flush()
             return status
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             return 2
-        except (KeyboardInterrupt, *MENDABLE) as error:
-            if os.environ.get("TTT_JAX_TRACEBACK"):
+        except (KeyboardInterrupt, Exception) as error:
+            if interrupted := isinstance(error, KeyboardInterrupt):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            mendable = interrupted or isinstance(error, MENDABLE) or no_room(error)
+            if not mendable or os.environ.get("TTT_JAX_TRACEBACK"):
                 raise
-            said = " ".join(str(error).splitlines()) or _INTERRUPTED
-            print(f"error: {said}", file=sys.stderr, flush=True)
-            if isinstance(error, KeyboardInterrupt):
+            try:
+                sys.stdout.flush()
+            except OSError:
+                _drop_output()
+            print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
+            if interrupted:
                 # Threads of libraries would print tracebacks, or crash, in an orderly end.
                 os._exit(130)
             return 2
@@ -102,15 +87,31 @@ def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> Non
             return list(argv[:1])
         try:
             return flags.FLAGS(list(argv))
-        except (flags.Error, *_OVERRIDE_ERRORS) as error:
-            _refuse(error)
+        except (flags.Error, *OVERRIDE_ERRORS) as error:
+            refuse(error)
 
     # Orbax and TFDS log each file they touch at INFO.
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parse)
 
 
-def _refuse(error: Exception) -> NoReturn:
+def _drop_output() -> None:
+    """What is still to be printed goes nowhere, rather than into an error at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def sentence(error: BaseException) -> str:
+    """What an error that a person can mend says, on one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or _INTERRUPTED
+    said = " ".join(str(error).split("\n")) or type(error).__name__
+    if not no_room(error) or isinstance(error, UserError):
+        return said
+    known = any(os.strerror(number) in said for number in _NO_ROOM)
+    return f"{'' if known else 'a disk is full or read-only: '}{said.rstrip('.')}. {_INTACT}"
+
+
+def refuse(error: Exception) -> NoReturn:
     """Ends a program whose command line is wrong."""
     from experiments import usage  # which needs this module
 
@@ -122,69 +123,6 @@ def nearest(key: str, known: Iterable[str]) -> str:
     """``"; did you mean KEY?"``, or nothing where no known key is near."""
     near = difflib.get_close_matches(key, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def config_file(name: str | os.PathLike[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What a config file defines, and the arguments of its ``get_config``.
-
-    Args:
-      name: ``PATH`` or ``PATH:ARGUMENT``.
-
-    Raises:
-      UserError: no such file, one that fails, or one without ``get_config``.
-    """
-    path, *arguments = str(name).split(":", 1)
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"there is no file {path}; --config names a config file.")
-    try:
-        namespace = runpy.run_path(path)
-    except (Exception, SystemExit) as error:
-        if os.environ.get("TTT_JAX_TRACEBACK"):
-            raise
-        raise UserError(f"--config={path} fails: {type(error).__name__}: {error}.") from error
-    if not callable(namespace.get("get_config")):
-        raise UserError(f"--config={path} has no function get_config(); add it.")
-    return namespace, tuple(arguments)
-
-
-def config_from(name: str | os.PathLike[str]) -> ml_collections.ConfigDict:
-    """The ``get_config()`` of a config file, ``PATH`` or ``PATH:ARGUMENT``.
-
-    Raises:
-      UserError: there is none, or it fails or gives something else.
-    """
-    namespace, arguments = config_file(name)
-    try:
-        config = namespace["get_config"](*arguments)
-    except Exception as error:
-        if os.environ.get("TTT_JAX_TRACEBACK"):
-            raise
-        raise UserError(
-            f"get_config() of --config={name} fails: {type(error).__name__}: {error}."
-        ) from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(
-            f"get_config() of --config={name} must return a ConfigDict; got {config!r}. End it "
-            "with return config."
-        )
-    return config
-
-
-def configs_named(argv: Sequence[str]) -> list[str]:
-    """The config files that a command line names."""
-    given = (re.fullmatch(r"--?config=(.*)", argument) for argument in argv)
-    names = [match[1] for match in given if match]
-    return names + [b for a, b in itertools.pairwise(argv) if a in ("--config", "-config")]
-
-
-def _check_files(argv: Sequence[str]) -> None:
-    """Says what is wrong with a config file, where ml_collections has other words."""
-    for name in configs_named(argv):
-        try:
-            config_from(name)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
 
 
 def setting(config: ml_collections.ConfigDict, name: str) -> Any:
@@ -249,7 +187,7 @@ class BusyError(UserError):
     """Another program uses a folder."""
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def no_room(error: BaseException | None) -> bool:
@@ -272,10 +210,7 @@ def writing(path: os.PathLike[str] | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WriteError(
-            f"cannot write {path}: {error.strerror or error}. What was written before is intact; "
-            "free space or choose another --workdir, then run the same command again."
-        ) from error
+        raise WriteError(f"cannot write {path}: {error.strerror or error}. {_INTACT}") from error
 
 
 def given(flag: str, names: list[str] | None) -> tuple[str, ...]:
@@ -299,6 +234,23 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
+
+
+def append(path: pathlib.Path, text: str) -> None:
+    """Adds text to a file as a whole, flushed to the disk: all of it, or nothing."""
+    with writing(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            end, data = os.fstat(descriptor).st_size, text.encode()
+            try:
+                if os.write(descriptor, data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, end)
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -333,8 +285,10 @@ def open_workdir(workdir: str) -> pathlib.Path:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
-        probe.write_text("ok")
-        probe.unlink()
+        try:
+            probe.write_text("ok")
+        finally:
+            probe.unlink(missing_ok=True)
     return folder
 
 

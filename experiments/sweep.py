@@ -27,7 +27,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import launch, trial, writers
+from experiments import config_files, launch, trial, writers
 from experiments.sweeping import collect, plan, pools, progress, work
 from experiments.sweeping.process import Job, Limits
 
@@ -174,7 +174,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _define_flags() -> None:
-    launch.define_config(None)
+    config_files.define_config(None)
     flags.DEFINE_string("workdir", None, "Folder of the sweep.")
     flags.DEFINE_string("status", None, "Only say how far the sweep of DIR is.")
     flags.DEFINE_enum("executor", "local", ["local", "slurm"], "Where to run.")

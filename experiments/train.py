@@ -19,7 +19,16 @@ import ml_collections
 import optax
 import tqdm
 
-from experiments import config_check, launch, pristine, provenance, settings, tasks, writers
+from experiments import (
+    config_check,
+    config_files,
+    launch,
+    pristine,
+    provenance,
+    settings,
+    tasks,
+    writers,
+)
 from ttt_jax import checkpoint, evaluation, training, tuning
 from ttt_jax.task import Task
 
@@ -171,6 +180,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG, _WORKDIR = launch.define_flags()
+    _CONFIG, _WORKDIR = config_files.define_flags()
     _TRACKERS = writers.define_flag()
     launch.run(main)

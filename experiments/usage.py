@@ -6,9 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_collections
 from absl import flags
 
-from experiments import launch
+from experiments import config_files, launch
 from experiments.config_keys import ABSENT, COMMON, DEFAULTS, METHOD, NEEDED, Key
 
 # Who defines flags: a program, and what programs share.
@@ -20,7 +21,7 @@ def text(argv: Sequence[str]) -> str:
     program = sys.modules["__main__"]
     parts = [(program.__doc__ or "").strip(), "", "Flags:", *_flags(str(argv[0]))]
     if "config" in flags.FLAGS:
-        name = next(iter(launch.configs_named(argv)), launch.DEFAULT_CONFIG)
+        name = next(iter(config_files.configs_named(argv)), config_files.DEFAULT_CONFIG)
         said = f"Keys of the config, for the task of {os.path.relpath(name)}:"
         parts += ["", said, *_keys(name)]
     return "\n".join(parts)
@@ -44,7 +45,7 @@ def _flags(program: str) -> list[str]:
 def _keys(name: Any) -> list[str]:
     from experiments import tasks  # a flag is wrong without jax
 
-    config = launch.config_from(name)
+    config = config_files.config_from(name)
     own = tasks.keys(config)
     heads = tasks.head_keys(config) or {}
     lines = _lines({**COMMON, **(own or {})}, "")
@@ -96,12 +97,12 @@ def _with_nearest(message: str, argv: Sequence[str]) -> str:
     named = re.fullmatch(r"""['"]+(\w+)['"]+""", message.strip())
     failing = [key for key in keys if named and key.split(".")[-1] == named[1]]
     for key in failing:
-        hint = (
-            ""
-            if key in DEFAULTS
-            else launch.nearest(key, launch.flat(launch.config_from(launch.DEFAULT_CONFIG)))
-        )
+        hint = "" if key in DEFAULTS else launch.nearest(key, launch.flat(_demo()))
         default = f", which is {DEFAULTS[key]!r} by default" if key in DEFAULTS else ""
         said = f"the config file has no {key}{default}{hint}"
         return f"{said if hint else said + '.'} Only keys of the file can be overridden; add it."
     return message
+
+
+def _demo() -> ml_collections.ConfigDict:
+    return config_files.config_from(config_files.DEFAULT_CONFIG)

@@ -28,8 +28,7 @@ class _JsonLines:
         self._path = workdir / "metrics.jsonl"
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        with launch.writing(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        launch.append(self._path, json.dumps({"step": step, **values}) + "\n")
 
     def close(self) -> None:
         pass

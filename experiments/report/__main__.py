@@ -64,13 +64,13 @@ def export(workdir: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
 
 def save_figures(data: table.Data, folder: str | os.PathLike[str]) -> list[pathlib.Path]:
     """Writes every chart as ``NAME.png`` and ``NAME.pdf``; returns their paths."""
-    target = pathlib.Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    target = launch.open_workdir(str(folder))
     written = []
     for name, chart in charts.figures(data).items():
         for kind in ("png", "pdf"):
             written.append(target / f"{name}.{kind}")
-            chart.save(written[-1], scale_factor=2 if kind == "png" else 1)
+            with launch.replacing(written[-1]) as draft:
+                chart.save(draft, format=kind, scale_factor=2 if kind == "png" else 1)
     return written
 
 
@@ -95,7 +95,7 @@ def run(
         path, data = write(workdir)
         written = [path, *(save_figures(data, figures_to) if figures_to else [])]
     except (ReportError, launch.UserError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(f"error: {launch.sentence(error)}", file=sys.stderr)
         return _FAILED
     text = "\n\n".join([terminal.render(data), "\n".join(f"wrote {path}" for path in written)])
     # A terminal without Unicode gets "+-" rather than a traceback.

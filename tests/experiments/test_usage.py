@@ -1,18 +1,11 @@
 """``--help`` of every program, and a program that is started without what it needs."""
 
-import pathlib
-import runpy
-import sys
-
 import pytest
 
-# Its import closes the handlers of all logs, among them one that holds what a test captures.
-import submitit  # noqa: F401
-from absl.testing import flagsaver
-
 from experiments import config_keys
+from tests.experiments import called as called_lib
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = called_lib.ROOT
 # With a config, and without one.
 CONFIGURED = ("train", "adapt", "sweep", "diagnose", "feature_shift")
 OTHERS = {
@@ -34,12 +27,8 @@ def called(monkeypatch, capsys):
     """Runs a program here, with flags of its own; returns status, output and errors."""
 
     def run(module, *arguments):
-        place = ROOT / module.replace(".", "/")
-        file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
-        monkeypatch.setattr(sys, "argv", [str(file), *arguments])
-        with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(file), run_name="__main__")
-        return (ended.value.code or 0, *capsys.readouterr())
+        status = called_lib.program(monkeypatch, module, *arguments)
+        return status, *capsys.readouterr()
 
     return run
 
