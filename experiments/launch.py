@@ -308,7 +308,7 @@ def locked(
       BusyError: another program holds it.
       UserError: the file system has no locks.
     """
-    with (folder / name).open("w") as file:
+    with (folder / name).open("a") as file:
         how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         try:
             fcntl.flock(file, how)

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import pathlib
 import shlex
 import subprocess
@@ -15,6 +16,8 @@ import ml_collections
 from experiments import launch
 from experiments.config_keys import DEFAULTS
 
+# Of the processes that a program starts: the command that a person typed.
+COMMAND = "TTT_JAX_COMMAND"
 ORIGIN = ("command", "device", "device_count", "versions", "commit", "started")
 
 
@@ -24,6 +27,15 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def command() -> str:
+    """The command that a person typed, so that it can be repeated; paths are as from here."""
+    file, here = pathlib.Path(sys.argv[0]), f"{pathlib.Path.cwd()}/"
+    folder = "benchmarks" if file.parent.name == "benchmarks" else "experiments"
+    arguments = [argument.replace(here, "") for argument in sys.argv[1:]]
+    typed = f"python -m {folder}.{file.stem} {shlex.join(arguments)}".rstrip()
+    return os.environ.get(COMMAND, typed)
 
 
 def _commit() -> str | None:
@@ -43,11 +55,9 @@ def of(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Command, device, versions, commit and configuration of this run."""
     import jax  # what only starts programs needs none
 
-    file = pathlib.Path(sys.argv[0])
-    folder = "benchmarks" if file.parent.name == "benchmarks" else "experiments"
     packages = ("ttt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
-        "command": f"python -m {folder}.{file.stem} {shlex.join(sys.argv[1:])}".rstrip(),
+        "command": command(),
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "versions": {"python": sys.version.split()[0], **{p: version(p) for p in packages}},

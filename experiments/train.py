@@ -122,7 +122,8 @@ def train(
             losses = {name: float(value) for name, value in parts.items()}
             _require_finite(losses, done)
         if logged or done == total:
-            writer.scalars(done, {f"train/{name}_loss": loss for name, loss in losses.items()})
+            named = {f"train/{name}_loss": loss for name, loss in losses.items()}
+            writer.scalars(done, named, seed)
             bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()})
         if saving and done < total:
             saved.save(done, state)

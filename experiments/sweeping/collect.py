@@ -5,9 +5,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from experiments import journal, launch
 from experiments.sweeping import state as state_lib
 from experiments.sweeping.unit import Unit
@@ -49,6 +46,9 @@ def rows(workdir: pathlib.Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
 
 def up_to_date(workdir: pathlib.Path, units: Sequence[Unit]) -> bool:
     """Whether the table holds the rows of the trials, in order, and no other."""
+    import pyarrow as pa  # the page of a run alone needs none
+    import pyarrow.parquet as pq
+
     names = ["trial", "label", "status"]
     try:
         held = pq.read_table(workdir / TABLE, columns=names).to_pylist()
@@ -59,6 +59,9 @@ def up_to_date(workdir: pathlib.Path, units: Sequence[Unit]) -> bool:
 
 def write(workdir: pathlib.Path, found: Sequence[dict[str, Any]]) -> pathlib.Path:
     """Writes rows to ``results.parquet``; settings, which differ in their keys, are JSON text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     path = workdir / TABLE
     names = dict.fromkeys(name for row in found for name in row)
     columns = {
