@@ -9,6 +9,7 @@ import os
 import pathlib
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -50,6 +51,11 @@ def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> Non
     helps = not _HELP.isdisjoint(sys.argv[1:])
 
     def guarded(argv: Sequence[str]) -> Any:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return called(argv)
+
+    def called(argv: Sequence[str]) -> Any:
         try:
             if helps:
                 from experiments import usage  # which needs this module
@@ -93,6 +99,11 @@ def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> Non
     # Orbax and TFDS log each file they touch at INFO.
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parse)
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    """A warning as a person reads it: without the line of code that gave it."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _drop_output() -> None:
@@ -267,6 +278,24 @@ def write_npz(
         path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as draft, draft.open("wb") as file:
         (np.savez_compressed if compressed else np.savez)(file, **arrays)
+
+
+def read_npz(path: pathlib.Path, mend: str) -> dict[str, np.ndarray]:
+    """All arrays of an ``.npz`` file.
+
+    Args:
+      path: of the file.
+      mend: a sentence that says what helps where it is damaged.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
+            return dict(held)
+    except Exception as error:  # of zip files, of their compression, of arrays
+        said = str(error).split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
+        raise UserError(f"{path} is damaged ({said}). {mend}") from error
 
 
 def write_json(path: str | os.PathLike[str], record: Any) -> None:

@@ -135,7 +135,8 @@ def claim(
             runs = list(old.get("runs", [origin(old) | {k: old[k] for k in more if k in old}]))
         except (ValueError, KeyError, TypeError) as error:
             raise launch.UserError(
-                f"{path} is damaged ({error}). Use another --workdir."
+                f"{path} is damaged ({error}). Use another --workdir, or remove the file if its "
+                "rows are of this config."
             ) from error
         after = DEFAULTS | launch.flat(ml_collections.ConfigDict(record["config"]))
         before["seeds"] = after["seeds"]  # which may grow

@@ -29,7 +29,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import config_files, launch, provenance, trial, writers
-from experiments.sweeping import collect, plan, pools, preview, progress, work
+from experiments.sweeping import collect, plan, pools, preview, progress, state as state_lib, work
 from experiments.sweeping.process import Job, Limits
 
 _SHOW_EVERY_S = 1.0
@@ -69,6 +69,9 @@ def run(
     with launch.locked(workdir):
         units = plan.units(plan.variants(config, overrides))
         progress.save(workdir, units)
+        for unit in collect.damaged(workdir, units):
+            print(f"{unit.folder(workdir)} lacks what it had made, so it is done again")
+            state_lib.write(unit.folder(workdir), state_lib.State())
         before = progress.measure(workdir, units).counts
         trials = sum(before.values())
         if before["done"] == trials and collect.up_to_date(workdir, units):

@@ -26,6 +26,9 @@ class Writer(Protocol):
 class _JsonLines:
     def __init__(self, workdir: pathlib.Path):
         self._path = workdir / "metrics.jsonl"
+        if self._path.exists() and not (data := self._path.read_bytes()).endswith(b"\n"):
+            # What a killed process left of its last line would spoil the next one.
+            os.truncate(self._path, data.rfind(b"\n") + 1)
 
     def scalars(self, step: int, values: Mapping[str, float], seed: int) -> None:
         launch.append(self._path, json.dumps({"seed": seed, "step": step, **values}) + "\n")

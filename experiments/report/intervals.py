@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import scipy.special
 
+from experiments import launch
+
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; 1.96 beyond.
 T95: tuple[float, ...] = tuple(scipy.special.stdtrit(np.arange(1, 31), 0.975).round(3).tolist())
 NORMAL95 = 1.96
@@ -87,7 +89,7 @@ def _half(values: np.ndarray, draws: Sequence[np.ndarray] | None) -> tuple[float
     return instances, "instances"
 
 
-def bootstrap(frame: pd.DataFrame, folder: pathlib.Path) -> dict[str, np.ndarray]:
+def bootstrap(frame: pd.DataFrame, folder: pathlib.Path, said: list[str]) -> dict[str, np.ndarray]:
     """Returns the bootstrap replicates of every row whose instances lie in ``folder``.
 
     Replicates of all rows draw the same instances (by id), so those of a difference are the
@@ -97,11 +99,17 @@ def bootstrap(frame: pd.DataFrame, folder: pathlib.Path) -> dict[str, np.ndarray
       frame: rows with ``method``, ``seed``, ``split_role`` and tags, by a plain index.
       folder: holds ``.npz`` files with ``id`` [N], ``sums`` [N, M], ``metrics`` [M], ``method``,
         ``seed``, ``role`` and an array [N] per tag.
+      said: notes, to which damaged files are added.
 
     Returns:
       :data:`Replicates`; empty where there is no file.
     """
-    files = [np.load(path, allow_pickle=False) for path in sorted(folder.glob("*.npz"))]
+    files = []
+    for path in sorted(folder.glob("*.npz")):
+        try:
+            files.append(launch.read_npz(path, "Its row has no interval over instances."))
+        except launch.UserError as error:
+            said.append(str(error))
     if not files:
         return {}
     ids = np.unique(np.concatenate([file["id"] for file in files]))
@@ -112,7 +120,7 @@ def bootstrap(frame: pd.DataFrame, folder: pathlib.Path) -> dict[str, np.ndarray
     for file in files:
         unit = [file[name].item() for name in ("method", "seed", "role")]
         same = (frame[["method", "seed", "split_role"]] == unit).all(axis=1)
-        tags = [name for name in file.files if name not in known and name in frame]
+        tags = [name for name in file if name not in known and name in frame]
         weights = draws[:, np.searchsorted(ids, file["id"])]
         for index, row in frame[same].iterrows():
             keep = np.ones(len(file["id"]), bool)

@@ -46,7 +46,7 @@ def read(folder: pathlib.Path) -> tuple[Rows, dict[str, int], pathlib.Path, list
     rows = _table(folder, units, counts, notes)
     if rows is None:
         try:
-            rows = collect.rows(folder, units)
+            rows = collect.rows(folder, units, notes)
         except (OSError, TypeError, ValueError, launch.UserError) as error:
             first = str(error).splitlines()[0].rstrip(".")
             raise ValueError(

@@ -86,7 +86,7 @@ def prepare(results: Results) -> Data:
     frame["setting"] = frame.groupby([*keys, label.str.strip()], dropna=False).ngroup()
     frame["place"] = frame.groupby([*intervals.PLACE[:3]], dropna=False).ngroup()
     frame["chosen"] = _chosen(frame, results.primary)
-    replicates = intervals.bootstrap(frame, results.folder / "instances")
+    replicates = intervals.bootstrap(frame, results.folder / "instances", results.notes)
     reference, frame["gain"] = _gains(frame, results.primary, replicates)
     frame["worse"] = (frame["gain"] < 0).where(frame["gain"].notna()).astype(float)
     first = frame.dropna(subset=["method"]).groupby("method").first()
