@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 from absl import app, flags, logging
 
+from experiments import INTERRUPTED
 from experiments.config_keys import DEFAULTS
 
 # What ml_collections raises for a missing config file and for --config.KEY=VALUE it cannot apply;
@@ -29,7 +30,6 @@ class UserError(Exception):
 
 
 _HELP = {f"{d}{name}" for d in ("-", "--") for name in ("help", "helpshort", "helpfull", "h")}
-_INTERRUPTED = "interrupted; what is finished is kept. Run the same command again to go on."
 _INTACT = (
     "What was written before is intact; free space or choose another --workdir, then run the same "
     "command again."
@@ -114,7 +114,7 @@ def _drop_output() -> None:
 def sentence(error: BaseException) -> str:
     """What an error that a person can mend says, on one line."""
     if isinstance(error, KeyboardInterrupt):
-        return str(error) or _INTERRUPTED
+        return str(error) or INTERRUPTED
     said = " ".join(str(error).split("\n")) or type(error).__name__
     if not no_room(error) or isinstance(error, UserError):
         return said

@@ -1,12 +1,13 @@
 """What every program shares: seeds, choices, files that are there."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 from experiments import config_check, launch
-from tests.experiments import tiny_config
+from tests.experiments import called, tiny_config
 
 
 @pytest.mark.parametrize("seeds", [(), (0, 0), (-1,), (0.5,)])
@@ -51,6 +52,21 @@ def test_an_interrupt_is_one_line_and_no_traceback_of_a_thread():
     assert err == (
         "error: interrupted; what is finished is kept. Run the same command again to go on.\n"
     )
+
+
+@pytest.mark.parametrize("name", ["train", "sweep", "report"])
+def test_an_interrupt_while_a_program_is_imported_is_one_line(tmp_path, name):
+    for library in ("jax", "pandas"):
+        (tmp_path / f"{library}.py").write_text("raise KeyboardInterrupt")
+    ended = subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", f"--workdir={tmp_path}"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=called.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 130
+    assert ended.stderr.startswith("error: interrupted; ") and len(ended.stderr.splitlines()) == 1
 
 
 def test_an_output_that_nobody_reads_ends_the_program_quietly():
