@@ -1,5 +1,6 @@
 """What every program shares: flags, configs, files and the work folder, one-line errors."""
 
+import atexit
 import contextlib
 import difflib
 import errno
@@ -69,7 +70,7 @@ def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> Non
             sys.stdout.flush()
             return status
         except BrokenPipeError:
-            _drop_output()
+            _drop(1)
             return 2
         except (KeyboardInterrupt, Exception) as error:
             if interrupted := isinstance(error, KeyboardInterrupt):
@@ -80,11 +81,13 @@ def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> Non
             try:
                 sys.stdout.flush()
             except OSError:
-                _drop_output()
+                _drop(1)
             print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
             if interrupted:
                 # Threads of libraries would print tracebacks, or crash, in an orderly end.
                 os._exit(130)
+            # What they say at the end of what failed is no news, such as of a full disk.
+            atexit.register(_drop, 2)
             return 2
 
     def parse(argv: Sequence[str]) -> list[str]:
@@ -106,9 +109,9 @@ def _warn(message: Warning | str, *_: Any) -> None:
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _drop_output() -> None:
+def _drop(descriptor: int) -> None:
     """What is still to be printed goes nowhere, rather than into an error at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def sentence(error: BaseException) -> str:

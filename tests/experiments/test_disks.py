@@ -151,10 +151,10 @@ def test_a_training_whose_state_cannot_be_saved(tmp_path, monkeypatch, capsys):
 
 def test_a_line_of_metrics_is_written_whole_or_not_at_all(tmp_path):
     with writers.open_writer(tmp_path) as writer:
-        writer.scalars(1, {"loss": 0.5})
+        writer.scalars(1, {"loss": 0.5}, 0)
         before = contents(tmp_path)
         with no_space(), pytest.raises(launch.UserError, match=r"cannot write .*metrics\.jsonl"):
-            writer.scalars(2, {"loss": 0.5})
+            writer.scalars(2, {"loss": 0.5}, 0)
         assert contents(tmp_path) == before
 
 

@@ -69,6 +69,13 @@ def test_an_interrupt_while_a_program_is_imported_is_one_line(tmp_path, name):
     assert ended.stderr.startswith("error: interrupted; ") and len(ended.stderr.splitlines()) == 1
 
 
+def test_an_error_is_the_last_word_whatever_a_library_does_at_the_end():
+    failing = "import atexit; atexit.register(lambda: 1 / 0)"
+    process = ended([failing, "raise launch.UserError('no such thing.')"])
+    _, err = process.communicate()
+    assert (process.returncode, err) == (2, "error: no such thing.\n")
+
+
 def test_an_output_that_nobody_reads_ends_the_program_quietly():
     with ended(["print('x' * 100)"], stdout=subprocess.PIPE) as process:
         process.stdout.close()
