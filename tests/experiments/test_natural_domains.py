@@ -143,7 +143,7 @@ def test_a_config_takes_the_domain_after_a_colon(name):
     path = config_files.DEFAULT_CONFIG.with_name(f"{name}.py")
     assert config_files.config_from(path).data.domain == "sketch"
     program = (
-        "from absl import app; from experiments import launch; "
+        "from absl import app; from experiments import config_files; "
         "config, _ = config_files.define_flags(); app.run(lambda _: print(config.value.data.name))"
     )
     done = subprocess.run(
