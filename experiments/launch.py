@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 from absl import app, flags, logging
 
-from experiments import INTERRUPTED
+from experiments import INTERRUPTED, end_at_once
 from experiments.config_keys import DEFAULTS
 
 # What ml_collections raises for a missing config file and for --config.KEY=VALUE it cannot apply;
@@ -52,6 +52,8 @@ def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> Non
     helps = not _HELP.isdisjoint(sys.argv[1:])
 
     def guarded(argv: Sequence[str]) -> Any:
+        if signal.getsignal(signal.SIGINT) is end_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             return called(argv)
