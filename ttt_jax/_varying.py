@@ -66,3 +66,22 @@ def carry(step: Callable[[Any], Any], start: Any) -> Any:
         if jax.tree.map(_leaf_axes, cast) == jax.tree.map(_leaf_axes, start):
             return cast
         start = cast
+
+
+def scan(body: Callable[[Any, Any], Any], start: Any, xs: Any) -> Any:
+    """``jax.lax.scan`` whose start is cast as ``body`` makes it: as the instances, or the state."""
+
+    def cast(carry: Any, x: Any) -> Any:
+        after, out = body(carry, x)
+        return alike(after, carry), out
+
+    first = jax.tree.map(lambda leaf: leaf[0], xs)
+    return jax.lax.scan(cast, carry(lambda held: cast(held, first)[0], start), xs)
+
+
+def along(tree: Any, other: Any) -> Any:
+    """``tree``, each device's own along the mesh axes over which ``other`` differs."""
+    if not _tracked():
+        return tree
+    axes = _axes_of(other)
+    return jax.tree.map(lambda leaf: _cast(leaf, axes), tree)

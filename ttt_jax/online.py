@@ -149,13 +149,9 @@ def unroll(stream: Stream) -> Predictor:
         num_chunks = _num_chunks(x)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_chunks))
 
-        def body(carry: PyTree, chunk: Any) -> Any:
-            after, results = stream.step(params, carry, *chunk)
-            return _varying.alike(after, carry), results
-
-        first = jax.tree.map(lambda leaf: leaf[0], (x, keys))
-        start = _varying.carry(lambda carry: body(carry, first)[0], stream.init(params))
-        _, (outputs, info) = jax.lax.scan(body, start, (x, keys))
+        _, (outputs, info) = _varying.scan(
+            lambda carry, chunk: stream.step(params, carry, *chunk), stream.init(params), (x, keys)
+        )
         loss, grad_norm, aux = jax.tree.map(
             lambda leaf: leaf.reshape((-1,) + leaf.shape[2:]), (info.loss, info.grad_norm, info.aux)
         )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import _checks, resets, select
+from ttt_jax import _checks, _varying, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Adapter, Key, Params, PyTree, Reset, Selection, StatefulLoss, Stream
 from ttt_jax.methods._batches import Serve, checked, one_view_each, with_batch_axis
@@ -84,6 +84,8 @@ def cotta(
 
     def target(source: Params, teacher: Params, inputs: Any, key: Key) -> jax.Array:
         """The teacher's logits, averaged where the source is unsure."""
+        # Under vmap jax casts what the branches share twice: here it is cast before.
+        source, teacher = _varying.along((source, teacher), inputs)
 
         def averaged() -> jax.Array:
             keys = jax.random.split(key, num_views)

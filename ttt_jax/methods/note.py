@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import _checks, resets, select
+from ttt_jax import _checks, _varying, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Key, Params, PyTree, Reset, Selection, StatefulLoss, Stream
 from ttt_jax.methods._batches import Serve, batch_size, prediction, with_batch_axis
@@ -125,7 +125,7 @@ def note(
             return _offered(reservoir, *newcomer), None
 
         keys = jax.random.split(key, batch_size(inputs))
-        reservoir, _ = jax.lax.scan(offer, memory.reservoir, (inputs, label, keys))
+        reservoir, _ = _varying.scan(offer, memory.reservoir, (inputs, label, keys))
         return reservoir
 
     def value(params: Params, memory: Memory, x: Any, key: Key) -> tuple[jax.Array, Memory]:
@@ -144,9 +144,8 @@ def note(
             return loss, follow(memory.statistics, jax.lax.stop_gradient(new), momentum)
 
         due = seen // update_every > memory.seen // update_every
-        loss, statistics = jax.lax.cond(
-            due, update, lambda: (jnp.zeros((), jnp.float32), memory.statistics)
-        )
+        idle = _varying.along((jnp.zeros((), jnp.float32), memory.statistics), inputs)
+        loss, statistics = jax.lax.cond(due, update, lambda: idle)
         # An instance that is not finite may be turned away; it must be seen all the same.
         return jnp.where(all_finite(x), loss, jnp.nan), Memory(reservoir, statistics, seen)
 

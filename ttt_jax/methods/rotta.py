@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import _checks, resets, select
+from ttt_jax import _checks, _varying, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Key, Params, PyTree, Reset, Selection, StatefulLoss, Stream
 from ttt_jax.methods._batches import (
@@ -163,7 +163,7 @@ def rotta(
             x, label, entropy = newcomer
             return _joined(bank, x, label, entropy, score, capacity / num_classes), None
 
-        bank, _ = jax.lax.scan(join, memory.bank, jax.lax.stop_gradient(newcomers))
+        bank, _ = _varying.scan(join, memory.bank, jax.lax.stop_gradient(newcomers))
         seen = memory.seen + batch_size(inputs)
         due = seen // update_every > memory.seen // update_every
         return memory._replace(bank=bank, seen=seen, due=due)
@@ -188,7 +188,8 @@ def rotta(
             loss, *new = learn(params, memory, key)
             return loss, tuple(follow(a, b, momentum) for a, b in zip(old, new, strict=True))
 
-        loss, new = jax.lax.cond(memory.due, update, lambda: (jnp.zeros((), jnp.float32), old))
+        idle = _varying.along((jnp.zeros((), jnp.float32), old), x)
+        loss, new = jax.lax.cond(memory.due, update, lambda: idle)
         # An instance that is not finite may find no room; it must be seen all the same.
         loss = jnp.where(all_finite(x), loss, jnp.nan)
         return loss, memory._replace(teacher_statistics=new[0], student_statistics=new[1])
