@@ -50,7 +50,7 @@ _FLOORS = (
     ("layers",),
     ("kernels",),
     # The contract holds types alone, which models and checkpoints name too.
-    ("base", "_contract"),
+    ("base", "_contract", "_arguments"),
     ("_trees", "_checks", "_varying", "_names", "_extras", "_version"),
 )
 _FLOOR = {name: height for height, names in enumerate(reversed(_FLOORS)) for name in names}

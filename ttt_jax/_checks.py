@@ -33,6 +33,7 @@ def check_number(
     *,
     above: bool = False,
     hint: str = "",
+    scalar: bool = True,
 ) -> None:
     """Refuses a known number, or an array of numbers, outside of ``[low, high]``.
 
@@ -43,16 +44,20 @@ def check_number(
       high: the largest; infinity is in the range of a number without a bound.
       above: whether ``low`` itself is refused.
       hint: what to do, the end of the message.
+      scalar: whether arrays are refused, traced ones too, which would broadcast in silence.
 
     Raises:
       TypeError: not a number.
-      ValueError: outside of the range, or nan.
+      ValueError: outside of the range, nan, or several numbers.
     """
     array = known(value)
+    rule = f"{name} must be a number {_range(low, high, above)}"
+    if scalar and hasattr(value, "dtype") and value.ndim:
+        raise ValueError(f"{rule}; got an array of shape {value.shape}. Give one number.")
     if array is None:
         return
-    rule = f"{name} must be a number {_range(low, high, above)}"
-    if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "iu"):
+    real = jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "iu"
+    if not real or (scalar and array.ndim):
         raise TypeError(f"{rule}; got {value!r} of type {type(value).__name__}.")
     inside = (array > low if above else array >= low) & (array <= high)
     if not inside.all():

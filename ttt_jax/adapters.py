@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ttt_jax import _checks, _contract, _optimizers, _trees, _varying
+from ttt_jax import _arguments, _checks, _contract, _optimizers, _trees, _varying
 from ttt_jax.base import (
     Adapter,
     AdapterState,
@@ -209,6 +209,7 @@ def _gradient_step(
     return Adapter(init, step, merge)
 
 
+@_arguments.checked()
 def gradient_adapter(
     loss: AuxLoss | StatefulLoss,
     optimizer: optax.GradientTransformation,
@@ -258,7 +259,7 @@ def gradient_adapter(
     """
     for strength in jax.tree.leaves(anchor):
         if isinstance(strength, int | float | np.number | np.ndarray | jax.Array):
-            _checks.check_number("anchor", strength, 0.0)
+            _checks.check_number("anchor", strength, 0.0, scalar=False)
 
     def gradient(objective: Any, fast: PyTree, merge: Callable[[PyTree], Params]) -> Any:
         pair, grads = jax.value_and_grad(objective, has_aux=True)(fast)
@@ -267,6 +268,7 @@ def gradient_adapter(
     return _gradient_step(_as_stateful(loss), optimizer, select, anchor, gradient, has_aux)
 
 
+@_arguments.checked()
 def sharpness_aware_adapter(
     loss: AuxLoss | StatefulLoss,
     optimizer: optax.GradientTransformation,
@@ -324,6 +326,7 @@ def sharpness_aware_adapter(
     return _gradient_step(_as_stateful(loss), optimizer, select, 0.0, gradient, has_aux)
 
 
+@_arguments.checked()
 def filtered(adapter: Adapter, keep: Callable[[Params, Any, Key], Any]) -> Adapter:
     """Skips the instances that ``keep`` rejects.
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax import (
+    _arguments,
     _audit_task,
     _contract,
     _trees,
@@ -48,6 +49,7 @@ __all__ = [
 _ROUNDING = 1e-5
 
 
+@_arguments.checked(num_steps=_arguments.count(0))
 def tolerance(num_steps: int = 1) -> float:
     """The largest difference between two programs, relative to the scale of their results.
 
@@ -64,6 +66,7 @@ def tolerance(num_steps: int = 1) -> float:
     return _ROUNDING * (1 + num_steps)
 
 
+@_arguments.checked()
 def scale(tree: Any) -> jax.Array:
     """The largest absolute value of all finite floating elements, 0 where there are none."""
 
@@ -75,6 +78,7 @@ def scale(tree: Any) -> jax.Array:
     return jnp.stack(sizes).max() if sizes else jnp.zeros(())
 
 
+@_arguments.checked()
 def relative_distance(a: Any, b: Any) -> jax.Array:
     """The largest absolute difference over all leaves by the scale of ``b``; see :func:`scale`.
 
@@ -84,6 +88,7 @@ def relative_distance(a: Any, b: Any) -> jax.Array:
     return distance(a, b) / jnp.where(size > 0, size, 1.0)
 
 
+@_arguments.checked()
 def require_close(actual: Any, expected: Any, *, num_steps: int = 1) -> None:
     """Checks that two programs gave the same, up to rounding.
 
@@ -100,6 +105,7 @@ def require_close(actual: Any, expected: Any, *, num_steps: int = 1) -> None:
     require([Finding("two programs give the same", float(gap), tolerance(num_steps))])
 
 
+@_arguments.checked()
 def distance(a: Any, b: Any) -> jax.Array:
     """Largest absolute difference over all leaves; equal non-finite values differ by 0."""
 
@@ -130,6 +136,7 @@ def _can_poison(xs: Any) -> bool:
     return any(_trees.is_floating(leaf) for leaf in jax.tree.leaves(xs))
 
 
+@_arguments.checked()
 def differences(predictor: Predictor, params: Params, xs: Any, keys: Key) -> dict[str, jax.Array]:
     """How far a predictor is from the promises, as scalars; pure and traceable.
 
@@ -188,6 +195,7 @@ def _variants(
     return found, base
 
 
+@_arguments.checked()
 def adapter_differences(
     adapter: Adapter,
     apply: Callable[[Params, Any], Any],
@@ -258,6 +266,7 @@ def adapter_differences(
     return found
 
 
+@_arguments.checked()
 def findings(values: dict[str, Any], *, num_steps: int = 1) -> list[Finding]:
     """Judges measured differences: bitwise where it is promised, :func:`tolerance` elsewhere."""
     return [
@@ -266,6 +275,7 @@ def findings(values: dict[str, Any], *, num_steps: int = 1) -> list[Finding]:
     ]
 
 
+@_arguments.checked()
 def require(found: list[Finding]) -> None:
     """Raises :class:`AuditError` listing every failed finding."""
     failed = [finding for finding in found if not finding.passed]
@@ -293,6 +303,7 @@ def _call_once(predictor: Predictor, params: Params, xs: Any, keys: Key) -> list
     return before
 
 
+@_arguments.checked()
 def check(
     predictor: Predictor, params: Params, xs: Any, keys: Key, *, num_steps: int = 1
 ) -> list[Finding]:
@@ -319,6 +330,7 @@ def check(
     return _judge(before, params, values, num_steps)
 
 
+@_arguments.checked()
 def check_adapter(
     adapter: Adapter,
     apply: Callable[[Params, Any], Any],
@@ -352,6 +364,7 @@ def _judge(
     return found
 
 
+@_arguments.checked()
 def copied_frozen(
     predictor: Predictor, selection: Selection, params: Params, xs: Any, keys: Key
 ) -> list[str]:
@@ -378,11 +391,13 @@ def copied_frozen(
     return copied
 
 
+@_arguments.checked()
 def everything_but(selection: Selection) -> Selection:
     """The complement of a selection, for asking what stayed frozen."""
     return select_lib.exclude(select_lib.everything(), selection)
 
 
+@_arguments.checked(task=_arguments.having("a Task", "init", "heads", "streams"))
 def check_task(task: Any, *, seed: int = 0, max_batches: int = 2) -> None:
     """Raises :class:`AuditError` naming every rule that a :class:`ttt_jax.task.Task` breaks.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax import _checks, _contract, _trees
+from ttt_jax import _arguments, _checks, _contract, _trees
 from ttt_jax.base import Info, Key, Params, Predictor
 
 __all__ = ["BatchedPredictor", "batched", "sample_keys", "unbatched"]
@@ -15,6 +15,7 @@ __all__ = ["BatchedPredictor", "batched", "sample_keys", "unbatched"]
 BatchedPredictor = Callable[[Params, Any, Key], tuple[Any, Info]]
 
 
+@_arguments.checked()
 def unbatched(apply: Callable[..., Any]) -> Callable[..., Any]:
     """Turns a model function over a batch into the one-instance ``apply`` of a predictor.
 
@@ -37,6 +38,7 @@ def unbatched(apply: Callable[..., Any]) -> Callable[..., Any]:
     return _contract.OneInstance(apply)
 
 
+@_arguments.checked(ids=None)
 def sample_keys(key: Key, ids: Any) -> Key:
     """One key per instance that follows its id, not its place in the batch.
 
@@ -130,6 +132,7 @@ def _in_chunks(predictor: Predictor, chunk_size: int | None) -> BatchedPredictor
     return run
 
 
+@_arguments.checked(mesh=_arguments.instance(jax.sharding.Mesh, jax.sharding.AbstractMesh))
 def batched(
     predictor: Predictor,
     *,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ttt_jax import _devices, batching, budget, diagnostics, predictors, select
+from ttt_jax import _arguments, _devices, batching, budget, diagnostics, predictors, select
 from ttt_jax._devices import Call, Devices
 from ttt_jax._programs import InBatches, Method, Parametric, program, scope_of, stream_of
 from ttt_jax.base import FromSource, Params, Predictor, PyTree
@@ -57,6 +57,7 @@ class Row(NamedTuple):
     each: Mapping[str, PyTree]
 
 
+@_arguments.checked(params=None)
 def evaluate(
     task: Task,
     methods: Mapping[str, Method],
@@ -92,11 +93,13 @@ def evaluate(
             yield from evaluation.rows(label, method, name)
 
 
+@_arguments.checked()
 def source_of(task: Task) -> Predictor:
     """The unadapted model of a task, with whose output methods are compared: its first head."""
     return predictors.source(batching.unbatched(next(iter(task.heads().values()))))
 
 
+@_arguments.checked(seed=_arguments.count(0), size=_arguments.count())
 def measured(
     method: FromSource, params: Params, task: Task, *, seed: int, size: int, count: int | None
 ) -> PyTree:
@@ -149,6 +152,7 @@ class Evaluation:
     Programs that resume, or go on after a failure, call :meth:`rows` per method and stream.
     """
 
+    @_arguments.checked(params=None, seed=_arguments.count(0))
     def __init__(
         self,
         task: Task,

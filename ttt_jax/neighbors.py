@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees
+from ttt_jax import _arguments, _trees
 from ttt_jax.base import Adapter, Key, Params, PyTree, StepInfo
 from ttt_jax.source import value_of
 
@@ -19,6 +19,7 @@ __all__ = ["finder", "nearest", "with_neighbors"]
 _METRICS = ("cosine", "euclidean")
 
 
+@_arguments.checked(bank=_arguments.array(2))
 def nearest(features: jax.Array, bank: jax.Array, k: int, *, metric: str = "cosine") -> jax.Array:
     """The k rows of a bank that are nearest to a vector: exact, by one matrix product.
 
@@ -78,6 +79,7 @@ def _product(queries: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.matmul(queries, rows.T, precision=jax.lax.Precision.HIGHEST)
 
 
+@_arguments.checked(k=_arguments.count())
 def finder(
     features: Callable[[Params, Any], jax.Array],
     pool: PyTree,
@@ -123,6 +125,7 @@ def finder(
     return find
 
 
+@_arguments.checked()
 def with_neighbors(adapter: Adapter, find: Callable[[Params, Any], PyTree]) -> Adapter:
     """Adapts to an instance together with its neighbors, as one batch.
 

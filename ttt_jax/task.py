@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from ttt_jax import _arguments
 from ttt_jax.base import Key, Params, PyTree
 
 __all__ = [
@@ -102,11 +103,13 @@ class Task(NamedTuple):
     ties: tuple[str, ...] = ()
 
 
+@_arguments.checked(index=None)
 def take(examples: Examples, index: Any) -> Examples:
     """The examples at an index: a slice, positions or a mask ``[N]``."""
     return jax.tree.map(lambda leaf: np.asarray(leaf)[index], examples)
 
 
+@_arguments.checked(size=None)
 def in_batches(
     batches: Iterable[Examples], size: int, count: int | None = None
 ) -> Iterator[Examples]:
@@ -141,11 +144,13 @@ def _joined(first: Examples, second: Examples) -> Examples:
     return jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
 
 
+@_arguments.checked()
 def joined_tags(batches: Sequence[Examples]) -> dict[str, np.ndarray]:
     """The tags of all examples of some batches, ``[N]`` each."""
     return jax.tree.map(lambda *a: np.concatenate(a), *(dict(batch.tags) for batch in batches))
 
 
+@_arguments.checked(count=_arguments.count(0))
 def cells(tags: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[dict, np.ndarray]]:
     """The distinct combinations of the tags, in order of appearance, and where each is."""
     columns = [np.asarray(column).tolist() for column in tags.values()]

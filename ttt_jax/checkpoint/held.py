@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ttt_jax import _arguments
 from ttt_jax.base import PyTree
 from ttt_jax.checkpoint import leaves, manifest, trees
 from ttt_jax.checkpoint.errors import CheckpointError
@@ -122,6 +123,7 @@ class Pristine:
         return again.params
 
 
+@_arguments.checked()
 def pristine(params: PyTree, metadata: Mapping[str, Any] | None = None) -> Pristine:
     """Holds parameters that have no file; ``restore("orbax")`` then raises.
 

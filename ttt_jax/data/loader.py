@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax import _extras
+from ttt_jax import _arguments, _extras
 from ttt_jax.data import corruptions
 from ttt_jax.data.sources import Batch, Example, Source
 from ttt_jax.data.streams import Plan
@@ -79,6 +79,7 @@ class Loader:
       split: the source's split string.
     """
 
+    @_arguments.checked()
     def __init__(
         self,
         source: Source,
@@ -224,6 +225,7 @@ class _Augmented:
         return batch._replace(image=images.astype(np.float32))
 
 
+@_arguments.checked()
 def training_batches(
     source: Source,
     *,
@@ -258,6 +260,7 @@ def training_batches(
     return iter(data[int(start_step) :].to_iter_dataset(options))
 
 
+@_arguments.checked()
 def training_places(
     source: Source, *, batch_size: int, seed: int, start_step: int = 0
 ) -> Iterator[np.ndarray]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.interpreters import partial_eval
 
-from ttt_jax import _checks, _contract, _trees, _varying, select as select_lib
+from ttt_jax import _arguments, _checks, _contract, _trees, _varying, select as select_lib
 from ttt_jax.base import AuxLoss, Key, Params, PyTree, Selection
 
 MainLoss = Callable[[Params, Any, Any, Key], jax.Array]
@@ -54,6 +54,7 @@ def _divided(value: jax.Array, *norms: jax.Array) -> jax.Array:
     return value
 
 
+@_arguments.checked()
 def gradient_alignment(
     main_loss: MainLoss, aux_loss: AuxLoss, *, select: Selection
 ) -> Callable[[Params, Any, Any, Key], Alignment]:
@@ -122,6 +123,7 @@ def gradient_alignment(
     return align
 
 
+@_arguments.checked()
 def shared_parameters(
     main_loss: MainLoss, aux_loss: AuxLoss, *, select: Selection
 ) -> Callable[[Params, Any, Any, Key], Selection]:
@@ -162,6 +164,7 @@ def shared_parameters(
     return shared
 
 
+@_arguments.checked()
 def secant_smoothness(
     main_loss: MainLoss, aux_loss: AuxLoss, *, select: Selection
 ) -> Callable[[Params, Any, Any, Key], jax.Array]:
@@ -201,6 +204,7 @@ def secant_smoothness(
     return smoothness
 
 
+@_arguments.checked(smoothness=_arguments.array())
 def guaranteed_step(alignment: Alignment, *, smoothness: Any) -> jax.Array:
     """The step size of Sun et al., Theorem 1, for which the main loss must fall.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import _checks
+from ttt_jax import _arguments, _checks
 from ttt_jax.base import Adapter, AuxLoss, Info, Key, Params, Predictor, Selection
 from ttt_jax.diagnostics import (
     _inputs,
@@ -36,6 +36,9 @@ class Probe(NamedTuple):
     smoothness: jax.Array
 
 
+@_arguments.checked(
+    classify=_arguments.function(2, "(params, x) -> logits"), learning_rates=_arguments.array(1)
+)
 def probe(
     classify: Callable[[Params, Any], jax.Array],
     aux_loss: AuxLoss,
@@ -93,6 +96,7 @@ def probe(
     return measure
 
 
+@_arguments.checked(labels=_arguments.array())
 def summary(
     probes: Probe, info: Info, labels: Any, *, rate_index: int, classes_kept: float = 0.9
 ) -> dict[str, jax.Array]:

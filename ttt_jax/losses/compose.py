@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks, _contract
+from ttt_jax import _arguments, _checks, _contract
 from ttt_jax.base import AuxLoss, Key, Params, PyTree, StatefulLoss
 from ttt_jax.losses import _inputs
 
 
+@_arguments.checked(terms=None)
 def weighted(*terms: tuple[Any, AuxLoss | StatefulLoss]) -> AuxLoss | StatefulLoss:
     """``sum_j w_j * loss_j``; term j gets the key ``fold_in(key, j)``.
 
@@ -69,6 +70,7 @@ def weighted(*terms: tuple[Any, AuxLoss | StatefulLoss]) -> AuxLoss | StatefulLo
     return lambda params, x, key: value(params, stateless, x, key)[0]
 
 
+@_arguments.checked()
 def over_batch(loss: AuxLoss) -> AuxLoss:
     """Lifts a one-instance loss over a batch: the mean over instances, one key per instance.
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks
+from ttt_jax import _arguments, _checks
 from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs, _source
 from ttt_jax.source import value_of
@@ -18,6 +18,7 @@ def _unit(vectors: jax.Array) -> jax.Array:
     return vectors * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
 
 
+@_arguments.checked()
 def contrastive(
     apply: Callable[..., Any],
     augment: Callable[[Any, Key], Any],

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import losses, resets, select
+from ttt_jax import _arguments, losses, resets, select
 from ttt_jax.adapters import sharpness_aware_adapter
 from ttt_jax.base import AuxLoss, Info, Params, Selection, Stream
 from ttt_jax.methods._batches import Serve, prediction
 from ttt_jax.online import online
 
 
+@_arguments.checked()
 def sar(
     classify: Callable[[Params, Any], jax.Array],
     *,

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _arguments
 from ttt_jax.models.resnet import ResNet
 from ttt_jax.models.vit import ViT
 
 
+@_arguments.checked()
 def init(module: ResNet | ViT, key: jax.Array, image_shape: Sequence[int]) -> dict[str, Any]:
     """Creates the parameters of every method of a reference model.
 

@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttt_jax import _arguments
 from ttt_jax.kernels import attention
 from ttt_jax.models._checks import check_images
 from ttt_jax.models.initializers import xavier_uniform
 from ttt_jax.models.transformer import Block, Dense
 
 
+@_arguments.checked(images=_arguments.array(4), patch=_arguments.count())
 def patchify(images: jax.Array, patch: int) -> jax.Array:
     """Cuts images into patches, row by row; pixels of a patch are in the order (p, q, C).
 
@@ -45,6 +47,11 @@ def patchify(images: jax.Array, patch: int) -> jax.Array:
     return grid.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows * columns, patch * patch * channels)
 
 
+@_arguments.checked(
+    patches=_arguments.array(3, like="[N, P, D]"),
+    patch=_arguments.count(),
+    size=_arguments.sequence(),
+)
 def unpatchify(patches: jax.Array, patch: int, size: tuple[int, int]) -> jax.Array:
     """The inverse of :func:`patchify`.
 

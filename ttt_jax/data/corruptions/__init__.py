@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from ttt_jax import _arguments
 from ttt_jax.data.corruptions import blur, digital, noise, spatter, weather
 from ttt_jax.data.corruptions.common import Corruption, quantize, scale_of
 
@@ -63,6 +64,7 @@ VALIDATION_CORRUPTIONS: tuple[str, ...] = tuple(_FUNCTIONS)[15:]
 """The 4 held out for choosing hyper-parameters."""
 
 
+@_arguments.checked()
 def check_name(name: str, severity: int) -> None:
     """Checks a corruption's name and severity.
 
@@ -129,6 +131,7 @@ def _apply(image: np.ndarray, name: str, severity: int, words: tuple[int, ...]) 
     return quantize(_FUNCTIONS[name](image.astype(np.float64), severity, rng, scale))
 
 
+@_arguments.checked()
 def corrupt(
     image: np.ndarray, name: str, severity: int, *, seed: int | Sequence[int]
 ) -> np.ndarray:
@@ -153,6 +156,7 @@ def corrupt(
     return _apply(_check_images(image, 3), name, int(severity), _entropy(seed))
 
 
+@_arguments.checked()
 def corrupt_batch(
     images: np.ndarray,
     name: str,

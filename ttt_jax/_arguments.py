@@ -1,0 +1,335 @@
+"""Checks of what public functions are given, read from their signatures where they are called.
+
+``@checked()`` compares each argument with its annotation: an ``Adapter``, a flag, an array, a
+function of three arguments. What an annotation does not say (the least count, the rank of an
+array) is given by name: ``@checked(image=array(3), k=count(1))``, and ``None`` leaves an argument
+out. A default is never checked. All of it happens in Python, before the function itself: a
+compiled program holds none of it, and traced values are asked for their shape alone.
+"""
+
+import collections.abc
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ttt_jax import _checks, _contract, _trees, base
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+Rule = Callable[[str, str, Any], Any]
+"""``(place, name, value) -> value``: raises, or returns what the function is given."""
+
+# What is given as a model function over a batch [N, ...], by the names of heads.
+_MODELS = frozenset(
+    (
+        *("classify", "rotation", "features", "project", "reconstruct", "denoise", "activations"),
+        *("classify_statistics", "rotation_statistics", "statistics"),
+    )
+)
+
+
+def checked(**rules: Rule | None) -> Callable[[_Function], _Function]:
+    """Decorates a public function so that its arguments are checked first; see the module."""
+
+    def decorate(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+        place = _place(function)
+        by_name: dict[str, Rule] = {}
+        for name, parameter in signature.parameters.items():
+            rule = rules[name] if name in rules else _rule_of(parameter)
+            if rule is not None and parameter.kind is parameter.VAR_POSITIONAL:
+                rule = _of_each(rule)
+            if rule is not None:
+                by_name[name] = rule
+        defaults = {name: p.default for name, p in signature.parameters.items()}
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError:
+                return function(*args, **kwargs)  # Python's own words on missing arguments
+            given = bound.arguments
+            for name, rule in by_name.items():
+                if name in given and given[name] is not defaults[name]:
+                    given[name] = rule(place, name, given[name])
+            return function(*bound.args, **bound.kwargs)
+
+        return typing.cast(_Function, call)
+
+    return decorate
+
+
+def _place(function: Callable[..., Any]) -> str:
+    parts = function.__module__.split(".")[1:]
+    name = function.__qualname__.removesuffix(".__init__")
+    return f"{parts[0]}.{name}" if parts and parts[0] in ("losses", "methods") else name
+
+
+def _of_each(rule: Rule) -> Rule:
+    return lambda place, name, values: tuple(rule(place, name, value) for value in values)
+
+
+def _rule_of(parameter: inspect.Parameter) -> Rule | None:
+    """The rule that the annotation of a parameter states, or its name; ``None`` for none."""
+    name, annotation = parameter.name, parameter.annotation
+    if annotation is parameter.empty:
+        return None
+    members: tuple[Any, ...] = (annotation,)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        members = typing.get_args(annotation)
+    if name in ("params", "adapted"):
+        return params
+    if jax.Array in members and name in ("key", "keys"):
+        return one_key if name == "key" else many_keys
+    if jax.Array in members and (float in members or int in members):
+        return None  # a number, whose range the function knows
+    if base.Predictor in members:
+        return lambda place, name, value: _kept(_contract.require_predictor(name, value), value)
+    if base.AuxLoss in members:
+        return loss if base.StatefulLoss in members else plain_loss
+    members = tuple(member for member in members if member is not type(None))
+    if len(members) > 1:
+        classes = [m for m in members if isinstance(m, type) and m.__module__ != "builtins"]
+        return instance(*classes) if len(classes) == len(members) else None
+    (member,) = members
+    origin, inner = typing.get_origin(member), typing.get_args(member)
+    if member is Any:
+        return tree
+    if origin is collections.abc.Callable:
+        return _function_rule(name, inner[0])
+    if origin in (tuple, collections.abc.Sequence, list):
+        return sequence(*(kind for kind in inner[:1] if isinstance(kind, type)))
+    if origin in (collections.abc.Mapping, dict):
+        return mapping
+    return _of_class(member) if isinstance(member, type) else None
+
+
+def _of_class(kind: type) -> Rule | None:
+    if kind in (jax.Array, np.ndarray):
+        return array(host=kind is np.ndarray)
+    if kind is optax.GradientTransformation:
+        return optimizer
+    if kind in (bool, str):
+        return flag if kind is bool else text
+    if kind in (int, float):
+        return None  # the function knows the least count, and the range of a number
+    if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
+        return tree
+    return instance(kind)
+
+
+def _function_rule(name: str, arguments: Any) -> Rule | None:
+    if arguments is ...:
+        return None  # the function says it itself, as it knows whether a key comes last
+    if name in _MODELS:
+        return model
+    return function(len(arguments))
+
+
+def _kept(_: None, value: Any) -> Any:
+    return value
+
+
+def _refuse(name: str, rule: str, value: Any, fix: str = "") -> typing.NoReturn:
+    end = f": {fix}." if fix else "."
+    raise TypeError(f"{name} must be {rule}; got {_contract.described(value)}{end}")
+
+
+def function(count: int, form: str = "") -> Rule:
+    """A function that takes so many arguments."""
+    words = form or f"of {count} argument{'s' * (count != 1)}"
+
+    def rule(place: str, name: str, value: Any) -> Any:
+        _contract.require_function(name, value, words, count)
+        return value
+
+    return rule
+
+
+def model(place: str, name: str, value: Any) -> Any:
+    """A model function over a batch."""
+    _contract.require_model_function(place, value, name, extra=int(name == "reconstruct"))
+    return value
+
+
+def loss(place: str, name: str, value: Any) -> Any:
+    """An ``AuxLoss`` or a ``StatefulLoss``."""
+    return value if isinstance(value, base.StatefulLoss) else plain_loss(place, name, value)
+
+
+def plain_loss(place: str, name: str, value: Any) -> Any:
+    """An ``AuxLoss``."""
+    _contract.require_function(name, value, "(params, x, key) -> scalar")
+    return value
+
+
+def optimizer(place: str, name: str, value: Any) -> Any:
+    """An optax transformation."""
+    if not all(callable(getattr(value, part, None)) for part in ("init", "update")):
+        fix = "Call a factory with its step size"
+        raise TypeError(
+            f"{name} must be an optax transformation such as optax.sgd(1e-3); got "
+            f"{_contract.described(value)}. {fix}."
+        )
+    return value
+
+
+def instance(*kinds: type) -> Rule:
+    """An object of a class."""
+
+    def rule(place: str, name: str, value: Any) -> Any:
+        if not isinstance(value, kinds):
+            if len(kinds) == 1 and kinds[0].__module__ == "ttt_jax.base":
+                _contract.require(name, value, kinds[0])
+            _refuse(name, " or ".join(_contract.article(kind.__name__) for kind in kinds), value)
+        return value
+
+    return rule
+
+
+def having(what: str, *parts: str) -> Rule:
+    """An object with these attributes."""
+
+    def rule(place: str, name: str, value: Any) -> Any:
+        if not all(hasattr(value, part) for part in parts):
+            _refuse(name, f"{what} (with {', '.join(parts)})", value)
+        return value
+
+    return rule
+
+
+def flag(place: str, name: str, value: Any) -> bool:
+    """True or False, which decides while tracing and so has no array form."""
+    if not isinstance(value, bool | np.bool_):
+        _refuse(name, "True or False", value)
+    return bool(value)
+
+
+def text(place: str, name: str, value: Any) -> str:
+    """A ``str``."""
+    if not isinstance(value, str):
+        _refuse(name, "a str", value)
+    return value
+
+
+def path(place: str, name: str, value: Any) -> Any:
+    """A ``str`` or a path object."""
+    if not isinstance(value, str) and not hasattr(value, "__fspath__"):
+        _refuse(name, "a path", value)
+    return value
+
+
+def mapping(place: str, name: str, value: Any) -> Any:
+    """A dict or another mapping."""
+    if not isinstance(value, Mapping):
+        _refuse(name, "a mapping such as a dict", value)
+    return value
+
+
+def sequence(*kinds: type) -> Rule:
+    """A list or tuple (or an array, of numbers), all of its members of a class."""
+
+    def rule(place: str, name: str, value: Any) -> Any:
+        arrays = isinstance(value, np.ndarray | jax.Array) and value.ndim == 1
+        if isinstance(value, _contract.KINDS) or not (
+            arrays or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
+        ):
+            _refuse(name, "a list or a tuple", value)
+        known = tuple(kind for kind in kinds if kind not in (int, float))
+        for member in value if known else ():
+            if not isinstance(member, known):
+                names = " or ".join(kind.__name__ for kind in known)
+                _refuse(name, f"a list of {names}", member)
+        return value
+
+    return rule
+
+
+def count(least: int = 1) -> Rule:
+    """A static integer of at least ``least``."""
+    return lambda place, name, value: _checks.check_count(name, value, least)
+
+
+def number(low: float = -np.inf, high: float = np.inf, *, above: bool = False) -> Rule:
+    """One number in a range, as far as it is known; a traced one is taken as it is."""
+
+    def rule(place: str, name: str, value: Any) -> Any:
+        _checks.check_number(name, value, low, high, above=above)
+        return value
+
+    return rule
+
+
+def array(*ranks: int, kinds: str = "fiub", host: bool = False, like: str = "") -> Rule:
+    """An array of numbers, or lists that make one, of one of these ranks (of any, without)."""
+    shapes = {0: "a number", 1: "[N]", 2: "[N, D]", 3: "[H, W, C]", 4: "[N, H, W, C]"}
+    due = like or " or ".join(shapes[rank] for rank in ranks)
+    rule_text = f"an array{' ' * bool(due)}{due} of numbers"
+
+    def rule(place: str, name: str, value: Any) -> Any:
+        numbers = isinstance(value, int | float | complex | list | tuple)
+        if isinstance(value, _contract.KINDS) or not (numbers or hasattr(value, "dtype")):
+            _refuse(name, rule_text, value)
+        if numbers and not isinstance(value, bool):
+            try:
+                value = np.asarray(value) if host else jnp.asarray(value)
+            except (TypeError, ValueError):
+                _refuse(name, rule_text, value)
+        kind = "k" if _trees.is_key(value) else _kind(value.dtype)
+        if kind not in kinds or (ranks and value.ndim not in ranks):
+            raise ValueError(f"{name} must be {rule_text}; got {_contract.described(value)}.")
+        return value
+
+    return rule
+
+
+def _kind(dtype: Any) -> str:
+    # bfloat16 and its kin are floating to jax alone.
+    return "f" if jnp.issubdtype(dtype, jnp.floating) else np.dtype(dtype).kind
+
+
+def one_key(place: str, name: str, value: Any) -> Any:
+    """One PRNG key."""
+    _contract.require_key(place, value)
+    return value
+
+
+def many_keys(place: str, name: str, value: Any) -> Any:
+    """Typed keys [N], or a list of them."""
+    if isinstance(value, list | tuple) and value and all(map(_trees.is_key, value)):
+        value = jnp.stack(value)
+    if not _trees.is_key(value) or value.ndim != 1:
+        raise ValueError(
+            f"{place} needs {name}, typed PRNG keys [N]; got {_contract.described(value)}. Make "
+            "them with ttt_jax.sample_keys(jax.random.key(seed), ids)."
+        )
+    return value
+
+
+def params(place: str, name: str, value: Any) -> Any:
+    """Parameters: any pytree but a function, a module or a thing of the contract."""
+    if _is_no_tree(value):
+        _refuse(name, "a pytree of arrays, such as a dict", value)
+    return value
+
+
+def tree(place: str, name: str, value: Any) -> Any:
+    """Any pytree, but no function, text, or thing of the contract."""
+    if _is_no_tree(value):
+        _refuse(name, "data", value)
+    return value
+
+
+def _is_no_tree(value: Any) -> bool:
+    strange = isinstance(value, (str, bytes, type, optax.GradientTransformation, *_contract.KINDS))
+    # Modules that are trees may be callable, too: those hold their parameters.
+    lone = callable(value) or _contract.is_flax(value)
+    return strange or (lone and jax.tree_util.all_leaves([value]))
