@@ -33,7 +33,7 @@ _FLOORS = (
     ("tuning", "evaluation", "training", "_programs", "_devices"),
     ("task", "metrics"),
     ("methods",),
-    ("audit", "_audit_task", "_findings", "diagnostics", "meta"),
+    ("audit", "_audit_task", "_audit_rows", "_findings", "diagnostics", "meta"),
     ("predictors", "online", "resets", "batching", "inner", "budget"),
     (
         "adapters",

@@ -48,7 +48,11 @@ def checked(**rules: Rule | None) -> Callable[[_Function], _Function]:
                 rule = _of_each(rule)
             if rule is not None:
                 by_name[name] = rule
-        defaults = {name: p.default for name, p in signature.parameters.items()}
+        # A default, and None where the annotation has it.
+        unchecked = {
+            name: (p.default, None) if type(None) in typing.get_args(p.annotation) else (p.default,)
+            for name, p in signature.parameters.items()
+        }
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -58,7 +62,7 @@ def checked(**rules: Rule | None) -> Callable[[_Function], _Function]:
                 return function(*args, **kwargs)  # Python's own words on missing arguments
             given = bound.arguments
             for name, rule in by_name.items():
-                if name in given and given[name] is not defaults[name]:
+                if name in given and not any(given[name] is free for free in unchecked[name]):
                     given[name] = rule(place, name, given[name])
             return function(*bound.args, **bound.kwargs)
 
@@ -90,7 +94,7 @@ def _rule_of(parameter: inspect.Parameter) -> Rule | None:
     if jax.Array in members and name in ("key", "keys"):
         return one_key if name == "key" else many_keys
     if jax.Array in members and (float in members or int in members):
-        return None  # a number, whose range the function knows
+        return plain_number
     if base.Predictor in members:
         return lambda place, name, value: _kept(_contract.require_predictor(name, value), value)
     if base.AuxLoss in members:
@@ -120,7 +124,7 @@ def _of_class(kind: type) -> Rule | None:
     if kind in (bool, str):
         return flag if kind is bool else text
     if kind in (int, float):
-        return None  # the function knows the least count, and the range of a number
+        return plain_number
     if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
         return tree
     return instance(kind)
@@ -167,6 +171,9 @@ def loss(place: str, name: str, value: Any) -> Any:
 
 def plain_loss(place: str, name: str, value: Any) -> Any:
     """An ``AuxLoss``."""
+    if isinstance(value, base.StatefulLoss):
+        fix = "wrap a loss with a memory in one that starts from loss.init(params)"
+        _refuse(name, "a function (params, x, key) -> scalar", value, fix)
     _contract.require_function(name, value, "(params, x, key) -> scalar")
     return value
 
@@ -204,6 +211,27 @@ def having(what: str, *parts: str) -> Rule:
         return value
 
     return rule
+
+
+def iterable(place: str, name: str, value: Any) -> Any:
+    """What a ``for`` goes through."""
+    if isinstance(value, (str, bytes, *_contract.KINDS)) or not hasattr(value, "__iter__"):
+        _refuse(name, "an iterable, such as a list", value)
+    return value
+
+
+def named(place: str, name: str, value: Any) -> Any:
+    """The name of a method, or a function of a module."""
+    if not (isinstance(value, str) or callable(value)) or isinstance(value, _contract.KINDS):
+        _refuse(name, "the name of a method or a function", value)
+    return value
+
+
+def params_or_function(place: str, name: str, value: Any) -> Any:
+    """Parameters, or a function of no arguments that gives them."""
+    if inspect.isroutine(value) or isinstance(value, functools.partial):
+        return value
+    return params(place, name, value)
 
 
 def flag(place: str, name: str, value: Any) -> bool:
@@ -253,6 +281,22 @@ def sequence(*kinds: type) -> Rule:
     return rule
 
 
+def plain_number(place: str, name: str, value: Any) -> Any:
+    """A NumPy number as Python's own; of which range or kind it is, the function knows.
+
+    NumPy's have a dtype of their own, which would widen a computation in bfloat16.
+    """
+    single = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim)
+    return value.item() if single else value
+
+
+def integer(place: str, name: str, value: Any) -> int:
+    """A static integer, whose range the function knows."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        _refuse(name, "an integer", value)
+    return int(value)
+
+
 def count(least: int = 1) -> Rule:
     """A static integer of at least ``least``."""
     return lambda place, name, value: _checks.check_count(name, value, least)
@@ -263,22 +307,33 @@ def number(low: float = -np.inf, high: float = np.inf, *, above: bool = False) -
 
     def rule(place: str, name: str, value: Any) -> Any:
         _checks.check_number(name, value, low, high, above=above)
-        return value
+        return plain_number(place, name, value)
 
     return rule
 
 
-def array(*ranks: int, kinds: str = "fiub", host: bool = False, like: str = "") -> Rule:
-    """An array of numbers, or lists that make one, of one of these ranks (of any, without)."""
+def array(
+    *ranks: int, kinds: str = "fiub", host: bool = False, like: str = "", finite: bool = False
+) -> Rule:
+    """An array of numbers, or lists that make one, of one of these ranks (of any, without).
+
+    Args:
+      *ranks: how many axes it may have.
+      kinds: NumPy's letters of the dtypes.
+      host: whether lists become NumPy arrays, rather than jax's.
+      like: the shape in words.
+      finite: whether nan and infinity are refused where the values are known.
+    """
     shapes = {0: "a number", 1: "[N]", 2: "[N, D]", 3: "[H, W, C]", 4: "[N, H, W, C]"}
     due = like or " or ".join(shapes[rank] for rank in ranks)
-    rule_text = f"an array{' ' * bool(due)}{due} of numbers"
+    rule_text = f"an array{' ' * bool(due)}{due} of {'finite ' * finite}numbers"
 
     def rule(place: str, name: str, value: Any) -> Any:
         numbers = isinstance(value, int | float | complex | list | tuple)
+        numbers = numbers and not hasattr(value, "_fields")
         if isinstance(value, _contract.KINDS) or not (numbers or hasattr(value, "dtype")):
             _refuse(name, rule_text, value)
-        if numbers and not isinstance(value, bool):
+        if numbers:
             try:
                 value = np.asarray(value) if host else jnp.asarray(value)
             except (TypeError, ValueError):
@@ -286,6 +341,10 @@ def array(*ranks: int, kinds: str = "fiub", host: bool = False, like: str = "") 
         kind = "k" if _trees.is_key(value) else _kind(value.dtype)
         if kind not in kinds or (ranks and value.ndim not in ranks):
             raise ValueError(f"{name} must be {rule_text}; got {_contract.described(value)}.")
+        known = _checks.known(value) if finite and kind == "f" else None
+        if known is not None and not np.isfinite(known.astype(np.float32)).all():
+            worst = known[~np.isfinite(known.astype(np.float32))].flat[0]
+            raise ValueError(f"{name} must be {rule_text}; got {worst}, NaN or infinity.")
         return value
 
     return rule
@@ -333,3 +392,9 @@ def _is_no_tree(value: Any) -> bool:
     # Modules that are trees may be callable, too: those hold their parameters.
     lone = callable(value) or _contract.is_flax(value)
     return strange or (lone and jax.tree_util.all_leaves([value]))
+
+
+def check_fields(owner: Any, **rules: Rule) -> None:
+    """Checks the fields of a dataclass, as of a Linen module, where it is made."""
+    for name, rule in rules.items():
+        rule(type(owner).__name__, name, getattr(owner, name))

@@ -146,7 +146,7 @@ def require_function(argument: str, value: Any, form: str, count: int | None = N
         raise TypeError(f"{rule}. Pass the function itself.")
     if _is_factory(value) and value.__module__.startswith(_FACTORIES):
         raise TypeError(f"{rule}, which builds one: call {_called(value)}.")
-    if count is None and form.startswith("("):
+    if count is None and form.startswith("(") and "..." not in form:
         count = len(_WITHIN.sub("", form[1 : form.index(")")]).split(","))
     if count is not None and not _takes(value, count):
         raise TypeError(f"{rule}, which does not take {count} arguments: wrap it in one that does.")
@@ -175,19 +175,20 @@ _FACTORIES = (
 )
 
 
-def require_model_function(place: str, value: Any, name: str = "apply", extra: int = 0) -> None:
+def require_model_function(
+    place: str, value: Any, name: str = "apply", extra: int | None = 0
+) -> None:
     """Raises ``TypeError`` unless ``value`` may be a model function over a batch.
 
     Args:
       place: the public function, such as ``losses.entropy``.
       value: what was given.
       name: of the argument.
-      extra: how many arguments follow the inputs: a mask, a key.
+      extra: how many arguments follow the inputs: a mask, a key; ``None`` for any number.
     """
     argument = f"{name}, the model function of {place},"
-    require_function(
-        argument, value, "(params, inputs[N, ...]" + ", ..." * bool(extra) + ")", 2 + extra
-    )
+    form = f"(params, inputs[N, ...]{'' if extra == 0 else ', ...'})"
+    require_function(argument, value, form, None if extra is None else 2 + extra)
     if is_unbatched(value):
         raise TypeError(
             f"{name}: {place} needs the model function itself, over inputs[N, ...]; got "

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ttt_jax.base import PyTree
 from ttt_jax.task import Examples
 
 AXIS = "data"
@@ -113,3 +114,17 @@ def calls_of_batches(batches: Sequence[Examples], devices: Devices) -> Iterator[
             jax.tree.map(lambda *leaves: np.stack(leaves), *(batch.x for batch in filled)),
             tuple(len(batch.id) for batch in group),
         )
+
+
+def on_host(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
+def cut_as(lengths: Sequence[int], outputs: Sequence[PyTree]) -> list[PyTree]:
+    """Outputs of calls, cut as the batches of the stream."""
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *outputs)
+    ends = np.cumsum(lengths)
+    return [
+        jax.tree.map(lambda leaf, a=end - length, b=end: leaf[a:b], joined)
+        for length, end in zip(lengths, ends, strict=True)
+    ]

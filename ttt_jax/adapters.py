@@ -258,7 +258,7 @@ def gradient_adapter(
       <https://arxiv.org/abs/1909.13231>`_, 2020, Section 2.
     """
     for strength in jax.tree.leaves(anchor):
-        if isinstance(strength, int | float | np.number | np.ndarray | jax.Array):
+        if isinstance(strength, int | float | complex | np.number | np.ndarray | jax.Array):
             _checks.check_number("anchor", strength, 0.0, scalar=False)
 
     def gradient(objective: Any, fast: PyTree, merge: Callable[[PyTree], Params]) -> Any:

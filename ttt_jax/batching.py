@@ -34,11 +34,11 @@ def unbatched(apply: Callable[..., Any]) -> Callable[..., Any]:
       >>> one(jnp.eye(3), jnp.ones(3)).shape
       (3,)
     """
-    _contract.require_model_function("unbatched", apply)
+    _contract.require_model_function("unbatched", apply, extra=None)
     return _contract.OneInstance(apply)
 
 
-@_arguments.checked(ids=None)
+@_arguments.checked(ids=_arguments.array(host=True, kinds="fiubcUSO"))
 def sample_keys(key: Key, ids: Any) -> Key:
     """One key per instance that follows its id, not its place in the batch.
 

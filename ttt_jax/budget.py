@@ -32,7 +32,7 @@ class Chunk(NamedTuple):
     compiled: Any
 
 
-@_arguments.checked(compiled=_arguments.instance(jax.stages.Compiled))
+@_arguments.checked(compiled=_arguments.having("a compiled program", "memory_analysis"))
 def used(compiled: jax.stages.Compiled) -> int:
     """Bytes on each device that a compiled program needs: arguments, results, and what is between.
 

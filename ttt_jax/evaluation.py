@@ -57,7 +57,7 @@ class Row(NamedTuple):
     each: Mapping[str, PyTree]
 
 
-@_arguments.checked(params=None)
+@_arguments.checked(params=_arguments.params_or_function, seed=_arguments.count(0))
 def evaluate(
     task: Task,
     methods: Mapping[str, Method],
@@ -99,7 +99,7 @@ def source_of(task: Task) -> Predictor:
     return predictors.source(batching.unbatched(next(iter(task.heads().values()))))
 
 
-@_arguments.checked(seed=_arguments.count(0), size=_arguments.count())
+@_arguments.checked(seed=_arguments.count(0), size=_arguments.count(), count=_arguments.count())
 def measured(
     method: FromSource, params: Params, task: Task, *, seed: int, size: int, count: int | None
 ) -> PyTree:
@@ -152,7 +152,12 @@ class Evaluation:
     Programs that resume, or go on after a failure, call :meth:`rows` per method and stream.
     """
 
-    @_arguments.checked(params=None, seed=_arguments.count(0))
+    @_arguments.checked(
+        params=_arguments.params_or_function,
+        seed=_arguments.count(0),
+        chunk_size=_arguments.count(0),
+        parallel_streams=_arguments.count(),
+    )
     def __init__(
         self,
         task: Task,
@@ -250,7 +255,7 @@ class Evaluation:
             calls = _devices.calls_of_instances(batches, size, self._devices)
         results = []
         for call in calls:
-            output, info = _on_host(self._call(method, self._inputs(call), clock))
+            output, info = _devices.on_host(self._call(method, self._inputs(call), clock))
             for position, count in enumerate(call.counts):
                 # A batch is one of several results, instances are the first of all.
                 index = position if in_batch else slice(count)
@@ -274,7 +279,7 @@ class Evaluation:
             x = jax.tree.map(lambda *leaves: np.stack(leaves), *(batch.x for batch in batches))
             arguments = (carry, *self._inputs(Call(ids, x, ())))
             carry, *told = self._call(method, arguments, clock)
-            told = _on_host(told)
+            told = _devices.on_host(told)
             for position, result in enumerate(results):
                 output, info = jax.tree.map(lambda leaf, at=position: leaf[at], told)
                 result.append(_Result(output, _flags(info, len(batches[0].id))))
@@ -344,8 +349,8 @@ class Evaluation:
     ) -> Iterator[Row]:
         """One row per combination of tags."""
         lengths = [len(batch.id) for batch in batches]
-        outputs = _cut_as(lengths, [result.output for result in results])
-        sources = _cut_as(lengths, self._source_outputs(stream))
+        outputs = _devices.cut_as(lengths, [result.output for result in results])
+        sources = _devices.cut_as(lengths, self._source_outputs(stream))
         flags = jax.tree.map(lambda *a: np.concatenate(a), *(result.flags for result in results))
         each: dict[str, PyTree] = {}
         for name, metric in self._task.metrics.items():
@@ -378,10 +383,6 @@ def _drifts(start: PyTree, ends: PyTree) -> jax.Array:
     return jax.vmap(lambda end: diagnostics.drift(start, end, select.everything()))(ends)
 
 
-def _on_host(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, tree)
-
-
 def _flags(info: Any, count: int) -> dict[str, np.ndarray]:
     """``non_finite``, ``updated`` and ``resets`` of every instance."""
     ok = np.asarray(info.ok)
@@ -391,13 +392,3 @@ def _flags(info: Any, count: int) -> dict[str, np.ndarray]:
         reset = reset & (np.arange(count) == count - 1)
     flags = {"non_finite": ~ok, "updated": info.updated, "resets": reset}
     return {name: np.broadcast_to(flag, count) for name, flag in flags.items()}
-
-
-def _cut_as(lengths: Sequence[int], outputs: Sequence[PyTree]) -> list[PyTree]:
-    """Outputs of calls, cut as the batches of the stream."""
-    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *outputs)
-    ends = np.cumsum(lengths)
-    return [
-        jax.tree.map(lambda leaf, a=end - length, b=end: leaf[a:b], joined)
-        for length, end in zip(lengths, ends, strict=True)
-    ]

@@ -47,6 +47,7 @@ def observed_loop(
     Returns:
       ``(params, state, x, key) -> (state, (StepInfo[S], observations[S]))``.
     """
+    num_steps = check_num_steps(num_steps)
     _contract.require("adapter", adapter, Adapter)
     look = observe or (lambda state, info: ())
 

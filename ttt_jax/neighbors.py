@@ -19,7 +19,7 @@ __all__ = ["finder", "nearest", "with_neighbors"]
 _METRICS = ("cosine", "euclidean")
 
 
-@_arguments.checked(bank=_arguments.array(2))
+@_arguments.checked(bank=_arguments.array())
 def nearest(features: jax.Array, bank: jax.Array, k: int, *, metric: str = "cosine") -> jax.Array:
     """The k rows of a bank that are nearest to a vector: exact, by one matrix product.
 
@@ -109,12 +109,12 @@ def finder(
       ValueError: leaves of the pool whose leading axis is not that of the bank; when called: as
         in :func:`nearest`.
     """
-    rows = jnp.asarray(value_of(bank))
+    rows = _arguments.array()("", "bank", value_of(bank))
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(pool)}
     if lengths != {rows.shape[:1]}:
         raise ValueError(
             "neighbors.finder needs one row of the bank for each instance of the pool; got leading "
-            f"axes {sorted(lengths)} of the pool and a bank of shape {rows.shape}."
+            f"axes {sorted(lengths) or None} of the pool and a bank of shape {rows.shape}."
         )
 
     def find(params: Params, x: Any) -> PyTree:

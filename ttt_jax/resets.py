@@ -43,7 +43,7 @@ def every(n: int | jax.Array) -> Reset:
     if known is not None:
         count = known.item() if known.ndim == 0 else n
         if not _trees.is_integer(count, 1):
-            raise ValueError(f"resets.every needs an integer of at least 1, got {n!r}.")
+            raise ValueError(f"resets.every needs n, an integer of at least 1, got {n!r}.")
 
     def apply(carry: Any, state: PyTree, pristine: PyTree, output: Any, info: Info, key: Key):
         count = carry + 1

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ttt_jax import _arguments, _checks
+from ttt_jax import _arguments, _checks, _contract
 from ttt_jax.base import AuxLoss, Key, Params, Selection
 from ttt_jax.task import Examples, Task, TrainingData
 
@@ -66,6 +66,7 @@ def make_step(
     """
     if auxiliary is not None:
         _checks.check_number("auxiliary.weight", auxiliary.weight)
+        _contract.require_function("auxiliary.loss", auxiliary.loss, "(params, x, key) -> scalar")
 
     def losses(params: Params, examples: Examples, key: Key) -> Any:
         view_key, aux_key = jax.random.split(key)
@@ -106,7 +107,7 @@ def _with_learned(params: Params, new: Any) -> Params:
     return new
 
 
-@_arguments.checked(start=_arguments.count(0))
+@_arguments.checked(data=_arguments.iterable, start=_arguments.count(0))
 def batches_from(data: Any, start: int) -> Iterator[Examples]:
     """Endless training batches from step ``start``.
 

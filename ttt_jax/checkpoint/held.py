@@ -123,7 +123,7 @@ class Pristine:
         return again.params
 
 
-@_arguments.checked()
+@_arguments.checked(metadata=None)
 def pristine(params: PyTree, metadata: Mapping[str, Any] | None = None) -> Pristine:
     """Holds parameters that have no file; ``restore("orbax")`` then raises.
 
@@ -152,7 +152,7 @@ def inspect(params: PyTree) -> dict[str, tuple[Leaf, np.ndarray]]:
     """Returns record and host array of every leaf; raises where the tree cannot be pristine."""
     found = {path: leaves.record(path, leaf) for path, leaf in trees.flatten(params)}
     if not found:
-        raise CheckpointError("The parameters have no leaves. Give a pytree of arrays.")
+        raise CheckpointError("The params have no leaves. Give a pytree of arrays.")
     for path, (_, array) in found.items():
         leaves.check_finite(path, array)
     return found

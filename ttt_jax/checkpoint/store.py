@@ -21,7 +21,7 @@ from ttt_jax.checkpoint.held import Pristine, inspect
 from ttt_jax.checkpoint.leaves import Leaf
 
 
-@_arguments.checked(path=_arguments.path)
+@_arguments.checked(path=_arguments.path, metadata=None)
 def save(
     path: str | os.PathLike[str], params: PyTree, *, metadata: Mapping[str, Any] | None = None
 ) -> None:

@@ -79,7 +79,9 @@ class Loader:
       split: the source's split string.
     """
 
-    @_arguments.checked()
+    @_arguments.checked(
+        batch_size=_arguments.integer, seed=_arguments.integer, num_workers=_arguments.integer
+    )
     def __init__(
         self,
         source: Source,
@@ -225,7 +227,9 @@ class _Augmented:
         return batch._replace(image=images.astype(np.float32))
 
 
-@_arguments.checked()
+@_arguments.checked(
+    batch_size=_arguments.integer, seed=_arguments.integer, start_step=_arguments.integer
+)
 def training_batches(
     source: Source,
     *,
@@ -260,7 +264,9 @@ def training_batches(
     return iter(data[int(start_step) :].to_iter_dataset(options))
 
 
-@_arguments.checked()
+@_arguments.checked(
+    batch_size=_arguments.integer, seed=_arguments.integer, start_step=_arguments.integer
+)
 def training_places(
     source: Source, *, batch_size: int, seed: int, start_step: int = 0
 ) -> Iterator[np.ndarray]:

@@ -39,7 +39,7 @@ def class_sizes(available: np.ndarray, imbalance: float) -> np.ndarray:
     return sizes
 
 
-@_arguments.checked(seed=_arguments.count(0))
+@_arguments.checked(imbalance=_arguments.number(), seed=_arguments.count(0))
 def long_tailed(source: Source, *, imbalance: float, seed: int) -> Source:
     """A part of a set whose class sizes fall exponentially from the first class to the last.
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.interpreters import partial_eval
 
@@ -204,7 +205,7 @@ def secant_smoothness(
     return smoothness
 
 
-@_arguments.checked(smoothness=_arguments.array())
+@_arguments.checked(smoothness=None)
 def guaranteed_step(alignment: Alignment, *, smoothness: Any) -> jax.Array:
     """The step size of Sun et al., Theorem 1, for which the main loss must fall.
 
@@ -225,8 +226,9 @@ def guaranteed_step(alignment: Alignment, *, smoothness: Any) -> jax.Array:
       Sun et al., `Test-Time Training with Self-Supervision
       <https://arxiv.org/abs/1909.13231>`_, 2020, Theorem 1.
     """
-    if isinstance(smoothness, int | float):
+    if isinstance(smoothness, int | float | np.number):
         _checks.check_number("smoothness", smoothness, 0.0, above=True)
+    smoothness = _arguments.array()("", "smoothness", smoothness)
     bound = jnp.maximum(alignment.main_norm, alignment.aux_norm)
     step = _divided(alignment.inner, bound, bound) / smoothness
     return jnp.where((alignment.inner > 0) & jnp.isfinite(step), step, 0.0).astype(jnp.float32)

@@ -149,8 +149,8 @@ def harm(adapted_logits: Any, pristine_logits: Any, labels: Any) -> Harm:
     Raises:
       ValueError: shapes that do not fit, labels that are not integers, or no instance.
     """
-    adapted, pristine = _inputs.as_pair("harm", adapted_logits, pristine_logits)
-    labels = _inputs.as_labels("harm", labels, pristine.shape[0])
+    adapted, pristine = _inputs.as_pair("harm", adapted_logits, pristine_logits, "adapted_logits")
+    labels = _inputs.as_labels("harm", labels, *pristine.shape)
     now = _inputs.hits(adapted, labels)
     then = jnp.broadcast_to(_inputs.hits(pristine, labels), now.shape)
     wrong = then & ~now

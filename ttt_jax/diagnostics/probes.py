@@ -96,7 +96,7 @@ def probe(
     return measure
 
 
-@_arguments.checked(labels=_arguments.array())
+@_arguments.checked(labels=_arguments.array(), rate_index=_arguments.count(0))
 def summary(
     probes: Probe, info: Info, labels: Any, *, rate_index: int, classes_kept: float = 0.9
 ) -> dict[str, jax.Array]:
@@ -120,6 +120,10 @@ def summary(
     """
     _checks.check_share("classes_kept", classes_kept)
     logits = jnp.moveaxis(probes.logits, 0, 2)
+    if rate_index >= len(logits):
+        raise ValueError(
+            f"rate_index must be the place of one of {len(logits)} rates; got {rate_index}."
+        )
     values = {
         **_alignment(probes.alignment, probes.smoothness),
         **_outcome(logits[rate_index, -1], logits[0, 0], labels),

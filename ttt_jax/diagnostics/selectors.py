@@ -179,6 +179,6 @@ def oracle_select(outputs: Any, labels: Any) -> OracleChoice:
       ValueError: outputs of another rank or empty, or labels that are not integers ``[N]``.
     """
     outputs = _checked("oracle_select", outputs)
-    labels = _inputs.as_labels("oracle_select", labels, outputs.shape[2])
+    labels = _inputs.as_labels("oracle_select", labels, *outputs.shape[2:])
     accuracy = _inputs.hits(outputs, labels).mean(axis=-1, dtype=jnp.float32)
     return OracleChoice(*_best(accuracy))

@@ -62,7 +62,7 @@ def contrastive(
             "source representations [M, D] as bank, or build the loss with batch=True."
         )
     _checks.check_number("temperature", temperature, 0.0, above=True)
-    rows = None if bank is None else jnp.asarray(value_of(bank))
+    rows = None if bank is None else _arguments.array(finite=True)("", "bank", value_of(bank))
     if rows is not None and (rows.ndim != 2 or rows.shape[0] < 1):
         raise ValueError(
             f"bank must hold source representations [M, D] with M >= 1; got shape {rows.shape}."

@@ -19,7 +19,7 @@ def patches_of(images: jax.Array, patch: int) -> jax.Array:
     return grid.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows * columns, patch * patch * channels)
 
 
-@_arguments.checked()
+@_arguments.checked(mask_ratio=_arguments.number())
 def masked_reconstruction(
     apply: Callable[..., Any],
     *,

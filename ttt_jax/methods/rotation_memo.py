@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from ttt_jax import _arguments, losses, resets, select
+from ttt_jax import _arguments, _checks, losses, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import AuxLoss, Key, Params, Predictor, Reset, Selection, StatefulLoss, Stream
 from ttt_jax.methods._batches import Serve, prediction
@@ -129,6 +129,7 @@ def _loss(
     num_views: int,
     memo_weight: float | jax.Array,
 ) -> AuxLoss | StatefulLoss:
+    _checks.check_number("memo_weight", memo_weight)
     return losses.weighted(
         (1.0, losses.rotation(rotation, copies=copies, augment=augment)),
         (memo_weight, losses.marginal_entropy(classify, augment, num_views=num_views)),

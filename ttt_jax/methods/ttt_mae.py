@@ -13,7 +13,7 @@ from ttt_jax.methods._batches import Serve, prediction
 from ttt_jax.predictors import episodic
 
 
-@_arguments.checked()
+@_arguments.checked(mask_ratio=_arguments.number())
 def ttt_mae(
     classify: Callable[[Params, Any], jax.Array],
     reconstruct: Callable[[Params, Any, jax.Array], jax.Array],

@@ -28,7 +28,7 @@ class FusedOutput(Protocol):
         ...
 
 
-@_arguments.checked()
+@_arguments.checked(module=None, method=_arguments.named)
 def linen_activations(
     module: nn.Module,
     method: str | Callable[..., Any] | None = None,

@@ -22,7 +22,7 @@ _BATCH_NORM_FIELDS = tuple(
 )
 
 
-@_arguments.checked()
+@_arguments.checked(module=None, method=_arguments.named)
 def from_linen(
     module: nn.Module,
     method: str | Callable[..., Any] | None = None,
@@ -115,7 +115,7 @@ class _Mark:
 _NUMBERS = itertools.count()
 
 
-@_arguments.checked()
+@_arguments.checked(module=None, method=_arguments.named)
 def linen_statistics(
     module: nn.Module,
     method: str | Callable[..., Any] | None = None,

@@ -23,7 +23,7 @@ from ttt_jax.models._norm import Norm, Served, check_norm
 _Path = tuple[Any, ...]
 
 
-@_arguments.checked()
+@_arguments.checked(module=None)
 def from_nnx(
     module: nnx.Module,
     method: str = "__call__",
@@ -84,7 +84,7 @@ def from_nnx(
     return apply, params
 
 
-@_arguments.checked()
+@_arguments.checked(module=None)
 def nnx_statistics(
     module: nnx.Module,
     method: str = "__call__",

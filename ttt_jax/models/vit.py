@@ -232,6 +232,15 @@ class ViT(nn.Module):
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
+        integers = ("patch", "width", "heads", "decoder_width", "head_depth", "num_prompts")
+        counts = ("channels", "depth", "num_classes", "rotation_classes", "decoder_depth")
+        _arguments.check_fields(
+            self,
+            **dict.fromkeys(integers, _arguments.integer),
+            **dict.fromkeys(counts, _arguments.count()),
+        )
+        if self.decoder_heads is not None:
+            _arguments.check_fields(self, decoder_heads=_arguments.count())
         height, width = self._size()
         if self.patch < 1 or height % self.patch or width % self.patch:
             raise ValueError(

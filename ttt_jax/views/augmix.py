@@ -105,7 +105,7 @@ def mix(
     return share * image + (1 - share) * mean
 
 
-@_arguments.checked()
+@_arguments.checked(image=_arguments.array(finite=True))
 def to_bytes(image: jax.Array) -> jax.Array:
     """Returns the image as uint8, rounded to nearest."""
     return jnp.round(jnp.clip(image, 0.0, 1.0) * 255).astype(jnp.uint8)
@@ -125,7 +125,7 @@ def apply_chain(pixels: jax.Array, draw: Draw) -> jax.Array:
 @_arguments.checked(
     pixels=_arguments.array(3),
     operation=_arguments.array(0),
-    level=_arguments.array(0),
+    level=_arguments.array(0, finite=True),
     negative=_arguments.array(0),
 )
 def apply_operation(
@@ -148,7 +148,7 @@ def apply_operation(
     return warp(look_up(pixels, table), moves[jnp.maximum(operation - kept + 1, 0)])
 
 
-@_arguments.checked(pixels=_arguments.array(3), level=_arguments.array(0))
+@_arguments.checked(pixels=_arguments.array(3), level=_arguments.array(0, finite=True))
 def value_tables(pixels: jax.Array, level: jax.Array) -> jax.Array:
     """Returns ``[5, C, 256]``: what a value becomes, by channel; the last table keeps it."""
     height, width, channels = pixels.shape
@@ -176,7 +176,7 @@ def value_tables(pixels: jax.Array, level: jax.Array) -> jax.Array:
 @_arguments.checked(
     height=_arguments.count(),
     width=_arguments.count(),
-    level=_arguments.array(0),
+    level=_arguments.array(0, finite=True),
     sign=_arguments.array(0),
 )
 def affine_matrices(height: int, width: int, level: jax.Array, sign: jax.Array) -> jax.Array:
@@ -214,7 +214,7 @@ def look_up(pixels: jax.Array, table: jax.Array) -> jax.Array:
     return table[channels, pixels.astype(jnp.int32)].astype(jnp.uint8)
 
 
-@_arguments.checked(pixels=_arguments.array(3), matrix=_arguments.array(2))
+@_arguments.checked(pixels=_arguments.array(3), matrix=_arguments.array(2, finite=True))
 def warp(pixels: jax.Array, matrix: jax.Array) -> jax.Array:
     """Returns pixels moved by an affine map ``[2, 3]``: bilinear, rounded down, filled outside."""
     height, width, channels = pixels.shape

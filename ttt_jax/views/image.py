@@ -85,7 +85,9 @@ def resized_crop(min_area: float) -> Augment:
 
 
 @_arguments.checked(
-    image=_arguments.array(3), corner=_arguments.array(1), share=_arguments.array(1)
+    image=_arguments.array(3),
+    corner=_arguments.array(1, finite=True),
+    share=_arguments.array(1, finite=True),
 )
 def stretch(image: jax.Array, corner: jax.Array, share: jax.Array) -> jax.Array:
     """Returns the part of an image from ``corner`` on, stretched to the image's size.
@@ -196,7 +198,8 @@ def every_view(
     Returns:
       ``image[H, W, C] -> [V, H, W, C]`` with ``V = (2 * padding + 1)^2``, twice that if flipped.
     """
-    offsets, pad = range(2 * padding + 1), _padder(padding, pad_mode)
+    pad = _padder(padding, pad_mode)
+    offsets = range(2 * padding + 1)
 
     def views(image: jax.Array) -> jax.Array:
         height, width, _ = image.shape

@@ -54,6 +54,8 @@ def kind_of(parameter: inspect.Parameter) -> str:
     name, annotation = parameter.name, parameter.annotation
     if name in _OF_NAME:
         return _OF_NAME[name]
+    if annotation is typing.Any:
+        return "tree"
     members = (annotation,)
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         members = typing.get_args(annotation)

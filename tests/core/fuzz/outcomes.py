@@ -45,7 +45,7 @@ def slips_of(call: Call) -> Iterator[tuple[str, dict[str, Any], slips.Slip]]:
         valid = call.arguments[name]
         rest = parameter.kind is parameter.VAR_POSITIONAL
         if valid is None:
-            offered = slips.OF_KIND["record"](valid)
+            offered = slips.of_nothing()
         else:
             offered = slips.OF_KIND[kind](valid[0] if rest else valid)
         for slip in offered:
@@ -85,21 +85,25 @@ def _shown(value: Any) -> set[str]:
         texts |= _shown(next(iter(value)))
     if isinstance(value, float | int | np.generic) and not isinstance(value, bool):
         texts |= {f"{value:g}" if isinstance(value, float | int) else ""}
-    if callable(value) and hasattr(value, "__wrapped__"):
-        texts |= {"unbatched"}
+    if isinstance(value, np.generic):
+        texts |= {str(value.shape), str(value.dtype)}
+    if isinstance(value, dict):
+        texts |= {repr(key) for key in value}
+    if callable(value):
+        texts |= {"unbatched(apply)", "batched(predictor)"}
     return {text for text in texts if text}
 
 
-def _is_clear(error: BaseException, argument: str, slip: slips.Slip) -> bool:
+def _is_clear(error: BaseException, changes: dict[str, Any], slip: slips.Slip) -> bool:
     if not isinstance(error, ValueError | TypeError):
         return False
     frames = traceback.extract_tb(error.__traceback__)
     if not frames or not frames[-1].filename.startswith(_LIBRARY):
         return False
     text = str(error)
-    names = {argument, argument.removesuffix("s"), *re.findall(r"swapped with (\w+)", slip.name)}
-    named = any(re.search(rf"(?<![\w]){re.escape(name)}(?![\w])", text) for name in names)
-    return named and any(shown in text for shown in _shown(slip.value))
+    named = any(re.search(rf"\b{name}\b", text) for name in changes)
+    values = [slip.value, *changes.values()]
+    return named and any(shown in text for value in values for shown in _shown(value))
 
 
 def _traced(call: Call, result: Any) -> Any:
@@ -107,7 +111,9 @@ def _traced(call: Call, result: Any) -> Any:
     if call.use is None:
         return result
     closed = jax.make_jaxpr(lambda: call.use(result))()
-    return re.sub(r"0x[0-9a-f]+", "", str(closed.jaxpr)), closed.consts
+    text = re.sub(r"0x[0-9a-f]+", "", str(closed.jaxpr))
+    # As a float32 prints it, whether it came from Python or from NumPy.
+    return re.sub(r"\d+\.\d+(e[+-]?\d+)?", lambda m: f"{float(m[0]):.5g}", text), closed.consts
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -117,12 +123,15 @@ def _same(a: Any, b: Any) -> bool:
     return all(_equal(x, y) for x, y in zip(leaves, others, strict=True))
 
 
+def _is_key(value: Any) -> bool:
+    dtype = getattr(value, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
 def _equal(x: Any, y: Any) -> bool:
     if isinstance(x, str) or callable(x):
         return x == y or callable(x)
-    if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
-        x, y = jax.random.key_data(x), jax.random.key_data(y)
-    x, y = np.asarray(x), np.asarray(y)
+    x, y = (np.asarray(jax.random.key_data(v) if _is_key(v) else v) for v in (x, y))
     if x.dtype.kind not in "fiub":
         return bool(x.shape == y.shape and (x == y).all())
     return x.shape == y.shape and np.allclose(x, y, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -131,6 +140,11 @@ def _equal(x: Any, y: Any) -> bool:
 def _used(call: Call, result: Any) -> None:
     if call.use is not None:
         jax.eval_shape(lambda: call.use(result))
+
+
+def _begun(result: Any) -> Any:
+    """The first entry of a generator, whose checks may wait for it."""
+    return next(result) if isinstance(result, Iterator) else result
 
 
 class Runner:
@@ -142,7 +156,7 @@ class Runner:
 
     def right(self) -> Any:
         if self._expected is None:
-            self._expected = _traced(self._call, self._call.result())
+            self._expected = _traced(self._call, _begun(self._call.result()))
         return self._expected
 
     def outcomes(self) -> list[Outcome]:
@@ -161,15 +175,13 @@ class Runner:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                result = self._call.result(**changes)
-                if inspect.isgenerator(result):
-                    result = next(result)
+                result = _begun(self._call.result(**changes))
                 if slip.expects == "same":
                     right = _same(_traced(self._call, result), self.right())
                     return (RIGHT if right else SILENT), "differs"
                 _used(self._call, result)
         except Exception as error:
-            clear = _is_clear(error, argument, slip)
+            clear = _is_clear(error, changes, slip)
             return (CLEAR if clear else UNCLEAR), f"{type(error).__name__}: {error}"
         if slip.expects == "nan" and slips.is_nan(result):
             return RIGHT, "nan"

@@ -167,7 +167,7 @@ def _of_contract(own: str, factory: Any, valid: Any) -> Iterator[Slip]:
 
 
 def _params(valid: Any) -> Iterator[Slip]:
-    yield from _odd("text", "none", "adapter", "selection", "function", "module")
+    yield from _odd("text", "adapter", "stream", "selection", "function", "module")
     yield Slip("not called", models.make_params)
 
 
@@ -205,6 +205,11 @@ OF_KIND: dict[str, Callable[[Any], Iterator[Slip]]] = {
     "optimizer": functools.partial(_of_contract, "optimizer", optax.sgd),
     "tree": lambda valid: _odd("text", "adapter", "function", "module", "selection", "optimizer"),
 }
+
+
+def of_nothing() -> Iterator[Slip]:
+    """For an argument that is left out of the right call."""
+    return _odd("text", "adapter", "function", "module")
 
 
 def is_nan(tree: Any) -> bool:

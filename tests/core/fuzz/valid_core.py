@@ -43,7 +43,7 @@ add(
     use.of_batch(use.adapter),
     collect=models.batch_moments,
     momentum=0.9,
-    ranges={"momentum": (-0.1, 90.0)},
+    kinds={"collect": "function"}, ranges={"momentum": (-0.1, 90.0)},
 )
 add("filtered", ttt.filtered, use.adapter, adapter=things.ADAPTER, keep=things.always)
 for module, name in ((ttt, "inner_loop"), (inner, "inner.observed_loop")):

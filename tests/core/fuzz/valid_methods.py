@@ -98,5 +98,13 @@ for name, arguments in OWN.items():
     do = use.of_batch(use.predictor) if in_batches else use.predictor
     if name == "mean_over_views":
         do = lambda serve: serve(things.PARAMS, things.IMAGE)  # noqa: E731
-    TABLE.add(f"methods.{name}", function, do, ranges=OUT_OF_RANGE.get(name), **given)
+    TABLE.add(
+        f"methods.{name}",
+        function,
+        do,
+        ranges=OUT_OF_RANGE.get(name),
+        **given,
+        # Functions of three arguments, as (params, images, keep) is.
+        allowed="reconstruct: predictor, reconstruct: loss",
+    )
 NOTHING_TO_SLIP = ()
