@@ -271,8 +271,11 @@ def sequence(*kinds: type) -> Rule:
             arrays or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
         ):
             _refuse(name, "a list or a tuple", value)
-        known = tuple(kind for kind in kinds if kind not in (int, float))
+        known = tuple(kind for kind in kinds if kind is not float)
         for member in value if known else ():
+            if known == (int,):
+                integer(place, name, member)
+                continue
             if not isinstance(member, known):
                 names = " or ".join(kind.__name__ for kind in known)
                 _refuse(name, f"a list of {names}", member)
@@ -330,7 +333,7 @@ def array(
 
     def rule(place: str, name: str, value: Any) -> Any:
         numbers = isinstance(value, int | float | complex | list | tuple)
-        numbers = numbers and not hasattr(value, "_fields")
+        numbers, given = numbers and not hasattr(value, "_fields"), value
         if isinstance(value, _contract.KINDS) or not (numbers or hasattr(value, "dtype")):
             _refuse(name, rule_text, value)
         if numbers:
@@ -340,7 +343,7 @@ def array(
                 _refuse(name, rule_text, value)
         kind = "k" if _trees.is_key(value) else _kind(value.dtype)
         if kind not in kinds or (ranks and value.ndim not in ranks):
-            raise ValueError(f"{name} must be {rule_text}; got {_contract.described(value)}.")
+            raise ValueError(f"{name} must be {rule_text}; got {_contract.described(given)}.")
         known = _checks.known(value) if finite and kind == "f" else None
         if known is not None and not np.isfinite(known.astype(np.float32)).all():
             worst = known[~np.isfinite(known.astype(np.float32))].flat[0]
@@ -397,4 +400,5 @@ def _is_no_tree(value: Any) -> bool:
 def check_fields(owner: Any, **rules: Rule) -> None:
     """Checks the fields of a dataclass, as of a Linen module, where it is made."""
     for name, rule in rules.items():
-        rule(type(owner).__name__, name, getattr(owner, name))
+        value = rule(type(owner).__name__, name, getattr(owner, name))
+        object.__setattr__(owner, name, value)

@@ -119,6 +119,14 @@ def _check_anchor(anchor: PyTree, fast: PyTree) -> None:
             f"{jax.tree.structure(anchor)}, expected {jax.tree.structure(fast)}. Take the same "
             "selection's split of it."
         )
+    weights, leaves = jax.tree.leaves(anchor), jax.tree.leaves(fast)
+    weights = weights * len(leaves) if len(weights) < len(leaves) else weights
+    shapes = [(jnp.shape(w), jnp.shape(leaf)) for w, leaf in zip(weights, leaves, strict=True)]
+    if wrong := [pair for pair in shapes if pair[0] not in ((), pair[1])]:
+        raise ValueError(
+            f"anchor must have numbers, or arrays of the parameters' shapes; got {wrong[0][0]} for "
+            f"parameters of shape {wrong[0][1]}. Take the same selection's split of it."
+        )
 
 
 def _gradient_step(

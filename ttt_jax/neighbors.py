@@ -19,7 +19,7 @@ __all__ = ["finder", "nearest", "with_neighbors"]
 _METRICS = ("cosine", "euclidean")
 
 
-@_arguments.checked(bank=_arguments.array())
+@_arguments.checked(bank=_arguments.array(1, 2))
 def nearest(features: jax.Array, bank: jax.Array, k: int, *, metric: str = "cosine") -> jax.Array:
     """The k rows of a bank that are nearest to a vector: exact, by one matrix product.
 

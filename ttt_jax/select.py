@@ -177,7 +177,7 @@ def paths(*regex: str) -> Selection:
             compiled.append(re.compile(pattern))
         except re.error as error:
             raise ValueError(
-                f"select.paths needs regular expressions; {pattern!r} is not one ({error})."
+                f"select.paths: regex takes regular expressions; {pattern!r} is not one ({error})."
             ) from error
 
     def choose(named: list[_Leaf]) -> list[bool]:
@@ -186,9 +186,9 @@ def paths(*regex: str) -> Selection:
         for pattern in compiled:
             matches = functools.partial(_matches, pattern)
             hits = [ok and matches(leaf) for leaf, ok in zip(named, offered, strict=True)]
-            _check_complex(f"pattern {pattern.pattern!r}", named, matches)
+            _check_complex(f"regex pattern {pattern.pattern!r}", named, matches)
             if not any(hits):
-                _raise_empty(f"pattern {pattern.pattern!r}", named, offered, pattern.pattern)
+                _raise_empty(f"regex pattern {pattern.pattern!r}", named, offered, pattern.pattern)
             mask = [a or b for a, b in zip(mask, hits, strict=True)]
         return mask
 

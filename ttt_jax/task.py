@@ -112,7 +112,7 @@ def take(examples: Examples, index: Any) -> Examples:
     return jax.tree.map(lambda leaf: np.asarray(leaf)[index], examples)
 
 
-@_arguments.checked(size=_arguments.integer, count=_arguments.integer)
+@_arguments.checked(batches=_arguments.iterable, size=_arguments.integer, count=_arguments.integer)
 def in_batches(
     batches: Iterable[Examples], size: int, count: int | None = None
 ) -> Iterator[Examples]:

@@ -33,7 +33,7 @@ def _plan(index: np.ndarray, domain: str, severity: int) -> Plan:
         if severity != 0:
             raise ValueError(f"The domain 'clean' has severity 0, not {severity!r}.")
     else:
-        corruptions.check_name(domain, severity, "domain")
+        corruptions.check_name(domain, severity)
     count = len(index)
     return Plan(
         np.asarray(index, np.int64),
@@ -61,7 +61,7 @@ def sequential(source: Source, *, domain: str = "clean", severity: int = 0) -> P
     return _plan(np.arange(len(source)), domain, severity)
 
 
-@_arguments.checked(seed=_arguments.integer)
+@_arguments.checked(seed=_arguments.count(0))
 def shuffled(source: Source, *, seed: int, domain: str = "clean", severity: int = 0) -> Plan:
     """Every example once, in random order: the i.i.d. stream.
 
@@ -71,7 +71,7 @@ def shuffled(source: Source, *, seed: int, domain: str = "clean", severity: int 
     return _plan(_rng(seed).permutation(len(source)), domain, severity)
 
 
-@_arguments.checked(seed=_arguments.integer)
+@_arguments.checked(seed=_arguments.count(0))
 def sorted_by_label(source: Source, *, seed: int, domain: str = "clean", severity: int = 0) -> Plan:
     """Every example once, one class after the other; classes and their members in random order.
 
@@ -84,7 +84,7 @@ def sorted_by_label(source: Source, *, seed: int, domain: str = "clean", severit
 
 
 @_arguments.checked(
-    seed=_arguments.integer, num_slots=_arguments.integer, gamma=_arguments.number()
+    seed=_arguments.count(0), num_slots=_arguments.integer, gamma=_arguments.number()
 )
 def dirichlet(
     source: Source,
@@ -146,7 +146,7 @@ def domains_in_sequence(plans: Sequence[Plan]) -> Plan:
     return Plan(*(np.concatenate(column) for column in zip(*plans, strict=True)))
 
 
-@_arguments.checked(seed=_arguments.integer)
+@_arguments.checked(seed=_arguments.count(0))
 def mixed(plans: Sequence[Plan], *, seed: int) -> Plan:
     """Plans interleaved at random, each keeping its own inner order.
 
@@ -165,7 +165,7 @@ def mixed(plans: Sequence[Plan], *, seed: int) -> Plan:
     return Plan(*(column[order] for column in joined))
 
 
-@_arguments.checked(seed=_arguments.integer)
+@_arguments.checked(seed=_arguments.count(0))
 def gradual(source: Source, domain: str, *, seed: int) -> Plan:
     """Every example once, shuffled, while severity climbs 1 to 5 and falls back to 1.
 
@@ -175,7 +175,7 @@ def gradual(source: Source, domain: str, *, seed: int) -> Plan:
     Raises:
       ValueError: ``domain`` is no corruption.
     """
-    corruptions.check_name(domain, 1, "domain")
+    corruptions.check_name(domain, 1)
     plan = shuffled(source, seed=seed, domain=domain, severity=1)
     stages = np.array([1, 2, 3, 4, 5, 4, 3, 2, 1], np.int32)
     count = len(plan.index)

@@ -35,7 +35,7 @@ def as_labels(name: str, labels: Any, count: int, classes: int) -> jax.Array:
     labels = jnp.asarray(labels)
     if labels.shape != (count,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
-            f"{name} needs one integer label per instance, shape ({count},); got shape "
+            f"{name} needs one integer label per instance as labels, shape ({count},); got shape "
             f"{labels.shape}, dtype {labels.dtype}."
         )
     known = _checks.known(labels)

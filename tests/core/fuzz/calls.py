@@ -1,5 +1,6 @@
 """A right call of a public function: what the slips start from."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ class Call(NamedTuple):
       use: what is done with the result, traced; ``None`` where the result is the value.
       kinds: by parameter, where the signature does not say; ``None`` leaves a parameter out.
       ranges: values out of the range of a parameter.
-      allowed: slips ``"parameter: slip"`` that are right calls in truth, or cannot be told from one.
+      allowed: slips ``"parameter: slip"`` that are right in truth, or cannot be told from right.
+      traced: whether the function itself is traced, as its single operations take long to compile.
       only_refusals: whether a right call takes too long for a test, so that none is made.
     """
 
@@ -27,6 +29,7 @@ class Call(NamedTuple):
     ranges: dict[str, Any]
     allowed: frozenset[str]
     only_refusals: bool
+    traced: bool
 
     def parameters(self) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(self.function).parameters)
@@ -46,6 +49,8 @@ class Call(NamedTuple):
                     positional += given.pop(name)
                     break
                 positional.append(given.pop(name))
+        if self.traced:
+            return functools.partial(self.function, *positional, **given)
         return self.function(*positional, **given)
 
 
@@ -63,6 +68,7 @@ class Table(dict[str, Call]):
         ranges: dict[str, Any] | None = None,
         allowed: str = "",
         only_refusals: bool = False,
+        traced: bool = False,
         **arguments: Any,
     ) -> None:
         defaults = {
@@ -73,9 +79,10 @@ class Table(dict[str, Call]):
         self[name] = Call(
             function,
             defaults | arguments,
-            use,
+            (lambda run: run()) if traced and use is None else use,
             kinds or {},
             ranges or {},
             frozenset(part.strip() for part in allowed.split(",") if part.strip()),
             only_refusals,
+            traced and use is None,
         )

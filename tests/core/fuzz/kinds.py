@@ -1,4 +1,4 @@
-"""The kind of each parameter, read from its annotation, and from its name where that is any tree."""
+"""The kind of each parameter, read from its annotation and its name."""
 
 import collections.abc
 import inspect

@@ -6,7 +6,7 @@ right where it is met, silent where it is not or where there is none.
 """
 
 import collections
-import inspect
+import itertools
 import pathlib
 import re
 import traceback
@@ -23,7 +23,6 @@ from tests.core.fuzz.calls import Call
 
 CLEAR, RIGHT, UNCLEAR, SILENT = "clear", "right", "unclear", "silent"
 _LIBRARY = str(pathlib.Path(ttt_jax.__file__).parent)
-_LEAST_SLIPS = 6
 
 
 class Outcome(NamedTuple):
@@ -61,7 +60,7 @@ def slips_of(call: Call) -> Iterator[tuple[str, dict[str, Any], slips.Slip]]:
         for name, p in parameters.items()
         if p.kind is p.POSITIONAL_OR_KEYWORD and name in call.arguments and call.kind(name)
     ]
-    for first, second in zip(named, named[1:], strict=False):
+    for first, second in itertools.pairwise(named):
         if p_kind(call, first) != p_kind(call, second):
             swapped = {first: call.arguments[second], second: call.arguments[first]}
             yield first, swapped, slips.Slip(f"swapped with {second}", swapped[first])
@@ -77,12 +76,14 @@ def _shown(value: Any) -> set[str]:
     """The texts that show a value."""
     texts = {repr(value), str(value), type(value).__name__, getattr(value, "__name__", "")}
     if isinstance(value, jax.Array | np.ndarray):
-        texts |= {str(value.shape), str(value.dtype)}
+        # In jax's own width, too.
+        texts |= {str(value.shape), str(value.dtype), str(value.dtype).replace("64", "32")}
         number = getattr(value.dtype, "kind", "") in ("f", "i", "u", "b")
         flat = np.asarray(value).reshape(-1) if number else ()
         texts |= {f"{entry:g}" for entry in flat[:1]} | {str(entry) for entry in flat[:1]}
-    if isinstance(value, list | tuple | set) and len(value):
-        texts |= _shown(next(iter(value)))
+    if isinstance(value, list | tuple | set | dict):
+        members = value.values() if isinstance(value, dict) else value
+        texts |= {text for member in members for text in _shown(member)}
     if isinstance(value, float | int | np.generic) and not isinstance(value, bool):
         texts |= {f"{value:g}" if isinstance(value, float | int) else ""}
     if isinstance(value, np.generic):
@@ -113,7 +114,7 @@ def _traced(call: Call, result: Any) -> Any:
     closed = jax.make_jaxpr(lambda: call.use(result))()
     text = re.sub(r"0x[0-9a-f]+", "", str(closed.jaxpr))
     # As a float32 prints it, whether it came from Python or from NumPy.
-    return re.sub(r"\d+\.\d+(e[+-]?\d+)?", lambda m: f"{float(m[0]):.5g}", text), closed.consts
+    return re.sub(r"\d+\.\d+(e[+-]?\d+)?", lambda m: f"{float(m[0]):.4g}", text), closed.consts
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -159,14 +160,30 @@ class Runner:
             self._expected = _traced(self._call, _begun(self._call.result()))
         return self._expected
 
+    def _all_right(self) -> bool:
+        """Whether the right forms of all arguments together give what the right call gives."""
+        if self._call.only_refusals:
+            return False
+        changes: dict[str, Any] = {}
+        for argument, change, slip in slips_of(self._call):
+            if slip.expects == "same" and not self._is_allowed(argument, slip):
+                changes |= change
+        return self._outcome("", changes, slips.Slip("together", None, "same"))[0] == RIGHT
+
+    def _is_allowed(self, argument: str, slip: slips.Slip) -> bool:
+        names = {argument, f"{argument}: {slip.name}", f"*: {slip.name}"}
+        return bool(names & self._call.allowed)
+
     def outcomes(self) -> list[Outcome]:
-        found = []
+        found, all_right = [], self._all_right()
         for argument, changes, slip in slips_of(self._call):
             label = f"{argument}: {slip.name}"
-            allowed = self._call.allowed
-            if label in allowed or argument in allowed or f"*: {slip.name}" in allowed:
+            if self._is_allowed(argument, slip):
                 continue
             if self._call.only_refusals and slip.expects != "refusal":
+                continue
+            if slip.expects == "same" and all_right:
+                found.append(Outcome(self._name, label, RIGHT, "together with the others"))
                 continue
             found.append(Outcome(self._name, label, *self._outcome(argument, changes, slip)))
         return found
@@ -183,7 +200,7 @@ class Runner:
         except Exception as error:
             clear = _is_clear(error, changes, slip)
             return (CLEAR if clear else UNCLEAR), f"{type(error).__name__}: {error}"
-        if slip.expects == "nan" and slips.is_nan(result):
+        if slip.expects == "nan" and slips.is_nan(jax.jit(result)() if self._call.traced else result):
             return RIGHT, "nan"
         return SILENT, f"returned {type(result).__name__}"
 

@@ -5,12 +5,19 @@ import pathlib
 
 import jax
 
-from tests.core.fuzz import outcomes, valid_core, valid_data, valid_measures, valid_methods
+from tests.core.fuzz import (
+    outcomes,
+    valid_arrays,
+    valid_core,
+    valid_data,
+    valid_measures,
+    valid_methods,
+)
 from tests.core.fuzz.calls import Call
 
 PATH = pathlib.Path(__file__).with_name("table.csv")
 COLUMNS = ("calls", "clear", "right", "unclear", "silent")
-_PARTS = (valid_core, valid_methods, valid_measures, valid_data)
+_PARTS = (valid_core, valid_methods, valid_measures, valid_arrays, valid_data)
 CALLS: dict[str, Call] = {name: call for part in _PARTS for name, call in part.TABLE.items()}
 NOTHING_TO_SLIP = {name for part in _PARTS for name in part.NOTHING_TO_SLIP}
 

@@ -43,7 +43,8 @@ add(
     use.of_batch(use.adapter),
     collect=models.batch_moments,
     momentum=0.9,
-    kinds={"collect": "function"}, ranges={"momentum": (-0.1, 90.0)},
+    kinds={"collect": "function"},
+    ranges={"momentum": (-0.1, 90.0)},
 )
 add("filtered", ttt.filtered, use.adapter, adapter=things.ADAPTER, keep=things.always)
 for module, name in ((ttt, "inner_loop"), (inner, "inner.observed_loop")):
@@ -88,6 +89,8 @@ add(
     ttt.unbatched,
     lambda apply: apply(things.PARAMS, things.IMAGE),
     apply=models.classify,
+    # It takes functions of any number of arguments.
+    allowed="apply: predictor, apply: loss",
 )
 add(
     "sample_keys",
@@ -154,6 +157,8 @@ for name, arguments in LOSS.items():
         ranges=OUT_OF_RANGE.get(name),
         **arguments,
         kinds={"bank": "array", "reference": "params"},
+        # Functions of three arguments, as (params, images, keep) is.
+        allowed="apply: predictor, apply: loss" if name == "masked_reconstruction" else "",
     )
 add(
     "losses.activation_moments",
@@ -166,12 +171,22 @@ add(
     "losses.fisher_diagonal", losses.fisher_diagonal, use.collected, apply=models.classify, **SELECT
 )
 add("losses.over_batch", losses.over_batch, use.of_batch(use.loss), loss=things.entropy)
-add("losses.weighted", losses.weighted, use.loss, terms=((0.5, things.entropy),),
-    kinds={"terms": "record"}, ranges={
-        "terms": (((float("nan"), things.entropy),), ((things.entropy, 0.5),),
-                  ((0.5, losses.entropy),), ((0.5, things.ADAPTER),), ((np.ones(2), things.entropy),))
-    })  # fmt: skip
-
+add(
+    "losses.weighted",
+    losses.weighted,
+    use.loss,
+    terms=((0.5, things.entropy),),
+    kinds={"terms": "record"},
+    ranges={
+        "terms": (
+            ((float("nan"), things.entropy),),
+            ((things.entropy, 0.5),),
+            ((0.5, losses.entropy),),
+            ((0.5, things.ADAPTER),),
+            ((np.ones(2), things.entropy),),
+        )
+    },
+)
 add(
     "select.paths",
     select.paths,

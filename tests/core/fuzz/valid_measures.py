@@ -1,4 +1,4 @@
-"""Right calls of what is asked about methods: diagnostics, metrics, audits, evaluation, training."""
+"""Right calls of diagnostics, metrics, audits, evaluation, tuning and training."""
 
 import jax
 import numpy as np
@@ -32,6 +32,7 @@ add(
 add(
     "diagnostics.feature_shift",
     diagnostics.feature_shift,
+    traced=True,
     source=things.MOMENTS,
     target=things.MOMENTS,
     count=4,
@@ -60,11 +61,13 @@ for name in ("effective_classes", "predicted_classes"):
         f"diagnostics.{name}",
         getattr(diagnostics, name),
         logits=things.LOGITS,
+        traced=True,
         allowed="logits: higher rank",
     )
 add(
     "diagnostics.agreement",
     diagnostics.agreement,
+    traced=True,
     logits=things.LOGITS,
     pristine_logits=things.OTHER_LOGITS,
     allowed="logits: higher rank, logits: nan, pristine_logits: nan",
@@ -109,14 +112,28 @@ add(
 add(
     "diagnostics.select_label_free",
     diagnostics.select_label_free,
+    traced=True,
     outputs=things.MAP,
     criterion=diagnostics.largest_change(threshold=0.0),
     allowed="outputs: nan",
 )
-PROBES, INFO = jax.jit(jax.vmap(
-    diagnostics.probe(things.one, things.entropy, things.make, select=things.FEW,
-                      learning_rates=[0.1, 0.2], num_steps=1), in_axes=(None, 0, 0),
-))(things.PARAMS, (things.IMAGES, things.LABELS), things.KEYS)  # fmt: skip
+SHAPES = jax.eval_shape(
+    jax.vmap(
+        diagnostics.probe(
+            things.one,
+            things.entropy,
+            things.make,
+            select=things.FEW,
+            learning_rates=[0.1, 0.2],
+            num_steps=1,
+        ),
+        in_axes=(None, 0, 0),
+    ),
+    things.PARAMS,
+    (things.IMAGES, things.LABELS),
+    things.KEYS,
+)
+PROBES, INFO = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), SHAPES)
 add(
     "diagnostics.summary",
     diagnostics.summary,

@@ -74,7 +74,7 @@ def _seed(place: str, name: str, value: Any) -> Any:
 
 
 @_arguments.checked()
-def check_name(name: str, severity: int, argument: str = "name") -> None:
+def check_name(name: str, severity: int) -> None:
     """Checks a corruption's name and severity.
 
     Raises:
@@ -84,7 +84,7 @@ def check_name(name: str, severity: int, argument: str = "name") -> None:
     if name not in _FUNCTIONS:
         near = difflib.get_close_matches(str(name), _FUNCTIONS, n=3, cutoff=0.4)
         known = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_FUNCTIONS)}."
-        raise ValueError(f"{argument}: there is no corruption called {name!r}; {known}")
+        raise ValueError(f"name (or domain): there is no corruption called {name!r}; {known}")
     if isinstance(severity, bool) or severity not in (1, 2, 3, 4, 5):
         raise ValueError(
             f"A severity is an integer from 1 (mild) to 5 (strong), not {severity!r}; for the "
