@@ -20,6 +20,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "5")
 # Compiling is most of what the examples do; with these, small CPU programs take half as long.
 os.environ.setdefault(
     "XLA_FLAGS",
+    "--xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false "
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 )

@@ -113,7 +113,7 @@ def run(
                 if mesh is not None:
                     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
                 held = pristine_lib.load(paths[seed], task, config, sharding=sharding)
-                model = seed_run.SeedRun(config, task, held, seed, restore, mesh, shard)
+                model = seed_run.SeedRun(config, task, held, seed, restore, mesh, workdir, shard)
                 chosen = model.choose(workdir / "selection.json", candidates)
                 for role in ("validation", "reported"):
                     model.evaluate(role, chosen, part.domains, results, writer)

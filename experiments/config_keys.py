@@ -83,9 +83,10 @@ def among(*names: str) -> Rule:
     )
 
 
-def maybe(rule: Rule) -> Rule:
-    """None, or what another rule says."""
-    return Rule(f"{rule.says}, or None", lambda value: value is None or rule.holds(value))
+def either(*names: str | None, rule: Rule) -> Rule:
+    """One of some words, or what another rule says."""
+    says = f"{rule.says}, or {' or '.join(map(repr, names))}"
+    return Rule(says, lambda value: rule.holds(value) or value in names)
 
 
 def per_channel(least: float) -> Rule:
@@ -145,7 +146,11 @@ COMMON: Mapping[str, Key] = {
     "train.log_every": Key(whole(1), "steps between two lines of metrics.jsonl", NEEDED),
     "train.save_every": Key(whole(1), "steps between two saved states", NEEDED),
     "adapt.batch_size": Key(whole(1), "instances per batch", NEEDED),
-    "adapt.chunk_size": Key(whole(0), "instances adapted at once, 0 for all", NEEDED),
+    "adapt.chunk_size": Key(
+        either("fastest", None, rule=whole(0)),
+        "instances at once; 0: as many as fit; None: 'fastest', on a CPU the whole batch",
+        None,
+    ),
     "adapt.parallel_streams": Key(whole(1), "streams adapted side by side", 16),
 }
 
@@ -200,7 +205,9 @@ MODEL: Mapping[str, Key] = {
         f"model.{name}": Key(whole(0), f"{name.replace('_', ' ')} of the model", ABSENT)
         for name in ("branch", "projection", "head_depth", "num_prompts")
     },
-    "model.decoder_heads": Key(maybe(whole(1)), "attention heads of the decoder", ABSENT),
+    "model.decoder_heads": Key(
+        either(None, rule=whole(1)), "attention heads of the decoder", ABSENT
+    ),
 }
 
 # Settings of methods: of the optimizer and of the program, then counts of the methods themselves.
@@ -208,18 +215,20 @@ METHOD: Mapping[str, Key] = {
     "method": Key(NAME, "a function of ttt_jax.methods, or PACKAGE.MODULE:NAME", ABSENT),
     "episodic": Key(FLAG, "whether a stream is pristine again at each batch", ABSENT),
     "augment": Key(NAME, "a head of the task, or PACKAGE.MODULE:NAME", ABSENT),
-    "source_examples": Key(maybe(whole(1)), "training examples that are measured", ABSENT),
+    "source_examples": Key(
+        either(None, rule=whole(1)), "training examples that are measured", ABSENT
+    ),
     "source_batch": Key(whole(1), "how many of them at once", ABSENT),
     "optimizer": Key(NAME, "sgd or adam", ABSENT),
     "learning_rate": Key(number(0), "step size", ABSENT),
-    "momentum": Key(maybe(number(0, 1)), "of sgd", ABSENT),
+    "momentum": Key(either(None, rule=number(0, 1)), "of sgd", ABSENT),
     "nesterov": Key(FLAG, "whether it is Nesterov's", ABSENT),
-    "weight_decay": Key(maybe(number(0)), "added to the gradient", ABSENT),
+    "weight_decay": Key(either(None, rule=number(0)), "added to the gradient", ABSENT),
 }
 # Of the functions of ttt_jax.methods alone: one of a user's own may mean something else by them.
 ARGUMENTS: Mapping[str, Rule] = {
     **dict.fromkeys(("num_views", "num_masks", "num_votes", "num_copies"), whole(1)),
-    "copies": maybe(whole(1)),
+    "copies": either(None, rule=whole(1)),
     "num_steps": whole(0),
     "mask_ratio": share(),
     "trace": FLAG,
@@ -234,7 +243,7 @@ ARGUMENTS: Mapping[str, Rule] = {
 IMAGE_HEADS: Mapping[str, Key] = {
     "prior": Key(number(0), "weight of the source statistics of BatchNorm", ABSENT),
     "norm": Key(ANY, "statistics of BatchNorm: running, batch or a weight", ABSENT),
-    "probe": Key(maybe(NAME), "the auxiliary loss read before and after", ABSENT),
+    "probe": Key(either(None, rule=NAME), "the auxiliary loss read before and after", ABSENT),
     "serve": Key(NAME, "plain, or every_view: the mean over all views", ABSENT),
     "view_stride": Key(whole(1), "every how many-th view", ABSENT),
 }

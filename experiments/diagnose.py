@@ -138,9 +138,9 @@ def run(
         name, grid = diagnosis.candidates_of(config, options.method, task)
         settings = diagnosis.settings_of(workdir, options.method, grid)
         rates = diagnosis.rates_of(settings, options.learning_rates)
-        count = min(options.num_images, len(source))
-        network = images.ImageModel(config, source)
-        program = diagnosis.Program(network, name, settings, rates, config.adapt.chunk_size)
+        count, network = min(options.num_images, len(source)), images.ImageModel(config, source)
+        size = launch.setting(config, "adapt.chunk_size")
+        program = diagnosis.Program(network, name, settings, rates, size)
         book = journal.Journal(workdir / "diagnostics.jsonl", shard=shard)
         for seed in config.seeds:
             pristine = pristine_lib.load(paths[seed], task, config)

@@ -112,7 +112,7 @@ class Program:
         method: str,
         settings: Settings,
         learning_rates: Sequence[float],
-        chunk_size: int,
+        chunk_size: int | str | None,
     ):
         """What to measure.
 
@@ -121,7 +121,8 @@ class Program:
           method: one of :data:`METHODS`, whose loss the steps descend.
           settings: of the method; those that are left out have its defaults.
           learning_rates: of the map, L of them; ``settings["learning_rate"]`` among them.
-          chunk_size: private copies of the model in flight at once; 0 for as many as fit.
+          chunk_size: private copies of the model in flight at once; as many as fit where it is no
+            number, or 0.
         """
         parameters = inspect.signature(getattr(methods, method)).parameters.values()
         defaults = {p.name: p.default for p in parameters if isinstance(p.default, int | float)}
@@ -187,7 +188,7 @@ class Program:
 
             return jax.jit(measure).lower(*arguments).compile()
 
-        if self._chunk_size:
+        if isinstance(self._chunk_size, int) and self._chunk_size:
             return compile_for(self._chunk_size)
         most = len(arguments[1]) * len(self._rates)
         return budget.largest_chunk(compile_for, budget.free_bytes(), most=most).compiled

@@ -15,6 +15,7 @@ import ml_collections
 from experiments import launch
 from experiments.config_keys import DEFAULTS
 
+CHUNK_SIZES = "chunk_sizes"
 ORIGIN = ("command", "device", "device_count", "versions", "commit", "started")
 
 
@@ -132,6 +133,8 @@ def claim(
         if any(any(folder.glob(pattern)) for pattern in _MADE):
             require_same(differences(before, after), folder, "the old values")
             both = noted.keys() & found.keys()
+            if CHUNK_SIZES in old:
+                record[CHUNK_SIZES] = old[CHUNK_SIZES]
             now = {f"the images or labels of {n}": found[n] for n in sorted(both)}
             was = {f"the images or labels of {n}": noted[n] for n in sorted(both)}
             require_same(differences(was, now), folder, "the old data")
@@ -145,3 +148,32 @@ def claim(
 
 def _without_time(run: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in run.items() if name != "started"}
+
+
+class ChunkSizes(dict[str, dict[int, float]]):
+    """Seconds per instance by instances in flight, fastest first, of the methods of a work folder.
+
+    They stand in ``run.json`` from the moment that they are known, before the first row that is
+    made with them, and the first process that writes those of a method decides for all.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        super().__init__()
+        self._folder = folder
+
+    def __contains__(self, name: object) -> bool:
+        if not super().__contains__(name):
+            self.update(self._read())
+        return super().__contains__(name)
+
+    def setdefault(self, name: str, seconds: Any = None) -> dict[int, float]:
+        """Writes what the file lacks; returns what it holds."""
+        with launch.locked(self._folder, ".lock.run", wait=True):
+            self.update({name: seconds} | self._read())
+            path = self._folder / "run.json"
+            launch.write_json(path, json.loads(path.read_text()) | {CHUNK_SIZES: dict(self)})
+        return self[name]
+
+    def _read(self) -> dict[str, dict[int, float]]:
+        noted = json.loads((self._folder / "run.json").read_text()).get(CHUNK_SIZES, {})
+        return {name: {int(size): s for size, s in each.items()} for name, each in noted.items()}

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 import tqdm
 
@@ -13,12 +14,18 @@ from experiments import (
     examples,
     journal,
     launch,
+    provenance,
     result_rows,
     settings,
     units,
     writers,
 )
 from ttt_jax import checkpoint, evaluation, tuning
+
+
+def _chunk_size(config: ml_collections.ConfigDict) -> int | str | None:
+    size = launch.setting(config, "adapt.chunk_size")
+    return "fastest" if size is None and jax.default_backend() != "cpu" else size
 
 
 class SeedRun:
@@ -32,6 +39,7 @@ class SeedRun:
         seed: int,
         restore: str,
         mesh: Any,
+        folder: pathlib.Path,
         shard: journal.Shard = journal.WHOLE,
     ):
         self.task, self.seed, self.fingerprint = task, seed, held.fingerprint
@@ -41,6 +49,7 @@ class SeedRun:
         self._pictured: Callable[..., evaluation.Evaluation] = evaluation.Evaluation
         self._bound: dict[int, evaluation.Parametric] = {}
         self._evaluations: dict[str, evaluation.Evaluation] = {}
+        self._chunk_sizes = provenance.ChunkSizes(folder)
 
     def evaluation_of(self, role: str) -> evaluation.Evaluation:
         """That of a role, made once; all share compiled programs with all other seeds."""
@@ -51,7 +60,8 @@ class SeedRun:
                 lambda: self._held.restore(self._restore),
                 role=role,
                 seed=self.seed,
-                chunk_size=self._config.adapt.chunk_size,
+                chunk_size=_chunk_size(self._config),
+                chunk_sizes=self._chunk_sizes,
                 mesh=self._mesh,
                 parallel_streams=launch.setting(self._config, "adapt.parallel_streams"),
             )

@@ -10,6 +10,8 @@ import pathlib
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=4 "
+    "--xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false "
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 )

@@ -14,7 +14,7 @@ _MOST_SCRIPT_LINES = 200
 _MOST_FUNCTION_LINES = 80
 _MOST_PARAMETERS = 8
 # Python, JavaScript and CSS of experiments/.
-_MOST_EXPERIMENT_LINES = 10_401
+_MOST_EXPERIMENT_LINES = 10_453
 
 # What is still too large. An entry goes when its file is mended; none is added.
 _LARGE_FILES: set[str] = set()
@@ -50,7 +50,7 @@ _FLOORS = (
     ("layers",),
     ("kernels",),
     # The contract holds types alone, which models and checkpoints name too.
-    ("base", "_contract", "_arguments"),
+    ("base", "_contract", "_rules", "_arguments"),
     ("_trees", "_checks", "_varying", "_names", "_extras", "_version"),
 )
 _FLOOR = {name: height for height, names in enumerate(reversed(_FLOORS)) for name in names}

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ttt_jax.base import PyTree
 from ttt_jax.task import Examples
 
 AXIS = "data"
@@ -120,7 +119,7 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(np.asarray, tree)
 
 
-def cut_as(lengths: Sequence[int], outputs: Sequence[PyTree]) -> list[PyTree]:
+def cut_as(lengths: Sequence[int], outputs: Sequence[Any]) -> list[Any]:
     """Outputs of calls, cut as the batches of the stream."""
     joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *outputs)
     ends = np.cumsum(lengths)

@@ -1,12 +1,12 @@
 """What a method is to the loop over a task, and the programs that run it."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, MutableMapping
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _contract, batching
+from ttt_jax import _chunks, _contract, batching, budget
 from ttt_jax._devices import AXIS, Devices
 from ttt_jax.base import Predictor, PyTree, Stream
 
@@ -48,6 +48,13 @@ def scope_of(method: Method) -> str:
     if isinstance(inner, Stream):
         return "stream"
     return "batch" if isinstance(method, InBatches) else "per_sample"
+
+
+def key_of(method: Method) -> Hashable:
+    """What methods of the same program have in common."""
+    if not isinstance(method, Parametric):
+        return method
+    return method.build if method.key is None else method.key
 
 
 def stream_of(method: Method) -> Stream:
@@ -97,3 +104,67 @@ def program(method: Method, devices: Devices, chunk_size: int | None) -> Callabl
     if scope == "per_sample":
         return per_sample
     return devices.each(streams if scope == "stream" else batch, 2)
+
+
+# What the programs may spend on finding how many are in flight, per method.
+_MAX_SECONDS = 180.0
+
+
+def fastest(
+    method: Method,
+    devices: Devices,
+    fixed: tuple[Any, Any],
+    data: tuple[Any, ...],
+    noted: MutableMapping[str, dict[int, float]],
+    programs: dict[Hashable, Any],
+) -> int | None:
+    """The fastest number in flight, as noted or as measured now; None where none is chosen.
+
+    Args:
+      method: of any scope.
+      devices: that share the instances.
+      fixed: parameters and values.
+      data: instances and keys.
+      noted: seconds per instance by size, fastest first, by the text of a key; is added to.
+      programs: where measurements of methods of equal key are kept too, for other notes.
+    """
+    if scope_of(method) != "per_sample":
+        return None
+    key = key_of(method)
+    name, place = str(key), ("seconds", key, *map(jnp.shape, jax.tree.leaves(data)))
+    if name not in noted:
+        if place not in programs:
+            programs[place] = _chunks.seconds_by_size(
+                lambda size: program(method, devices, size),
+                fixed,
+                data,
+                devices=devices.num,
+                max_seconds=_MAX_SECONDS,
+            )
+        noted.setdefault(name, programs[place])
+    most = jax.tree.leaves(data)[0].shape[0] // devices.num
+    return min(most, next(iter(noted[name])))
+
+
+def compiled(
+    method: Method,
+    devices: Devices,
+    chunk_size: int | None,
+    fixed: tuple[Any, Any],
+    data: tuple[Any, ...],
+) -> Any:
+    """The compiled program of a method for arguments ``(*fixed, *data)``.
+
+    ``chunk_size`` 0 is as many instances in flight as fit.
+    """
+
+    def compile_for(size: int | None) -> Any:
+        return jax.jit(program(method, devices, size)).lower(*fixed, *data).compile()
+
+    if scope_of(method) != "per_sample" or chunk_size != 0:
+        return compile_for(chunk_size)
+    most = jax.tree.leaves(data)[0].shape[0] // devices.num
+    found = budget.largest_chunk(compile_for, budget.free_bytes(), most=most)
+    # Chunks of one size, of which the last would be padded to the others'.
+    even = -(-most // -(-most // found.size))
+    return found.compiled if even == found.size else compile_for(even)

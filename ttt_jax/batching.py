@@ -12,6 +12,8 @@ from ttt_jax.base import Info, Key, Params, Predictor
 
 __all__ = ["BatchedPredictor", "batched", "sample_keys", "unbatched"]
 
+_EXPLICIT = jax.sharding.AxisType.Explicit
+
 BatchedPredictor = Callable[[Params, Any, Key], tuple[Any, Info]]
 
 
@@ -169,11 +171,19 @@ def batched(
             f"{', '.join(map(repr, mesh.shape))}."
         )
     local = _in_chunks(predictor, chunk_size)
+    if mesh is not None:
+        mesh = automatic(mesh)
 
     def run(params: Params, xs: Any, keys: Key) -> tuple[Any, Info]:
         count = _count(xs, keys)
         if mesh is None:
             return local(params, xs, keys)
+        if _EXPLICIT in jax.sharding.get_abstract_mesh().axis_types:
+            raise ValueError(
+                "batched(mesh=...) needs axes of automatic type; got a call under jax.set_mesh of "
+                f"{jax.sharding.get_abstract_mesh()}. Make that mesh with "
+                "axis_types=(jax.sharding.AxisType.Auto,), or leave jax.set_mesh out."
+            )
         if len(mesh.shape) > 1 and not _is_traced((params, xs, keys)):
             raise ValueError(
                 "batched over one of several mesh axes runs under jax.jit only; got the mesh axes "
@@ -186,6 +196,13 @@ def batched(
         return jax.tree.map(lambda leaf: leaf[:count], results)
 
     return _contract.OverInstances(run)
+
+
+def automatic(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The mesh with axes of automatic type: over explicit ones instances must be placed before."""
+    if _EXPLICIT in mesh.axis_types:
+        return jax.sharding.Mesh(mesh.devices, mesh.axis_names)
+    return mesh
 
 
 def _over_mesh(local: BatchedPredictor, mesh: jax.sharding.Mesh, axis: str) -> BatchedPredictor:

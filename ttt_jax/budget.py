@@ -121,7 +121,8 @@ def largest_chunk(
         if size in found:
             break
         look(size)
-        if size == most or 0.9 * limit <= found[size].bytes <= limit:
+        fits = found[size].bytes <= limit
+        if fits and (size == most or found[size].bytes >= 0.9 * limit):
             break
     fitting = [chunk for chunk in found.values() if chunk.bytes <= limit]
     if not fitting and look(1).bytes <= limit:

@@ -2,15 +2,24 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from ttt_jax import _arguments, _devices, batching, budget, diagnostics, predictors, select
+from ttt_jax import _arguments, _devices, batching, diagnostics, predictors, select
 from ttt_jax._devices import Call, Devices
-from ttt_jax._programs import InBatches, Method, Parametric, program, scope_of, stream_of
+from ttt_jax._programs import (
+    InBatches,
+    Method,
+    Parametric,
+    compiled,
+    fastest,
+    key_of,
+    scope_of,
+    stream_of,
+)
 from ttt_jax.base import FromSource, Params, Predictor, PyTree
 from ttt_jax.source import source_statistics
 from ttt_jax.task import Examples, Task, cells, in_batches, joined_tags
@@ -57,7 +66,7 @@ class Row(NamedTuple):
     each: Mapping[str, PyTree]
 
 
-@_arguments.checked(params=_arguments.params_or_function, seed=_arguments.count(0))
+@_arguments.checked(seed=_arguments.count(0))
 def evaluate(
     task: Task,
     methods: Mapping[str, Method],
@@ -65,7 +74,7 @@ def evaluate(
     *,
     role: str,
     seed: int,
-    chunk_size: int | None = None,
+    chunk_size: int | str | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Iterator[Row]:
     """Runs methods over the streams of a task.
@@ -77,7 +86,7 @@ def evaluate(
       role: ``"validation"`` or ``"reported"``.
       seed: of the streams and of the keys; a key follows its instance's id.
       chunk_size: private copies in flight per device; None for a whole batch, 0 for as many as
-        fit.
+        fit, ``"fastest"`` for what is fastest by trying (:func:`ttt_jax.tuning.fastest_chunk`).
       mesh: with an axis ``data``, to spread instances, batches and streams over devices.
 
     Yields:
@@ -153,9 +162,8 @@ class Evaluation:
     """
 
     @_arguments.checked(
-        params=_arguments.params_or_function,
         seed=_arguments.count(0),
-        chunk_size=_arguments.count(0),
+        chunk_size=_arguments.count_or("fastest"),
         parallel_streams=_arguments.count(),
     )
     def __init__(
@@ -165,14 +173,17 @@ class Evaluation:
         *,
         role: str,
         seed: int,
-        chunk_size: int | None = None,
+        chunk_size: int | str | None = None,
         mesh: jax.sharding.Mesh | None = None,
         parallel_streams: int = 16,
+        chunk_sizes: MutableMapping[str, dict[int, float]] | None = None,
     ):
         """Reads no data yet; arguments as in :func:`evaluate`.
 
         ``params`` may be a function that restores them between batches; at most
-        ``parallel_streams`` streams go side by side per device.
+        ``parallel_streams`` streams go side by side per device. ``chunk_sizes`` holds, by program,
+        seconds per instance by size, the fastest first, as ``chunk_size="fastest"`` measures them;
+        what it holds at the start is not measured again.
         """
         if role not in ("validation", "reported", "choosing"):
             raise ValueError(f"role must be 'validation' or 'reported', got {role!r}.")
@@ -181,7 +192,8 @@ class Evaluation:
         restores = callable(params) and jax.tree_util.all_leaves([params])
         self._restore = params if restores else lambda: params
         self._chunk_size, self._parallel = chunk_size, parallel_streams
-        self._devices = Devices(mesh)
+        self._chunk_sizes = {} if chunk_sizes is None else chunk_sizes
+        self._devices = Devices(mesh and batching.automatic(mesh))
         self._streams = dict(task.streams(role, seed))
         if not self._streams:
             raise ValueError(f"{task.name} has no {role} stream; streams({role!r}, seed) is empty.")
@@ -301,33 +313,26 @@ class Evaluation:
         """Compiles where needed, runs, and adds to the clock."""
         params = self._restore()
         values = method.values if isinstance(method, Parametric) else ()
-        key = method.key if isinstance(method, Parametric) else method
-        if isinstance(method, Parametric) and key is None:
-            key = method.build
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((values, arguments)))
-        where = (key, scope_of(method), shapes, self._chunk_size)
+        start = time.perf_counter()
+        size = self._size(method, (params, values), arguments)
+        where = (key_of(method), scope_of(method), shapes, size)
         if where not in self.programs:
-            start = time.perf_counter()
-
-            def compile_for(size: int | None) -> Any:
-                compute = jax.jit(program(method, self._devices, size))
-                return compute.lower(params, values, *arguments).compile()
-
-            self.programs[where] = self._compiled(compile_for, method, arguments)
+            made = compiled(method, self._devices, size, (params, values), arguments)
+            self.programs[where] = made
             clock.compiling += time.perf_counter() - start
         start = time.perf_counter()
         results = jax.block_until_ready(self.programs[where](params, values, *arguments))
         clock.seconds += time.perf_counter() - start
         return results
 
-    def _compiled(self, compile_for: Any, method: Method, arguments: tuple[Any, ...]) -> Any:
-        if scope_of(method) != "per_sample" or self._chunk_size != 0:
-            return compile_for(self._chunk_size)
-        most = jax.tree.leaves(arguments)[0].shape[0] // self._devices.num
-        found = budget.largest_chunk(compile_for, budget.free_bytes(), most=most)
-        # Chunks of one size, of which the last would be padded to the others'.
-        even = -(-most // -(-most // found.size))
-        return found.compiled if even == found.size else compile_for(even)
+    def _size(self, method: Method, fixed: tuple[Any, Any], data: tuple[Any, ...]) -> int | None:
+        if not isinstance(self._chunk_size, str):
+            return self._chunk_size
+        if method is self.programs.get("source"):
+            # It has no private copies, of which many may be slow.
+            return 0
+        return fastest(method, self._devices, fixed, data, self._chunk_sizes, self.programs)
 
     def _source_outputs(self, stream: str) -> list[PyTree]:
         """What the unadapted model gives on a stream, cut as its batches are."""

@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
             "save_every": 150,
         }
     )
-    config.adapt = ml_collections.ConfigDict({"batch_size": 8, "chunk_size": 8})
+    config.adapt = ml_collections.ConfigDict({"batch_size": 8})
     adapted = {"method": "experiments.tasks.documents:document_ttt", "optimizer": "sgd"}
     config.methods = ml_collections.ConfigDict(
         {

@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
             "save_every": 150,
         }
     )
-    config.adapt = ml_collections.ConfigDict({"batch_size": 32, "chunk_size": 32})
+    config.adapt = ml_collections.ConfigDict({"batch_size": 32})
     config.methods = ml_collections.ConfigDict(
         {
             "source": {"method": "source"},

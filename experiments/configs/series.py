@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
             "save_every": 300,
         }
     )
-    config.adapt = ml_collections.ConfigDict({"batch_size": 64, "chunk_size": 64})
+    config.adapt = ml_collections.ConfigDict({"batch_size": 64})
     config.methods = ml_collections.ConfigDict(
         {
             "source": {"method": "source"},

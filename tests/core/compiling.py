@@ -9,6 +9,7 @@ _QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_cpu_enable_concurrency_optimized_scheduler": False,
 }
 _known: dict[str, Any] | None = None
 

@@ -45,6 +45,8 @@ def line(size):
         # Memory that grows faster than a line: the first guess is too large.
         (lambda n: line(n) + (5000 if n > 16 else 0), 20_000, 500, 140, None),
         (lambda n: line(n) + n * n // 3, 20_000, 500, 130, None),
+        # A line that begins flat: the guess is the most, which does not fit.
+        (lambda n: 1000 + 100 * max(0, n - 9), 20_000, 500, 198, [4, 8, 500, 198]),
     ],
 )
 def test_largest_chunk(needs, limit, most, expected, compiled):

@@ -106,6 +106,18 @@ def test_values_equal_those_of_one_device(count, chunk_size):
     ttt.audit.require_close(spread, alone(count), num_steps=2)
 
 
+def test_axes_of_explicit_type_equal_one_device():
+    """What ``jax.make_mesh`` makes when it is not told otherwise."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    xs, keys = models.make_images(7), ttt.sample_keys(jax.random.key(0), jnp.arange(7))
+    predict = dense_ttt()
+    expected = jax.jit(ttt.batched(predict))(DENSE, xs, keys)
+    run = ttt.batched(predict, mesh=mesh)
+    ttt.audit.require_close(jax.jit(run)(DENSE, xs, keys), expected, num_steps=2)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="needs axes of automatic type"):
+        run(DENSE, xs, keys)
+
+
 def test_convolutions_stay_on_their_device():
     """No gather, no reduction, and the groups divided by the number of devices."""
     texts = {devices: compiled_convolutions(devices).as_text() for devices in (1, 4)}

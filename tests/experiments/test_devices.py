@@ -25,18 +25,23 @@ PART = adapt.Part(domains=("clean", "fog", "saturate"))
 
 def every_scope():
     """50 images in batches of 20: nothing divides by the number of devices or processes."""
-    rotation = {"copies": 2, "learning_rate": 0.01, "probe": "rotation"}
     return tiny_config.with_methods(
         tiny_config.get_batch_norm_config(),
         source={},
-        rotation={
-            **rotation,
-            "method": "ttt_rotation",
+        # Of the methods that adapt to each image alone, the one with the smallest program.
+        memo={
+            "num_views": 2,
             "trace": True,
             "num_steps": 1,
             "learning_rate": (0.01, 0.03),
+            "select": "all",
         },
-        rotation_online={**rotation, "method": "ttt_rotation_online"},
+        rotation_online={
+            "method": "ttt_rotation_online",
+            "copies": 2,
+            "learning_rate": 0.01,
+            "probe": "rotation",
+        },
         tent={"episodic": True, "predict": "after", "learning_rate": 0.05, "optimizer": "sgd"},
         tent_online={"method": "tent", "learning_rate": 0.05, "optimizer": "sgd"},
     )

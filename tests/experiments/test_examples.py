@@ -19,10 +19,13 @@ def config_of():
     config = dense_config.get_config()
     # One batch: the numbers of the streams, which say which image is kept, are below its size.
     config.adapt.update({"batch_size": 30, "chunk_size": 30})
-    methods = config.methods.to_dict()
-    rotation = methods.pop("rotation")
-    del methods["tent"]
-    return tiny_config.with_methods(config, **methods, rotation=rotation)
+    # Of either kind a method with a small program.
+    return tiny_config.with_methods(
+        config,
+        source={},
+        tent_online={"method": "tent", "predict": "after", "learning_rate": 0.01},
+        memo={"num_views": 2, "num_steps": 1, "learning_rate": 0.01, "select": "all"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +61,19 @@ def test_what_is_kept_was_predicted_by_the_method_that_is_shown(run, tmp_path):
     task = tasks.build(config)
     candidates = settings.candidates(config, task)
     # Each instance alone goes before streams, whatever their order in the config.
-    assert examples.shown(candidates) == "rotation"
+    assert examples.shown(candidates) == "memo"
     assert examples.shown({"source": candidates["source"]}) is None
     params = checkpoint.load(run / "checkpoints" / "seed_0", like=None).params
     options = {"role": "reported", "seed": 0, "chunk_size": config.adapt.chunk_size}
     kept = examples.PicturedEvaluation(
-        task, params, label="rotation", path=tmp_path / "examples.npz", **options
+        task, params, label="memo", path=tmp_path / "examples.npz", **options
     )
     plain = evaluation.Evaluation(task, params, **options)
-    method = candidates["rotation"][0].bind(params, 0)
+    method = candidates["memo"][0].bind(params, 0)
     # Those that the run compiled.
     kept.programs = plain.programs = units.programs(config, None)
     for stream in ("clean", "fog"):
-        (row,), (same,) = (each.rows("rotation", method, (stream,)) for each in (kept, plain))
+        (row,), (same,) = (each.rows("memo", method, (stream,)) for each in (kept, plain))
         assert row.values == same.values and row.each.keys() == same.each.keys()
         assert row.sums.keys() == same.sums.keys()
     assert np.load(tmp_path / "examples.npz")["domain"].tolist() == ["fog"]

@@ -162,8 +162,9 @@ def test_a_sequence_gives_a_row_per_domain(in_sequence):
         assert ("drift" in row) == row["method"].endswith("_online")
 
 
-def test_masked_reconstruction_lowers_its_loss(tmp_path):
+def test_masked_reconstruction_lowers_its_loss(dense, tmp_path):
     config = tiny_config.get_mae_config()
+    config.model = {"name": "dense_mae"}
     config.adapt.batch_size = 10
     tiny_config.save_initial(config, tmp_path)
     part = adapt.Part(methods=("mae",), domains=("clean", *VALIDATION, *CORRUPTIONS[::3]))

@@ -200,7 +200,9 @@ class Runner:
         except Exception as error:
             clear = _is_clear(error, changes, slip)
             return (CLEAR if clear else UNCLEAR), f"{type(error).__name__}: {error}"
-        if slip.expects == "nan" and slips.is_nan(jax.jit(result)() if self._call.traced else result):
+        if slip.expects == "nan" and slips.is_nan(
+            jax.jit(result)() if self._call.traced else result
+        ):
             return RIGHT, "nan"
         return SILENT, f"returned {type(result).__name__}"
 

@@ -113,10 +113,11 @@ add(
     implementation="xla",
     kinds=ARRAYS | {"implementation": "text"},
 )
-add("kernels.attention.fits", attention.fits, tokens=16, head_size=16)
+add("kernels.attention.fits", attention.fits, traced=False, tokens=16, head_size=16)
 add(
     "kernels.attention.form_of",
     attention.form_of,
+    traced=False,
     attention="xla",
     dtype=jnp.float32,
     kinds={"dtype": "record"},
@@ -157,13 +158,15 @@ for name in ("fits", "supported"):
         f"kernels.conv.{name}",
         getattr(conv, name),
         **SHAPE,
+        traced=False,
         kinds={"dtype": "record"},
-        allowed="dtype: none",
+        allowed="dtype: none, groups: negative",
         ranges={"image_shape": (16, 16)},
     )
 add(
     "kernels.conv.computes",
     conv.computes,
+    traced=False,
     dtype=jnp.float32,
     kinds={"dtype": "record"},
     allowed="dtype: none",

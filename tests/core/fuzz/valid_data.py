@@ -45,7 +45,7 @@ add(
     name="npz:nothing",
     split="train",
     only_refusals=True,
-    allowed="split: text, split: upper",
+    allowed="split: text, split: upper, data_dir: text",
 )
 add(
     "data.long_tailed",
@@ -166,7 +166,7 @@ add(
     norm=4,
     kinds={"method": "text", "norm": "number", "rngs": None},
     method="__call__",
-    allowed="module: module",
+    allowed="module: module, method: function",
     ranges={"norm": ("wrong", -1, True)},
 )
 add(
@@ -186,7 +186,7 @@ add(
     norm="running",
     method="__call__",
     kinds={"method": "text", "norm": "text", "layers": "record"},
-    allowed="module: module, norm: number",
+    allowed="module: module, norm: number, method: function",
 )
 add(
     "models.linen_statistics",
@@ -195,7 +195,7 @@ add(
     module=things.NET,
     method="__call__",
     kinds={"method": "text", "norm": "text"},
-    allowed="module: module, norm: number",
+    allowed="module: module, norm: number, method: function",
     ranges={"norm": "running"},
 )
 add(

@@ -300,6 +300,11 @@ add(
     allowed="method: stream",
 )
 
+TRYING = dict(predictor=things.PREDICT, only_refusals=True, ranges={"max_seconds": -1.0}, **MANY)
+if hasattr(tuning, "fastest_chunk"):
+    add("tuning.fastest_chunk", tuning.fastest_chunk, **TRYING)
+    add("tuning.chunk_seconds", tuning.chunk_seconds, **TRYING)
+
 STATE = (things.PARAMS, things.SGD.init(things.PARAMS["params"]))
 
 
