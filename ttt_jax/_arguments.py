@@ -136,7 +136,7 @@ def _rule_of(parameter: inspect.Parameter) -> Rule | None:
         return _function_rule(name, inner[0])
     if origin in (tuple, collections.abc.Sequence, list):
         return sequence(*(kind for kind in inner[:1] if isinstance(kind, type)))
-    if origin in (collections.abc.Mapping, dict):
+    if origin in (collections.abc.Mapping, collections.abc.MutableMapping, dict):
         return mapping
     return _of_class(member) if isinstance(member, type) else None
 

@@ -90,7 +90,7 @@ def relative_distance(a: Any, b: Any) -> jax.Array:
     return distance(a, b) / jnp.where(size > 0, size, 1.0)
 
 
-@_arguments.checked()
+@_arguments.checked(num_steps=_arguments.count(0))
 def require_close(actual: Any, expected: Any, *, num_steps: int = 1) -> None:
     """Checks that two programs gave the same, up to rounding.
 
@@ -184,7 +184,7 @@ def _variants(
     return found, base
 
 
-@_arguments.checked()
+@_arguments.checked(num_steps=_arguments.count())
 def adapter_differences(
     adapter: Adapter,
     apply: Callable[[Params, Any], Any],
@@ -259,7 +259,7 @@ def adapter_differences(
     return found
 
 
-@_arguments.checked()
+@_arguments.checked(num_steps=_arguments.count(0))
 def findings(values: dict[str, Any], *, num_steps: int = 1) -> list[Finding]:
     """Judges measured differences: bitwise where it is promised, :func:`tolerance` elsewhere."""
     strange = sorted(set(values) - set(MEANING))
@@ -293,7 +293,7 @@ def _call_once(predictor: Predictor, params: Params, xs: Any, keys: Key) -> list
     return before
 
 
-@_arguments.checked()
+@_arguments.checked(num_steps=_arguments.count(0))
 def check(
     predictor: Predictor, params: Params, xs: Any, keys: Key, *, num_steps: int = 1
 ) -> list[Finding]:
@@ -320,7 +320,7 @@ def check(
     return _judge(before, params, values, num_steps)
 
 
-@_arguments.checked()
+@_arguments.checked(num_steps=_arguments.count())
 def check_adapter(
     adapter: Adapter,
     apply: Callable[[Params, Any], Any],

@@ -94,8 +94,8 @@ def _count(xs: Any, keys: Key) -> int:
     _checks.check_mapped_keys("batched", keys)
     if keys.shape != (count,):
         raise ValueError(
-            f"batched needs one key per instance, shape ({count},); got {keys.shape}. Make them "
-            "with ttt_jax.sample_keys(key, ids)."
+            f"batched needs keys: one key per instance, shape ({count},); got {keys.shape}. Make "
+            "them with ttt_jax.sample_keys(key, ids)."
         )
     if count == 0:
         raise ValueError("batched needs at least one instance; got an empty batch.")

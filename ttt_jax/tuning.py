@@ -47,6 +47,10 @@ def score(task: Task, rows: Iterable[Row]) -> Mapping[str, float]:
         raise ValueError(
             f"score needs at least one validation row of {task.name} in rows; got {rows}."
         )
+    if wrong := [row for row in rows if not hasattr(row, "values")]:
+        raise TypeError(
+            f"rows must hold rows of an evaluation; got {_contract.described(wrong[0])}."
+        )
     names = (task.chooses, *task.ties)
     return {name: float(np.mean([row.values[name] for row in rows])) for name in names}
 

@@ -120,6 +120,7 @@ def summary(
     """
     _checks.check_share("classes_kept", classes_kept)
     logits = jnp.moveaxis(probes.logits, 0, 2)
+    _inputs.as_labels("summary", labels, *logits.shape[-2:])
     if rate_index >= len(logits):
         raise ValueError(
             f"rate_index must be the place of one of {len(logits)} rates; got {rate_index}."

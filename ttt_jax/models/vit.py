@@ -241,8 +241,9 @@ class ViT(nn.Module):
             **dict.fromkeys(integers, _arguments.integer),
             **dict.fromkeys(counts, _arguments.count()),
         )
-        sides = self.image_size if isinstance(self.image_size, tuple | list) else [self.image_size]
-        if len(sides) > 2 or not all(_trees.is_integer(side, 1) for side in sides) or not sides:
+        pair = isinstance(self.image_size, tuple | list)
+        sides = self.image_size if pair else (self.image_size, self.image_size)
+        if len(sides) != 2 or not all(_trees.is_integer(side, 1) for side in sides):
             raise ValueError(
                 "image_size is the side of square images, or (H, W), received "
                 f"{self.image_size!r}: give integers of at least 1."

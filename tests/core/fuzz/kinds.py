@@ -49,6 +49,12 @@ _OF_NAME = {
 }
 
 
+_CONTAINERS = (
+    *(tuple, list, dict),
+    *(collections.abc.Sequence, collections.abc.Mapping, collections.abc.MutableMapping),
+)
+
+
 def kind_of(parameter: inspect.Parameter) -> str:
     """One word for what a parameter takes; "tree" for what may be any pytree."""
     name, annotation = parameter.name, parameter.annotation
@@ -69,7 +75,14 @@ def kind_of(parameter: inspect.Parameter) -> str:
             if name == "apply" and typing.get_args(member)[0] is not ...:
                 return "apply"
             return "model" if name in _MODELS or name == "apply" else "function"
-        if origin in (tuple, collections.abc.Sequence, collections.abc.Mapping, dict, list):
+        if origin in (
+            tuple,
+            collections.abc.Sequence,
+            collections.abc.Mapping,
+            collections.abc.MutableMapping,
+            dict,
+            list,
+        ):
             return "record"
         if member in _OF_CLASS:
             return _OF_CLASS[member]

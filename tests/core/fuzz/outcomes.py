@@ -160,6 +160,17 @@ class Runner:
             self._expected = _traced(self._call, _begun(self._call.result()))
         return self._expected
 
+    def _value(self, result: Any) -> Any:
+        return jax.jit(result)() if self._call.traced else result
+
+    def _is_right(self, result: Any) -> bool:
+        """Whether a result has the program of the right call, or else its value."""
+        if _same(_traced(self._call, result), self.right()):
+            return True
+        if not self._call.traced:
+            return False
+        return _same(self._value(result), self._value(self._call.result()))
+
     def _all_right(self) -> bool:
         """Whether the right forms of all arguments together give what the right call gives."""
         if self._call.only_refusals:
@@ -194,15 +205,12 @@ class Runner:
                 warnings.simplefilter("ignore")
                 result = _begun(self._call.result(**changes))
                 if slip.expects == "same":
-                    right = _same(_traced(self._call, result), self.right())
-                    return (RIGHT if right else SILENT), "differs"
+                    return (RIGHT if self._is_right(result) else SILENT), "differs"
                 _used(self._call, result)
         except Exception as error:
             clear = _is_clear(error, changes, slip)
             return (CLEAR if clear else UNCLEAR), f"{type(error).__name__}: {error}"
-        if slip.expects == "nan" and slips.is_nan(
-            jax.jit(result)() if self._call.traced else result
-        ):
+        if slip.expects == "nan" and slips.is_nan(self._value(result)):
             return RIGHT, "nan"
         return SILENT, f"returned {type(result).__name__}"
 

@@ -15,6 +15,8 @@ from tests.core.fuzz import (
 )
 from tests.core.fuzz.calls import Call
 
+# The tests measure them in so many parts, which processes share.
+PARTS = 4
 PATH = pathlib.Path(__file__).with_name("table.csv")
 COLUMNS = ("calls", "clear", "right", "unclear", "silent")
 _PARTS = (valid_core, valid_methods, valid_measures, valid_arrays, valid_data)

@@ -64,8 +64,10 @@ add(
 DRAW = augmix.draw_steps(things.KEY)
 ONE_CHAIN = jax.tree.map(lambda leaf: leaf[0], DRAW)
 SCALARS = {"operation": jnp.int32(1), "level": jnp.float32(0.5), "negative": jnp.bool_(True)}
-add("views.augmix.augmix", augmix.augmix, key=things.KEY, **IMAGE)
-add("views.augmix.draw_steps", augmix.draw_steps, key=things.KEY)
+# A raw key takes seconds to compile here; flip has the same rule.
+RAW = {"allowed": "key: raw"}
+add("views.augmix.augmix", augmix.augmix, key=things.KEY, **IMAGE, **RAW)
+add("views.augmix.draw_steps", augmix.draw_steps, key=things.KEY, **RAW)
 add(
     "views.augmix.mix",
     augmix.mix,

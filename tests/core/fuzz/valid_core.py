@@ -107,13 +107,6 @@ add(
     data=things.Batches(),
     kinds={"data": "record", "fn": "function"},
 )
-add(
-    "SourceStatistics",
-    ttt.SourceStatistics,
-    value=things.MOMENTS,
-    split="train",
-    kinds={"value": None, "split": None},
-)
 
 LOSS = {
     "rotation": dict(apply=models.turn, copies=2, augment=models.jitter),

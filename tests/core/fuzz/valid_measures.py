@@ -137,6 +137,7 @@ PROBES, INFO = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), SHAPES
 add(
     "diagnostics.summary",
     diagnostics.summary,
+    only_refusals=True,
     probes=PROBES,
     info=INFO,
     labels=things.LABELS,
@@ -268,13 +269,6 @@ add(
 )
 add("evaluation.source_of", evaluation.source_of, use.predictor, task=things.TASK)
 add(
-    "evaluation.InBatches",
-    evaluation.InBatches,
-    method=things.PREDICT,
-    size=4,
-    kinds={"method": None, "size": None},
-)
-add(
     "tuning.best",
     tuning.best,
     trials=[tuning.Trial({"error": 0.5}), tuning.Trial({"error": 0.1})],
@@ -300,7 +294,14 @@ add(
     allowed="method: stream",
 )
 
-TRYING = dict(predictor=things.PREDICT, only_refusals=True, ranges={"max_seconds": -1.0}, **MANY)
+# Without a mesh its axis has no meaning.
+TRYING = dict(
+    allowed="axis: text, axis: upper",
+    predictor=things.PREDICT,
+    only_refusals=True,
+    ranges={"max_seconds": -1.0},
+    **MANY,
+)
 if hasattr(tuning, "fastest_chunk"):
     add("tuning.fastest_chunk", tuning.fastest_chunk, **TRYING)
     add("tuning.chunk_seconds", tuning.chunk_seconds, **TRYING)
