@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import optax
 
-from ttt_jax import _contract, base
+from ttt_jax import base
 from ttt_jax._rules import (
     Rule as Rule,
     array as array,
@@ -44,6 +44,7 @@ from ttt_jax._rules import (
     path as path,
     plain_loss as plain_loss,
     plain_number as plain_number,
+    predictor as predictor,
     sequence as sequence,
     text as text,
     tree as tree,
@@ -121,7 +122,7 @@ def _rule_of(parameter: inspect.Parameter) -> Rule | None:
     if jax.Array in members and (float in members or int in members):
         return plain_number
     if base.Predictor in members:
-        return lambda place, name, value: _kept(_contract.require_predictor(name, value), value)
+        return predictor
     if base.AuxLoss in members:
         return loss if base.StatefulLoss in members else plain_loss
     members = tuple(member for member in members if member is not type(None))
@@ -161,10 +162,6 @@ def _function_rule(name: str, arguments: Any) -> Rule | None:
     if name in _MODELS:
         return model
     return function(len(arguments))
-
-
-def _kept(_: None, value: Any) -> Any:
-    return value
 
 
 def check_fields(owner: Any, **rules: Rule) -> None:

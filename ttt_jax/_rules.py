@@ -44,6 +44,12 @@ def loss(place: str, name: str, value: Any) -> Any:
     return value if isinstance(value, base.StatefulLoss) else plain_loss(place, name, value)
 
 
+def predictor(place: str, name: str, value: Any) -> Any:
+    """A predictor over one instance."""
+    _contract.require_predictor(name, value)
+    return value
+
+
 def plain_loss(place: str, name: str, value: Any) -> Any:
     """An ``AuxLoss``."""
     if isinstance(value, base.StatefulLoss):

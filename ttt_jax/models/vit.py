@@ -241,8 +241,8 @@ class ViT(nn.Module):
             **dict.fromkeys(integers, _arguments.integer),
             **dict.fromkeys(counts, _arguments.count()),
         )
-        pair = isinstance(self.image_size, tuple | list)
-        sides = self.image_size if pair else (self.image_size, self.image_size)
+        size: Any = self.image_size
+        sides = size if isinstance(size, tuple | list) else (size, size)
         if len(sides) != 2 or not all(_trees.is_integer(side, 1) for side in sides):
             raise ValueError(
                 "image_size is the side of square images, or (H, W), received "

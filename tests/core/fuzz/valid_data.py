@@ -253,3 +253,14 @@ add(
     kinds={"dtype": None},
     only_refusals=True,
 )
+add("models.patchify", models.patchify, images=things.COLORS[None], patch=4, ranges={"patch": 3})
+add(
+    "models.unpatchify",
+    models.unpatchify,
+    patches=np.ones((1, 4, 48), np.float32),
+    patch=4,
+    size=(8, 8),
+    ranges={"size": ((9, 8), (8,)), "patch": 3},
+)
+
+NOTHING_TO_SLIP = ("data.demo", "models.demo")
