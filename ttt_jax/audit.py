@@ -388,11 +388,10 @@ def everything_but(selection: Selection) -> Selection:
     return select_lib.exclude(select_lib.everything(), selection)
 
 
-@_arguments.checked(
-    task=_arguments.having("a Task", "init", "heads", "streams"),
-    seed=_arguments.count(0),
-    max_batches=_arguments.count(),
-)
+_TASK = _arguments.having("a Task", "init", "heads", "streams")
+
+
+@_arguments.checked(task=_TASK, seed=_arguments.count(0), max_batches=_arguments.count())
 def check_task(task: Any, *, seed: int = 0, max_batches: int = 2) -> None:
     """Raises :class:`AuditError` naming every rule that a :class:`ttt_jax.task.Task` breaks.
 

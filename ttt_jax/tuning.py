@@ -55,7 +55,7 @@ def score(task: Task, rows: Iterable[Row]) -> Mapping[str, float]:
     return {name: float(np.mean([row.values[name] for row in rows])) for name in names}
 
 
-@_arguments.checked()
+@_arguments.checked(method=None)
 def tried(evaluation: Evaluation, task: Task, label: str, method: Method) -> Trial:
     """One candidate on all validation streams.
 
