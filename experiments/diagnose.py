@@ -55,8 +55,7 @@ class Options(NamedTuple):
       severities: 1 to 5, each once; not used where the config has no corruptions.
       corruptions: their names; None for those of the split's role.
       num_images: of the split, the same ones in every cell; a smaller split is used whole.
-      learning_rates: of the map, each once; None for :data:`experiments.diagnosis.FACTORS` times
-        the method's.
+      learning_rates: of the map, each once; None for ``diagnosis.FACTORS`` times the method's.
     """
 
     method: str = "rotation"
@@ -156,6 +155,7 @@ def run(
                 "config": diagnose_record.made_with(config, options.split),
             }
             diagnose_record.require_same(book, fields, config)
+            provenance.note_data(workdir, config, {options.split: source.fingerprint})
             own = [cell for n, cell in enumerate(cells_of(config, options)) if shard.takes(n)]
             todo = [cell for cell in own if book.get(**cell, **fields) is None]
 

@@ -130,6 +130,8 @@ def run(
                 f"{record} has rows that {book.path} lacks, and would be replaced; move it away, "
                 "or use another --workdir."
             )
+        splits = {"test": test.fingerprint, "train": train.fingerprint}
+        provenance.note_data(workdir, config, splits)
         wanted = {"clean": 0} | dict.fromkeys(domains, severity)
         cells = [{"domain": domain, "severity": level} for domain, level in wanted.items()]
         todo = [cell for cell in cells if book.get(**cell, **same) is None]

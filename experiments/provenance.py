@@ -93,8 +93,9 @@ def require_same(
         )
 
 
-# What a folder holds once a configuration has made something of it.
+# What a folder holds once a configuration has made something of it, and what is measured beside.
 _MADE = ("results*.jsonl", "selection.json", "checkpoints/*", "training/*/*")
+_MEASURED = (*_MADE, "diagnostics*.jsonl", "feature_shift.jsonl")
 
 
 def claim(
@@ -117,33 +118,88 @@ def claim(
     record = of(config) | more
     found = dict(data or {})
     latest = origin(record) | more
-    runs: list[dict[str, Any]] = []
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-            before = DEFAULTS | launch.flat(ml_collections.ConfigDict(old["config"]))
-            noted = dict(old.get("data", {}))
-            runs = list(old.get("runs", [origin(old) | {k: old[k] for k in more if k in old}]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise launch.UserError(
-                f"{path} is damaged ({error}). Use another --workdir."
-            ) from error
-        after = DEFAULTS | launch.flat(ml_collections.ConfigDict(record["config"]))
+    old = _run(path)
+    begun = [origin(old) | {k: old[k] for k in more if k in old}] if old else []
+    runs = list(old.get("runs", begun))
+    if "config" in old and any(any(folder.glob(pattern)) for pattern in _MADE):
+        configs = (ml_collections.ConfigDict(held["config"]) for held in (old, record))
+        before, after = (DEFAULTS | launch.flat(config) for config in configs)
         before["seeds"] = after["seeds"]  # which may grow
-        if any(any(folder.glob(pattern)) for pattern in _MADE):
-            require_same(differences(before, after), folder, "the old values")
-            both = noted.keys() & found.keys()
-            if CHUNK_SIZES in old:
-                record[CHUNK_SIZES] = old[CHUNK_SIZES]
-            now = {f"the images or labels of {n}": found[n] for n in sorted(both)}
-            was = {f"the images or labels of {n}": noted[n] for n in sorted(both)}
-            require_same(differences(was, now), folder, "the old data")
-            found = noted | found
-        if any(folder.glob("results*.jsonl")):
-            record = old | {"config": record["config"]}
+        require_same(differences(before, after), folder, "the old values")
+        if CHUNK_SIZES in old:
+            record[CHUNK_SIZES] = old[CHUNK_SIZES]
+    found = _kept(folder, old, found)
+    if any(folder.glob("results*.jsonl")):
+        record = (old if "config" in old else record | old) | {"config": record["config"]}
     if not runs or _without_time(runs[-1]) != _without_time(latest):
         runs.append(latest)
     launch.write_json(path, record | ({"data": found} if found else {}) | {"runs": runs})
+
+
+def note_data(
+    folder: pathlib.Path, config: ml_collections.ConfigDict, splits: Mapping[str, str]
+) -> None:
+    """Adds to ``run.json`` what a program measures beside the rows, or refuses replaced data.
+
+    Such a program claims no folder: another configuration may go on there. So a split is noted by
+    its set and its name, and as ``data.ROLE`` too where that is the split of the folder's rows.
+
+    Args:
+      folder: the work folder.
+      config: of the measurement.
+      splits: fingerprints by role.
+
+    Raises:
+      launch.UserError: naming the split, its stored and its present fingerprint.
+    """
+    path = folder / "run.json"
+    values = DEFAULTS | launch.flat(config)
+    with launch.locked(folder, ".lock.run", wait=True):
+        old = _run(path)
+        before = DEFAULTS | launch.flat(ml_collections.ConfigDict(old.get("config", {})))
+        found = {}
+        for role, fingerprint in splits.items():
+            names = ("data.name", f"data.{role}", *["data.imbalance"] * (role == "train"))
+            if all(before.get(name) == values[name] for name in names):
+                found[f"data.{role}"] = fingerprint
+            found[", ".join(str(values[name]) for name in names)] = fingerprint
+        data = _kept(folder, old, found)
+        launch.write_json(path, {"runs": []} | old | {"data": data})
+
+
+def _run(path: pathlib.Path) -> dict[str, Any]:
+    """What ``run.json`` holds, ``{}`` where there is none.
+
+    Raises:
+      launch.UserError: it is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        old: dict[str, Any] = json.loads(path.read_text())
+        parts = [dict(old.get("data", {})), dict(old.get("config", {})), list(old.get("runs", []))]
+        if not any(parts):
+            raise ValueError("it has no config, data or runs")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise launch.UserError(f"{path} is damaged ({error}). Use another --workdir.") from error
+    return old
+
+
+def _kept(folder: pathlib.Path, old: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The fingerprints to keep: those that there are and the new ones, once anything was made."""
+    if not any(any(folder.glob(pattern)) for pattern in _MEASURED):
+        return dict(found)
+    noted = old.get("data", {})
+    differing = {}
+    for name in sorted(noted.keys() & found.keys()):
+        was, now = noted[name], found[name]
+        # One split may stand there under two names.
+        if was != now:
+            differing.setdefault(
+                (str(was), str(now)), (f"the images or labels of {name}", was, now)
+            )
+    require_same([*differing.values()], folder, "the old data")
+    return {**noted, **found}
 
 
 def _without_time(run: dict[str, Any]) -> dict[str, Any]:

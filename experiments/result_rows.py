@@ -11,6 +11,7 @@ import ttt_jax
 from experiments import journal, launch
 from experiments.settings import Candidate
 from ttt_jax.evaluation import Row
+from ttt_jax.task import Examples, Task, cells, joined_tags
 
 # A share of a method's instances from which on a fallback to the source is said at the end.
 _MANY_LOST = 0.1
@@ -51,6 +52,17 @@ def line(candidate: Candidate, row: Row, fields: Mapping[str, Any], unit: int) -
         "settings": candidate.settings,
         "ttt_jax": ttt_jax.__version__,
     }
+
+
+def chances(task: Task, batches: Sequence[Examples]) -> list[dict[str, float]]:
+    """Per row of a stream the value of a constant answer, ``{}`` where the metric has none."""
+    tags = joined_tags(batches)
+    parts = [mask for _, mask in cells(tags, sum(len(batch.id) for batch in batches))]
+    chance = task.metrics[task.chooses].chance
+    if chance is None:
+        return [{} for _ in parts]
+    y = jax.tree.map(lambda *a: np.concatenate(a), *(batch.y for batch in batches))
+    return [{"chance": chance(jax.tree.map(lambda leaf, m=m: leaf[m], y))} for m in parts]
 
 
 def failed(

@@ -51,8 +51,16 @@ class Trials:
                 "the config file or the code has changed since the sweep began; run the sweep "
                 "again: what is still valid is kept."
             )
+        variant = self._variants[unit.digest]
+        # Sets too large for memory take too long to be read once more for every unit.
+        if variant.config.data.get("in_memory", True):
+            if unit.id not in {present.id for present in plan.units([variant])}:
+                return "blocked", (
+                    "the images or labels have changed since the sweep began; bring back the old "
+                    "data, or run the sweep again, which makes all that depends on them anew."
+                )
         try:
-            return self._run(unit, self._variants[unit.digest])
+            return self._run(unit, variant)
         except launch.BusyError as error:
             return "interrupted", f"{error}"[:500]
         except launch.WriteError as error:

@@ -124,8 +124,10 @@ def rows(
     for stream in unit.streams:
         of_stream = [row for row in made if row.stream == stream]
         result_rows.write_instances(folder / "instances", of_stream, fields)
+        chances = result_rows.chances(run.task, evaluation.batches(stream))
         lines += [
-            result_rows.line(candidate, row, fields, len(of_stream)) | counts for row in of_stream
+            result_rows.line(candidate, row, fields, len(of_stream)) | counts | chance
+            for row, chance in zip(of_stream, chances, strict=True)
         ]
     return lines
 

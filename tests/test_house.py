@@ -14,7 +14,7 @@ _MOST_SCRIPT_LINES = 200
 _MOST_FUNCTION_LINES = 80
 _MOST_PARAMETERS = 8
 # Python, JavaScript and CSS of experiments/.
-_MOST_EXPERIMENT_LINES = 10_453
+_MOST_EXPERIMENT_LINES = 10_793
 
 # What is still too large. An entry goes when its file is mended; none is added.
 _LARGE_FILES: set[str] = set()
@@ -30,7 +30,7 @@ _MANY_PARAMETERS: set[str] = set()
 # folder or file (yet) are of the design.
 _FLOORS = (
     ("experiments", "benchmarks"),
-    ("tuning", "evaluation", "training", "_programs", "_devices"),
+    ("tuning", "evaluation", "training", "_programs", "_devices", "_chunks"),
     ("task", "metrics"),
     ("methods",),
     ("audit", "_audit_task", "_audit_rows", "_findings", "diagnostics", "meta"),

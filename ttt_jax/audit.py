@@ -103,7 +103,7 @@ def require_close(actual: Any, expected: Any, *, num_steps: int = 1) -> None:
       AuditError: their difference, relative to the scale of ``expected``, is above the tolerance.
     """
     _checks.check_alike(("actual", "expected"), actual, expected)
-    # On the host: the two may come from different devices.
+    # On the host: they may come from two devices.
     gap = jax.jit(relative_distance)(*jax.device_get((actual, expected)))
     require([Finding("two programs give the same", float(gap), tolerance(num_steps))])
 
@@ -388,10 +388,7 @@ def everything_but(selection: Selection) -> Selection:
     return select_lib.exclude(select_lib.everything(), selection)
 
 
-_TASK = _arguments.having("a Task", "init", "heads", "streams")
-
-
-@_arguments.checked(task=_TASK, seed=_arguments.count(0), max_batches=_arguments.count())
+@_arguments.checked(task=_audit_task.RULE, seed=_arguments.count(0), max_batches=_arguments.count())
 def check_task(task: Any, *, seed: int = 0, max_batches: int = 2) -> None:
     """Raises :class:`AuditError` naming every rule that a :class:`ttt_jax.task.Task` breaks.
 

@@ -73,8 +73,17 @@ def mean(of: Callable[[Any, Any, Examples], Any | None]) -> Metric:
 
 @_arguments.checked()
 def error(prediction: Prediction = classes, label: str | None = None) -> Metric:
-    """Share of the instances whose prediction is not ``y`` (its entry ``label``, if named)."""
-    return mean(lambda output, source, examples: prediction(output) != _label(examples, label))
+    """Share of the instances whose prediction is not ``y`` (its entry ``label``, if named).
+
+    At chance is the share that is not of the most frequent class.
+    """
+
+    def chance(y: Any) -> float:
+        counts = np.unique(np.asarray(y if label is None else y[label]), return_counts=True)[1]
+        return 1.0 - float(counts.max() / counts.sum())
+
+    wrong = mean(lambda output, source, examples: prediction(output) != _label(examples, label))
+    return wrong._replace(chance=chance)
 
 
 @_arguments.checked()

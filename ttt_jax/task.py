@@ -48,10 +48,13 @@ class Metric(NamedTuple):
       of: ``of(output, source_output, examples) -> sums``, a pytree of arrays ``[N, ...]``; None
         where the output has not what the metric needs. Curves have one more axis.
       value: ``value(sums)`` over the N instances -> the number (or curve) of a row.
+      chance: ``chance(y)`` over the N instances -> the lowest value of an answer that is the same
+        for all, so that reports mark who is no better; None where that is not known.
     """
 
     of: Callable[[PyTree, PyTree, Examples], PyTree]
     value: Callable[[PyTree], Any]
+    chance: Callable[[PyTree], float] | None = None
 
 
 @runtime_checkable

@@ -10,6 +10,8 @@ import jinja2
 import pandas as pd
 import vl_convert
 
+from experiments.report import intervals
+
 PUBLISHED = (
     "Sun et al. (2020) report a correlation of r = 0.93 over the 75 sets of 15 corruptions at 5 "
     "severities of CIFAR-10-C."
@@ -40,8 +42,9 @@ th:first-child { text-align: left; } dd { overflow-wrap: anywhere; }</style></he
 picks its learning rate and number of steps on the images it is scored on, a bound and not a
 result.</p>
 {{ picture | safe }}<p>Each mark is one set of images. Inner product over the shared encoder
-parameters that adapt, mean per image; dashed: least squares. Here {{ shown }}. {{ published }}</p>
-<div>{{ table | safe }}</div>
+parameters that adapt, mean per image; dashed: least squares. ± is half of a 95 % interval over the
+images of one model, paired. Here {{ shown }}. {{ published }}</p>
+<div tabindex="0" role="region" aria-label="Sets">{{ table | safe }}</div>
 <dl>{% for name, value in facts.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
 </main></body></html>
 """
@@ -106,7 +109,22 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
         if name in frame:
             values = factor * frame[name].astype(float)
             columns[title] = ["–" if pd.isna(v) else f"{v:.{digits}f}" for v in values]
+    if {"gain", "turned_right", "turned_wrong", "num_examples"} <= {*frame}:
+        columns["gain (points)"] = _gains(frame)
     return pd.DataFrame(columns, index=frame.index)
+
+
+def _gains(frame: pd.DataFrame) -> list[str]:
+    """Gains and half their paired interval: an image is turned right (1), wrong (-1) or neither."""
+    values = frame[["gain", "turned_right", "turned_wrong", "num_examples"]].astype(float)
+    variance = values["turned_right"] + values["turned_wrong"] - values["gain"] ** 2
+    halves = intervals.NORMAL95 * (variance.clip(lower=0) / values["num_examples"]) ** 0.5
+    return [
+        "–"
+        if pd.isna(gain)
+        else f"{100 * gain:.2f} ± {100 * half:.2f}" + f" ({intervals.UNSEEN})" * (abs(gain) <= half)
+        for gain, half in zip(values["gain"], halves, strict=True)
+    ]
 
 
 def render(record: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
 from experiments.report import intervals, table
@@ -33,6 +34,7 @@ _INTERVAL = [
     alt.Tooltip("low:Q", format=",.4~g", title="95 % from"),
     alt.Tooltip("high:Q", format=",.4~g", title="to"),
     alt.Tooltip("basis:N", title="interval over"),
+    alt.Tooltip("remark:N"),
 ]
 WIDTH = 560
 Source: TypeAlias = pd.DataFrame | alt.NamedData
@@ -73,8 +75,13 @@ def views(data: Data) -> list[View]:
     auxiliary = [n for n in held if n.endswith(("_before", "_after", " change", " fell"))]
     turned = ("turned_right", "turned_wrong")
     per_domain = (("method", "domain"), ("domain",), ("",), ("all",))
-    named = {line["method"] for line in table.headline(data).values()}
-    text = "The lowest of a column is marked. The mean is over the shifted domains alone."
+    named = {data.reference}
+    for pick in table.headline(table.chosen(data)).values():
+        named |= {pick.method} | ({pick.best["method"]} if pick.best is not None else set())
+    text = (
+        "The lowest of a column is marked, in hindsight and unless it is at chance. The mean is "
+        "over the shifted domains alone."
+    )
     parts = [
         View("means", "Mean over the shifted domains", "", draw_means),
         View("table", "Per domain", text, None, *per_domain),
@@ -205,12 +212,21 @@ def scale_of(name: str) -> int:
     return 100 if title_of(name).endswith("(%)") else 1
 
 
+def is_difference(name: str) -> bool:
+    """Whether a measure is a difference, of which zero says that none is seen."""
+    return name == "gain" or name.endswith(" change")
+
+
 def shown(lines: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Returns summary lines with ``low`` and ``high``, scaled as they are shown."""
+    """Returns summary lines with ``low`` and ``high``, scaled as they are shown, and a remark."""
     factor = scale_of(measure)
     mean, half = factor * lines["mean"], factor * lines["half"].astype(float)
     basis = lines["basis"].replace("", intervals.NO_INTERVAL)
-    return lines.assign(mean=mean, half=half, low=mean - half, high=mean + half, basis=basis)
+    remark = np.where(intervals.at_chance(lines), intervals.AT_CHANCE, "")
+    if is_difference(measure):
+        remark = np.where(intervals.unseen(lines), intervals.UNSEEN, remark)
+    lines = lines.assign(mean=mean, half=half, low=mean - half, high=mean + half)
+    return lines.assign(basis=basis, remark=remark)
 
 
 def _color(source: Source, data: Data, *, legend: bool = True) -> alt.Color:

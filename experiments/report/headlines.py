@@ -59,6 +59,16 @@ def mean_error(record: Record, method: str, **where: Any) -> float:
     return statistics.mean(map(committed.mean, errors.values()))
 
 
+def memo_rate(record: Record, over_torch: bool = False) -> float:
+    """Returns the sample-steps per second of MEMO on ResNet-50 with the chunk size that was chosen.
+
+    Over those of the fastest form in PyTorch with ``over_torch``.
+    """
+    (row,) = (row for row in record["rows"] if row["work"] == "memo_resnet50")
+    best = max(form["rate"] for form in record["torch"] if "rate" in form)
+    return float(row["rates"][str(row["chosen"])]) / (best if over_torch else 1)
+
+
 def alignment_correlation(record: Record) -> float:
     """Returns Pearson's r of gradient alignment and gain over the sets."""
     r = alignment.correlation(record["rows"])
@@ -73,6 +83,7 @@ torch_vmap_rate = partial(rate, way="torch_func_vmap", dtype="bfloat16")
 torch_loop_rate = partial(rate, way="torch_loop", dtype="bfloat16")
 speedup_over_vmap = partial(rotation_rate_bf16, over="torch_func_vmap")
 speedup_over_loop = partial(rotation_rate_bf16, over="torch_loop")
+memo_resnet50_over_torch = partial(memo_rate, over_torch=True)
 table_minutes = partial(minutes, method="rotation", compute_dtype="bfloat16")
 # The jointly trained model as it is, and one that was trained on the main task alone.
 joint_error = partial(mean_error, method="joint", training="joint")

@@ -10,11 +10,15 @@ from experiments.report.table import Data
 
 # Of the classes that the unadapted model predicts: below it a stream has collapsed.
 _COLLAPSED = 0.5
-_SCOPES = {
-    "per_sample": "that adapts to each instance alone",
-    "batch": "that adapts to a batch",
-    "stream": "that carries what it learned along a stream",
+_KINDS = {
+    "per_sample": "adapting to each instance alone",
+    "batch": "adapting to a batch",
+    "stream": "carrying on along a stream",
+    "adapted": "taking gradient steps",
+    "plain": "without a gradient step",
 }
+_HINDSIGHT = "picked on these very instances"
+_ONE = "All this is of one {}; it says nothing about another one."
 
 
 def percent(value: float, half: float, name: str, unit: str = "%") -> str:
@@ -33,38 +37,101 @@ def lead(data: Data) -> list[str]:
         text.append(f"{sum(trials.values()):,} trials: {counts}; {len(data.frame):,} rows.")
     if not name or data.rows().empty:
         return [*text, "There is no reported row with a measure yet; what there is follows."]
+    if not data.ranks:
+        return [
+            *text,
+            f"No row says which measure chooses, and whether a lower {title_of(name)} is better is "
+            "not known, so there is no headline; what there is follows.",
+        ]
     kept = table.chosen(data)
     head = table.headline(kept)
-    source, plain = head.pop("source", None), head.pop("plain", None)
+    plain = head.pop("plain", None)
     count = kept.rows(shifted=True)["domain"].nunique()
     what = f"Mean {title_of(name)} over {count} domain{'s' if count != 1 else ''}"
-    what += ", with the settings that validation rows chose" if kept is not data else ""
+    if trials is not None:
+        chose = len(kept.rows("validation")) > 0
+        what += ", with the settings that validation rows chose" if chose else ", of all settings"
     if not head:
-        return [*text, f"{what}: no method that takes gradient steps has a complete mean yet."]
-    sentences = []
-    for scope, line in head.items():
-        value = percent(line["mean"], line["half"], name)
-        rule = _SCOPES.get(scope, "that takes gradient steps")
-        sentences.append(f"{line['method']} is the best method {rule}, {value}")
-        if plain is not None:
-            mean, half, basis = table.difference(kept, line["method"], plain["method"])
-            moved = f"{'below' if mean < 0 else 'above'} {plain['method']}"
-            basis = basis or "no interval: one seed and no instances"
-            points = percent(abs(mean), half, name, "points")
-            sentences[-1] += f", {points} {moved} (paired, {basis})"
-    text.append(f"{what}: {'; '.join(sentences)}.")
+        text.append(f"{what}: no method that takes gradient steps has a measured row yet.")
+        return [*text, _opened(kept, "plain", plain, None)] if plain else text
+    text.append(f"{what}.")
+    text += [_opened(kept, kind, pick, plain) for kind, pick in head.items()]
     if plain is not None:
-        value = percent(plain["mean"], plain["half"], name)
-        said = f"The best method without a gradient step is {plain['method']}, {value}"
-        if source is not None and source["method"] != plain["method"]:
-            said += f"; {source['method']} has {percent(source['mean'], source['half'], name)}"
-        text.append(f"{said}.")
-    method = next(iter(head.values()))["method"]
-    gains = table.by_domain(kept, "gain")
-    for _, x in gains[(gains["method"] == method) & (gains["domain"] == table.CLEAN)].iterrows():
-        value = percent(0 - x["mean"], x["half"], name, "points")
-        text.append(f"On clean instances {method} changes it by {value}.")
+        text.append(_opened(kept, "plain", plain, None))
+        source = table.means(kept).set_index("method")
+        if kept.reference in source.index and kept.reference != plain.method:
+            text[-1] += f" {kept.reference} has {_value(source.loc[kept.reference], name)}."
+    text += _on_clean(kept, next(iter(head.values())).method)
+    rows = kept.rows()
+    if "checkpoint" in rows and rows["checkpoint"].nunique() == 1:
+        text.append(_ONE.format("model"))
+    elif rows["seed"].nunique() == 1:
+        text.append(_ONE.format("seed"))
     return text
+
+
+def _value(line: pd.Series, name: str) -> str:
+    """A mean with its interval, and what is to be known of it."""
+    text = percent(line["mean"], line["half"], name)
+    if intervals.at_chance(line.to_frame().T).any():
+        level = percent(line["chance"], math.nan, name)
+        text += f" ({intervals.AT_CHANCE}: a constant answer has {level})"
+    return text + " (over fewer domains, severities or seeds than others)" * bool(line["partial"])
+
+
+def _opened(data: Data, kind: str, pick: table.Pick, plain: table.Pick | None) -> str:
+    """The sentences on the method of a kind: who chose it, its mean, how far from another one."""
+    name, rule, method = data.results.primary, _KINDS[kind], pick.method
+    said = f"{method}, the only method {rule}"
+    if pick.rivals > 1 and pick.chosen:
+        said = f"{method}, chosen on validation among {pick.rivals} methods {rule}"
+        said += f" (as good there: {', '.join(pick.ties)})" if pick.ties else ""
+    elif pick.rivals > 1:
+        said = f"Of {pick.rivals} methods {rule} nothing was chosen on validation. Best in "
+        said += f"hindsight, {_HINDSIGHT}: {method}"
+    if pick.line is None:
+        return f"{said}, has no reported row."
+    value = _value(pick.line, name)
+    if plain is None or plain.line is None:
+        said += f": {value}"
+    else:
+        line = table.difference(data, method, plain.method)
+        compared = _distance(line, name, plain.method)
+        if pick.rivals == 1 and line is not None and abs(line["mean"]) > line["half"]:
+            moved = "lowers" if line["mean"] < 0 else "raises"
+            before = f"{_value(plain.line, name)} ({plain.method})"
+            return f"{said}, {moved} it from {before} to {value}: {compared}."
+        said += f": {value}, {compared}"
+    if not pick.chosen or pick.best is None or pick.rivals == 1:
+        return f"{said}."
+    best = pick.best["method"]
+    if best == method:
+        return f"{said}. It is the best in hindsight, too."
+    compared = _distance(table.difference(data, best, method), name, method)
+    return (
+        f"{said}. Best in hindsight, {_HINDSIGHT}: {best}, {_value(pick.best, name)}, {compared}."
+    )
+
+
+def _distance(line: pd.Series | None, name: str, other: str) -> str:
+    """A paired difference in words, with its interval, or that none is seen."""
+    if line is None:
+        return f"on no instances that {other} has"
+    points = percent(abs(line["mean"]), line["half"], name, "points")
+    side = "below" if line["mean"] < 0 else "above"
+    basis = f"interval over {line['basis']}" if line["basis"] else intervals.NO_INTERVAL
+    if abs(line["mean"]) <= line["half"]:
+        return f"{intervals.UNSEEN} from {other} ({points} {side}; paired, {basis})"
+    return f"{points} {side} {other} (paired, {basis})"
+
+
+def _on_clean(data: Data, method: str) -> list[str]:
+    """What a method changes on clean instances."""
+    gains = table.by_domain(data, "gain")
+    gains = gains[(gains["method"] == method) & (gains["domain"] == table.CLEAN)]
+    other, name = data.reference or "the unadapted model", data.results.primary
+    lines = gains.assign(mean=-gains["mean"]).iterrows()
+    return [f"On clean instances, {method}: {_distance(line, name, other)}." for _, line in lines]
 
 
 def notes(data: Data) -> list[str]:
@@ -96,7 +163,7 @@ def notes(data: Data) -> list[str]:
 
 
 def _contradictions(data: Data, rows: pd.DataFrame) -> list[str]:
-    found, place = [], [*intervals.PLACE]
+    found, place = [], [*intervals.PAIR]
     source = rows[rows["method"] == data.reference].drop_duplicates(place)
     both = rows.merge(source, on=place, suffixes=("", "_source"))
     same = both["num_examples"] == both["num_examples_source"]

@@ -26,15 +26,15 @@ const deviation = (values, m = mean(values)) =>
 // Half a 95 % interval and what it is over, as in intervals.py.
 function halfOf(parts, measure) {
   const t = data.t95[parts.length - 2] || 1.96, draws = data.replicates[measure];
-  const seeds = t * deviation(parts.map((part) => part.mean)) / Math.sqrt(parts.length);
-  if (draws && parts.every((part) => part.rows.every((i) => draws[i]))) {
-    const drawn = draws[parts[0].rows[0]].map((_, r) => (
-      mean(parts.map((part) => mean(part.rows.map((i) => draws[i][r]))))));
-    if (!(seeds >= 1.96 * deviation(drawn))) return [1.96 * deviation(drawn), "instances"];
-  }
-  return [seeds, seeds >= 0 ? "seeds" : data.no_interval];
+  const whole = draws && parts.every((part) => part.rows.every((i) => draws[i]));
+  const drawn = whole ? draws[parts[0].rows[0]].map((_, r) => (
+    mean(parts.map((part) => mean(part.rows.map((i) => draws[i][r])))))) : [NaN];
+  const own = parts.map((part) => (whole || parts.length > 2 ? part.mean : NaN));
+  const halves = [t * deviation(own) / Math.sqrt(own.length), 1.96 * deviation(drawn)];
+  const over = ["seeds", "instances"].filter((_, k) => halves[k] >= 0).join(" and ");
+  const half = over ? Math.hypot(...halves.map((part) => part || 0)) : NaN;
+  return { half, basis: over || data.words[0], within: whole ? halves[1] : half || 0 };
 }
-
 const axis = (name) => columns.get(["across", "down"].includes(name) ? state[name] : name);
 function grouped(list, names, row = (item) => item.rows[0]) {
   const held = names.map(axis), key = (i) => (
@@ -47,18 +47,20 @@ function summarize(list, by, measure, { peers = [], values = of(measure), more =
   const known = list.filter((i) => values[i] != null && keys.every(({ codes }) => codes[i] >= 0));
   const parts = grouped(known, [...by, "seed"], (i) => i).map((part) => ({ rows: part,
     mean: mean(part.map((i) => values[i])), places: new Set(part.map((i) => places[i])).size }));
-  for (const rivals of grouped(parts, peers)) {
-    const seeds = grouped(rivals, ["seed"]), count = seeds.length;
+  for (const seeds of grouped(parts, peers).map((rivals) => grouped(rivals, ["seed"]))) {
     for (const same of seeds) {
-      const most = Math.max(...same.map((part) => part.places));
+      const most = Math.max(...same.map((part) => part.places)), count = seeds.length;
       for (const part of same) Object.assign(part, { full: part.places === most, seeds: count });
     }
   }
   return grouped(parts, by).map((group) => {
     const full = group.filter((part) => part.full), kept = full.length ? full : group;
-    const [half, basis] = halfOf(kept, measure), all = kept.flatMap((part) => part.rows);
-    const middle = mean(kept.map((part) => part.mean));
-    return { measure, mean: middle, half, basis, seeds: kept.length, rows: all.length,
+    const { half, basis, within } = halfOf(kept, measure), all = kept.flatMap((p) => p.rows);
+    const middle = mean(kept.map((part) => part.mean)), { differences, words } = data;
+    const chance = measure === data.primary ? mean(all.map((i) => of("chance")?.[i] ?? NaN)) : NaN;
+    const unseen = differences.includes(measure) && Math.abs(middle) <= half;
+    const remark = unseen ? words[1] : middle + within >= chance ? words[2] : "";
+    return { measure, mean: middle, half, basis, remark, seeds: kept.length, rows: all.length,
       partial: full.length < group[0].seeds, settings: of("settings")?.[all[0]],
       price: prices && mean(all.map((i) => prices[i]).filter((price) => price != null)),
       ...(half >= 0 ? { low: middle - half, high: middle + half } : {}), ...more,
@@ -125,14 +127,15 @@ function grid(view, box, lines, list) {
   const all = [...lines, ...summarize(shifted, ["method"], state.measure, { more })];
   const names = view.columns.filter((name) => all.some((line) => line[column] === name));
   const full = all.filter((line) => !several && state.measure === data.primary && !line.partial);
-  const best = (name) => Math.min(...full.filter((l) => l[column] === name).map((l) => l.mean));
   const cell = (line, name) => {
     if (!line) return make("td", { "data-label": title(name) }, "–");
-    const low = full.includes(line) && line.mean <= best(name) + 1e-9 ? "low" : "";
+    const rivals = full.filter((one) => one[column] === name).map((one) => one.mean);
+    const [low, high] = [Math.min(...rivals) + 1e-9, Math.max(...rivals)];
+    const marked = full.includes(line) && !line.remark && line.mean <= low && low < high;
     const half = line.half >= 0 ? ` ± ${number(line.half, line.measure)}` : "";
-    return make("td", { "data-label": title(name), class: low,
-      title: `${line.mean}; ${line.basis}; rows: ${line.rows}` },
-    number(line.mean, line.measure) + (line.partial ? "†" : ""), make("small", {}, half));
+    return make("td", { "data-label": title(name), class: marked ? "low" : line.remark && "weak",
+      title: `${line.mean}; ${line.basis}; rows: ${line.rows}` }, number(line.mean, line.measure)
+      + (line.partial ? "†" : ""), make("small", {}, half + (line.remark && `\n${line.remark}`)));
   };
   const present = (methods) => methods.filter((m) => all.some((line) => line.method === m));
   const body = data.groups.flatMap(([group, methods]) => present(methods).flatMap((method, k) => {
@@ -160,9 +163,8 @@ function tableOfRows() {
     title: escape(broken(title(name))), data: (i) => of(name)[i] ?? "",
     createdCell: (cell) => { cell.dataset.label = title(name); },
     render: { display: (value) => (name === "trial" && value ? link(value) : escape(value)) } }));
-  const buttons = [{ text: "Download as CSV", action: csv }];
-  return jQuery("#rows").DataTable({ data: rows, autoWidth: false, order: [], columns,
-    layout: { topStart: "pageLength", topEnd: { buttons } } })
+  return jQuery("#rows").DataTable({ data: rows, autoWidth: false, order: [], columns, layout: {
+    topStart: "pageLength", topEnd: { buttons: [{ text: "Download as CSV", action: csv }] } } })
     .search.fixed("filter", (_, i) => passed.has(i));
 }
 // What is on the screen comes first; between the others the page answers its reader.
@@ -173,9 +175,8 @@ async function show() {
   const shifted = ok.filter((i) => !clean(i));
   const panels = { all: ok, clean: ok.filter(clean), shifted: shifted.length ? shifted : ok };
   $("shown").textContent = `${passed.size} of ${rows.length} rows`;
-  for (const line of document.querySelectorAll("[data-row]")) {
-    line.hidden = !passed.has(Number(line.dataset.row));
-  }
+  document.querySelectorAll("[data-row]").forEach((line) => (
+    line.toggleAttribute("hidden", !passed.has(Number(line.dataset.row)))));
   for (const view of data.views) {
     const panel = $(`${view.name}-${view.panel}`);
     const below = panel.getBoundingClientRect().top > innerHeight;
@@ -188,8 +189,7 @@ async function show() {
       if (held.length) await (view.spec ? chart : grid)(view, box, held, ok);
     }
   }
-  table ??= tableOfRows();
-  table.draw();
+  (table ??= tableOfRows()).draw();
   root.dataset.ready = performance.now().toFixed(0);
 }
 let waiting = 0, running = show(readAddress());

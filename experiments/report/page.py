@@ -131,7 +131,16 @@ def _columns(data: Data) -> dict[str, dict[str, Any]]:
     """What the page's script may filter, average and list; shares are in percent."""
     results, frame = data.results, data.frame
     names = [*_FIRST, "num_examples", *results.measures, *results.tags, *results.settings]
-    names += ["num_steps", *results.curves, *_TRIAL, "place", "setting", "settings", "chosen"]
+    names += [
+        "num_steps",
+        *results.curves,
+        *_TRIAL,
+        "place",
+        "setting",
+        "settings",
+        "chosen",
+        "chance",
+    ]
     frame = frame.assign(settings=_settings(data))
     columns = {}
     for name in dict.fromkeys(name for name in names if name in frame):
@@ -142,6 +151,8 @@ def _columns(data: Data) -> dict[str, dict[str, Any]]:
             values = _binned(values)
         elif name in results.measures:
             values = factor * values
+        elif name == "chance":
+            values = scale_of(results.primary) * values
         elif name in results.curves:
             values = values.map(lambda v, k=factor: np.multiply(k, v).tolist(), na_action="ignore")
         columns[name] = _encode(values)
@@ -175,7 +186,8 @@ def _payload(data: Data, views: list[charts.View]) -> dict[str, Any]:
     """All that the page's script needs, ready for JSON."""
     results, columns, axes = data.results, _columns(data), charts.axes(data)
     measures = [name for name in results.measures if name in columns]
-    hidden = {"place", "setting", "settings", "chosen", "worse", *results.curves, *_TRIAL}
+    hidden = {"place", "setting", "settings", "chosen", "chance", "worse"}
+    hidden |= {*results.curves, *_TRIAL}
     listed = [n for n in columns if n not in hidden and not n.endswith((" change", " fell"))]
     # The link to a log stands first, long texts last.
     listed = [n for n in (*_TRIAL[:1], *listed, *_TRIAL[1:]) if n in columns]
@@ -186,7 +198,7 @@ def _payload(data: Data, views: list[charts.View]) -> dict[str, Any]:
         "titles": {name: title_of(name) for name in (*columns, "num_steps")},
         "roles": [r for r in ("reported", "validation") if r in roles] or ["reported"],
         "measures": measures,
-        "primary": results.primary,
+        "primary": results.primary if data.ranks else "",
         "prices": [n for n in ("cost", "milliseconds") if n in measures],
         "axes": axes,
         "curves": list(results.curves),
@@ -197,7 +209,8 @@ def _payload(data: Data, views: list[charts.View]) -> dict[str, Any]:
         "methods": data.methods,
         "groups": table.groups(data),
         "t95": intervals.T95,
-        "no_interval": intervals.NO_INTERVAL,
+        "words": [intervals.NO_INTERVAL, intervals.UNSEEN, intervals.AT_CHANCE],
+        "differences": [name for name in measures if charts.is_difference(name)],
         "replicates": {
             name: [
                 None if np.isnan(row).any() else [_plain(scale_of(name) * value) for value in row]

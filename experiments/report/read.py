@@ -24,6 +24,9 @@ _ALLOWED = {
 _SHARES = re.compile(r"error|harmed|agreement|solved|accuracy|mean_iou|turned_(right|wrong)|gain")
 _LABEL_PARTS = re.compile(r"(?:^| )(seeds|methods|domains)=(\S*)")
 _NOT_TAGS = ("label", "trial", "checkpoint", "chooses", *TEXTS)
+# What rows of other tags than these tell apart; a row names its own.
+_PLACE = ("dataset", "domain", "severity", "sequence")
+_NOT_MEASURES = (*NUMBERS, "chance")
 # What joins parts of a run says nothing to a reader.
 _NOT_COLUMNS = ("settings", "sums", "tags")
 
@@ -36,7 +39,8 @@ class Results(NamedTuple):
     """Rows and what is known of them.
 
     Attributes:
-      frame: a line per row, failed ones too. Settings are columns, lists stay lists.
+      frame: a line per row, failed ones too. Settings are columns, lists stay lists. Rows of one
+        data set and equal tags have the same number as ``place``.
       settings: the columns that are settings.
       primary: the measure that chooses settings; lower is better.
       measures: every numeric column that is a measure, the primary one first.
@@ -119,7 +123,10 @@ def collect(
         if name == "learning_rate" or len({*values} - {None}) > 1:
             varied.append(f"settings.{name}" if name in frame else name)
             frame[varied[-1]] = pd.Series(values, dtype=object)
-    measures = [n for n, kind in kinds.items() if kind == "number" and n not in NUMBERS]
+    own = [name for row in rows for name in row.get("tags") or ()]
+    places = [name for name in dict.fromkeys([*_PLACE, *own]) if name in frame]
+    frame["place"] = frame.groupby(places, dropna=False).ngroup()
+    measures = [n for n, kind in kinds.items() if kind == "number" and n not in _NOT_MEASURES]
     chooses = [name for name in (*columns.get("chooses", ()), "error") if name in measures]
     primary = [*chooses, *measures, ""][0]
     return Results(

@@ -23,7 +23,8 @@ _REFERENCES = ("source", "joint")
 # gradient, one for the weights'.
 _BACKWARD_IN_FORWARDS = 2.0
 # What a row shares with its reference: one model, the same instances.
-_SAME = [*intervals.PLACE, "checkpoint", "split_role", "sequence", "num_examples"]
+_SAME = [*intervals.PAIR, "checkpoint", "split_role", "num_examples"]
+_EQUAL = 1e-12
 _LABEL_PARTS = r"(?:^| )(?:seeds|methods|domains)=\S*"
 _GROUPS = {
     "per_sample": "every instance adapts its own copy",
@@ -55,12 +56,21 @@ class Data(NamedTuple):
         """The rows."""
         return self.results.frame
 
+    @property
+    def ranks(self) -> bool:
+        """Whether lower values of the primary measure are known to be better: rows name it."""
+        return _ranks(self.frame, self.results.primary)
+
     def rows(self, role: str = "reported", *, shifted: bool = False) -> pd.DataFrame:
         """The rows of a split role that hold a measurement; ``shifted`` leaves clean ones out."""
         kept = self.frame[(self.frame["split_role"] == role) & (self.frame["status"] == "ok")]
         if shifted and (kept["domain"] != CLEAN).any():
             kept = kept[kept["domain"] != CLEAN]
         return kept
+
+
+def _ranks(frame: pd.DataFrame, primary: str) -> bool:
+    return primary == "error" or primary in {*frame.get("chooses", ())}
 
 
 def prepare(results: Results) -> Data:
@@ -84,9 +94,8 @@ def prepare(results: Results) -> Data:
     settings = [*results.settings, *(["num_steps"] if "num_steps" in frame else [])]
     keys = [frame[name] for name in ("method", *settings)]
     frame["setting"] = frame.groupby([*keys, label.str.strip()], dropna=False).ngroup()
-    frame["place"] = frame.groupby([*intervals.PLACE[:3]], dropna=False).ngroup()
-    frame["chosen"] = _chosen(frame, results.primary)
-    replicates = intervals.bootstrap(frame, results.folder / "instances")
+    frame["chosen"] = _chosen(frame, results.primary if _ranks(frame, results.primary) else "")
+    replicates = intervals.bootstrap(frame, results.folder)
     reference, frame["gain"] = _gains(frame, results.primary, replicates)
     frame["worse"] = (frame["gain"] < 0).where(frame["gain"].notna()).astype(float)
     first = frame.dropna(subset=["method"]).groupby("method").first()
@@ -169,7 +178,12 @@ def _gains(
             replicates["gain"][index.index] = matrix[index] - matrix[index.index]
     if {"turned_right", "turned_wrong"} <= {*frame} and primary == "error":
         turned = frame["turned_right"] - frame["turned_wrong"]
-        gain = gain.fillna(turned.where(frame[primary].notna()))
+        bare = (gain.isna() & frame[primary].notna()).to_numpy()
+        gain = gain.mask(bare, turned)
+        if {"turned_right", "turned_wrong"} <= {*replicates}:
+            right, wrong = (replicates[f"turned_{side}"] for side in ("right", "wrong"))
+            draws = replicates.setdefault("gain", np.full_like(right, np.nan))
+            draws[bare] = right[bare] - wrong[bare]
     return (names[0] if names else None), gain
 
 
@@ -201,42 +215,89 @@ def pivot(data: Data, measure: str = "", *, role: str = "reported") -> pd.DataFr
 def lowest(frame: pd.DataFrame) -> pd.DataFrame:
     """Returns the lines with the lowest complete mean, ties included."""
     full = frame[~frame["partial"].astype(bool)]
-    return full[full["mean"] <= full["mean"].min() + 1e-12]
+    return full[full["mean"] <= full["mean"].min() + _EQUAL]
 
 
-def headline(data: Data) -> dict[str, pd.Series]:
-    """Returns the comparison that a page opens with, as far as there are complete means.
+def marked(frame: pd.DataFrame) -> pd.DataFrame:
+    """Returns the lines that are marked as the lowest: none where all are equal, or at chance."""
+    low, full = lowest(frame), frame[~frame["partial"].astype(bool)]
+    if full["mean"].max() - full["mean"].min() <= _EQUAL:
+        return low[:0]
+    return low[~intervals.at_chance(low)]
+
+
+class Pick(NamedTuple):
+    """A method of one kind that a page opens with.
+
+    Attributes:
+      method: the one with the lowest mean over all validation rows, or the lowest in hindsight
+        where validation rows of the kind choose none.
+      line: its line of :func:`means`; None where it has no reported row.
+      chosen: whether validation chose it.
+      best: the line with the lowest complete reported mean of the kind, in hindsight.
+      ties: other methods with the same mean over validation rows.
+      rivals: how many methods of the kind there are.
+    """
+
+    method: str
+    line: pd.Series | None
+    chosen: bool
+    best: pd.Series | None
+    ties: list[str]
+    rivals: int
+
+
+def headline(data: Data) -> dict[str, Pick]:
+    """Returns the comparison that a page opens with, by kind of method.
 
     Returns:
-      Lines of :func:`means`: ``source``, the model's own prediction; ``plain``, the best method
-      without a gradient step; and per scope ("per_sample", ...) the best method that takes steps.
+      ``plain``, of the methods without a gradient step, then one per scope ("per_sample", "batch",
+      "stream") of those that take steps. A kind without a measured row is left out.
     """
-    table, first = means(data), data.rows().groupby("method").first()
-    takes_steps = table["method"].map(first["steps"]).astype(bool)
-    adapted = table[takes_steps]
-    parts = {
-        "source": table[table["method"] == data.reference],
-        "plain": lowest(table[~takes_steps]),
-    }
-    for scope, part in adapted.groupby(adapted["method"].map(first["scope"]), dropna=False):
-        parts[str(scope)] = lowest(part)
-    return {what: part.iloc[0] for what, part in parts.items() if len(part)}
+    measure = data.results.primary
+    rows = pd.concat([data.rows(), data.rows("validation")])
+    first = rows[rows[measure].notna()].groupby("method").first()
+    kinds = first["scope"].fillna("adapted").where(first["steps"].astype(bool), "plain")
+    held = data.rows("validation")
+    reported, picks = means(data), {}
+    for kind in ("plain", *[scope for scope in (*_GROUPS, "adapted") if scope in {*kinds}]):
+        names = [method for method in data.methods if kinds.get(method) == kind]
+        lines = reported[reported["method"].isin(names)].set_index("method", drop=False)
+        scores = intervals.summarize(held[held["method"].isin(names)], ["method"], measure)
+        tuned = {*lowest(scores)["method"]}
+        best = next((line for _, line in lowest(lines).iterrows()), None)
+        chosen = [method for method in names if method in tuned]
+        if chosen or best is not None:
+            method = chosen[0] if chosen else best["method"]
+            line = lines.loc[method] if method in lines.index else None
+            picks[kind] = Pick(method, line, bool(chosen), best, chosen[1:], len(names))
+    return picks
 
 
-def difference(data: Data, method: str, other: str) -> tuple[float, float, str]:
-    """Returns mean, half interval and its basis of ``method`` minus ``other``, paired by place."""
-    measure, places = data.results.primary, [*intervals.PLACE]
-    rows = data.rows(shifted=True).reset_index().drop_duplicates(["method", *places])
-    first, second = (rows[rows["method"] == name] for name in (method, other))
-    both = first.merge(second, on=places, suffixes=("", "_other"))
-    both = both.assign(_value=both[measure] - both[f"{measure}_other"], _all="all")
+def difference(data: Data, method: str, other: str) -> pd.Series | None:
+    """Returns the mean of ``method`` minus ``other`` over the shifted domains, paired by place.
+
+    Returns:
+      The line of :func:`experiments.report.intervals.summarize`; None where they share no place.
+    """
+    measure, pair = data.results.primary, [*intervals.PAIR]
+    rows = data.rows(shifted=True).dropna(subset=[measure]).reset_index()
+    sides = (
+        rows[rows["method"] == name]
+        .groupby(pair, dropna=False)
+        # Of several settings the mean: validation chose none among them.
+        .agg(value=(measure, "mean"), rows=("index", list))
+        for name in (method, other)
+    )
+    first, second = sides
+    both = first.merge(second, left_index=True, right_index=True, suffixes=("", "_other"))
+    both = both.assign(_value=both["value"] - both["value_other"], _all="all").reset_index()
     replicates = None
-    if (matrix := data.replicates.get(measure)) is not None:
-        replicates = {"_value": matrix[both["index"]] - matrix[both["index_other"]]}
+    if (matrix := data.replicates.get(measure)) is not None and len(both):
+        own, its = ([matrix[i].mean(0) for i in both[name]] for name in ("rows", "rows_other"))
+        replicates = {"_value": np.subtract(own, its)}
     lines = intervals.summarize(both, ["_all"], "_value", replicates=replicates)
-    if lines.empty:
-        return np.nan, np.nan, ""
-    return lines["mean"][0], lines["half"][0], lines["basis"][0]
+    return None if lines.empty else lines.iloc[0]
 
 
 def groups(data: Data) -> list[tuple[str, list[str]]]:

@@ -4,11 +4,14 @@ import textwrap
 
 import pandas as pd
 
-from experiments.report import charts, notes, table
+from experiments.report import charts, intervals, notes, table
 from experiments.report.table import Data
 
 _WIDTH = 120
 _LISTED = 5
+_MARKS = (
+    f"* lowest of the column; ~ {intervals.AT_CHANCE}, not seen to be better than a constant answer"
+)
 
 
 def render(data: Data) -> str:
@@ -19,7 +22,7 @@ def render(data: Data) -> str:
         if results.primary and len(data.rows(role)):
             name = charts.title_of(results.primary)
             chose = " (settings are chosen on these)" if role == "validation" else ""
-            parts.append(f"{role} rows{chose}, {name}; * lowest of the column")
+            parts.append(f"{role} rows{chose}, {name}; {_MARKS}")
             parts.append(sweep_table(data, role) if results.trials else error_table(data, role))
     said = [*results.notes, *notes.notes(data)]
     parts += [textwrap.fill(f"note: {note}", _WIDTH) for note in said]
@@ -39,12 +42,14 @@ def error_table(data: Data, role: str = "reported") -> str:
     factor = charts.scale_of(data.results.primary)
     columns = {}
     for domain, lines in [*table.by_domain(data, role=role).groupby("domain"), ("mean", means)]:
-        low = {*table.lowest(lines)["method"]}
+        low = {*table.marked(lines)["method"]} if data.ranks else set()
+        lines = lines.assign(chance=intervals.at_chance(lines))
         columns[domain] = {
             line["method"]: f"{factor * line['mean']:.{1 if factor > 1 else 3}f}"
             + ("+" if line["partial"] else "")
             + (f"±{factor * line['half']:.1f}" if domain == "mean" and line["half"] > 0 else "")
             + ("*" if line["method"] in low else "")
+            + ("~" if line["chance"] else "")
             for _, line in lines.iterrows()
         }
     frame = pd.DataFrame(columns).reindex([m for m in data.methods if m in {*means["method"]}])
@@ -64,5 +69,6 @@ def sweep_table(data: Data, role: str) -> str:
     lines = table.means(data, role=role).set_index("method")
     columns = {"rows": lines["rows"].map("{:,}".format), "all settings": shown(lines, "")}
     gains = table.means(data, "gain", role=role).set_index("method")
-    columns["gain"] = shown(gains, "+").reindex(lines.index)
+    seen = intervals.unseen(gains).map({True: f" ({intervals.UNSEEN})", False: ""})
+    columns["gain"] = (shown(gains, "+") + seen).reindex(lines.index)
     return pd.DataFrame(columns).rename_axis(None).to_string(na_rep="-")

@@ -117,6 +117,9 @@ def test_one_row_per_trial_with_the_whole_schema(adapted):
         assert row["severity"] == (0 if row["domain"] == "clean" else 5)
     reported = [row for row in rows if row["split_role"] == "reported"]
     assert {row["num_examples"] for row in reported} == {30}
+    # Of each row what the most frequent of its classes is not.
+    (chance,) = {row["chance"] for row in reported}
+    assert 0.7 < chance <= 0.9 and round(30 * chance, 6).is_integer()
     scopes = {row["method"]: row["scope"] for row in rows}
     assert scopes == {
         "source": "per_sample",

@@ -33,9 +33,9 @@ def cells(dom, view, panel="all"):
     text = dom[dom.index(f'id="{view}-{panel}"') :]
     text = text[: text.index("</table>")]
     made = {}
-    for line in re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', text):
+    for line in re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', text, re.S):
         found = re.findall(
-            r'data-label="(.*?)".*?>([^<>]*)(?:<small>([^<]*)</small>)?</td>', line[1]
+            r'data-label="(.*?)".*?>([^<>]*)(?:<small>([^<]*)</small>)?</td>', line[1], re.S
         )
         made[line[0].replace("\u200b", "")] = {name: (mean, half) for name, mean, half in found}
     return made
@@ -72,16 +72,16 @@ def test_it_opens_alone_and_has_the_means_and_intervals_of_the_frames(page):
         line["method"]: f"{100 * line['mean']:.1f}" for _, line in table.means(data).iterrows()
     }
     assert dom.count("<canvas") + dom.count('class="marks"') >= 6
-    assert '<output id="shown">128 of 132 rows' in dom
+    assert '<output id="shown">192 of 204 rows' in dom
 
 
 def test_the_address_filters_every_part(page):
     dom = opened(page, "#method=rotation&q=fog&measure=gain")
-    assert "2 of 132 rows" in dom
+    assert "3 of 204 rows" in dom
     assert cells(dom, "table").keys() == {"rotation"}
-    # Source minus rotation: 2 points on seed 0, 4 on seed 1.
-    assert cells(dom, "table")["rotation"]["fog"][0] == "3.0"
-    assert '<option value="gain"' in dom and "Showing 1 to 2 of 2 entries" in dom
+    # Source minus rotation: 2 points on seed 0, 4 on seed 1, 6 on seed 2.
+    assert cells(dom, "table")["rotation"]["fog"][0] == "4.0"
+    assert '<option value="gain"' in dom and "Showing 1 to 3 of 3 entries" in dom
 
 
 def test_rows_sort_and_download_as_csv(page):
@@ -103,7 +103,7 @@ def test_rows_sort_and_download_as_csv(page):
     assert header.startswith('"method","dataset","domain",') and '"error (%)"' in header
     errors = [line.split(",")[header.split(",").index('"error (%)"')] for line in lines]
     # 38 + 2 * 9 wrong images on seed 0, one less on seed 1.
-    assert errors == ['"56"', '"55"']
+    assert errors == ['"56"', '"55"', '"54"']
     (first,) = re.findall(r'data-sorted="(.*?)"', dom)
     assert "56" in first and "55" not in first
 
@@ -116,14 +116,48 @@ def test_a_sweep_shows_maps_links_and_what_validation_chose(tmp_path):
     assert payload(dom)["axes"] == ["num_steps", "learning_rate"]
 
 
-def test_nothing_is_cut_off_on_a_phone(page, tmp_path):
+def test_marks_of_chance_and_of_no_difference_stand_in_the_cells(tmp_path):
+    rows = report_rows.table(domains=("fog", "contrast"))
+    for one in rows:
+        one |= {"chooses": "error", "chance": 0.9}
+        # All are equal on clean images, and at chance under contrast.
+        if one["domain"] == "contrast":
+            one["error"] = 0.91 if one["method"] == "source" else 0.9
+    put_instances(put_run(tmp_path, rows), rows)
+    path = report.write(tmp_path)[0]
+    dom = opened(path)
+    held = cells(dom, "table")
+    assert all("\nat chance" in held[method]["contrast"][1] for method in held)
+    assert "at chance" not in held["source"]["fog"][1]
+    lowest = re.findall(r'<td data-label="(\w+)" class="low"', dom)
+    assert "contrast" not in lowest and "clean" not in lowest and "fog" in lowest
+    # A gain of 2, 4 and 6 points on fog, and of one on contrast.
+    gains = cells(opened(path, "#measure=gain"), "table")
+    assert "\nno difference seen" in gains["rotation"]["mean"][1]
+    assert "\nno difference seen" not in gains["augmented"]["fog"][1]
+
+
+@pytest.mark.parametrize("width", [390, 1000, 1400])
+def test_nothing_is_cut_off_and_what_scrolls_can_be_reached(page, tmp_path, width):
     (tmp_path / "frame.html").write_text(
-        f'<iframe id="phone" src="{page.as_uri()}" width="390" height="800"></iframe>'
+        f'<iframe id="phone" src="{page.as_uri()}" width="{width}" height="800"></iframe>'
         "<script>const f = document.getElementById('phone');"
         "const tell = () => { const d = f.contentDocument.documentElement;"
         "if (!d.dataset.ready) return setTimeout(tell, 100);"
-        "document.documentElement.dataset.ready = 1; document.documentElement.dataset.wide ="
-        "d.scrollWidth; }; f.onload = tell;</script>"
+        "const told = document.documentElement.dataset; told.ready = 1; told.wide = d.scrollWidth;"
+        "const own = (e) => f.contentWindow.getComputedStyle(e).overflowX;"
+        "const boxes = [...d.querySelectorAll('main *')].filter((e) => e.clientWidth &&"
+        "e.scrollWidth > e.clientWidth + 1 && own(e) !== 'visible');"
+        "told.boxes = boxes.filter((e) => own(e) !== 'auto' || e.tabIndex < 0).length;"
+        "told.scrolling = boxes.length;"
+        "told.charts = [...d.querySelectorAll('canvas')].filter((e) =>"
+        f"e.getBoundingClientRect().right > {width}).length; }};"
+        "f.onload = tell;</script>"
     )
     dom = opened(tmp_path / "frame.html", "", "--allow-file-access-from-files")
-    assert int(re.search(r'data-wide="(\d+)"', dom)[1]) <= 390
+    wide, boxes, scrolling, drawings = (
+        int(re.search(rf'data-{name}="(\d+)"', dom)[1])
+        for name in ("wide", "boxes", "scrolling", "charts")
+    )
+    assert wide <= width and boxes == drawings == 0
+    assert scrolling == 0 if width == 390 else scrolling > 0

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from ttt_jax.kernels import shared_outputs
 from ttt_jax.kernels.attention.limits import HEAD_SIZES, MOST_TOKENS, fits
 
 _SMALLEST_TILE = 16
@@ -140,4 +141,4 @@ def _attend_backward(saved: Any, dout: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(_call(_backward_kernel, "attention_backward", 3, arrays))
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+attend.defvjp(_attend_forward, _attend_backward, **shared_outputs.DECLARED)

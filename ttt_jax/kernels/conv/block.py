@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.kernels import _arguments
+from ttt_jax.kernels import _arguments, shared_outputs
 from ttt_jax.kernels.conv import support
 from ttt_jax.kernels.conv.convolution import Affine, Convolution
 from ttt_jax.kernels.conv.derivatives import with_xla_derivatives
@@ -154,4 +154,4 @@ def _block_by_xla(conv: Convolution, layers: tuple[Layer, Layer], x: jax.Array) 
 
 
 _block_gradient = with_xla_derivatives(_gradient_by_kernels, _gradient_by_xla)
-_block.defvjp(_block_forward, _block_backward)
+_block.defvjp(_block_forward, _block_backward, **shared_outputs.DECLARED)

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from ttt_jax.kernels import shared_outputs
+
 
 def with_xla_derivatives(
     kernels: Callable[..., Any], plain: Callable[..., Any]
@@ -30,5 +32,5 @@ def with_xla_derivatives(
     def backward(conv: Any, arrays: Any, cotangents: Any) -> Any:
         return jax.vjp(functools.partial(plain, conv), *arrays)[1](cotangents)
 
-    run.defvjp(forward, backward)
+    run.defvjp(forward, backward, **shared_outputs.DECLARED)
     return run

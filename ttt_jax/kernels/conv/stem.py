@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from ttt_jax.kernels import _arguments
+from ttt_jax.kernels import _arguments, shared_outputs
 from ttt_jax.kernels.conv import support
 from ttt_jax.kernels.conv.convolution import Convolution
 from ttt_jax.kernels.conv.derivatives import with_xla_derivatives
@@ -72,7 +72,7 @@ def _stem(conv: Convolution) -> Callable[..., Any]:
         turned = kernel[::-1, ::-1].swapaxes(2, 3)
         return dkernel, xla_conv(dy, turned, conv.size)
 
-    run.defvjp(forward, backward, symbolic_zeros=True)
+    run.defvjp(forward, backward, symbolic_zeros=True, **shared_outputs.DECLARED)
     return run
 
 
