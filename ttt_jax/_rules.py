@@ -138,7 +138,7 @@ def path(place: str, name: str, value: Any) -> Any:
 
 def mapping(place: str, name: str, value: Any) -> Any:
     """A dict or another mapping."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) and not hasattr(value, "keys"):
         _refuse(name, "a mapping such as a dict", value)
     return value
 
@@ -213,14 +213,14 @@ def array(
     rule_text = f"an array{' ' * bool(due)}{due} of {'finite ' * finite}numbers"
 
     def rule(place: str, name: str, value: Any) -> Any:
-        numbers = isinstance(value, int | float | complex | list | tuple)
-        numbers, given = numbers and not hasattr(value, "_fields"), value
-        if isinstance(value, _contract.KINDS) or not (numbers or hasattr(value, "dtype")):
+        given = value
+        # A record is a tuple, too.
+        if isinstance(value, str | bytes | dict | None) or hasattr(value, "_fields"):
             _refuse(name, rule_text, value)
-        if numbers:
+        if not isinstance(value, jax.Array | np.ndarray):
             try:
                 value = np.asarray(value) if host else jnp.asarray(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 _refuse(name, rule_text, value)
         kind = "k" if _trees.is_key(value) else _kind(value.dtype)
         if kind not in kinds or (ranks and value.ndim not in ranks):

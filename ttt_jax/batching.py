@@ -40,7 +40,7 @@ def unbatched(apply: Callable[..., Any]) -> Callable[..., Any]:
     return _contract.OneInstance(apply)
 
 
-@_arguments.checked(ids=_arguments.array(host=True, kinds="fiubcUSO"))
+@_arguments.checked(ids=_arguments.array(host=True, kinds="fiubcUS"))
 def sample_keys(key: Key, ids: Any) -> Key:
     """One key per instance that follows its id, not its place in the batch.
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import ttt_jax as ttt
 from tests.core import models
@@ -102,6 +103,8 @@ def test_lists_are_arrays():
     np.testing.assert_array_equal(
         views.image.flip(image.tolist(), KEY), views.image.flip(image, KEY)
     )
+    keys = [ttt.sample_keys(KEY, ids) for ids in (range(3), (0, 1, 2), np.arange(3))]
+    assert (keys[0] == keys[2]).all() and (keys[1] == keys[2]).all()
 
 
 @pytest.mark.parametrize("params", [models.make_params, nn.Dense(3), "params", select.biases()])
@@ -111,13 +114,8 @@ def test_what_are_no_parameters(params):
 
 
 def test_any_pytree_of_arrays_is_taken_for_parameters():
-    @jax.tree_util.register_dataclass
-    class Module:
-        w = jnp.ones(3)
-
-        def __call__(self):
-            return self.w
-
+    state = nnx.state(nnx.Linear(1, 2, rngs=nnx.Rngs(0)))
+    assert select.describe(select.everything(), nnx.to_pure_dict(state)).num_elements == 4
     for params in ({"w": jnp.ones(3)}, [jnp.ones(3)], (jnp.ones(3),), jnp.ones(3)):
         assert select.describe(select.everything(), params).num_elements == 3
     ttt.source_statistics(lambda p, batch: batch.mean(0), None, _Data())

@@ -11,7 +11,7 @@ from ttt_jax.models.resnet import ResNet
 from ttt_jax.models.vit import ViT
 
 
-@_arguments.checked()
+@_arguments.checked(module=_arguments.having("a model of ttt_jax", "finish_init", "all_heads"))
 def init(module: ResNet | ViT, key: jax.Array, image_shape: Sequence[int]) -> dict[str, Any]:
     """Creates the parameters of every method of a reference model.
 

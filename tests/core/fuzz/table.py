@@ -68,6 +68,7 @@ def write(found: dict[str, dict[str, int]], when: str) -> None:
     with PATH.open("w", newline="") as file:
         writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
         writer.writeheader()
-        for name, row in found.items():
-            new = {f"{when}_{column}": row[column] for column in COLUMNS}
+        for name in [*CALLS]:
+            row = {column: found[name][column] for column in COLUMNS} if name in found else {}
+            new = {f"{when}_{column}": value for column, value in row.items()}
             writer.writerow({**old.get(name, {}), "function": name, **new})
