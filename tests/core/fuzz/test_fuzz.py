@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pathlib
 
 import pytest
 
@@ -59,6 +60,15 @@ def test_every_function_has_several_slips():
 
 def test_nothing_is_silent():
     assert table.silent(table.read()) == 0
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_page_has_the_sums(when):
+    rows = [row for row in table.read() if row[f"{when}_calls"]]
+    sums = [sum(int(row[f"{when}_{column}"]) for row in rows) for column in table.COLUMNS]
+    page = pathlib.Path(__file__).parents[3] / "docs" / "contract.md"
+    line = " | ".join([str(len(rows)), *(f"{total:,}" for total in sums)])
+    assert f"| {line} |" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("part", range(table.PARTS))
