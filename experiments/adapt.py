@@ -26,6 +26,7 @@ from absl import flags
 
 from experiments import (
     config_check,
+    config_files,
     journal,
     launch,
     pristine as pristine_lib,
@@ -147,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    _CONFIG, _WORKDIR = launch.define_flags()
+    _CONFIG, _WORKDIR = config_files.define_flags()
     _RESTORE = flags.DEFINE_enum(
         "restore",
         "memory",

@@ -26,6 +26,7 @@ from absl import flags
 import ttt_jax as ttt
 from experiments import (
     config_check,
+    config_files,
     diagnose_record,
     diagnosis,
     journal,
@@ -87,8 +88,8 @@ def _learning_rates(values: Sequence[Any]) -> tuple[float, ...]:
         rates = tuple(map(float, values))
     except ValueError:
         rates = ()
-    positive = all(math.isfinite(rate) and rate > 0 for rate in rates)
-    if not rates or not positive or len(set(rates)) < len(rates):
+    usable = {rate for rate in rates if math.isfinite(rate) and rate > 0}
+    if not rates or len(usable) < len(rates):
         raise launch.UserError(
             "--learning_rates must list at least one positive number, each once; got "
             f"{','.join(map(str, values))!r}. Write --learning_rates=0.001,0.01."
@@ -176,16 +177,14 @@ def run(
 def main(argv: Sequence[str]) -> None:
     """The program."""
     del argv
-    values = {name: holder.value for name, holder in _FLAGS.items()}
+    options = Options(**{name: holder.value for name, holder in _FLAGS.items()})
     more = {"checkpoint_path": _CHECKPOINT.value, "shard": journal.shard(_SHARD.value)}
-    run(_CONFIG.value, _WORKDIR.value, Options(**values), **more)
+    run(_CONFIG.value, _WORKDIR.value, options, **more)
 
 
 if __name__ == "__main__":
-    _CONFIG, _WORKDIR = launch.define_flags()
-    _CHECKPOINT = flags.DEFINE_string(
-        "checkpoint", None, "Checkpoint to diagnose; default: WORKDIR/checkpoints/seed_SEED."
-    )
+    _CONFIG, _WORKDIR = config_files.define_flags()
+    _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Default: WORKDIR/checkpoints/seed_SEED.")
     _SHARD = journal.define_flag()
     _FLAGS = {
         "method": flags.DEFINE_string("method", "rotation", "Whose settings to use."),

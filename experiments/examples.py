@@ -1,5 +1,6 @@
 """A few instances of an image task, as they are, shifted, and with what is predicted of them."""
 
+import contextlib
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -73,9 +74,9 @@ class PicturedEvaluation(evaluation.Evaluation):
     def _add(self, row: evaluation.Row) -> None:
         domain = row.tags.get("domain", _CLEAN)
         arrays: dict[str, np.ndarray] = {}
-        if self._path.exists():
-            with np.load(self._path, allow_pickle=False) as held:
-                arrays = dict(held)
+        # A damaged file is made anew from here on.
+        with contextlib.suppress(launch.UserError):
+            arrays = launch.read_npz(self._path, "") if self._path.exists() else {}
         domains = arrays.get("domain", np.array([], str))
         if domain == _CLEAN or domain in domains or len(domains) >= _MOST:
             return

@@ -23,7 +23,15 @@ import numpy as np
 from absl import flags
 
 import ttt_jax as ttt
-from experiments import config_check, journal, launch, pristine as pristine_lib, provenance, tasks
+from experiments import (
+    config_check,
+    config_files,
+    journal,
+    launch,
+    pristine as pristine_lib,
+    provenance,
+    tasks,
+)
 from experiments.tasks import image_order, images as image_task
 from ttt_jax import data, diagnostics
 from ttt_jax.source import Moments, mean_of
@@ -161,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG, _WORKDIR = launch.define_flags()
+    _CONFIG, _WORKDIR = config_files.define_flags()
     _FLAGS = {
         "checkpoint_path": flags.DEFINE_string(
             "checkpoint", None, "Default: WORKDIR/checkpoints/seed_SEED."

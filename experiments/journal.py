@@ -6,7 +6,6 @@ that is shared has a file of its own beside it, and reads those of all.
 
 import contextlib
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -198,20 +197,7 @@ class Journal:
         for row in rows:
             if (key := self._identity(row)) in self._rows:
                 raise RuntimeError(f"the row {key} is already in {self.path}")
-        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        with launch.writing(self.path):
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                end = os.fstat(descriptor).st_size
-                try:
-                    if os.write(descriptor, lines) != len(lines):
-                        raise OSError(28, "No space left on device")
-                    os.fsync(descriptor)
-                except OSError:
-                    os.ftruncate(descriptor, end)
-                    raise
-            finally:
-                os.close(descriptor)
+        launch.append(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         for row in rows:
             if row["status"] == "ok":
                 self._rows[self._identity(row)] = row

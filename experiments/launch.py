@@ -1,185 +1,144 @@
 """What every program shares: flags, configs, files and the work folder, one-line errors."""
 
+import atexit
 import contextlib
 import difflib
 import errno
 import fcntl
-import itertools
 import json
 import os
 import pathlib
-import re
-import runpy
+import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from experiments import INTERRUPTED, end_at_once
 from experiments.config_keys import DEFAULTS
-
-DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "digits.py"
-
 
 # What ml_collections raises for a missing config file and for --config.KEY=VALUE it cannot apply;
 # it parses the overrides as soon as the flag is defined.
-_OVERRIDE_ERRORS = (KeyError, AttributeError, TypeError, ValueError, OSError)
+OVERRIDE_ERRORS = (KeyError, AttributeError, TypeError, ValueError, OSError)
 
 
 class UserError(Exception):
     """Something the person at the terminal can mend; printed as one line, exit status 2."""
 
 
-_INTERRUPTED = "interrupted; what is finished is kept. Run the same command again to go on."
+_HELP = {f"{d}{name}" for d in ("-", "--") for name in ("help", "helpshort", "helpfull", "h")}
+_INTACT = (
+    "What was written before is intact; free space or choose another --workdir, then run the same "
+    "command again."
+)
 # What a person can mend.
 MENDABLE = (UserError, ValueError, OSError)
 
 
-def define_flags() -> tuple[Any, Any]:
-    """Defines ``--config`` and ``--workdir``; returns their holders."""
-    config = define_config(str(DEFAULT_CONFIG))
-    workdir = flags.DEFINE_string("workdir", None, "Folder for everything the run writes.")
-    flags.mark_flag_as_required("workdir")
-    return config, workdir
-
-
-def define_config(default: str | None) -> Any:
-    """Defines ``--config``, whose keys ``--config.KEY=VALUE`` overrides; returns its holder."""
-    _check_files(sys.argv)
-    try:
-        return config_flags.DEFINE_config_file(
-            "config", default, "Config file; override with --config.KEY=VALUE."
-        )
-    except _OVERRIDE_ERRORS as error:
-        _refuse_override(error)
-
-
-def run(main: Callable[[Sequence[str]], Any]) -> None:
+def run(main: Callable[[Sequence[str]], Any], *, arguments: bool = False) -> None:
     """``absl.app.run`` in which errors a person can mend are one line and exit status 2.
 
     Ctrl-C is one line and status 130; an output that nobody reads, as behind ``head``, is no word.
+    ``--help`` prints :func:`experiments.usage.text`, with status 0.
+
+    Args:
+      main: the program; takes the command line without flags, returns the exit status.
+      arguments: whether it takes any beside its flags.
     """
+    helps = not _HELP.isdisjoint(sys.argv[1:])
 
     def guarded(argv: Sequence[str]) -> Any:
-        if len(argv) > 1:
-            raise app.UsageError(f"Unexpected argument {argv[1]!r}; flags begin with --.")
+        if signal.getsignal(signal.SIGINT) is end_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return called(argv)
+
+    def called(argv: Sequence[str]) -> Any:
         try:
-            status = main(argv)
+            if helps:
+                from experiments import usage  # which needs this module
+
+                print(usage.text(sys.argv))
+                status = 0
+            elif len(argv) > 1 and not arguments:
+                raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --.")
+            else:
+                status = main(argv)
             sys.stdout.flush()
             return status
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop(1)
             return 2
-        except (KeyboardInterrupt, *MENDABLE) as error:
-            if os.environ.get("TTT_JAX_TRACEBACK"):
+        except (KeyboardInterrupt, Exception) as error:
+            if interrupted := isinstance(error, KeyboardInterrupt):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            mendable = interrupted or isinstance(error, MENDABLE) or no_room(error)
+            if not mendable or os.environ.get("TTT_JAX_TRACEBACK"):
                 raise
-            print(f"error: {f'{error}' or _INTERRUPTED}", file=sys.stderr, flush=True)
-            if isinstance(error, KeyboardInterrupt):
+            try:
+                sys.stdout.flush()
+            except OSError:
+                _drop(1)
+            print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
+            if interrupted:
                 # Threads of libraries would print tracebacks, or crash, in an orderly end.
                 os._exit(130)
+            # What they say at the end of what failed is no news, such as of a full disk.
+            atexit.register(_drop, 2)
             return 2
 
     def parse(argv: Sequence[str]) -> list[str]:
+        if helps:
+            flags.FLAGS.mark_as_parsed()
+            return list(argv[:1])
         try:
-            return app.parse_flags_with_usage(list(argv))
-        except _OVERRIDE_ERRORS as error:
-            _refuse_override(error)
+            return flags.FLAGS(list(argv))
+        except (flags.Error, *OVERRIDE_ERRORS) as error:
+            refuse(error)
 
     # Orbax and TFDS log each file they touch at INFO.
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parse)
 
 
-def _refuse_override(error: Exception) -> NoReturn:
-    message = str(error.args[0]) if error.args else str(error)
-    print(f"error: bad --config: {_with_nearest(message, sys.argv)}", file=sys.stderr)
+def _warn(message: Warning | str, *_: Any) -> None:
+    """A warning as a person reads it: without the line of code that gave it."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _drop(descriptor: int) -> None:
+    """What is still to be printed goes nowhere, rather than into an error at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def sentence(error: BaseException) -> str:
+    """What an error that a person can mend says, on one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or INTERRUPTED
+    said = " ".join(str(error).split("\n")) or type(error).__name__
+    if not no_room(error) or isinstance(error, UserError):
+        return said
+    known = any(os.strerror(number) in said for number in _NO_ROOM)
+    return f"{'' if known else 'a disk is full or read-only: '}{said.rstrip('.')}. {_INTACT}"
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Ends a program whose command line is wrong."""
+    from experiments import usage  # which needs this module
+
+    print(f"error: {usage.wrong(error, sys.argv)}", file=sys.stderr)
     sys.exit(2)
-
-
-def _with_nearest(message: str, argv: Sequence[str]) -> str:
-    """Says of the override that failed what would mend it, where ml_collections does not."""
-    if "Did you mean" in message:
-        return message
-    keys = [
-        found[1] for argument in argv if (found := re.match(r"--?config\.([\w.]+)=?", argument))
-    ]
-    # The message of a key that there is not is the key's last part in quotes.
-    named = re.fullmatch(r"""['"]+(\w+)['"]+""", message.strip())
-    failing = [key for key in keys if named and key.split(".")[-1] == named[1]]
-    for key in failing:
-        hint = "" if key in DEFAULTS else nearest(key, flat(config_from(DEFAULT_CONFIG)))
-        default = f", which is {DEFAULTS[key]!r} by default" if key in DEFAULTS else ""
-        said = f"the config file has no {key}{default}{hint}"
-        return f"{said if hint else said + '.'} Only keys of the file can be overridden; add it."
-    return message
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
     """``"; did you mean KEY?"``, or nothing where no known key is near."""
     near = difflib.get_close_matches(key, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def config_file(name: str | os.PathLike[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What a config file defines, and the arguments of its ``get_config``.
-
-    Args:
-      name: ``PATH`` or ``PATH:ARGUMENT``.
-
-    Raises:
-      UserError: no such file, one that fails, or one without ``get_config``.
-    """
-    path, *arguments = str(name).split(":", 1)
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"there is no file {path}; --config names a config file.")
-    try:
-        namespace = runpy.run_path(path)
-    except (Exception, SystemExit) as error:
-        if os.environ.get("TTT_JAX_TRACEBACK"):
-            raise
-        raise UserError(f"--config={path} fails: {type(error).__name__}: {error}.") from error
-    if not callable(namespace.get("get_config")):
-        raise UserError(f"--config={path} has no function get_config(); add it.")
-    return namespace, tuple(arguments)
-
-
-def config_from(name: str | os.PathLike[str]) -> ml_collections.ConfigDict:
-    """The ``get_config()`` of a config file, ``PATH`` or ``PATH:ARGUMENT``.
-
-    Raises:
-      UserError: there is none, or it fails or gives something else.
-    """
-    namespace, arguments = config_file(name)
-    try:
-        config = namespace["get_config"](*arguments)
-    except Exception as error:
-        if os.environ.get("TTT_JAX_TRACEBACK"):
-            raise
-        raise UserError(
-            f"get_config() of --config={name} fails: {type(error).__name__}: {error}."
-        ) from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(
-            f"get_config() of --config={name} must return a ConfigDict; got {config!r}. End it "
-            "with return config."
-        )
-    return config
-
-
-def _check_files(argv: Sequence[str]) -> None:
-    """Says what is wrong with a config file, where ml_collections has other words."""
-    given = (re.fullmatch(r"--?config=(.*)", argument) for argument in argv)
-    names = [match[1] for match in given if match]
-    names += [b for a, b in itertools.pairwise(argv) if a in ("--config", "-config")]
-    for name in names:
-        try:
-            config_from(name)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
 
 
 def setting(config: ml_collections.ConfigDict, name: str) -> Any:
@@ -244,7 +203,7 @@ class BusyError(UserError):
     """Another program uses a folder."""
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def no_room(error: BaseException | None) -> bool:
@@ -267,10 +226,7 @@ def writing(path: os.PathLike[str] | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WriteError(
-            f"cannot write {path}: {error.strerror or error}. What was written before is intact; "
-            "free space or choose another --workdir, then run the same command again."
-        ) from error
+        raise WriteError(f"cannot write {path}: {error.strerror or error}. {_INTACT}") from error
 
 
 def given(flag: str, names: list[str] | None) -> tuple[str, ...]:
@@ -296,6 +252,23 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             draft.unlink(missing_ok=True)
 
 
+def append(path: pathlib.Path, text: str) -> None:
+    """Adds text to a file as a whole, flushed to the disk: all of it, or nothing."""
+    with writing(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            end, data = os.fstat(descriptor).st_size, text.encode()
+            try:
+                if os.write(descriptor, data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, end)
+                raise
+        finally:
+            os.close(descriptor)
+
+
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Replaces a file as a whole, so that a killed run never leaves half of one."""
     with replacing(path) as draft:
@@ -310,6 +283,24 @@ def write_npz(
         path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as draft, draft.open("wb") as file:
         (np.savez_compressed if compressed else np.savez)(file, **arrays)
+
+
+def read_npz(path: pathlib.Path, mend: str) -> dict[str, np.ndarray]:
+    """All arrays of an ``.npz`` file.
+
+    Args:
+      path: of the file.
+      mend: a sentence that says what helps where it is damaged.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
+            return dict(held)
+    except Exception as error:  # of zip files, of their compression, of arrays
+        said = str(error).split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
+        raise UserError(f"{path} is damaged ({said}). {mend}") from error
 
 
 def write_json(path: str | os.PathLike[str], record: Any) -> None:
@@ -328,8 +319,10 @@ def open_workdir(workdir: str) -> pathlib.Path:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
-        probe.write_text("ok")
-        probe.unlink()
+        try:
+            probe.write_text("ok")
+        finally:
+            probe.unlink(missing_ok=True)
     return folder
 
 
@@ -349,7 +342,7 @@ def locked(
       BusyError: another program holds it.
       UserError: the file system has no locks.
     """
-    with (folder / name).open("w") as file:
+    with (folder / name).open("a") as file:
         how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         try:
             fcntl.flock(file, how)

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import pathlib
 import shlex
 import subprocess
@@ -16,6 +17,8 @@ from experiments import launch
 from experiments.config_keys import DEFAULTS
 
 CHUNK_SIZES = "chunk_sizes"
+# Of the processes that a program starts: the command that a person typed.
+COMMAND = "TTT_JAX_COMMAND"
 ORIGIN = ("command", "device", "device_count", "versions", "commit", "started")
 
 
@@ -25,6 +28,15 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def command() -> str:
+    """The command that a person typed, so that it can be repeated; paths are as from here."""
+    file, here = pathlib.Path(sys.argv[0]), f"{pathlib.Path.cwd()}/"
+    folder = "benchmarks" if file.parent.name == "benchmarks" else "experiments"
+    arguments = [argument.replace(here, "") for argument in sys.argv[1:]]
+    typed = f"python -m {folder}.{file.stem} {shlex.join(arguments)}".rstrip()
+    return os.environ.get(COMMAND, typed)
 
 
 def _commit() -> str | None:
@@ -44,11 +56,9 @@ def of(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Command, device, versions, commit and configuration of this run."""
     import jax  # what only starts programs needs none
 
-    file = pathlib.Path(sys.argv[0])
-    folder = "benchmarks" if file.parent.name == "benchmarks" else "experiments"
     packages = ("ttt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
-        "command": f"python -m {folder}.{file.stem} {shlex.join(sys.argv[1:])}".rstrip(),
+        "command": command(),
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "versions": {"python": sys.version.split()[0], **{p: version(p) for p in packages}},
@@ -181,7 +191,10 @@ def _run(path: pathlib.Path) -> dict[str, Any]:
         if not any(parts):
             raise ValueError("it has no config, data or runs")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise launch.UserError(f"{path} is damaged ({error}). Use another --workdir.") from error
+        raise launch.UserError(
+            f"{path} is damaged ({error}). Use another --workdir, or remove the file if its "
+            "rows are of this config."
+        ) from error
     return old
 
 

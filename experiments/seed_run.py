@@ -131,4 +131,4 @@ class SeedRun:
             for row in rows:
                 if row["status"] == "ok":
                     name = f"{role}/{row['method']}/{row['stream']}"
-                    writer.scalars(self.seed, {name: row[self.task.chooses]})
+                    writer.scalars(self.seed, {name: row[self.task.chooses]}, self.seed)

@@ -5,6 +5,7 @@ Usage::
     python -m experiments.sweep --config=experiments/configs/digits_sweep.py --workdir=DIR
     python -m experiments.sweep --status=DIR
 
+``--dry_run`` checks all, prints every trial and what it will write, and writes nothing.
 The config file's ``sweep(add)`` says which trials there are. They run in processes of their own, on
 this machine (``--executor=local``, one worker per GPU or core) or as an array of Slurm jobs
 (``--executor=slurm``); up to ``--pack`` trials that differ in seeds and settings of methods alone
@@ -27,13 +28,12 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import launch, trial, writers
-from experiments.sweeping import collect, plan, pools, progress, work
+from experiments import config_files, launch, provenance, trial, writers
+from experiments.sweeping import collect, plan, pools, preview, progress, state as state_lib, work
 from experiments.sweeping.process import Job, Limits
 
 _SHOW_EVERY_S = 1.0
 _LOG_EVERY_S = 30.0
-_SLURM_WORKERS = 256
 
 
 class _Interrupted(Exception):
@@ -69,6 +69,9 @@ def run(
     with launch.locked(workdir):
         units = plan.units(plan.variants(config, overrides))
         progress.save(workdir, units)
+        for unit in collect.damaged(workdir, units):
+            print(f"{unit.folder(workdir)} lacks what it had made, so it is done again")
+            state_lib.write(unit.folder(workdir), state_lib.State())
         before = progress.measure(workdir, units).counts
         trials = sum(before.values())
         if before["done"] == trials and collect.up_to_date(workdir, units):
@@ -80,7 +83,8 @@ def run(
         command = trial.command(file, str(workdir), trackers, overrides)
         # Trials of one shape share their compiled programs.
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(workdir / "compiled"))
-        job = Job(str(workdir), command, {"JAX_COMPILATION_CACHE_DIR": cache}, limits)
+        environment = {"JAX_COMPILATION_CACHE_DIR": cache, provenance.COMMAND: provenance.command()}
+        job = Job(str(workdir), command, environment, limits)
         pool = make_pool(job)
         work.reopen([unit.folder(workdir) for unit in units], retry_failed=retry_failed)
         _tend(pool, workdir, units)
@@ -95,6 +99,8 @@ def _tend(pool: pools.Pool, workdir: pathlib.Path, units: Sequence[plan.Unit]) -
     """Has the pool work, and shows how far it is, until every unit is done or has failed."""
 
     def stop(signal_number: int, _: object) -> None:
+        for kind in handlers:  # once is enough
+            signal.signal(kind, signal.SIG_IGN)
         raise _Interrupted(signal_number)
 
     live, shown, lines = sys.stdout.isatty(), 0.0, 0
@@ -134,22 +140,6 @@ def status(folder: str) -> str:
     return progress.table(units, progress.measure(workdir, units))
 
 
-def _pool_maker(values: flags.FlagValues) -> Callable[[Job], pools.Pool]:
-    if values.executor == "local":
-        workers = pools.workers(values.workers, values.cores, pools.visible_gpus())
-        return lambda job: pools.LocalPool(job, workers)
-    parameters: dict[str, Any] = {
-        "time": int(values.time_min * 1.1) + 5,
-        "array_parallelism": values.workers or _SLURM_WORKERS,
-    }
-    for pair in values.slurm:
-        name, _, value = pair.partition("=")
-        if not name or not value:
-            raise launch.UserError(f"--slurm takes name=value; got {pair!r}.")
-        parameters[name] = int(value) if value.isdigit() else value
-    return lambda job: pools.SlurmPool(job, parameters)
-
-
 def main(argv: Sequence[str]) -> int:
     """The program."""
     del argv
@@ -162,21 +152,26 @@ def main(argv: Sequence[str]) -> int:
     config = config_flags.get_config_filename(values["config"])
     if values.trackers:
         launch.chosen("tracker", values.trackers, writers.TRACKERS)
+    make_pool = pools.maker(values)
+    overrides = config_flags.get_override_values(values["config"])
+    if values.dry_run:
+        return preview.show(config, values.workdir, overrides)
     return run(
         config,
         values.workdir,
-        _pool_maker(values),
+        make_pool,
         Limits(values.retries, 60 * values.time_min, values.memory_gb, values.pack),
         trackers=values.trackers,
         retry_failed=values.retry_failed,
-        overrides=config_flags.get_override_values(values["config"]),
+        overrides=overrides,
     )
 
 
 def _define_flags() -> None:
-    launch.define_config(None)
+    config_files.define_config(None)
     flags.DEFINE_string("workdir", None, "Folder of the sweep.")
     flags.DEFINE_string("status", None, "Only say how far the sweep of DIR is.")
+    flags.DEFINE_bool("dry_run", False, "Only print the trials and what each will write.")
     flags.DEFINE_enum("executor", "local", ["local", "slurm"], "Where to run.")
     flags.DEFINE_integer(
         "workers", 0, "Trials at a time; 0: one per GPU, else per --cores cores.", 0

@@ -19,7 +19,16 @@ import ml_collections
 import optax
 import tqdm
 
-from experiments import config_check, launch, pristine, provenance, settings, tasks, writers
+from experiments import (
+    config_check,
+    config_files,
+    launch,
+    pristine,
+    provenance,
+    settings,
+    tasks,
+    writers,
+)
 from ttt_jax import checkpoint, evaluation, training, tuning
 from ttt_jax.task import Task
 
@@ -113,7 +122,8 @@ def train(
             losses = {name: float(value) for name, value in parts.items()}
             _require_finite(losses, done)
         if logged or done == total:
-            writer.scalars(done, {f"train/{name}_loss": loss for name, loss in losses.items()})
+            named = {f"train/{name}_loss": loss for name, loss in losses.items()}
+            writer.scalars(done, named, seed)
             bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()})
         if saving and done < total:
             saved.save(done, state)
@@ -171,6 +181,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG, _WORKDIR = launch.define_flags()
+    _CONFIG, _WORKDIR = config_files.define_flags()
     _TRACKERS = writers.define_flag()
     launch.run(main)

@@ -67,10 +67,7 @@ class Trials:
             return "blocked", f"{error}"[:500]
         except Exception as error:  # the other trials go on
             if launch.no_room(error):
-                return "blocked", (
-                    "a disk is full or read-only. What was written before is intact; free space "
-                    f"or choose another place, then run the same command again. ({error})"[:700]
-                )
+                return "blocked", launch.sentence(error)[:700]
             if isinstance(error, launch.MENDABLE):
                 print(f"error: {error}", file=sys.stderr)
                 return "failed", f"{error}"[:500]

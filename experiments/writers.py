@@ -16,8 +16,8 @@ from experiments import launch
 class Writer(Protocol):
     """Anything that takes scalars of a step, and is closed once."""
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Records named values of one step."""
+    def scalars(self, step: int, values: Mapping[str, float], seed: int) -> None:
+        """Records named values of one step of a seed, whose steps begin again with each seed."""
 
     def close(self) -> None:
         """Hands over what is still on its way."""
@@ -26,10 +26,12 @@ class Writer(Protocol):
 class _JsonLines:
     def __init__(self, workdir: pathlib.Path):
         self._path = workdir / "metrics.jsonl"
+        if self._path.exists() and not (data := self._path.read_bytes()).endswith(b"\n"):
+            # What a killed process left of its last line would spoil the next one.
+            os.truncate(self._path, data.rfind(b"\n") + 1)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        with launch.writing(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+    def scalars(self, step: int, values: Mapping[str, float], seed: int) -> None:
+        launch.append(self._path, json.dumps({"seed": seed, "step": step, **values}) + "\n")
 
     def close(self) -> None:
         pass
@@ -39,15 +41,19 @@ class _TensorBoard:
     def __init__(self, workdir: pathlib.Path):
         import tensorboardX
 
-        self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+        self._begin, self._folder = tensorboardX.SummaryWriter, workdir / "tensorboard"
+        self._events: dict[int, Any] = {}
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float], seed: int) -> None:
+        if seed not in self._events:
+            self._events[seed] = self._begin(str(self._folder / f"seed_{seed}"))
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()  # a killed run does not write its rows again
+            self._events[seed].add_scalar(name, value, step)
+        self._events[seed].flush()  # a killed run does not write its rows again
 
     def close(self) -> None:
-        self._events.close()
+        for events in self._events.values():
+            events.close()
 
 
 class _WeightsAndBiases:
@@ -61,11 +67,11 @@ class _WeightsAndBiases:
         self._run: Any = wandb.init(
             project=project, name=workdir.name, id=run_id, resume="allow", dir=str(workdir)
         )
-        # Steps begin again with every seed, and its own count of steps may only grow.
+        # Steps begin again with every seed; its own count of steps may only grow.
         self._run.define_metric("*", step_metric="step")
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **values})
+    def scalars(self, step: int, values: Mapping[str, float], seed: int) -> None:
+        self._run.log({"step": step, **_of_seed(values, seed)})
 
     def close(self) -> None:
         self._run.finish()
@@ -87,12 +93,17 @@ class _MLflow:
 
         self._run = _kept(workdir / ".mlflow_run", begin)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
+    def scalars(self, step: int, values: Mapping[str, float], seed: int) -> None:
+        for name, value in _of_seed(values, seed).items():
             self._client.log_metric(self._run, name, float(value), step=step)
 
     def close(self) -> None:
         self._client.set_terminated(self._run)
+
+
+def _of_seed(values: Mapping[str, float], seed: int) -> dict[str, float]:
+    """The values by names of their own for every seed, each of which is a curve."""
+    return {f"seed_{seed}/{name}": value for name, value in values.items()}
 
 
 def _kept(path: pathlib.Path, make: Callable[[], str]) -> str:
@@ -114,9 +125,9 @@ class _Several:
     def __init__(self, writers: Sequence[Writer]):
         self._writers = writers
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float], seed: int) -> None:
         for writer in self._writers:
-            writer.scalars(step, values)
+            writer.scalars(step, values, seed)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments import adapt, diagnose, feature_shift, launch, train
+from experiments import adapt, config_files, diagnose, feature_shift, train
 from experiments.report import __main__ as report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -59,12 +59,12 @@ def distinct_methods(configs):
     return kept
 
 
-METHODS = distinct_methods({path.stem: launch.config_from(path) for path in CONFIGS})
+METHODS = distinct_methods({path.stem: config_files.config_from(path) for path in CONFIGS})
 
 
 def tiny(path, folder):
     """A config on a few examples, those of files replaced by noise that is written to a folder."""
-    config = launch.config_from(path)
+    config = config_files.config_from(path)
     config.seeds = tuple(config.seeds)[:1]
     taken = collections.Counter()
     for role, count in NUM_EXAMPLES.items():

@@ -135,7 +135,9 @@ def stochastic_restore(p: float | jax.Array) -> Reset:
             )
         leaves, treedef = jax.tree.flatten(state.fast)
         masks = [
-            jax.random.bernoulli(jax.random.fold_in(key, i), p, leaf.shape)
+            jax.random.bernoulli(
+                jax.random.fold_in(key, i), jnp.asarray(p, jnp.float32), leaf.shape
+            )
             for i, leaf in enumerate(leaves)
         ]
         restored = [

@@ -8,6 +8,7 @@ step sizes 0.01 and 0.03 alike. The 360 test digits, which are shown, chose noth
 """
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import optax
 from flax.traverse_util import flatten_dict
 
 import ttt_jax
+from experiments import launch
 from ttt_jax import data, models
 from ttt_jax.data import corruptions
 from ttt_jax.views.image import shift
@@ -82,18 +84,18 @@ def train(digits: data.Batch) -> dict[str, Any]:
     return variables
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Writes ``models/demo.npz`` and ``data/demo.npz``."""
+    del argv
     variables = train(data.load("tfds:digits", "train[:1257]").arrays())
     leaves = {name: np.float16(leaf) for name, leaf in flatten_dict(variables, sep="/").items()}
-    np.savez_compressed(_PACKAGE / "models" / "demo.npz", **leaves)
+    launch.write_npz(_PACKAGE / "models" / "demo.npz", leaves, compressed=True)
     digits = data.load("tfds:digits", "test").arrays()
     pixels = {"clean": digits.image, "image": blurred(digits)}
     stored = {name: np.rint(255 * value).astype(np.uint8) for name, value in pixels.items()}
-    np.savez_compressed(
-        _PACKAGE / "data" / "demo.npz", **stored, label=digits.label.astype(np.uint8)
-    )
+    stored["label"] = digits.label.astype(np.uint8)
+    launch.write_npz(_PACKAGE / "data" / "demo.npz", stored, compressed=True)
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

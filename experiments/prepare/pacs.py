@@ -74,8 +74,7 @@ def _read(pattern: str) -> dict[str, Arrays]:
         path = pathlib.Path(pattern.replace("{domain}", domain))
         if not path.exists():
             raise launch.UserError(f"there is no file {path}; --source gave {pattern!r}.")
-        with np.load(path) as archive:
-            sets[domain] = {name: archive[name] for name in archive.files}
+        sets[domain] = launch.read_npz(path, "Make or fetch it again.")
         missing = {"images", "labels", "class_names"} - sets[domain].keys()
         if missing:
             raise launch.UserError(f"{path} lacks the arrays {', '.join(sorted(missing))}.")

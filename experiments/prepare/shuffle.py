@@ -53,8 +53,7 @@ def main(argv: Sequence[str]) -> int:
     source = pathlib.Path(_SOURCE.value)
     if not source.exists():
         raise launch.UserError(f"there is no file {source}; --source names a packed npz set.")
-    with np.load(source) as archive:
-        arrays = {name: archive[name] for name in archive.files}
+    arrays = launch.read_npz(source, "Make or fetch it again.")
     missing = {"header", "data", "offsets", "labels"} - arrays.keys()
     if missing:
         raise launch.UserError(

@@ -16,7 +16,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from experiments import journal, launch
 from experiments.report import charts, page, read, table, terminal
@@ -64,13 +64,13 @@ def export(workdir: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
 
 def save_figures(data: table.Data, folder: str | os.PathLike[str]) -> list[pathlib.Path]:
     """Writes every chart as ``NAME.png`` and ``NAME.pdf``; returns their paths."""
-    target = pathlib.Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    target = launch.open_workdir(str(folder))
     written = []
     for name, chart in charts.figures(data).items():
         for kind in ("png", "pdf"):
             written.append(target / f"{name}.{kind}")
-            chart.save(written[-1], scale_factor=2 if kind == "png" else 1)
+            with launch.replacing(written[-1]) as draft:
+                chart.save(draft, format=kind, scale_factor=2 if kind == "png" else 1)
     return written
 
 
@@ -95,7 +95,7 @@ def run(
         path, data = write(workdir)
         written = [path, *(save_figures(data, figures_to) if figures_to else [])]
     except (ReportError, launch.UserError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(f"error: {launch.sentence(error)}", file=sys.stderr)
         return _FAILED
     text = "\n\n".join([terminal.render(data), "\n".join(f"wrote {path}" for path in written)])
     # A terminal without Unicode gets "+-" rather than a traceback.
@@ -111,9 +111,9 @@ def main(argv: Sequence[str]) -> int:
     values = flags.FLAGS
     given = [*([values.workdir] if values.workdir else []), *argv[1:]]
     if len(given) != 1:
-        raise app.UsageError(
-            "give exactly one results folder, as --workdir=DIR or as the only argument; "
-            f"got {', '.join(given) or 'none'}"
+        raise launch.UserError(
+            "give exactly one results folder, as --workdir=DIR or as the only argument; got "
+            f"{', '.join(given) or 'none'}."
         )
     return run(given[0], values.export, values.figures)
 
@@ -131,4 +131,4 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    launch.run(main, arguments=True)

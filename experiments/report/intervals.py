@@ -16,11 +16,12 @@ give it, from three on.
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import scipy.special
+
+from experiments import launch
 
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; 1.96 beyond.
 T95: tuple[float, ...] = tuple(scipy.special.stdtrit(np.arange(1, 31), 0.975).round(3).tolist())
@@ -126,7 +127,7 @@ def at_chance(lines: pd.DataFrame) -> pd.Series:
     return lines["mean"] + half >= lines["chance"].astype(float)
 
 
-def bootstrap(frame: pd.DataFrame, folder: pathlib.Path) -> dict[str, np.ndarray]:
+def bootstrap(frame: pd.DataFrame, folder: pathlib.Path, said: list[str]) -> dict[str, np.ndarray]:
     """Returns the bootstrap replicates of every row whose instances lie in ``folder``.
 
     Replicates of all rows draw the same instances (by id), so those of a difference are the
@@ -137,11 +138,12 @@ def bootstrap(frame: pd.DataFrame, folder: pathlib.Path) -> dict[str, np.ndarray
       folder: of a run, or of a sweep, in whose trials only ``chosen`` rows are looked up. Its
         ``instances`` holds ``.npz`` files with ``id`` [N], ``sums`` [N, M], ``metrics`` [M],
         ``method``, ``seed``, ``role`` and an array [N] per tag.
+      said: notes, to which damaged files are added.
 
     Returns:
       :data:`Replicates`; empty where there is no file.
     """
-    files = _instances(frame, folder)
+    files = _instances(frame, folder, said)
     if not files:
         return {}
     ids = np.unique(np.concatenate([file["id"] for file, _ in files]))
@@ -152,7 +154,7 @@ def bootstrap(frame: pd.DataFrame, folder: pathlib.Path) -> dict[str, np.ndarray
     for file, rows in files:
         unit = [file[name].item() for name in ("method", "seed", "role")]
         same = (rows[["method", "seed", "split_role"]] == unit).all(axis=1)
-        tags = [name for name in file.files if name not in known and name in frame]
+        tags = [name for name in file if name not in known and name in frame]
         weights = draws[:, np.searchsorted(ids, file["id"])]
         for index, row in rows[same].iterrows():
             keep = np.ones(len(file["id"]), bool)
@@ -170,8 +172,10 @@ def bootstrap(frame: pd.DataFrame, folder: pathlib.Path) -> dict[str, np.ndarray
     return replicates
 
 
-def _instances(frame: pd.DataFrame, folder: pathlib.Path) -> list[tuple[Any, pd.DataFrame]]:
-    """The files of instances, each with the rows that may be of it."""
+def _instances(
+    frame: pd.DataFrame, folder: pathlib.Path, said: list[str]
+) -> list[tuple[dict[str, np.ndarray], pd.DataFrame]]:
+    """The files of instances, each with the rows that may be of it; ``said`` gets damaged ones."""
     places = {folder / "instances": frame}
     if "trial" in frame:
         parts = frame[frame["chosen"]].groupby("trial")
@@ -180,4 +184,10 @@ def _instances(frame: pd.DataFrame, folder: pathlib.Path) -> list[tuple[Any, pd.
     # Where validation chose nothing all trials count, and a page with their draws would be large.
     if "trial" in frame and len(files) > _MOST_FILES:
         return []
-    return [(np.load(path, allow_pickle=False), rows) for path, rows in files]
+    held = []
+    for path, rows in files:
+        try:
+            held.append((launch.read_npz(path, "Its row has no interval over instances."), rows))
+        except launch.UserError as error:
+            said.append(str(error))
+    return held

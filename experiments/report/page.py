@@ -56,6 +56,7 @@ def render(data: Data, *, name: str) -> str:
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     results, views = data.results, charts.views(data)
+    shown = pictures.examples(results.folder / "examples.npz", results.notes)
     payload = _payload(data, views)
     text = json.dumps(payload, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     kind = "Test-time training" if results.trials is None else "Sweep"
@@ -71,7 +72,7 @@ def render(data: Data, *, name: str) -> str:
         style=(_HERE / "page.css").read_text(encoding="utf-8"),
         script=(_HERE / "page.js").read_text(encoding="utf-8"),
         table_style=(pathlib.Path(itables.__file__).parent / "html/dt_bundle.css").read_text(),
-        pictures=pictures.examples(results.folder / "examples.npz"),
+        pictures=shown,
         as_run=table.as_run(data),
         failures=[(r, part.head(_MOST_LISTED), len(part)) for r, part in table.failures(data)],
         selection=results.selection,

@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import PIL.Image
 
+from experiments import launch
 from experiments.report.read import ReportError
 
 _WIDTH = 96
@@ -15,24 +16,29 @@ _WIDTH = 96
 _NAMES = ("clean", "shifted", "domain", "label", "before", "after")
 
 
-def examples(path: pathlib.Path) -> list[dict[str, str]]:
+def examples(path: pathlib.Path, said: list[str]) -> list[dict[str, str]]:
     """Returns the instances in ``examples.npz``; none where there is no such file.
 
     Args:
       path: arrays ``clean`` and ``shifted`` [K, H, W, C] in [0, 1], and ``label``, ``before``,
         ``after``, ``domain`` [K]. Images are returned as PNG files in ``data:`` addresses.
+      said: notes, to which a damaged file is added.
 
     Raises:
       ReportError: an array is missing.
     """
     if not path.exists():
         return []
-    with np.load(path, allow_pickle=False) as held:
-        missing = ", ".join(name for name in _NAMES if name not in held.files)
-        if missing:
-            raise ReportError(f"{path}: needs the arrays {missing}; it has {held.files}.")
-        columns = [map(_png if held[name].ndim == 4 else str, held[name]) for name in _NAMES]
-        return [dict(zip(_NAMES, values, strict=True)) for values in zip(*columns, strict=True)]
+    try:
+        held = launch.read_npz(path, "Its pictures are not shown; remove it.")
+    except launch.UserError as error:
+        said.append(str(error))
+        return []
+    missing = ", ".join(name for name in _NAMES if name not in held)
+    if missing:
+        raise ReportError(f"{path}: needs the arrays {missing}; it has {[*held]}.")
+    columns = [map(_png if held[name].ndim == 4 else str, held[name]) for name in _NAMES]
+    return [dict(zip(_NAMES, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def _png(image: np.ndarray) -> str:

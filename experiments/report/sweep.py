@@ -4,9 +4,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from experiments import journal, launch
 from experiments.sweeping import collect, progress
 from experiments.sweeping.unit import Unit
@@ -49,7 +46,7 @@ def read(folder: pathlib.Path) -> tuple[Rows, dict[str, int], pathlib.Path, list
     rows = _table(folder, units, counts, notes)
     if rows is None:
         try:
-            rows = collect.rows(folder, units)
+            rows = collect.rows(folder, units, notes)
         except (OSError, TypeError, ValueError, launch.UserError) as error:
             first = str(error).splitlines()[0].rstrip(".")
             raise ValueError(
@@ -88,6 +85,9 @@ def _table(
     if not path.exists():
         notes.append(f"There is no {path.name} yet; the rows are those in the trials' folders.")
         return None
+    import pyarrow as pa  # the page of a run alone needs none
+    import pyarrow.parquet as pq
+
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:

@@ -95,7 +95,7 @@ def prepare(results: Results) -> Data:
     keys = [frame[name] for name in ("method", *settings)]
     frame["setting"] = frame.groupby([*keys, label.str.strip()], dropna=False).ngroup()
     frame["chosen"] = _chosen(frame, results.primary if _ranks(frame, results.primary) else "")
-    replicates = intervals.bootstrap(frame, results.folder)
+    replicates = intervals.bootstrap(frame, results.folder, results.notes)
     reference, frame["gain"] = _gains(frame, results.primary, replicates)
     frame["worse"] = (frame["gain"] < 0).where(frame["gain"].notna()).astype(float)
     first = frame.dropna(subset=["method"]).groupby("method").first()

@@ -5,9 +5,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from experiments import journal, launch
 from experiments.sweeping import state as state_lib
 from experiments.sweeping.unit import Unit
@@ -15,11 +12,18 @@ from experiments.sweeping.unit import Unit
 TABLE = "results.parquet"
 
 
-def rows(workdir: pathlib.Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
+def rows(
+    workdir: pathlib.Path, units: Sequence[Unit], notes: list[str] | None = None
+) -> list[dict[str, Any]]:
     """The rows of the trials in the order of the sweep, each with its ``trial``.
 
-    A trial that failed for good, or whose model did, has one row with ``status`` and ``message``.
-    Nothing is written, so a trial may be at work meanwhile.
+    A trial that failed for good, or whose model did, or whose rows are damaged, has one row with
+    ``status`` and ``message``. Nothing is written, so a trial may be at work meanwhile.
+
+    Args:
+      workdir: of the sweep.
+      units: of the sweep.
+      notes: to which files whose last line is cut off are added.
     """
     made: list[dict[str, Any]] = []
     broken: dict[str | None, str] = {}
@@ -34,7 +38,11 @@ def rows(workdir: pathlib.Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
             continue
         found = []
         if (folder / "results.jsonl").exists():
-            written, _ = journal.read(folder / "results.jsonl")
+            written, fault = _written(folder / "results.jsonl")
+            if fault and not written:
+                broken.setdefault(unit.id, fault)
+            elif fault and notes is not None:
+                notes.append(fault)
             # A table has one value per cell.
             found = [
                 {name: value for name, value in row.items() if name not in ("sums", "tags")}
@@ -47,8 +55,34 @@ def rows(workdir: pathlib.Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
     return made
 
 
+def _written(path: pathlib.Path) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a trial, and what is wrong with their file."""
+    try:
+        found, whole = journal.read(path)
+    except launch.UserError as error:
+        return [], str(error)
+    cut = f"The last line of {path} is cut off and was skipped; running the sweep again mends it."
+    return found, "" if whole else cut
+
+
+def damaged(workdir: pathlib.Path, units: Sequence[Unit]) -> list[Unit]:
+    """The units that are done, and whose rows or checkpoint are not all there any more."""
+    done = [u for u in units if state_lib.read(u.folder(workdir)).state == "done"]
+    return [unit for unit in done if _lacks(unit, unit.folder(workdir))]
+
+
+def _lacks(unit: Unit, folder: pathlib.Path) -> bool:
+    if unit.kind == "model":
+        return (folder / "run.json").exists() and not any(folder.glob("checkpoints/seed_*"))
+    path = folder / "results.jsonl"
+    return not path.exists() or _written(path)[1] != ""
+
+
 def up_to_date(workdir: pathlib.Path, units: Sequence[Unit]) -> bool:
     """Whether the table holds the rows of the trials, in order, and no other."""
+    import pyarrow as pa  # the page of a run alone needs none
+    import pyarrow.parquet as pq
+
     names = ["trial", "label", "status"]
     try:
         held = pq.read_table(workdir / TABLE, columns=names).to_pylist()
@@ -59,6 +93,9 @@ def up_to_date(workdir: pathlib.Path, units: Sequence[Unit]) -> bool:
 
 def write(workdir: pathlib.Path, found: Sequence[dict[str, Any]]) -> pathlib.Path:
     """Writes rows to ``results.parquet``; settings, which differ in their keys, are JSON text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     path = workdir / TABLE
     names = dict.fromkeys(name for row in found for name in row)
     columns = {

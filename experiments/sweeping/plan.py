@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from experiments import adapt, config_check, launch, tasks
+from experiments import adapt, config_check, config_files, launch, tasks
 from experiments.sweeping.unit import Unit
 
 # What a trained model depends on; all else of a config only adapts it.
@@ -56,11 +56,11 @@ def variants(path: str, given: Mapping[str, Any] = NOTHING) -> list[Variant]:
         be run, two variants that are the same, one with several seeds, or a key that both ``given``
         and an override have.
     """
-    namespace, _ = launch.config_file(path)
+    namespace, _ = config_files.config_file(path)
     found: list[Variant] = []
 
     def configured() -> ml_collections.ConfigDict:
-        config = launch.config_from(path)
+        config = config_files.config_from(path)
         config.update_from_flattened_dict(given)
         return config
 

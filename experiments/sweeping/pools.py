@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +24,7 @@ _POLL_SLURM_S = 2.0
 # A job that was just submitted may not be listed yet.
 _PATIENCE_S = 20.0
 _SLURM_TIMEOUT_S = 30.0
+_SLURM_WORKERS = 256
 # Of jobs in turn that changed nothing; each is waited for longer, in all for an hour.
 _MOST_IDLE, _MOST_REFUSALS = 20, 5
 _END_JOBS_S = 120.0
@@ -94,6 +95,28 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(count)]
 
 
+def maker(values: Any) -> Callable[[Job], Pool]:
+    """What makes the pool that the flags of :mod:`experiments.sweep` name.
+
+    Raises:
+      UserError: there is no such pool here.
+    """
+    if values.executor == "local":
+        those = workers(values.workers, values.cores, visible_gpus())
+        return lambda job: LocalPool(job, those)
+    parameters: dict[str, Any] = {
+        "time": int(values.time_min * 1.1) + 5,
+        "array_parallelism": values.workers or _SLURM_WORKERS,
+    }
+    for pair in values.slurm:
+        name, _, value = pair.partition("=")
+        if not name or not value:
+            raise launch.UserError(f"--slurm takes name=value; got {pair!r}.")
+        parameters[name] = int(value) if value.isdigit() else value
+    _require_slurm()
+    return lambda job: SlurmPool(job, parameters)
+
+
 class LocalPool:
     """Threads that hold a process each; these die with this one."""
 
@@ -139,11 +162,7 @@ class SlurmPool:
     """Arrays of Slurm jobs; Slurm decides how many run at a time."""
 
     def __init__(self, job: Job, parameters: Mapping[str, Any]):
-        if shutil.which("sbatch") is None:
-            raise launch.UserError(
-                "--executor=slurm needs Slurm's sbatch on the PATH, and it is not there; run on a "
-                "login node of the cluster, or use --executor=local."
-            )
+        _require_slurm()
         self._job, self._folder = job, pathlib.Path(job.workdir) / "jobs"
         with launch.writing(self._folder):
             self._executor = submitit.SlurmExecutor(folder=self._folder)
@@ -202,6 +221,14 @@ class SlurmPool:
     def end(self) -> None:
         """Cancels all jobs."""
         _ask("scancel", *self._which)
+
+
+def _require_slurm() -> None:
+    if shutil.which("sbatch") is None:
+        raise launch.UserError(
+            "--executor=slurm needs Slurm's sbatch on the PATH, and it is not there; run on a "
+            "login node of the cluster, or use --executor=local."
+        )
 
 
 def _ask(*command: str) -> str | None:

@@ -42,6 +42,14 @@ class Order:
             return self.domain
         return next(iter(domains)) if len(domains) == 1 else self.sequence
 
+    @property
+    def num_cells(self) -> int:
+        """How many pairs of a domain and a severity it has, each of which is a row."""
+        plans = (
+            zip(plan.domain.tolist(), plan.severity.tolist(), strict=True) for plan in self.plans
+        )
+        return len({pair for pairs in plans for pair in pairs})
+
     def __iter__(self) -> Iterator[Examples]:
         for plan in self.plans:
             loader = data.Loader(self.source, plan, batch_size=self.batch_size, seed=self.seed)

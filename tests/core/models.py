@@ -84,7 +84,7 @@ def reconstruct(params: dict, images: jax.Array, keep: jax.Array) -> jax.Array:
     count = images.shape[0]
     grid = SIDE // PATCH
     shown = (keep[:, :, None] == jnp.arange(PATCHES)[None, None]).any(axis=1)
-    shown = shown.reshape(count, grid, 1, grid, 1, 1)
+    shown = shown.reshape(count, grid, 1, grid, 1, 1).astype(images.dtype)
     visible = images.reshape(count, grid, PATCH, grid, PATCH, 1) * shown
     flat = features(params, visible.reshape(images.shape)) @ params["params"]["decoder"]["kernel"]
     return flat.reshape(count, PATCHES, PIXELS)
@@ -111,7 +111,7 @@ def batch_moments(params: dict, images: jax.Array) -> dict:
 
 def jitter(image: jax.Array, key: jax.Array) -> jax.Array:
     """A random view of one image: a shift of its brightness."""
-    return image + jax.random.uniform(key, minval=-0.1, maxval=0.1)
+    return image + jax.random.uniform(key, (), jnp.float32, -0.1, 0.1)
 
 
 def moving_center(decay: float = 0.9) -> StatefulLoss:

@@ -38,7 +38,7 @@ def test_a_task_trains_its_head_and_names_its_loss(dense, tmp_path, aux, losses,
     train.run(config, str(tmp_path))
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     scalars = json.loads(line)
-    assert set(scalars) == {"step"} | {f"train/{name}_loss" for name in losses}
+    assert set(scalars) == {"seed", "step"} | {f"train/{name}_loss" for name in losses}
     assert all(scalars[f"train/{name}_loss"] > 0 for name in losses)
     trained = checkpoint.load(tmp_path / "checkpoints" / "seed_0")
     assert trained.metadata["aux"] == aux

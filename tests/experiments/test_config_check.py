@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from experiments import adapt, config_check, config_keys, launch, provenance, settings, tasks, train
+from experiments import (
+    adapt,
+    config_check,
+    config_files,
+    config_keys,
+    launch,
+    provenance,
+    settings,
+    tasks,
+    train,
+)
 from experiments.configs import digits, documents, few_shot, frames, series
 from experiments.tasks import image_splits, images
 from tests.experiments import tiny_config
@@ -285,7 +295,7 @@ def test_the_table_has_the_defaults_and_every_key_of_the_demo():
 
 
 def test_the_page_of_the_programs_has_the_table():
-    page = (launch.DEFAULT_CONFIG.parents[2] / "docs" / "programs.md").read_text()
+    page = (config_files.DEFAULT_CONFIG.parents[2] / "docs" / "programs.md").read_text()
     page = page.partition("Keys that may be left out")[2].partition("takes only keys that are")[0]
     rows = re.findall(r"^\| `(\w+\.\w+)` \| `?([^`|]+?)`? \| .* \|$", page, re.MULTILINE)
     assert dict(rows) == {name: str(value) for name, value in config_keys.DEFAULTS.items()}
@@ -307,11 +317,11 @@ def test_a_config_file_that_gives_no_config_is_one_sentence(text, words, tmp_pat
     if text is not None:
         path.write_text(text)
     with pytest.raises(launch.UserError, match=words):
-        launch.config_from(path)
+        config_files.config_from(path)
     for flag in ([f"--config={path}"], ["--config", str(path)]):
         monkeypatch.setattr(sys, "argv", ["train", *flag])
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
-            launch.define_config(None)
+            config_files.define_config(None)
         assert ended.value.code == 2
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ttt_jax as ttt
-from experiments import launch, pristine, settings, tasks
+from experiments import config_files, launch, pristine, settings, tasks
 from experiments.tasks import networks
 
 CONFIGS = sorted((pathlib.Path(launch.__file__).parent / "configs").glob("[!_]*.py"))
@@ -51,7 +51,7 @@ def test_config(path, tmp_path):
     text = path.read_text()
     for word in ("Command: ``", "Cost: ", "Expect: "):
         assert word in text, f"{path.name} does not say its {word}"
-    config = launch.config_from(path)
+    config = config_files.config_from(path)
     stand_in(config, tmp_path)
     task = tasks.build(config)
     made = settings.candidates(config, task)
@@ -69,7 +69,7 @@ def test_config(path, tmp_path):
 @pytest.mark.parametrize("name", ["cifar10c_level5", "cifar10c_level5_bn", "pacs"])
 def test_rotation_leaves_the_main_branch_alone(name, tmp_path):
     """Of its blocks and its classifier the auxiliary head reads nothing."""
-    config = launch.config_from(CONFIGS[0].parent / f"{name}.py")
+    config = config_files.config_from(CONFIGS[0].parent / f"{name}.py")
     stand_in(config, tmp_path)
     selection = settings.selection(config.methods.rotation.select)
     paths = ttt.select.describe(selection, pristine.layout(tasks.build(config))).paths

@@ -53,7 +53,7 @@ def test_a_run_keeps_images_with_what_is_predicted_before_and_after(run):
         np.testing.assert_allclose(held["clean"][k], clean.x[number], atol=5e-4)
         logits = classify(params, shifted.x[number : number + 1])
         assert held["before"][k] == np.argmax(logits)
-    assert len(pictures.examples(run / "examples.npz")) == 2
+    assert len(pictures.examples(run / "examples.npz", [])) == 2
 
 
 def test_what_is_kept_was_predicted_by_the_method_that_is_shown(run, tmp_path):

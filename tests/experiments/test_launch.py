@@ -1,12 +1,14 @@
 """What every program shares: seeds, choices, files that are there."""
 
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from experiments import config_check, launch
-from tests.experiments import tiny_config
+from tests.experiments import called, tiny_config
 
 
 @pytest.mark.parametrize("seeds", [(), (0, 0), (-1,), (0.5,)])
@@ -51,6 +53,31 @@ def test_an_interrupt_is_one_line_and_no_traceback_of_a_thread():
     assert err == (
         "error: interrupted; what is finished is kept. Run the same command again to go on.\n"
     )
+
+
+@pytest.mark.parametrize("name", ["train", "sweep", "report"])
+def test_an_interrupt_while_a_program_is_imported_is_one_line(tmp_path, name):
+    for module in ("jax", "pandas"):
+        text = "import os, signal; os.kill(os.getpid(), signal.SIGINT); signal.pause()"
+        (tmp_path / f"{module}.py").write_text(text)
+    ended = subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", f"--workdir={tmp_path}"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=called.ROOT,
+        # As in a terminal: some runners have it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 130
+    assert ended.stderr.startswith("error: interrupted; ") and len(ended.stderr.splitlines()) == 1
+
+
+def test_an_error_is_the_last_word_whatever_a_library_does_at_the_end():
+    failing = "import atexit; atexit.register(lambda: 1 / 0)"
+    process = ended([failing, "raise launch.UserError('no such thing.')"])
+    _, err = process.communicate()
+    assert (process.returncode, err) == (2, "error: no such thing.\n")
 
 
 def test_an_output_that_nobody_reads_ends_the_program_quietly():

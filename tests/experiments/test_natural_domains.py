@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import adapt, config_check, launch, train
+from experiments import adapt, config_check, config_files, train
 from experiments.configs import pacs
 from experiments.prepare import pacs as prepare_pacs
 from experiments.tasks import image_order, images
@@ -140,11 +140,11 @@ def test_impossible_domains_are_refused(adapt_options, words):
 
 @pytest.mark.parametrize("name", ["pacs", "pacs_source"])
 def test_a_config_takes_the_domain_after_a_colon(name):
-    path = launch.DEFAULT_CONFIG.with_name(f"{name}.py")
-    assert launch.config_from(path).data.domain == "sketch"
+    path = config_files.DEFAULT_CONFIG.with_name(f"{name}.py")
+    assert config_files.config_from(path).data.domain == "sketch"
     program = (
-        "from absl import app; from experiments import launch; "
-        "config, _ = launch.define_flags(); app.run(lambda _: print(config.value.data.name))"
+        "from absl import app; from experiments import config_files; "
+        "config, _ = config_files.define_flags(); app.run(lambda _: print(config.value.data.name))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, "--workdir=x", f"--config={path}:cartoon"],

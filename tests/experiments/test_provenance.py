@@ -66,3 +66,19 @@ def test_a_command_can_be_pasted(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x/benchmarks/vision.py", "--out=F"])
     command = provenance.of(tiny_config.get_config())["command"]
     assert command == "python -m benchmarks.vision --out=F"
+
+
+def test_a_command_holds_no_path_of_this_machine(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"--config={tmp_path}/configs/own.py", f"--workdir={tmp_path}/runs/one"]
+    monkeypatch.setattr("sys.argv", ["x/train.py", *arguments])
+    said = "python -m experiments.train --config=configs/own.py --workdir=runs/one"
+    assert provenance.of(tiny_config.get_config())["command"] == said
+
+
+def test_a_process_of_a_sweep_names_the_command_that_was_typed(monkeypatch):
+    """The environment of its job has it, see ``test_sweep_overrides``."""
+    said = "python -m experiments.sweep --config=own.py --workdir=runs/sweep --pack=2"
+    monkeypatch.setenv(provenance.COMMAND, said)
+    monkeypatch.setattr("sys.argv", ["x/trial.py", "--config=/somewhere/own.py", "--overrides={}"])
+    assert provenance.of(tiny_config.get_config())["command"] == said

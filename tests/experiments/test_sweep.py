@@ -280,8 +280,8 @@ class Here:
     """Does what the process of a job does, in this one."""
 
     def __init__(self, job):
-        given = dict(word[2:].split("=") for word in job.command if word.startswith("--"))
-        self._trials = trial.Trials(given["config"], given["workdir"])
+        given = dict(word[2:].split("=", 1) for word in job.command if word.startswith("--"))
+        self._trials = trial.Trials(given["config"], given["workdir"], (), given["overrides"])
 
     def attempt(self, folder, stop):
         return self._trials.attempt(folder.name)

@@ -14,7 +14,7 @@ from experiments import launch, sweep, trial
 from experiments.report import sweep as report_sweep
 from experiments.sweeping import plan, pools, progress, state as state_lib, work
 from experiments.sweeping.process import Limits
-from tests.experiments import tiny_sweep
+from tests.experiments import called, tiny_sweep
 
 BODY = """
 add(domains=("fog",))
@@ -70,8 +70,10 @@ def test_the_program_says_that_it_needs_a_config(tmp_path, monkeypatch, capsys):
 class Rows:
     """Writes one row and is done."""
 
+    jobs = []  # noqa: RUF012 (of all)
+
     def __init__(self, job):
-        del job
+        self.jobs.append(job)
 
     def attempt(self, folder, stop):
         row = {"method": "source", "dataset": "d", "domain": "fog", "severity": 5, "seed": 0}
@@ -101,3 +103,16 @@ def test_a_damaged_state_is_unknown_and_the_rest_goes_on(path, tmp_path, monkeyp
     assert sweep.run(path, str(folder), local, Limits()) == 0
     assert state_lib.read(place).state == "done"
     assert len(pq.read_table(folder / "results.parquet").to_pylist()) == 2
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_every_job_knows_the_command_that_was_typed(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "Process", Rows)
+    monkeypatch.chdir(tmp_path)
+    Rows.jobs.clear()
+    arguments = [f"--config={path}", "--workdir=sweep", "--workers=1", "--cores=1", "--pack=1"]
+    arguments += ["--config.adapt.severity=3"]
+    assert called.program(monkeypatch, "experiments.sweep", *arguments) == 0
+    said = "python -m experiments.sweep --config=config.py --workdir=sweep --workers=1 --cores=1 "
+    said += "--pack=1 --config.adapt.severity=3"
+    assert {job.environment["TTT_JAX_COMMAND"] for job in Rows.jobs} == {said}

@@ -58,6 +58,20 @@ class MLflow(types.ModuleType):
         self.ended.append(run)
 
 
+def test_curves_of_several_seeds_stay_apart(tmp_path, trackers):
+    names = ("wandb", "mlflow", "tensorboard")
+    with writers.open_writer(tmp_path, names) as writer:
+        for seed in (0, 1):
+            writer.scalars(3, {"train/main_loss": 0.5}, seed)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [line["seed"] for line in lines] == [0, 1]
+    folders = sorted(path.name for path in (tmp_path / "tensorboard").iterdir())
+    assert folders == ["seed_0", "seed_1"]
+    curves = ["seed_0/train/main_loss", "seed_1/train/main_loss"]
+    assert [name for _, name, _, _ in trackers.mlflow.logged] == curves
+    assert [[*values][1] for values in trackers.wandb.logged] == curves
+
+
 @pytest.fixture
 def trackers(monkeypatch):
     for name in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME"):
@@ -73,13 +87,13 @@ VALUES = {"train/main_loss": 0.5, "train/aux_loss": 0.25}
 
 def write(folder, *names):
     with writers.open_writer(folder, names) as writer:
-        writer.scalars(3, VALUES)
+        writer.scalars(3, VALUES, 1)
 
 
 def test_json_lines_are_always_written(tmp_path):
     write(tmp_path)
     write(tmp_path)
-    line = {"step": 3, **VALUES}
+    line = {"seed": 1, "step": 3, **VALUES}
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(text) for text in lines] == [line, line]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -91,7 +105,7 @@ def test_tensorboard(tmp_path):
     from tensorboardX.proto import event_pb2
 
     write(tmp_path, "tensorboard")
-    (path,) = (tmp_path / "tensorboard").iterdir()
+    (path,) = (tmp_path / "tensorboard" / "seed_1").iterdir()
     content, place, found = path.read_bytes(), 0, {}
     while place < len(content):
         length = int.from_bytes(content[place : place + 8], "little")
@@ -109,7 +123,7 @@ def test_a_run_of_wandb_goes_on(tmp_path, trackers):
     assert first == second
     assert (first["project"], first["name"], first["resume"]) == ("ttt_jax", tmp_path.name, "allow")
     assert trackers.wandb.logged == 2 * [
-        {"step": 3, "train/main_loss": 0.5, "train/aux_loss": 0.25}
+        {"step": 3, "seed_1/train/main_loss": 0.5, "seed_1/train/aux_loss": 0.25}
     ]
     assert trackers.wandb.finished == 2
 
@@ -121,8 +135,8 @@ def test_a_run_of_mlflow_goes_on(tmp_path, trackers):
     write(tmp_path / "other", "mlflow")
     assert trackers.mlflow.runs == [("e-ttt_jax", tmp_path.name), ("e-ttt_jax", "other")]
     assert trackers.mlflow.logged[:2] == [
-        ("r1", "train/main_loss", 0.5, 3),
-        ("r1", "train/aux_loss", 0.25, 3),
+        ("r1", "seed_1/train/main_loss", 0.5, 3),
+        ("r1", "seed_1/train/aux_loss", 0.25, 3),
     ]
     assert trackers.mlflow.ended == ["r1", "r1", "r2"]
 

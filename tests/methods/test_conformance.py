@@ -36,7 +36,7 @@ plain = ttt.unbatched(models.classify)
 
 
 def jitter_pixels(image, key):
-    return image + 0.3 * jax.random.normal(key, image.shape)
+    return image + 0.3 * jax.random.normal(key, image.shape, jnp.float32)
 
 
 def views(image):

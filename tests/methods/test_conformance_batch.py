@@ -49,7 +49,7 @@ def linear(params):
 
 
 def jitter_pixels(image, key):
-    return image + 0.3 * jax.random.normal(key, image.shape)
+    return image + 0.3 * jax.random.normal(key, image.shape, jnp.float32)
 
 
 def from_source(method):

@@ -1,11 +1,15 @@
 """Orbax: the only code that writes and reads the arrays of a checkpoint."""
 
 import contextlib
+import errno
+import gc
 import logging
 import os
 import pathlib
+import sys
+import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +24,9 @@ FOLDER = "params"
 _TAKEN = "array_metadatas"
 
 _ORBAX_DIR = os.path.dirname(ocp.__file__)
+# Of a disk; libraries give the system's words among many of their own.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+_POLL_S, _STILL_POLLS = 0.05, 5
 
 
 def keys(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -44,8 +51,8 @@ def write(root: pathlib.Path, arrays: Mapping[tuple[str, ...], np.ndarray]) -> N
     """Writes host arrays, given by their orbax keys, below ``root/params``."""
     if not arrays:
         return
-    with _orbax(f"write {root / FOLDER}") as checkpointer:
-        checkpointer.save(root / FOLDER, args=ocp.args.PyTreeSave(_nest(arrays)))
+    args = ocp.args.PyTreeSave(_nest(arrays))
+    _orbax("write", root, lambda checkpointer: checkpointer.save(root / FOLDER, args=args))
 
 
 def read(
@@ -56,20 +63,15 @@ def read(
     if not wanted:
         return {}
     # Without restore arguments orbax takes the sharding of the saving machine from a file.
-    args = {
+    how = {
         names: ocp.RestoreArgs(restore_type=np.ndarray)
         if sharding is None
         else ocp.ArrayRestoreArgs(sharding=sharding, global_shape=struct.shape, strict=True)
         for names, (struct, sharding) in wanted.items()
     }
     structs = {names: struct for names, (struct, _) in wanted.items()}
-    with _orbax(f"read {root / FOLDER}") as checkpointer:
-        tree = checkpointer.restore(
-            root / FOLDER,
-            args=ocp.args.PyTreeRestore(
-                _nest(structs), restore_args=_nest(args), partial_restore=True
-            ),
-        )
+    args = ocp.args.PyTreeRestore(_nest(structs), restore_args=_nest(how), partial_restore=True)
+    tree = _orbax("read", root, lambda checkpointer: checkpointer.restore(root / FOLDER, args=args))
     found = {}
     for names in wanted:
         node = tree
@@ -89,9 +91,8 @@ def _nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     return tree
 
 
-@contextlib.contextmanager
-def _orbax(action: str) -> Iterator[ocp.Checkpointer]:
-    """Yields a checkpointer for this process alone; its failures become CheckpointErrors."""
+def _orbax(action: str, root: pathlib.Path, call: Callable[[ocp.Checkpointer], Any]) -> Any:
+    """Calls with a checkpointer for this process alone; its failures become CheckpointErrors."""
     # Each process saves and loads by itself: a barrier would wait for processes that do not.
     index = jax.process_index()
     options = ocp.options.MultiprocessingOptions(
@@ -103,22 +104,51 @@ def _orbax(action: str) -> Iterator[ocp.Checkpointer]:
     with _quiet():
         try:
             with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
-                yield checkpointer
+                return call(checkpointer)
         except Exception as error:  # orbax and tensorstore raise many kinds
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:400]
-            raise CheckpointError(f"Orbax could not {action}: {reason}") from error
+            reason = _reason(error)
+        # With the error its tasks are gone, but for what they had begun.
+        _settle(root)
+        gc.collect()
+    raise CheckpointError(f"Orbax could not {action} {root / FOLDER}: {reason}")
+
+
+def _reason(error: Exception) -> str:
+    """What is behind an error, on one line."""
+    text = str(error).strip() or type(error).__name__
+    words = (os.strerror(number) for number in _DISK_ERRORS)
+    return next((said for said in words if said in text), text.splitlines()[0][:400])
+
+
+def _settle(root: pathlib.Path) -> None:
+    """Waits until nothing below a folder changes: after an error, orbax's threads write on."""
+    before, still = None, 0
+    while still < _STILL_POLLS:
+        time.sleep(_POLL_S)
+        now = [(place, *names, *files) for place, names, files in os.walk(root)]
+        still = still + 1 if now == before else 0
+        before = now
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drops orbax's log records: what matters in them comes back as an exception."""
+    """Drops what orbax and its threads log and print: what matters comes back as an exception."""
 
     def keep(entry: logging.LogRecord) -> bool:
         return not entry.pathname.startswith(_ORBAX_DIR)
 
-    logger = logging.getLogger("absl")
-    logger.addFilter(keep)
+    def unraisable(told: Any) -> None:
+        if "Event loop is closed" not in str(told.exc_value):
+            before(told)
+
+    before = sys.unraisablehook
+    filters = {"absl": keep, "asyncio": lambda entry: False}
+    for name, drop in filters.items():
+        logging.getLogger(name).addFilter(drop)
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
-        logger.removeFilter(keep)
+        sys.unraisablehook = before
+        for name, drop in filters.items():
+            logging.getLogger(name).removeFilter(drop)

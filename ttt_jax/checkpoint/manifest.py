@@ -22,6 +22,8 @@ FORMAT = "ttt_jax checkpoint 1"
 _HEAD = '{{"crc32": "{:08x}",\n'
 _HEAD_PATTERN = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
 _CHUNK = 1 << 22
+# What helps where a file is damaged.
+MEND = "Put back a copy of the checkpoint, or remove it and make it again."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +139,13 @@ def read(root: pathlib.Path) -> Manifest:
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{root} has no {NAME}: an unfinished save, or not a checkpoint of ttt_jax."
+            f"{root} has no {NAME}: an unfinished save, or not a checkpoint of ttt_jax. {MEND}"
         ) from error
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
     head = _HEAD_PATTERN.match(data)
     if head is None or int(head[1], 16) != zlib.crc32(data[head.end() :]):
-        raise CheckpointError(f"{path} is damaged or truncated: its crc32 does not match.")
+        raise CheckpointError(f"{path} is damaged or truncated: its crc32 does not match. {MEND}")
     body = json.loads(data)
     if body["format"] != FORMAT:
         raise CheckpointError(
@@ -180,7 +182,7 @@ def verify(root: pathlib.Path, manifest: Manifest, wanted: Collection[str]) -> N
         problem = _problem(root / name, size, crc if leaf is None or leaf in wanted else None)
         if problem:
             subject = f"file {name}" if leaf is None else f"{trees.leaf_name(leaf)}: file {name}"
-            raise CheckpointError(f"{subject} of the checkpoint {root} {problem}.")
+            raise CheckpointError(f"{subject} of the checkpoint {root} {problem}. {MEND}")
     known = {NAME, *manifest.files}
     known.update(parent.as_posix() for n in manifest.files for parent in pathlib.Path(n).parents)
     for found in sorted(root.rglob("*")):

@@ -51,8 +51,11 @@ class Saves:
           step: its number, larger than those before.
           state: any pytree of arrays.
         """
+        target = self._folder / f"step_{step}"
+        # One of this step could not be used, or it would not be made again.
+        shutil.rmtree(target, ignore_errors=True)
         older = self._saves()
-        store.save(self._folder / f"step_{step}", state)
+        store.save(target, state)
         for _, path in older:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -257,7 +257,7 @@ def moment_matching(
                 f"losses.{name} needs at least 2 feature vectors; got a batch of 1 and no queue. "
                 "Use larger batches, or set queue."
             )
-        return distance(found, jnp.ones(found.shape[0]))
+        return distance(found, jnp.ones(found.shape[0], jnp.float32))
 
     def init(params: Params) -> PyTree:
         return {
@@ -270,7 +270,7 @@ def moment_matching(
         queued = jax.lax.stop_gradient(memory["features"])
         filled = (jnp.arange(queue) >= queue - memory["count"]).astype(jnp.float32)
         both = jnp.concatenate([queued, found])
-        weights = jnp.concatenate([filled, jnp.ones(found.shape[0])])
+        weights = jnp.concatenate([filled, jnp.ones(found.shape[0], jnp.float32)])
         memory = {
             "features": jax.lax.stop_gradient(both[-queue:]),
             "count": jnp.minimum(memory["count"] + found.shape[0], queue),

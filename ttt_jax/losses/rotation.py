@@ -73,7 +73,7 @@ def rotation(
             base = image if augment is None else augment(image, augment_key)
             turns = jnp.arange(4)
             return jax.vmap(rotate, in_axes=(None, 0))(base, turns), turns
-        turns = jax.random.randint(turn_key, (copies,), 0, 4)
+        turns = jax.random.randint(turn_key, (copies,), 0, 4, jnp.int32)
         if augment is None:
             return jax.vmap(rotate, in_axes=(None, 0))(image, turns), turns
         copied = _inputs.views_of(augment, image, augment_key, copies)

@@ -36,4 +36,9 @@ def with_statistics(params: Params, statistics: PyTree) -> Params:
 
 def follow(old: PyTree, new: PyTree, momentum: float | jax.Array) -> PyTree:
     """``(1 - momentum) old + momentum new``."""
-    return jax.tree.map(lambda a, b: (1 - momentum) * a + momentum * b, old, new)
+
+    def blend(a: jax.Array, b: jax.Array) -> jax.Array:
+        # Views of a user's own may be wider, and so the statistics of what they show.
+        return ((1 - momentum) * a + momentum * b).astype(jnp.asarray(a).dtype)
+
+    return jax.tree.map(blend, old, new)

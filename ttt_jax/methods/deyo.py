@@ -106,7 +106,7 @@ def deyo(
         kept = (entropy < entropy_margin * most) & (difference > threshold)
         weight = jax.lax.stop_gradient(jnp.exp(margin * most - entropy)) + jnp.exp(difference)
         total = (jnp.where(kept, weight, 0.0) * entropy).sum()
-        return total / jnp.maximum(kept.sum(), 1), {"kept": kept}
+        return total / jnp.maximum(kept.sum(dtype=jnp.float32), 1), {"kept": kept}
 
     return online(
         gradient_adapter(loss, optimizer, select=select, has_aux=True),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ttt_jax import _arguments, _checks, resets
 from ttt_jax.base import Adapter, Key, Params, PyTree, Reset, StepInfo, Stream
@@ -86,7 +87,7 @@ def dua(
         return jax.vmap(augment)(repeated, keys)
 
     def step(params: Params, state: PyTree, x: Any, key: Key) -> tuple[PyTree, StepInfo]:
-        weight = momentum * decay ** (state.count + 1) + floor
+        weight = momentum * decay ** (state.count + 1).astype(jnp.float32) + floor
         follow = statistics_adapter(statistics, momentum=1 - weight)
         return follow.step(params, state, views_of(x, key), key)
 

@@ -145,7 +145,9 @@ def note(
             return loss, follow(memory.statistics, jax.lax.stop_gradient(new), momentum)
 
         due = seen // update_every > memory.seen // update_every
-        loss, statistics = jax.lax.cond(due, update, lambda: (jnp.zeros(()), memory.statistics))
+        loss, statistics = jax.lax.cond(
+            due, update, lambda: (jnp.zeros((), jnp.float32), memory.statistics)
+        )
         # An instance that is not finite may be turned away; it must be seen all the same.
         return jnp.where(all_finite(x), loss, jnp.nan), Memory(reservoir, statistics, seen)
 
@@ -175,9 +177,9 @@ def _offered(reservoir: Reservoir, x: Any, label: jax.Array, key: Key) -> Reserv
     # All of the largest classes have one size: a random class of them and a random member of it.
     rivals = jnp.where(largest[label], reservoir.label == label, largest[reservoir.label])
     chance = jnp.where(largest[label], sizes[label] / arrivals[label], 1.0)
-    draws = jax.random.uniform(choose, rivals.shape)
+    draws = jax.random.uniform(choose, rivals.shape, jnp.float32)
     slot = jnp.where(used.all(), jnp.argmax(jnp.where(rivals, draws, -1.0)), jnp.argmin(used))
-    taken = ~used.all() | (jax.random.uniform(accept) <= chance)
+    taken = ~used.all() | (jax.random.uniform(accept, dtype=jnp.float32) <= chance)
 
     def put(leaf: jax.Array, new: jax.Array) -> jax.Array:
         return leaf.at[slot].set(jnp.where(taken, new, leaf[slot]))

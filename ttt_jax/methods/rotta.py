@@ -1,5 +1,6 @@
 """RoTTA: a teacher, robust statistics, and a balanced memory of recent, confident instances."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -147,8 +148,8 @@ def rotta(
 
     def init(params: Params) -> Memory:
         statistics = STATISTICS.split(params)[0]
-        slots = jnp.zeros(capacity)
-        bank = Bank(empty_slots(like, capacity), jnp.full(capacity, -1), slots, slots)
+        slots = jnp.zeros(capacity, jnp.float32)
+        bank = Bank(empty_slots(like, capacity), jnp.full(capacity, -1, jnp.int32), slots, slots)
         none = jnp.zeros((), jnp.int32)
         fast = select.split(params)[0]
         return Memory(bank, fast, statistics, statistics, none, jnp.zeros((), bool))
@@ -156,7 +157,8 @@ def rotta(
     def remember(params: Params, memory: Memory, inputs: Any) -> Memory:
         logits = classify(teacher_of(params, memory), inputs).astype(jnp.float32)
         p = jax.nn.softmax(logits, axis=-1)
-        newcomers = (inputs, logits.argmax(axis=-1), -(p * jnp.log(p + 1e-6)).sum(axis=-1))
+        label = logits.argmax(axis=-1).astype(jnp.int32)
+        newcomers = (inputs, label, -(p * jnp.log(p + 1e-6)).sum(axis=-1))
 
         def join(bank: Bank, newcomer: Any) -> tuple[Bank, None]:
             x, label, entropy = newcomer
@@ -187,7 +189,7 @@ def rotta(
             loss, *new = learn(params, memory, key)
             return loss, tuple(follow(a, b, momentum) for a, b in zip(old, new, strict=True))
 
-        loss, new = jax.lax.cond(memory.due, update, lambda: (jnp.zeros(()), old))
+        loss, new = jax.lax.cond(memory.due, update, lambda: (jnp.zeros((), jnp.float32), old))
         # An instance that is not finite may find no room; it must be seen all the same.
         loss = jnp.where(all_finite(x), loss, jnp.nan)
         return loss, memory._replace(teacher_statistics=new[0], student_statistics=new[1])
@@ -223,11 +225,11 @@ def _joined(
     same = bank.label == label
     # How many slots have the class of each slot.
     size = jnp.where(used, (bank.label[:, None] == bank.label[None]).sum(axis=1), 0)
-    crowded = same.sum() >= room
+    crowded = same.sum() >= math.ceil(room)
     rivals = jnp.where(crowded, same, used & (size == size.max()))
     scores = jnp.where(rivals, score(bank.age, bank.entropy), -jnp.inf)
     free = ~crowded & ~used.all()
-    accepted = free | (scores.max() > score(jnp.zeros(()), entropy))
+    accepted = free | (scores.max() > score(jnp.zeros((), jnp.float32), entropy))
     slot = jnp.where(free, jnp.argmin(used), jnp.argmax(scores))
 
     def put(leaf: jax.Array, new: jax.Array) -> jax.Array:
@@ -237,6 +239,6 @@ def _joined(
         jax.tree.map(put, bank.x, x),
         put(bank.label, label),
         put(bank.entropy, entropy),
-        put(bank.age, jnp.zeros(())),
+        put(bank.age, jnp.zeros((), jnp.float32)),
     )
-    return taken._replace(age=taken.age + (taken.label >= 0))
+    return taken._replace(age=taken.age + (taken.label >= 0).astype(jnp.float32))

@@ -96,7 +96,8 @@ def t3a(
         kernel = linear(params)[0].astype(jnp.float32)
         width, classes = kernel.shape
         empty = Supports(
-            jnp.zeros((classes, num_supports, width)), jnp.full((classes, num_supports), jnp.inf)
+            jnp.zeros((classes, num_supports, width), jnp.float32),
+            jnp.full((classes, num_supports), jnp.inf, jnp.float32),
         )
         return joined(params, empty, kernel.T)
 

@@ -66,8 +66,10 @@ def augmix(image: jax.Array, key: jax.Array) -> jax.Array:
     pixels = to_bytes(image)
     chains = jax.vmap(apply_chain, (None, 0))(pixels, draw_steps(draw_key))
     # A flat Dirichlet distribution: exponential variates over their sum.
-    weights = jax.random.exponential(weight_key, (WIDTH,))
-    return mix(image, chains, weights / weights.sum(), jax.random.uniform(share_key))
+    weights = jax.random.exponential(weight_key, (WIDTH,), jnp.float32)
+    return mix(
+        image, chains, weights / weights.sum(), jax.random.uniform(share_key, dtype=jnp.float32)
+    )
 
 
 @_arguments.checked()
@@ -75,11 +77,11 @@ def draw_steps(key: jax.Array) -> Draw:
     """Returns the randomly drawn steps of every chain."""
     keys = jax.random.split(key, 4)
     shape = (WIDTH, DEPTH)
-    depth = jax.random.randint(keys[3], (WIDTH, 1), 1, DEPTH + 1)
+    depth = jax.random.randint(keys[3], (WIDTH, 1), 1, DEPTH + 1, jnp.int32)
     return Draw(
-        operation=jax.random.randint(keys[0], shape, 0, len(OPERATIONS)),
-        level=jax.random.uniform(keys[1], shape, minval=LEAST, maxval=SEVERITY),
-        negative=jax.random.bernoulli(keys[2], shape=shape),
+        operation=jax.random.randint(keys[0], shape, 0, len(OPERATIONS), jnp.int32),
+        level=jax.random.uniform(keys[1], shape, jnp.float32, LEAST, SEVERITY),
+        negative=jax.random.bernoulli(keys[2], jnp.float32(0.5), shape),
         used=jnp.arange(DEPTH)[None] < depth,
     )
 
@@ -185,7 +187,7 @@ def affine_matrices(height: int, width: int, level: jax.Array, sign: jax.Array) 
     Each maps ``(x, y, 1)`` of the view to ``(x, y)`` of the image; pixels have their centers at
     halves. Shears leave the upper left corner where it is, a turn the middle.
     """
-    keep = jnp.eye(2, 3)
+    keep = jnp.eye(2, 3, dtype=jnp.float32)
     shear = sign * level * 0.3 / 10
     turn = jnp.deg2rad((sign * scale_level(level, 30)).astype(jnp.float32))
     cos, sin = jnp.cos(turn), jnp.sin(turn)

@@ -1,16 +1,20 @@
 """Random views of one image, in JAX: ``(image[H, W, C] in [0, 1], key) -> image``."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ttt_jax import _arguments, _checks
 
 Augment = Callable[[Any, jax.Array], Any]
 
 
+# Draws have 32 bits whatever `jax_enable_x64` says, so that a view is the same under it.
+_HALF = np.float32(0.5)
 # NumPy's names for what lies beyond an image: its edge repeated, or zeros.
 _PAD_MODES = ("constant", "edge")
 
@@ -48,7 +52,7 @@ def shift(padding: int, pad_mode: str = "edge") -> Augment:
 
     def augment(image: jax.Array, key: jax.Array) -> jax.Array:
         padded = pad(image)
-        offset = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+        offset = jax.random.randint(key, (2,), 0, 2 * padding + 1, jnp.int32)
         return jax.lax.dynamic_slice(padded, (offset[0], offset[1], 0), image.shape)
 
     return augment
@@ -57,7 +61,7 @@ def shift(padding: int, pad_mode: str = "edge") -> Augment:
 @_arguments.checked(image=_arguments.array(3))
 def flip(image: jax.Array, key: jax.Array) -> jax.Array:
     """Returns the image, mirrored left to right with probability 1/2."""
-    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
+    return jnp.where(jax.random.bernoulli(key, _HALF), image[:, ::-1], image)
 
 
 @_arguments.checked()
@@ -74,11 +78,11 @@ def resized_crop(min_area: float) -> Augment:
 
     def augment(image: jax.Array, key: jax.Array) -> jax.Array:
         area_key, ratio_key, corner_key = jax.random.split(key, 3)
-        area = jax.random.uniform(area_key, (), minval=min_area, maxval=1.0)
-        limit = jnp.log(4 / 3)
-        ratio = jnp.exp(jax.random.uniform(ratio_key, (), minval=-limit, maxval=limit))
+        area = jax.random.uniform(area_key, (), jnp.float32, min_area, 1.0)
+        limit = math.log(4 / 3)
+        ratio = jnp.exp(jax.random.uniform(ratio_key, (), jnp.float32, -limit, limit))
         share = jnp.minimum(jnp.sqrt(area * jnp.stack([ratio, 1 / ratio])), 1.0)
-        corner = jax.random.uniform(corner_key, (2,)) * (1 - share)
+        corner = jax.random.uniform(corner_key, (2,), jnp.float32) * (1 - share)
         return stretch(image, corner, share)
 
     return augment
@@ -118,8 +122,8 @@ def color_jitter(strength: float, probability: float) -> Augment:
 
     def augment(image: jax.Array, key: jax.Array) -> jax.Array:
         chance_key, factor_key = jax.random.split(key)
-        factors = jax.random.uniform(factor_key, (3,), minval=1 - strength, maxval=1 + strength)
-        applied = jax.random.bernoulli(chance_key, probability)
+        factors = jax.random.uniform(factor_key, (3,), jnp.float32, 1 - strength, 1 + strength)
+        applied = jax.random.bernoulli(chance_key, jnp.asarray(probability, jnp.float32))
         return jnp.where(applied, adjust_color(image, factors), image)
 
     return augment
@@ -154,7 +158,9 @@ def grayscale(probability: float) -> Augment:
 
     def augment(image: jax.Array, key: jax.Array) -> jax.Array:
         gray = jnp.broadcast_to(luma(image), image.shape)
-        return jnp.where(jax.random.bernoulli(key, probability), gray, image)
+        return jnp.where(
+            jax.random.bernoulli(key, jnp.asarray(probability, jnp.float32)), gray, image
+        )
 
     return augment
 
