@@ -33,7 +33,7 @@ _FLOORS = (
     ("tuning", "evaluation", "training", "_programs", "_devices", "_chunks"),
     ("task", "metrics"),
     ("methods",),
-    ("audit", "_audit_task", "_findings", "diagnostics", "meta"),
+    ("audit", "_audit_task", "_audit_rows", "_findings", "diagnostics", "meta"),
     ("predictors", "online", "resets", "batching", "inner", "budget"),
     (
         "adapters",
@@ -50,7 +50,7 @@ _FLOORS = (
     ("layers",),
     ("kernels",),
     # The contract holds types alone, which models and checkpoints name too.
-    ("base", "_contract"),
+    ("base", "_contract", "_rules", "_arguments"),
     ("_trees", "_checks", "_varying", "_names", "_extras", "_version"),
 )
 _FLOOR = {name: height for height, names in enumerate(reversed(_FLOORS)) for name in names}

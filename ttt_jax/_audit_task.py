@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from ttt_jax import _arguments
 from ttt_jax.base import Params
 
 _ROLES = ("validation", "reported")
+RULE = _arguments.having("a Task", "init", "heads", "streams")
 
 
 def broken_rules(task: Any, *, seed: int = 0, max_batches: int = 2) -> list[str]:

@@ -33,6 +33,7 @@ def check_number(
     *,
     above: bool = False,
     hint: str = "",
+    scalar: bool = True,
 ) -> None:
     """Refuses a known number, or an array of numbers, outside of ``[low, high]``.
 
@@ -43,16 +44,20 @@ def check_number(
       high: the largest; infinity is in the range of a number without a bound.
       above: whether ``low`` itself is refused.
       hint: what to do, the end of the message.
+      scalar: whether arrays are refused, traced ones too, which would broadcast in silence.
 
     Raises:
       TypeError: not a number.
-      ValueError: outside of the range, or nan.
+      ValueError: outside of the range, nan, or several numbers.
     """
     array = known(value)
+    rule = f"{name} must be a number {_range(low, high, above)}"
+    if scalar and hasattr(value, "dtype") and value.ndim:
+        raise ValueError(f"{rule}; got an array of shape {value.shape}. Give one number.")
     if array is None:
         return
-    rule = f"{name} must be a number {_range(low, high, above)}"
-    if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "iu"):
+    real = jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "iu"
+    if not real or (scalar and array.ndim):
         raise TypeError(f"{rule}; got {value!r} of type {type(value).__name__}.")
     inside = (array > low if above else array >= low) & (array <= high)
     if not inside.all():
@@ -117,11 +122,11 @@ def leading_size(name: str, tree: Any) -> int:
     """
     named = [(path, leaf) for path, leaf in _trees.named_leaves(tree) if not _is_label(leaf)]
     shapes = {path: getattr(leaf, "shape", None) or np.shape(leaf) for path, leaf in named}
+    shown = {path or "x": shape for path, shape in shapes.items()}
     if len({shape[:1] for shape in shapes.values()}) != 1 or () in shapes.values():
         raise ValueError(
             f"{name} needs the same leading axis on every leaf; got "
-            f"{ {path or 'x': shape for path, shape in shapes.items()} }. Give every instance its "
-            "own row of each leaf."
+            f"{shown or type(tree).__name__}. Give every instance its own row of each leaf."
         )
     return int(next(iter(shapes.values()))[0])
 
@@ -130,3 +135,16 @@ def _is_label(leaf: Any) -> bool:
     """Whether a leaf is a hole, or text, which no program is given."""
     kind = getattr(getattr(leaf, "dtype", None), "kind", "")
     return leaf is None or isinstance(leaf, str | bytes) or kind in ("U", "S", "O")
+
+
+def check_alike(names: tuple[str, str], a: Any, b: Any) -> None:
+    """Raises ``ValueError`` for two trees of different leaves, which cannot be compared."""
+    shapes = [
+        {path or "itself": np.shape(leaf) for path, leaf in _trees.named_leaves(tree)}
+        for tree in (a, b)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have the same leaves of the same shapes; got "
+            f"{shapes[0]} and {shapes[1]}. Compare two results of one program."
+        )

@@ -6,6 +6,7 @@ at construction, or while tracing: a compiled program holds none of them.
 
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +24,7 @@ _MADE_BY = {
     base.Reset: "ttt_jax.resets.never()",
     base.Stream: "ttt_jax.online(adapter, apply, reset=...)",
 }
-_KINDS = (
+KINDS = (
     *(base.Adapter, base.Selection, base.Reset, base.Stream),
     *(base.StatefulLoss, base.FromSource, base.AdapterState),
 )
@@ -74,25 +75,31 @@ def _is_factory(value: Any) -> bool:
     return getattr(sys.modules.get(module), value.__name__, None) is value
 
 
-def _article(word: str) -> str:
+def article(word: str) -> str:
     return f"{'an' if word[0] in 'AEIOUaeiou' else 'a'} {word}"
 
 
 def described(value: Any) -> str:
     """What was given, in words: a kind of the contract, a function, a module, a value."""
-    if isinstance(value, _KINDS):
-        return _article(type(value).__name__)
+    if isinstance(value, KINDS):
+        return article(type(value).__name__)
     if inspect.isfunction(value):
         return f"the function {value.__name__}"
     if isinstance(value, OneInstance):
         return "unbatched(apply)"
-    if isinstance(value, str | int | float):
+    if isinstance(value, OverInstances):
+        return "batched(predictor)"
+    if isinstance(value, str | bytes | int | float | complex | np.generic):
         return f"{type(value).__name__} {value!r}"
     if value is None:
         return "None"
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with {', '.join(map(repr, value))}"
-    return _article(type(value).__name__)
+    return article(type(value).__name__)
 
 
 def _called(value: Any) -> str:
@@ -110,22 +117,56 @@ def require(argument: str, value: Any, kind: type) -> None:
     """Raises ``TypeError`` unless ``value`` is of this kind of the contract."""
     if isinstance(value, kind):
         return
-    fix = f"call {_called(value)}" if _is_factory(value) else f"make one with {_MADE_BY[kind]}"
-    raise TypeError(f"{argument} must be {_article(kind.__name__)}; got {described(value)}: {fix}.")
+    fix = f": make one with {_MADE_BY[kind]}" if kind in _MADE_BY else ""
+    if _is_factory(value):
+        fix = f": call {_called(value)}"
+    raise TypeError(f"{argument} must be {article(kind.__name__)}; got {described(value)}{fix}.")
 
 
-def require_function(argument: str, value: Any, form: str) -> None:
-    """Raises ``TypeError`` unless ``value`` may be called with the arguments of ``form``."""
+def is_flax(value: Any) -> bool:
+    """Whether an object is of a class of flax or derived from one."""
+    return any(cls.__module__.partition(".")[0] == "flax" for cls in type(value).__mro__)
+
+
+def require_function(argument: str, value: Any, form: str, count: int | None = None) -> None:
+    """Raises ``TypeError`` unless ``value`` may be called with the arguments of ``form``.
+
+    Args:
+      argument: the name that the message begins with.
+      value: what was given.
+      form: in words, ``"(params, x, key) -> scalar"``.
+      count: of its arguments; read from ``form`` where it begins with them.
+    """
     rule = f"{argument} must be a function {form}; got {described(value)}"
-    flax = any(cls.__module__.partition(".")[0] == "flax" for cls in type(value).__mro__)
-    if flax:
+    if is_flax(value):
         raise TypeError(f"{rule}: build it with models.from_linen or models.from_nnx.")
-    if isinstance(value, tuple) and not isinstance(value, _KINDS) and value and callable(value[0]):
+    if isinstance(value, tuple) and not isinstance(value, KINDS) and value and callable(value[0]):
         raise TypeError(f"{rule}: pass its first entry (from_nnx returns a function and params).")
     if not callable(value):
         raise TypeError(f"{rule}. Pass the function itself.")
     if _is_factory(value) and value.__module__.startswith(_FACTORIES):
         raise TypeError(f"{rule}, which builds one: call {_called(value)}.")
+    if count is None and form.startswith("(") and "..." not in form:
+        count = len(_WITHIN.sub("", form[1 : form.index(")")]).split(","))
+    if count is not None and not _takes(value, count):
+        raise TypeError(f"{rule}, which does not take {count} arguments: wrap it in one that does.")
+
+
+# The axes of an argument, as in "(params, inputs[N, ...])".
+_WITHIN = re.compile(r"\[[^]]*\]")
+
+
+def _takes(value: Any, count: int) -> bool:
+    """Whether a function can be called with so many arguments by position, as far as it says."""
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 _FACTORIES = (
@@ -134,13 +175,24 @@ _FACTORIES = (
 )
 
 
-def require_model_function(place: str, value: Any) -> None:
-    """Raises ``TypeError`` unless ``value`` may be a model function over a batch."""
-    require_function(f"The model function of {place}", value, "(params, inputs[N, ...])")
+def require_model_function(
+    place: str, value: Any, name: str = "apply", extra: int | None = 0
+) -> None:
+    """Raises ``TypeError`` unless ``value`` may be a model function over a batch.
+
+    Args:
+      place: the public function, such as ``losses.entropy``.
+      value: what was given.
+      name: of the argument.
+      extra: how many arguments follow the inputs: a mask, a key; ``None`` for any number.
+    """
+    argument = f"{name}, the model function of {place},"
+    form = f"(params, inputs[N, ...]{'' if extra == 0 else ', ...'})"
+    require_function(argument, value, form, None if extra is None else 2 + extra)
     if is_unbatched(value):
         raise TypeError(
-            f"{place} needs the model function itself, over inputs[N, ...]; got unbatched(apply), "
-            "which adds that axis on its own: pass apply."
+            f"{name}: {place} needs the model function itself, over inputs[N, ...]; got "
+            "unbatched(apply), which adds that axis on its own: pass apply."
         )
 
 

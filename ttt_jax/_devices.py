@@ -115,6 +115,10 @@ def calls_of_batches(batches: Sequence[Examples], devices: Devices) -> Iterator[
         )
 
 
+def on_host(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
 def cut_as(lengths: Sequence[int], outputs: Sequence[Any]) -> list[Any]:
     """Outputs of calls, cut as the batches of the stream."""
     joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *outputs)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _chunks, batching, budget
+from ttt_jax import _chunks, _contract, batching, budget
 from ttt_jax._devices import AXIS, Devices
 from ttt_jax.base import Predictor, PyTree, Stream
 
@@ -43,6 +43,8 @@ def scope_of(method: Method) -> str:
     if isinstance(method, Parametric):
         method = method.build(method.values)
     inner = method.method if isinstance(method, InBatches) else method
+    if not isinstance(inner, Stream):
+        _contract.require_predictor("method", inner)
     if isinstance(inner, Stream):
         return "stream"
     return "batch" if isinstance(method, InBatches) else "per_sample"

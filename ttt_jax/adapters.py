@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ttt_jax import _checks, _contract, _optimizers, _trees, _varying
+from ttt_jax import _arguments, _checks, _contract, _optimizers, _trees, _varying
 from ttt_jax.base import (
     Adapter,
     AdapterState,
@@ -119,6 +119,14 @@ def _check_anchor(anchor: PyTree, fast: PyTree) -> None:
             f"{jax.tree.structure(anchor)}, expected {jax.tree.structure(fast)}. Take the same "
             "selection's split of it."
         )
+    weights, leaves = jax.tree.leaves(anchor), jax.tree.leaves(fast)
+    weights = weights * len(leaves) if len(weights) < len(leaves) else weights
+    shapes = [(jnp.shape(w), jnp.shape(leaf)) for w, leaf in zip(weights, leaves, strict=True)]
+    if wrong := [pair for pair in shapes if pair[0] not in ((), pair[1])]:
+        raise ValueError(
+            f"anchor must have numbers, or arrays of the parameters' shapes; got {wrong[0][0]} for "
+            f"parameters of shape {wrong[0][1]}. Take the same selection's split of it."
+        )
 
 
 def _gradient_step(
@@ -209,6 +217,7 @@ def _gradient_step(
     return Adapter(init, step, merge)
 
 
+@_arguments.checked()
 def gradient_adapter(
     loss: AuxLoss | StatefulLoss,
     optimizer: optax.GradientTransformation,
@@ -257,8 +266,8 @@ def gradient_adapter(
       <https://arxiv.org/abs/1909.13231>`_, 2020, Section 2.
     """
     for strength in jax.tree.leaves(anchor):
-        if isinstance(strength, int | float | np.number | np.ndarray | jax.Array):
-            _checks.check_number("anchor", strength, 0.0)
+        if isinstance(strength, int | float | complex | np.number | np.ndarray | jax.Array):
+            _checks.check_number("anchor", strength, 0.0, scalar=False)
 
     def gradient(objective: Any, fast: PyTree, merge: Callable[[PyTree], Params]) -> Any:
         pair, grads = jax.value_and_grad(objective, has_aux=True)(fast)
@@ -267,6 +276,7 @@ def gradient_adapter(
     return _gradient_step(_as_stateful(loss), optimizer, select, anchor, gradient, has_aux)
 
 
+@_arguments.checked()
 def sharpness_aware_adapter(
     loss: AuxLoss | StatefulLoss,
     optimizer: optax.GradientTransformation,
@@ -324,6 +334,7 @@ def sharpness_aware_adapter(
     return _gradient_step(_as_stateful(loss), optimizer, select, 0.0, gradient, has_aux)
 
 
+@_arguments.checked()
 def filtered(adapter: Adapter, keep: Callable[[Params, Any, Key], Any]) -> Adapter:
     """Skips the instances that ``keep`` rejects.
 

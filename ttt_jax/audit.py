@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax import (
+    _arguments,
     _audit_task,
+    _checks,
     _contract,
     _trees,
     batching,
@@ -25,6 +27,7 @@ from ttt_jax import (
     resets,
     select as select_lib,
 )
+from ttt_jax._audit_rows import can_poison, instances, poisoned, rows, snapshot
 from ttt_jax._findings import BITWISE, MEANING, AuditError, Finding
 from ttt_jax.base import Adapter, Key, Params, Predictor, Selection
 
@@ -48,6 +51,7 @@ __all__ = [
 _ROUNDING = 1e-5
 
 
+@_arguments.checked(num_steps=_arguments.count(0))
 def tolerance(num_steps: int = 1) -> float:
     """The largest difference between two programs, relative to the scale of their results.
 
@@ -64,6 +68,7 @@ def tolerance(num_steps: int = 1) -> float:
     return _ROUNDING * (1 + num_steps)
 
 
+@_arguments.checked()
 def scale(tree: Any) -> jax.Array:
     """The largest absolute value of all finite floating elements, 0 where there are none."""
 
@@ -75,6 +80,7 @@ def scale(tree: Any) -> jax.Array:
     return jnp.stack(sizes).max() if sizes else jnp.zeros(())
 
 
+@_arguments.checked()
 def relative_distance(a: Any, b: Any) -> jax.Array:
     """The largest absolute difference over all leaves by the scale of ``b``; see :func:`scale`.
 
@@ -84,6 +90,7 @@ def relative_distance(a: Any, b: Any) -> jax.Array:
     return distance(a, b) / jnp.where(size > 0, size, 1.0)
 
 
+@_arguments.checked(num_steps=_arguments.count(0))
 def require_close(actual: Any, expected: Any, *, num_steps: int = 1) -> None:
     """Checks that two programs gave the same, up to rounding.
 
@@ -95,11 +102,13 @@ def require_close(actual: Any, expected: Any, *, num_steps: int = 1) -> None:
     Raises:
       AuditError: their difference, relative to the scale of ``expected``, is above the tolerance.
     """
-    # On the host: the two may come from different devices.
+    _checks.check_alike(("actual", "expected"), actual, expected)
+    # On the host: they may come from two devices.
     gap = jax.jit(relative_distance)(*jax.device_get((actual, expected)))
     require([Finding("two programs give the same", float(gap), tolerance(num_steps))])
 
 
+@_arguments.checked()
 def distance(a: Any, b: Any) -> jax.Array:
     """Largest absolute difference over all leaves; equal non-finite values differ by 0."""
 
@@ -111,25 +120,12 @@ def distance(a: Any, b: Any) -> jax.Array:
             gap = (left != right).astype(jnp.float32)
         return jnp.nan_to_num(gap.astype(jnp.float32), nan=jnp.inf).max(initial=0.0)
 
+    _checks.check_alike(("a", "b"), a, b)
     gaps = jax.tree.leaves(jax.tree.map(lambda x, y: one(jnp.asarray(x), jnp.asarray(y)), a, b))
     return jnp.stack(gaps).max() if gaps else jnp.zeros(())
 
 
-def _rows(tree: Any, places: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf[places], tree)
-
-
-def _poisoned(xs: Any, place: int) -> Any:
-    def spoil(leaf: jax.Array) -> jax.Array:
-        return leaf.at[place].set(jnp.nan) if _trees.is_floating(leaf) else leaf
-
-    return jax.tree.map(spoil, xs)
-
-
-def _can_poison(xs: Any) -> bool:
-    return any(_trees.is_floating(leaf) for leaf in jax.tree.leaves(xs))
-
-
+@_arguments.checked()
 def differences(predictor: Predictor, params: Params, xs: Any, keys: Key) -> dict[str, jax.Array]:
     """How far a predictor is from the promises, as scalars; pure and traceable.
 
@@ -149,7 +145,7 @@ def differences(predictor: Predictor, params: Params, xs: Any, keys: Key) -> dic
     Raises:
       ValueError: fewer than three instances.
     """
-    xs = jax.tree.map(jnp.asarray, xs)
+    xs = instances(xs, keys)
     found, base = _variants(predictor, params, xs, keys)
     loop = jax.lax.map(lambda pair: predictor(params, *pair), (xs, keys))
     return {"loop": relative_distance(base, loop), **found}
@@ -166,20 +162,20 @@ def _variants(
     rolled = np.roll(same, 1)
     # Instance 1 keeps its place; every mate is another instance.
     others = np.where(same == 1, 1, (same + 1 + (same == 0)) % count)
-    variants = [_rows((xs, keys), places) for places in (same, rolled, others)]
-    if _can_poison(xs):
-        variants.append((_poisoned(xs, 1), keys))
+    variants = [rows((xs, keys), places) for places in (same, rolled, others)]
+    if can_poison(xs):
+        variants.append((poisoned(xs, 1), keys))
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variants)
     parallel = batching.batched(predictor, chunk_size=(count + 1) // 2)
     results = jax.lax.map(lambda variant: parallel(params, *variant), stacked)
-    base = _rows(results, 0)
+    base = rows(results, 0)
     found = {
-        "order": relative_distance(_rows(_rows(results, 1), np.argsort(rolled)), base),
-        "mates": distance(_rows(base, 1), _rows(_rows(results, 2), 1)),
+        "order": relative_distance(rows(rows(results, 1), np.argsort(rolled)), base),
+        "mates": distance(rows(base, 1), rows(rows(results, 2), 1)),
     }
-    if _can_poison(xs):
-        spoiled, clean = _rows(results, 3), np.delete(same, 1)
-        found["poison"] = distance(_rows(base, clean), _rows(spoiled, clean))
+    if can_poison(xs):
+        spoiled, clean = rows(results, 3), np.delete(same, 1)
+        found["poison"] = distance(rows(base, clean), rows(spoiled, clean))
         info = spoiled[1]
         if info.loss.shape[-1]:
             # A filter may have skipped it, which is ok and updates nothing.
@@ -188,6 +184,7 @@ def _variants(
     return found, base
 
 
+@_arguments.checked(num_steps=_arguments.count())
 def adapter_differences(
     adapter: Adapter,
     apply: Callable[[Params, Any], Any],
@@ -214,14 +211,14 @@ def adapter_differences(
       ``{name: largest difference}``; those of order and every_1 are relative to the scale of the
       results.
     """
-    xs = jax.tree.map(jnp.asarray, xs)
+    xs = instances(xs, keys)
     traced = predictors.episodic(adapter, apply, num_steps=num_steps, trace=True)
     untouched = predictors.episodic(adapter, apply, num_steps=0)
     source = predictors.source(apply)
     zero, plain = jax.lax.map(
         lambda pair: (untouched(params, *pair), source(params, *pair)), (xs, keys)
     )
-    spoilable = _can_poison(xs)
+    spoilable = can_poison(xs)
     never = keys.shape[0] + 1
 
     def run(variant: Any) -> Any:
@@ -238,46 +235,48 @@ def adapter_differences(
     swapped[:2] = 1, 0
     if spoilable:
         # Without resets: a spoiled instance that leaves no trace may as well come first.
-        spoiled = (_poisoned(xs, 1), keys)
-        variants += [(jnp.asarray(never), spoiled), (jnp.asarray(never), _rows(spoiled, swapped))]
+        spoiled = (poisoned(xs, 1), keys)
+        variants += [
+            (jnp.asarray(never), spoiled),
+            (jnp.asarray(never), rows(spoiled, swapped)),
+        ]
     runs = jax.lax.map(run, jax.tree.map(lambda *leaves: jnp.stack(leaves), *variants))
-    outputs, infos = _rows(runs, 0)
+    outputs, infos = rows(runs, 0)
     found, (path, episodes) = _variants(traced, params, xs, keys)
     found["every_1"] = relative_distance(
         (outputs, infos.loss, infos.ok),
-        (_rows(path, (slice(None), -1)), episodes.loss, episodes.ok),
+        (rows(path, (slice(None), -1)), episodes.loss, episodes.ok),
     )
     found["updates"] = 1.0 - episodes.updated.any().astype(jnp.float32)
     found["zero_steps"] = distance(zero, plain)
-    found["trace"] = distance(_rows(path, (slice(None), 0)), plain[0])
+    found["trace"] = distance(rows(path, (slice(None), 0)), plain[0])
     if spoilable:
         clean = np.delete(np.arange(keys.shape[0]), 1)
         found["stream_poison"] = distance(
-            _rows(_rows(runs, 1), clean), _rows(_rows(_rows(runs, 2), swapped), clean)
+            rows(rows(runs, 1), clean),
+            rows(rows(rows(runs, 2), swapped), clean),
         )
     return found
 
 
+@_arguments.checked(num_steps=_arguments.count(0))
 def findings(values: dict[str, Any], *, num_steps: int = 1) -> list[Finding]:
     """Judges measured differences: bitwise where it is promised, :func:`tolerance` elsewhere."""
+    strange = sorted(set(values) - set(MEANING))
+    if strange:
+        raise ValueError(f"values must be of checks ({', '.join(MEANING)}); got {strange[0]!r}.")
     return [
         Finding(MEANING[name], float(value), 0.0 if name in BITWISE else tolerance(num_steps))
         for name, value in values.items()
     ]
 
 
+@_arguments.checked()
 def require(found: list[Finding]) -> None:
     """Raises :class:`AuditError` listing every failed finding."""
     failed = [finding for finding in found if not finding.passed]
     if failed:
         raise AuditError("\n".join(map(str, failed)))
-
-
-def _snapshot(tree: Any) -> list[tuple[str, bytes]]:
-    return [
-        (path, b"" if leaf is None or _trees.is_key(leaf) else np.asarray(leaf).tobytes())
-        for path, leaf in _trees.named_leaves(tree)
-    ]
 
 
 def _call_once(predictor: Predictor, params: Params, xs: Any, keys: Key) -> list[tuple[str, bytes]]:
@@ -286,13 +285,15 @@ def _call_once(predictor: Predictor, params: Params, xs: Any, keys: Key) -> list
     ``jit`` hands copies of the containers to what it traces, so that only this call can see a
     model that writes into them.
     """
-    before = _snapshot(params)
-    predictor(params, *_rows((jax.tree.map(jnp.asarray, xs), keys), 0))
-    changed = float(before != _snapshot(params))
+    xs = instances(xs, keys)
+    before = snapshot(params)
+    predictor(params, *rows((jax.tree.map(jnp.asarray, xs), keys), 0))
+    changed = float(before != snapshot(params))
     require(findings({"pristine": changed}))
     return before
 
 
+@_arguments.checked(num_steps=_arguments.count(0))
 def check(
     predictor: Predictor, params: Params, xs: Any, keys: Key, *, num_steps: int = 1
 ) -> list[Finding]:
@@ -319,6 +320,7 @@ def check(
     return _judge(before, params, values, num_steps)
 
 
+@_arguments.checked(num_steps=_arguments.count())
 def check_adapter(
     adapter: Adapter,
     apply: Callable[[Params, Any], Any],
@@ -346,12 +348,13 @@ def check_adapter(
 def _judge(
     before: list[tuple[str, bytes]], params: Params, values: Any, num_steps: int
 ) -> list[Finding]:
-    changed = float(before != _snapshot(params))
+    changed = float(before != snapshot(params))
     found = findings({**values, "pristine": changed}, num_steps=num_steps)
     require(found)
     return found
 
 
+@_arguments.checked()
 def copied_frozen(
     predictor: Predictor, selection: Selection, params: Params, xs: Any, keys: Key
 ) -> list[str]:
@@ -365,6 +368,7 @@ def copied_frozen(
       The paths of the copied leaves; empty when frozen parameters stay shared.
     """
     count = keys.shape[0]
+    instances(xs, keys)
     _, frozen = selection.split(params)
     lowered = jax.jit(batching.batched(predictor)).lower(params, xs, keys)
     text = lowered.compile().as_text() or ""
@@ -378,11 +382,13 @@ def copied_frozen(
     return copied
 
 
+@_arguments.checked()
 def everything_but(selection: Selection) -> Selection:
     """The complement of a selection, for asking what stayed frozen."""
     return select_lib.exclude(select_lib.everything(), selection)
 
 
+@_arguments.checked(task=_audit_task.RULE, seed=_arguments.count(0), max_batches=_arguments.count())
 def check_task(task: Any, *, seed: int = 0, max_batches: int = 2) -> None:
     """Raises :class:`AuditError` naming every rule that a :class:`ttt_jax.task.Task` breaks.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax import _checks, _contract, _trees
+from ttt_jax import _arguments, _checks, _contract, _trees
 from ttt_jax.base import Info, Key, Params, Predictor
 
 __all__ = ["BatchedPredictor", "batched", "sample_keys", "unbatched"]
@@ -17,6 +17,7 @@ _EXPLICIT = jax.sharding.AxisType.Explicit
 BatchedPredictor = Callable[[Params, Any, Key], tuple[Any, Info]]
 
 
+@_arguments.checked()
 def unbatched(apply: Callable[..., Any]) -> Callable[..., Any]:
     """Turns a model function over a batch into the one-instance ``apply`` of a predictor.
 
@@ -35,10 +36,11 @@ def unbatched(apply: Callable[..., Any]) -> Callable[..., Any]:
       >>> one(jnp.eye(3), jnp.ones(3)).shape
       (3,)
     """
-    _contract.require_model_function("unbatched", apply)
+    _contract.require_model_function("unbatched", apply, extra=None)
     return _contract.OneInstance(apply)
 
 
+@_arguments.checked(ids=_arguments.array(host=True, kinds="fiubcUS"))
 def sample_keys(key: Key, ids: Any) -> Key:
     """One key per instance that follows its id, not its place in the batch.
 
@@ -92,8 +94,8 @@ def _count(xs: Any, keys: Key) -> int:
     _checks.check_mapped_keys("batched", keys)
     if keys.shape != (count,):
         raise ValueError(
-            f"batched needs one key per instance, shape ({count},); got {keys.shape}. Make them "
-            "with ttt_jax.sample_keys(key, ids)."
+            f"batched needs keys: one key per instance, shape ({count},); got {keys.shape}. Make "
+            "them with ttt_jax.sample_keys(key, ids)."
         )
     if count == 0:
         raise ValueError("batched needs at least one instance; got an empty batch.")
@@ -132,6 +134,7 @@ def _in_chunks(predictor: Predictor, chunk_size: int | None) -> BatchedPredictor
     return run
 
 
+@_arguments.checked(mesh=_arguments.instance(jax.sharding.Mesh, jax.sharding.AbstractMesh))
 def batched(
     predictor: Predictor,
     *,

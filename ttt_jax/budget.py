@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ttt_jax import _checks
+from ttt_jax import _arguments, _checks
 from ttt_jax.base import Adapter, Params
 
 __all__ = ["Chunk", "copy_bytes", "free_bytes", "largest_chunk", "used"]
@@ -32,6 +32,7 @@ class Chunk(NamedTuple):
     compiled: Any
 
 
+@_arguments.checked(compiled=_arguments.having("a compiled program", "memory_analysis"))
 def used(compiled: jax.stages.Compiled) -> int:
     """Bytes on each device that a compiled program needs: arguments, results, and what is between.
 
@@ -54,6 +55,7 @@ def used(compiled: jax.stages.Compiled) -> int:
     return int(total - found.alias_size_in_bytes)
 
 
+@_arguments.checked()
 def copy_bytes(adapter: Adapter, params: Params) -> int:
     """Bytes of one private copy: fast parameters, optimizer state and memory of the loss.
 
@@ -71,6 +73,7 @@ def copy_bytes(adapter: Adapter, params: Params) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
+@_arguments.checked(limit=_arguments.count(-(2**63)))
 def largest_chunk(
     compile_for: Callable[[int], jax.stages.Compiled],
     limit: int,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ttt_jax import _devices, batching, diagnostics, predictors, select
+from ttt_jax import _arguments, _devices, batching, diagnostics, predictors, select
 from ttt_jax._devices import Call, Devices
 from ttt_jax._programs import (
     InBatches,
@@ -66,6 +66,7 @@ class Row(NamedTuple):
     each: Mapping[str, PyTree]
 
 
+@_arguments.checked(seed=_arguments.count(0))
 def evaluate(
     task: Task,
     methods: Mapping[str, Method],
@@ -101,11 +102,13 @@ def evaluate(
             yield from evaluation.rows(label, method, name)
 
 
+@_arguments.checked()
 def source_of(task: Task) -> Predictor:
     """The unadapted model of a task, with whose output methods are compared: its first head."""
     return predictors.source(batching.unbatched(next(iter(task.heads().values()))))
 
 
+@_arguments.checked(seed=_arguments.count(0), size=_arguments.count(), count=_arguments.count())
 def measured(
     method: FromSource, params: Params, task: Task, *, seed: int, size: int, count: int | None
 ) -> PyTree:
@@ -158,6 +161,11 @@ class Evaluation:
     Programs that resume, or go on after a failure, call :meth:`rows` per method and stream.
     """
 
+    @_arguments.checked(
+        seed=_arguments.count(0),
+        chunk_size=_arguments.count_or("fastest"),
+        parallel_streams=_arguments.count(),
+    )
     def __init__(
         self,
         task: Task,
@@ -177,8 +185,6 @@ class Evaluation:
         seconds per instance by size, the fastest first, as ``chunk_size="fastest"`` measures them;
         what it holds at the start is not measured again.
         """
-        if isinstance(chunk_size, str) and chunk_size != "fastest":
-            raise ValueError(f"chunk_size must be a number, None or 'fastest'; got {chunk_size!r}.")
         if role not in ("validation", "reported", "choosing"):
             raise ValueError(f"role must be 'validation' or 'reported', got {role!r}.")
         self._task, self._seed = task, seed
@@ -261,7 +267,7 @@ class Evaluation:
             calls = _devices.calls_of_instances(batches, size, self._devices)
         results = []
         for call in calls:
-            output, info = _on_host(self._call(method, self._inputs(call), clock))
+            output, info = _devices.on_host(self._call(method, self._inputs(call), clock))
             for position, count in enumerate(call.counts):
                 # A batch is one of several results, instances are the first of all.
                 index = position if in_batch else slice(count)
@@ -285,7 +291,7 @@ class Evaluation:
             x = jax.tree.map(lambda *leaves: np.stack(leaves), *(batch.x for batch in batches))
             arguments = (carry, *self._inputs(Call(ids, x, ())))
             carry, *told = self._call(method, arguments, clock)
-            told = _on_host(told)
+            told = _devices.on_host(told)
             for position, result in enumerate(results):
                 output, info = jax.tree.map(lambda leaf, at=position: leaf[at], told)
                 result.append(_Result(output, _flags(info, len(batches[0].id))))
@@ -380,10 +386,6 @@ class Evaluation:
 def _drifts(start: PyTree, ends: PyTree) -> jax.Array:
     """How far the parameters of each stream went from where all began."""
     return jax.vmap(lambda end: diagnostics.drift(start, end, select.everything()))(ends)
-
-
-def _on_host(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, tree)
 
 
 def _flags(info: Any, count: int) -> dict[str, np.ndarray]:

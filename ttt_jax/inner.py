@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks, _contract, _trees, _varying
+from ttt_jax import _arguments, _checks, _contract, _trees, _varying
 from ttt_jax.base import Adapter, Key, Params, PyTree, StepInfo
 
 __all__ = ["check_num_steps", "guarded", "inner_loop", "observed_loop"]
 
 
+@_arguments.checked()
 def guarded(adapter: Adapter) -> Adapter:
     """An adapter that does not take a step which is not finite: the state keeps its values."""
     _contract.require("adapter", adapter, Adapter)
@@ -28,6 +29,7 @@ def check_num_steps(num_steps: Any) -> int:
     return _checks.check_count("num_steps", num_steps, 0)
 
 
+@_arguments.checked()
 def observed_loop(
     adapter: Adapter, num_steps: int, observe: Callable[[PyTree, StepInfo], Any] | None = None
 ) -> Callable[[Params, PyTree, Any, Key], tuple[PyTree, tuple[StepInfo, Any]]]:
@@ -45,6 +47,7 @@ def observed_loop(
     Returns:
       ``(params, state, x, key) -> (state, (StepInfo[S], observations[S]))``.
     """
+    num_steps = check_num_steps(num_steps)
     _contract.require("adapter", adapter, Adapter)
     look = observe or (lambda state, info: ())
 
@@ -67,6 +70,7 @@ def observed_loop(
     return run
 
 
+@_arguments.checked()
 def inner_loop(
     adapter: Adapter, num_steps: int
 ) -> Callable[[Params, PyTree, Any, Key], tuple[PyTree, StepInfo]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ttt_jax import _arguments
 from ttt_jax.task import Examples, Metric
 
 __all__ = [
@@ -31,12 +32,14 @@ __all__ = [
 Prediction = Callable[[Any], Any]
 
 
+@_arguments.checked(logits=_arguments.array(host=True))
 def classes(logits: Any) -> np.ndarray:
     """The predicted class, ``[..., C] -> int [...]``; -1, which is no class, where one is nan."""
     logits = np.asarray(logits)
     return np.where(np.isnan(logits).any(-1), -1, logits.argmax(-1))
 
 
+@_arguments.checked()
 def ratio(of: Callable[[Any, Any, Examples], tuple[Any, Any] | None]) -> Metric:
     """A sum over another: ``of(output, source_output, examples) -> (above [N], below [N])``.
 
@@ -54,6 +57,7 @@ def ratio(of: Callable[[Any, Any, Examples], tuple[Any, Any] | None]) -> Metric:
     return Metric(of, value)
 
 
+@_arguments.checked()
 def mean(of: Callable[[Any, Any, Examples], Any | None]) -> Metric:
     """The mean over instances of ``of(output, source_output, examples) -> [N, ...]``."""
 
@@ -67,6 +71,7 @@ def mean(of: Callable[[Any, Any, Examples], Any | None]) -> Metric:
     return ratio(both)
 
 
+@_arguments.checked()
 def error(prediction: Prediction = classes, label: str | None = None) -> Metric:
     """Share of the instances whose prediction is not ``y`` (its entry ``label``, if named).
 
@@ -81,6 +86,7 @@ def error(prediction: Prediction = classes, label: str | None = None) -> Metric:
     return wrong._replace(chance=chance)
 
 
+@_arguments.checked()
 def helped(prediction: Prediction = classes, label: str | None = None) -> Metric:
     """Share that the source model has wrong and the adapted one right."""
 
@@ -91,6 +97,7 @@ def helped(prediction: Prediction = classes, label: str | None = None) -> Metric
     return mean(of)
 
 
+@_arguments.checked()
 def harmed(prediction: Prediction = classes, label: str | None = None) -> Metric:
     """Share that the source model has right and the adapted one wrong."""
 
@@ -101,6 +108,7 @@ def harmed(prediction: Prediction = classes, label: str | None = None) -> Metric
     return mean(of)
 
 
+@_arguments.checked()
 def agreement(prediction: Prediction = classes) -> Metric:
     """Share on which the adapted and the source model give the same, valid prediction."""
 
@@ -111,11 +119,13 @@ def agreement(prediction: Prediction = classes) -> Metric:
     return mean(of)
 
 
+@_arguments.checked()
 def by_step(of_steps: Callable[[Any, Examples], Any | None]) -> Metric:
     """A curve over inner steps: ``of_steps(output, examples) -> [N, S + 1]``, None without one."""
     return mean(lambda output, source, examples: of_steps(output, examples))
 
 
+@_arguments.checked()
 def cross_entropy(logits: Prediction, label: str | None = None) -> Metric:
     """Mean cross-entropy in nats of ``logits(output) [N, C]`` with the label; inf where nan."""
 
@@ -130,6 +140,7 @@ def cross_entropy(logits: Prediction, label: str | None = None) -> Metric:
     return mean(of)
 
 
+@_arguments.checked(num_classes=_arguments.count())
 def predicted_classes(num_classes: int, prediction: Callable[[Any, Any], Any]) -> Metric:
     """Effective number of predicted classes, ``exp`` of the entropy of their shares: 1 to C.
 
@@ -149,6 +160,7 @@ def predicted_classes(num_classes: int, prediction: Callable[[Any, Any], Any]) -
     return Metric(of, value)
 
 
+@_arguments.checked()
 def bits_per_byte(nats: Prediction, count: Callable[[Examples], Any]) -> Metric:
     """Bits per byte: ``nats(output) [N]`` summed over each instance, over ``count`` bytes."""
     return ratio(
@@ -159,6 +171,7 @@ def bits_per_byte(nats: Prediction, count: Callable[[Examples], Any]) -> Metric:
     )
 
 
+@_arguments.checked()
 def solved(answer: Prediction = lambda output: output) -> Metric:
     """Share of the instances whose whole answer (a grid, a string of tokens) is ``y``."""
 
@@ -169,6 +182,7 @@ def solved(answer: Prediction = lambda output: output) -> Metric:
     return mean(of)
 
 
+@_arguments.checked(num_classes=_arguments.count())
 def mean_iou(num_classes: int, prediction: Prediction = classes) -> Metric:
     """Mean over classes of intersection over union of pixels, over all instances together.
 

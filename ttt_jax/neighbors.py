@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees
+from ttt_jax import _arguments, _trees
 from ttt_jax.base import Adapter, Key, Params, PyTree, StepInfo
 from ttt_jax.source import value_of
 
@@ -19,6 +19,7 @@ __all__ = ["finder", "nearest", "with_neighbors"]
 _METRICS = ("cosine", "euclidean")
 
 
+@_arguments.checked(bank=_arguments.array(1, 2))
 def nearest(features: jax.Array, bank: jax.Array, k: int, *, metric: str = "cosine") -> jax.Array:
     """The k rows of a bank that are nearest to a vector: exact, by one matrix product.
 
@@ -78,6 +79,7 @@ def _product(queries: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.matmul(queries, rows.T, precision=jax.lax.Precision.HIGHEST)
 
 
+@_arguments.checked(k=_arguments.count())
 def finder(
     features: Callable[[Params, Any], jax.Array],
     pool: PyTree,
@@ -107,12 +109,12 @@ def finder(
       ValueError: leaves of the pool whose leading axis is not that of the bank; when called: as
         in :func:`nearest`.
     """
-    rows = jnp.asarray(value_of(bank))
+    rows = _arguments.array()("", "bank", value_of(bank))
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(pool)}
     if lengths != {rows.shape[:1]}:
         raise ValueError(
             "neighbors.finder needs one row of the bank for each instance of the pool; got leading "
-            f"axes {sorted(lengths)} of the pool and a bank of shape {rows.shape}."
+            f"axes {sorted(lengths) or None} of the pool and a bank of shape {rows.shape}."
         )
 
     def find(params: Params, x: Any) -> PyTree:
@@ -123,6 +125,7 @@ def finder(
     return find
 
 
+@_arguments.checked()
 def with_neighbors(adapter: Adapter, find: Callable[[Params, Any], PyTree]) -> Adapter:
     """Adapts to an instance together with its neighbors, as one batch.
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _contract, _trees, _varying, inner
+from ttt_jax import _arguments, _contract, _trees, _varying, inner
 from ttt_jax.base import (
     Adapter,
     Info,
@@ -32,6 +32,7 @@ class Carry(NamedTuple):
     reset: PyTree
 
 
+@_arguments.checked()
 def online(
     adapter: Adapter,
     apply: Callable[[Params, Any], Any],
@@ -102,6 +103,7 @@ def online(
     return Stream(init, step)
 
 
+@_arguments.checked()
 def episode(stream: Stream) -> Predictor:
     """A predictor that makes one step of a stream from its pristine start, and forgets.
 
@@ -124,6 +126,7 @@ def episode(stream: Stream) -> Predictor:
     return predict
 
 
+@_arguments.checked()
 def unroll(stream: Stream) -> Predictor:
     """A predictor that runs a stream, from pristine, along the leading axis of one instance.
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks, _contract, _trees, inner
+from ttt_jax import _arguments, _checks, _contract, _trees, inner
 from ttt_jax.base import Adapter, Info, Key, Params, Predictor, PyTree, StepInfo
 
 __all__ = ["augmented", "episodic", "no_steps", "source", "vote"]
@@ -18,6 +18,7 @@ def no_steps() -> Info:
     return Info(loss=empty, grad_norm=empty, ok=jnp.ones((), bool), updated=jnp.zeros((), bool))
 
 
+@_arguments.checked()
 def source(apply: Callable[[Params, Any], Any]) -> Predictor:
     """The pristine model: no adaptation, the baseline of every comparison.
 
@@ -35,6 +36,7 @@ def source(apply: Callable[[Params, Any], Any]) -> Predictor:
     return predict
 
 
+@_arguments.checked()
 def augmented(
     apply: Callable[[Params, Any], Any],
     augment: Callable[[Any, Key], Any],
@@ -85,6 +87,7 @@ def augmented(
     return predict
 
 
+@_arguments.checked()
 def episodic(
     adapter: Adapter,
     apply: Callable[[Params, Any], Any],
@@ -156,6 +159,7 @@ def episodic(
     return predict
 
 
+@_arguments.checked()
 def vote(predictor: Predictor, num_votes: int, *, combine: Callable[[Any], Any]) -> Predictor:
     """Runs a predictor several times with independent keys and combines the outputs.
 

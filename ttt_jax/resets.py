@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks, _contract, _trees
+from ttt_jax import _arguments, _checks, _contract, _trees
 from ttt_jax.base import Info, Key, PyTree, Reset
 
 __all__ = ["every", "never", "on_collapse", "stochastic_restore"]
@@ -26,6 +26,7 @@ def never() -> Reset:
     return Reset(lambda: (), apply)
 
 
+@_arguments.checked()
 def every(n: int | jax.Array) -> Reset:
     """Restores the pristine state after every n-th step of the stream; ``every(1)`` is episodic.
 
@@ -42,7 +43,7 @@ def every(n: int | jax.Array) -> Reset:
     if known is not None:
         count = known.item() if known.ndim == 0 else n
         if not _trees.is_integer(count, 1):
-            raise ValueError(f"resets.every needs an integer of at least 1, got {n!r}.")
+            raise ValueError(f"resets.every needs n, an integer of at least 1, got {n!r}.")
 
     def apply(carry: Any, state: PyTree, pristine: PyTree, output: Any, info: Info, key: Key):
         count = carry + 1
@@ -57,6 +58,7 @@ class _Average(NamedTuple):
     started: jax.Array
 
 
+@_arguments.checked()
 def on_collapse(
     statistic: Callable[[Any, Info], jax.Array],
     threshold: float | jax.Array,
@@ -107,6 +109,7 @@ def on_collapse(
     return Reset(init, apply)
 
 
+@_arguments.checked()
 def stochastic_restore(p: float | jax.Array) -> Reset:
     """Restores each element of the fast parameters with probability ``p`` at every step.
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks, _trees, select as select_lib
+from ttt_jax import _arguments, _checks, _trees, select as select_lib
 from ttt_jax.base import Adapter, AdapterState, Key, Params, PyTree, StepInfo
 
 __all__ = ["OLD_WEIGHT", "statistics_adapter"]
@@ -14,6 +14,7 @@ __all__ = ["OLD_WEIGHT", "statistics_adapter"]
 OLD_WEIGHT = "It is the weight of the old statistics, one minus PyTorch's momentum."
 
 
+@_arguments.checked()
 def statistics_adapter(
     collect: Callable[[Params, Any], PyTree], *, momentum: float | jax.Array
 ) -> Adapter:

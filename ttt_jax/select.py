@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _contract, _trees
+from ttt_jax import _arguments, _contract, _trees
 from ttt_jax.base import Params, Selection
 
 __all__ = [
@@ -149,6 +149,7 @@ def _raise_empty(
     )
 
 
+@_arguments.checked()
 def paths(*regex: str) -> Selection:
     r"""Leaves whose whole ``a/b/c`` path matches one of the regular expressions.
 
@@ -176,7 +177,7 @@ def paths(*regex: str) -> Selection:
             compiled.append(re.compile(pattern))
         except re.error as error:
             raise ValueError(
-                f"select.paths needs regular expressions; {pattern!r} is not one ({error})."
+                f"select.paths: regex takes regular expressions; {pattern!r} is not one ({error})."
             ) from error
 
     def choose(named: list[_Leaf]) -> list[bool]:
@@ -185,9 +186,9 @@ def paths(*regex: str) -> Selection:
         for pattern in compiled:
             matches = functools.partial(_matches, pattern)
             hits = [ok and matches(leaf) for leaf, ok in zip(named, offered, strict=True)]
-            _check_complex(f"pattern {pattern.pattern!r}", named, matches)
+            _check_complex(f"regex pattern {pattern.pattern!r}", named, matches)
             if not any(hits):
-                _raise_empty(f"pattern {pattern.pattern!r}", named, offered, pattern.pattern)
+                _raise_empty(f"regex pattern {pattern.pattern!r}", named, offered, pattern.pattern)
             mask = [a or b for a, b in zip(mask, hits, strict=True)]
         return mask
 
@@ -270,6 +271,7 @@ def _combined(combine: Callable[[Params], list[bool]]) -> Selection:
     return Selection(split, _merge)
 
 
+@_arguments.checked()
 def union(*selections: Selection) -> Selection:
     """Leaves chosen by at least one of the selections; each must match something."""
     if not selections:
@@ -284,6 +286,7 @@ def union(*selections: Selection) -> Selection:
     return _combined(combine)
 
 
+@_arguments.checked()
 def exclude(base: Selection, *minus: Selection) -> Selection:
     """Leaves of ``base`` that none of ``minus`` chooses; each must match something.
 
@@ -333,6 +336,7 @@ class Description(NamedTuple):
         return "\n".join([head, *(f"  {path}" for path in self.paths), *left_out])
 
 
+@_arguments.checked()
 def describe(selection: Selection, params: Params) -> Description:
     """The chosen paths, counts and bytes of a selection over ``params``.
 

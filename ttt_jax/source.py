@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks
+from ttt_jax import _arguments, _checks
 from ttt_jax.base import Params, PyTree
 
 __all__ = [
@@ -106,6 +106,7 @@ def is_test_split(split: str) -> bool:
 _OTHERS = ("latest", "fastest", "greatest", "shortest", "brightest", "lightest", "contest")
 
 
+@_arguments.checked()
 def source_statistics(
     fn: Callable[[Params, Any], PyTree],
     params: Params,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from ttt_jax import _arguments, _contract
 from ttt_jax.base import Key, Params, PyTree
 
 __all__ = [
@@ -105,11 +106,16 @@ class Task(NamedTuple):
     ties: tuple[str, ...] = ()
 
 
+@_arguments.checked(index=None)
 def take(examples: Examples, index: Any) -> Examples:
     """The examples at an index: a slice, positions or a mask ``[N]``."""
+    kinds = (slice, int, np.integer, list, np.ndarray, jax.Array)
+    if not isinstance(index, kinds) and type(index) is not tuple:
+        raise TypeError(f"index must be a slice, or integers; got {_contract.described(index)}.")
     return jax.tree.map(lambda leaf: np.asarray(leaf)[index], examples)
 
 
+@_arguments.checked(batches=_arguments.iterable, size=_arguments.integer, count=_arguments.integer)
 def in_batches(
     batches: Iterable[Examples], size: int, count: int | None = None
 ) -> Iterator[Examples]:
@@ -144,14 +150,19 @@ def _joined(first: Examples, second: Examples) -> Examples:
     return jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
 
 
+@_arguments.checked()
 def joined_tags(batches: Sequence[Examples]) -> dict[str, np.ndarray]:
     """The tags of all examples of some batches, ``[N]`` each."""
     return jax.tree.map(lambda *a: np.concatenate(a), *(dict(batch.tags) for batch in batches))
 
 
+@_arguments.checked(count=_arguments.count(0))
 def cells(tags: Mapping[str, np.ndarray], count: int) -> Iterator[tuple[dict, np.ndarray]]:
     """The distinct combinations of the tags, in order of appearance, and where each is."""
     columns = [np.asarray(column).tolist() for column in tags.values()]
+    lengths = {name: len(column) for name, column in zip(tags, columns, strict=True)}
+    if set(lengths.values()) - {count}:
+        raise ValueError(f"tags must have count = {count} values each; got {lengths} of them.")
     rows = list(zip(*columns, strict=True)) if columns else [()] * count
     positions: dict[tuple, list[int]] = {}
     for index, row in enumerate(rows):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ttt_jax import _checks
+from ttt_jax import _arguments, _checks, _contract
 from ttt_jax.base import AuxLoss, Key, Params, Selection
 from ttt_jax.task import Examples, Task, TrainingData
 
@@ -42,6 +42,7 @@ class Auxiliary(NamedTuple):
     weight: float | jax.Array = 1.0
 
 
+@_arguments.checked()
 def make_step(
     task: Task,
     optimizer: optax.GradientTransformation,
@@ -65,6 +66,7 @@ def make_step(
     """
     if auxiliary is not None:
         _checks.check_number("auxiliary.weight", auxiliary.weight)
+        _contract.require_function("auxiliary.loss", auxiliary.loss, "(params, x, key) -> scalar")
 
     def losses(params: Params, examples: Examples, key: Key) -> Any:
         view_key, aux_key = jax.random.split(key)
@@ -93,6 +95,7 @@ def make_step(
     return step
 
 
+@_arguments.checked()
 def learned(params: Params) -> Any:
     """What the optimizer sees: the collection ``params`` where there is one."""
     return params["params"] if isinstance(params, dict) and "params" in params else params
@@ -104,6 +107,7 @@ def _with_learned(params: Params, new: Any) -> Params:
     return new
 
 
+@_arguments.checked(data=_arguments.iterable, start=_arguments.count(0))
 def batches_from(data: Any, start: int) -> Iterator[Examples]:
     """Endless training batches from step ``start``.
 
@@ -130,6 +134,12 @@ def _cycled(data: Any) -> Iterator[Examples]:
             raise ValueError("Training needs at least one batch; task.training(seed) has none.")
 
 
+@_arguments.checked(
+    state=_arguments.sequence(),
+    start=_arguments.count(0),
+    total=_arguments.count(0),
+    steps_per_call=_arguments.count(),
+)
 def blocks(
     step: Step,
     state: State,

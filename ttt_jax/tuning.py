@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ttt_jax import _checks, _chunks, _contract, batching
+from ttt_jax import _arguments, _checks, _chunks, _contract, batching
 from ttt_jax.base import Key, Params, Predictor
 from ttt_jax.evaluation import Evaluation, Method, Row
 from ttt_jax.task import Task
@@ -31,6 +31,7 @@ class Trial(NamedTuple):
     message: str = ""
 
 
+@_arguments.checked(rows=_arguments.iterable)
 def score(task: Task, rows: Iterable[Row]) -> Mapping[str, float]:
     """Means over rows of the metrics that choose, in order of importance.
 
@@ -43,11 +44,18 @@ def score(task: Task, rows: Iterable[Row]) -> Mapping[str, float]:
     """
     rows = list(rows)
     if not rows:
-        raise ValueError(f"score needs at least one validation row of {task.name}; got none.")
+        raise ValueError(
+            f"score needs at least one validation row of {task.name} in rows; got {rows}."
+        )
+    if wrong := [row for row in rows if not hasattr(row, "values")]:
+        raise TypeError(
+            f"rows must hold rows of an evaluation; got {_contract.described(wrong[0])}."
+        )
     names = (task.chooses, *task.ties)
     return {name: float(np.mean([row.values[name] for row in rows])) for name in names}
 
 
+@_arguments.checked(method=None)
 def tried(evaluation: Evaluation, task: Task, label: str, method: Method) -> Trial:
     """One candidate on all validation streams.
 
@@ -63,6 +71,7 @@ def tried(evaluation: Evaluation, task: Task, label: str, method: Method) -> Tri
     return Trial(score(task, rows))
 
 
+@_arguments.checked()
 def best(trials: Sequence[Trial]) -> int:
     """The position of the trial with the lowest scores; the first of equals.
 
@@ -70,7 +79,7 @@ def best(trials: Sequence[Trial]) -> int:
       ValueError: no trial.
     """
     if not trials:
-        raise ValueError("best needs at least one trial; got none.")
+        raise ValueError(f"best needs at least one trial in trials; got {trials}.")
 
     def key(index: int) -> tuple[float, ...]:
         values = trials[index].scores.values()
@@ -81,6 +90,7 @@ def best(trials: Sequence[Trial]) -> int:
     return min(range(len(trials)), key=key)
 
 
+@_arguments.checked(mesh=None)
 def fastest_chunk(
     predictor: Predictor,
     params: Params,
@@ -128,6 +138,7 @@ def fastest_chunk(
     return next(iter(seconds))
 
 
+@_arguments.checked(mesh=None)
 def chunk_seconds(
     predictor: Predictor,
     params: Params,

@@ -101,6 +101,11 @@ demo_norm_prior_views = partial(mean_error, method="norm_prior_views")
 demo_rotation_memo_augmented = partial(mean_error, method="rotation_memo_augmented")
 
 
+def silent(record: Record) -> float:
+    """Returns how many calls of the fuzz table return a wrong result in silence."""
+    return float(sum(int(row["after_silent"]) for row in record["rows"]))
+
+
 def computed(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an entry with its value, device and command as its file has them now."""
     module, function = entry["select"].split(":")

@@ -99,7 +99,9 @@ class TestErrors:
 
     def test_patch_divides_the_image(self):
         with raises("patch = 4", "6 x 6"):
-            jax.eval_shape(losses.masked_reconstruction(linear, patch=4), None, IMAGE, KEY)
+            jax.eval_shape(
+                losses.masked_reconstruction(lambda p, x, keep: x, patch=4), None, IMAGE, KEY
+            )
 
     @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, 2])
     def test_mask_ratio(self, ratio):

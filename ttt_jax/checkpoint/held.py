@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ttt_jax import _arguments
 from ttt_jax.base import PyTree
 from ttt_jax.checkpoint import leaves, manifest, trees
 from ttt_jax.checkpoint.errors import CheckpointError
@@ -122,6 +123,7 @@ class Pristine:
         return again.params
 
 
+@_arguments.checked(metadata=None)
 def pristine(params: PyTree, metadata: Mapping[str, Any] | None = None) -> Pristine:
     """Holds parameters that have no file; ``restore("orbax")`` then raises.
 
@@ -150,7 +152,7 @@ def inspect(params: PyTree) -> dict[str, tuple[Leaf, np.ndarray]]:
     """Returns record and host array of every leaf; raises where the tree cannot be pristine."""
     found = {path: leaves.record(path, leaf) for path, leaf in trees.flatten(params)}
     if not found:
-        raise CheckpointError("The parameters have no leaves. Give a pytree of arrays.")
+        raise CheckpointError("The params have no leaves. Give a pytree of arrays.")
     for path, (_, array) in found.items():
         leaves.check_finite(path, array)
     return found

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ttt_jax import _arguments
 from ttt_jax.base import PyTree
 from ttt_jax.checkpoint import trees
 from ttt_jax.checkpoint.errors import CheckpointError
@@ -143,6 +144,7 @@ def summarize(records: Mapping[str, Leaf]) -> str:
     return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
+@_arguments.checked()
 def fingerprint(params: PyTree) -> str:
     """Names a tree of parameters by its content.
 

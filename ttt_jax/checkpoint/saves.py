@@ -5,6 +5,7 @@ import shutil
 import warnings
 from typing import Any
 
+from ttt_jax import _arguments
 from ttt_jax.checkpoint import store
 from ttt_jax.checkpoint.errors import CheckpointError
 
@@ -16,6 +17,7 @@ class Saves:
       folder: of this training alone; made by the first save, as ``folder/step_STEP``.
     """
 
+    @_arguments.checked(folder=_arguments.path)
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
 

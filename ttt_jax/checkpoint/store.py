@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from ttt_jax import _arguments
 from ttt_jax.base import PyTree
 from ttt_jax.checkpoint import arrays, leaves, manifest, trees
 from ttt_jax.checkpoint.errors import CheckpointError
@@ -20,6 +21,7 @@ from ttt_jax.checkpoint.held import Pristine, inspect
 from ttt_jax.checkpoint.leaves import Leaf
 
 
+@_arguments.checked(path=_arguments.path, metadata=None)
 def save(
     path: str | os.PathLike[str], params: PyTree, *, metadata: Mapping[str, Any] | None = None
 ) -> None:
@@ -62,6 +64,7 @@ def save(
         )
 
 
+@_arguments.checked(path=_arguments.path, like=None, sharding=None)
 def load(path: str | os.PathLike[str], *, like: PyTree = None, sharding: PyTree = None) -> Pristine:
     """Reads a checkpoint and checks every bit of it; no dtype is ever cast.
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax import _extras
+from ttt_jax import _arguments, _extras
 from ttt_jax.data import corruptions
 from ttt_jax.data.sources import Batch, Example, Source
 from ttt_jax.data.streams import Plan
@@ -79,6 +79,9 @@ class Loader:
       split: the source's split string.
     """
 
+    @_arguments.checked(
+        batch_size=_arguments.integer, seed=_arguments.integer, num_workers=_arguments.integer
+    )
     def __init__(
         self,
         source: Source,
@@ -224,6 +227,9 @@ class _Augmented:
         return batch._replace(image=images.astype(np.float32))
 
 
+@_arguments.checked(
+    batch_size=_arguments.integer, seed=_arguments.integer, start_step=_arguments.integer
+)
 def training_batches(
     source: Source,
     *,
@@ -258,6 +264,9 @@ def training_batches(
     return iter(data[int(start_step) :].to_iter_dataset(options))
 
 
+@_arguments.checked(
+    batch_size=_arguments.integer, seed=_arguments.integer, start_step=_arguments.integer
+)
 def training_places(
     source: Source, *, batch_size: int, seed: int, start_step: int = 0
 ) -> Iterator[np.ndarray]:

@@ -6,6 +6,7 @@ Cui et al. 2019 ("Class-Balanced Loss Based on Effective Number of Samples", CVP
 
 import numpy as np
 
+from ttt_jax import _arguments
 from ttt_jax.data.sources import Source
 
 
@@ -38,6 +39,7 @@ def class_sizes(available: np.ndarray, imbalance: float) -> np.ndarray:
     return sizes
 
 
+@_arguments.checked(imbalance=_arguments.number(), seed=_arguments.count(0))
 def long_tailed(source: Source, *, imbalance: float, seed: int) -> Source:
     """A part of a set whose class sizes fall exponentially from the first class to the last.
 

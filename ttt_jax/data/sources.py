@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from ttt_jax import _arguments
 from ttt_jax.data import splits
 
 
@@ -67,6 +68,7 @@ class Source:
       image_shape: ``(H, W, C)``; None where images differ in that extent.
     """
 
+    @_arguments.checked(reader=_arguments.having("a reader", "image", "labels", "ids"))
     def __init__(self, name: str, split: str, reader: Reader):
         self.name = name
         self.title: str = getattr(reader, "title", None) or name
@@ -237,6 +239,7 @@ def _as_float(image: np.ndarray) -> np.ndarray:
     return image.astype(np.float32)
 
 
+@_arguments.checked()
 def load(name: str, split: str, *, data_dir: str | None = None) -> Source:
     """Opens one split of a set.
 
@@ -273,5 +276,5 @@ def load(name: str, split: str, *, data_dir: str | None = None) -> Source:
 
         return Source(name, split, records.open_set(rest, base, data_dir))
     raise ValueError(
-        f"A set is named 'tfds:NAME' or 'npz:PATH', not {name!r}; for example 'tfds:digits'."
+        f"The name of a set is 'tfds:NAME' or 'npz:PATH', not {name!r}; for example 'tfds:digits'."
     )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ttt_jax import _arguments
 from ttt_jax.data import corruptions
 from ttt_jax.data.sources import Source
 
@@ -45,6 +46,7 @@ def _rng(seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(seed))
 
 
+@_arguments.checked()
 def sequential(source: Source, *, domain: str = "clean", severity: int = 0) -> Plan:
     """Every example once, in the source's order.
 
@@ -59,6 +61,7 @@ def sequential(source: Source, *, domain: str = "clean", severity: int = 0) -> P
     return _plan(np.arange(len(source)), domain, severity)
 
 
+@_arguments.checked(seed=_arguments.count(0))
 def shuffled(source: Source, *, seed: int, domain: str = "clean", severity: int = 0) -> Plan:
     """Every example once, in random order: the i.i.d. stream.
 
@@ -68,6 +71,7 @@ def shuffled(source: Source, *, seed: int, domain: str = "clean", severity: int 
     return _plan(_rng(seed).permutation(len(source)), domain, severity)
 
 
+@_arguments.checked(seed=_arguments.count(0))
 def sorted_by_label(source: Source, *, seed: int, domain: str = "clean", severity: int = 0) -> Plan:
     """Every example once, one class after the other; classes and their members in random order.
 
@@ -79,6 +83,9 @@ def sorted_by_label(source: Source, *, seed: int, domain: str = "clean", severit
     return _plan(np.concatenate([groups[k] for k in order]), domain, severity)
 
 
+@_arguments.checked(
+    seed=_arguments.count(0), num_slots=_arguments.integer, gamma=_arguments.number()
+)
 def dirichlet(
     source: Source,
     *,
@@ -127,6 +134,7 @@ def dirichlet(
     return _plan(np.concatenate(order), domain, severity)
 
 
+@_arguments.checked()
 def domains_in_sequence(plans: Sequence[Plan]) -> Plan:
     """One plan after the other: the continual setting (CoTTA, arXiv:2203.13591).
 
@@ -134,10 +142,11 @@ def domains_in_sequence(plans: Sequence[Plan]) -> Plan:
       ValueError: no plan.
     """
     if not plans:
-        raise ValueError("A sequence of domains needs at least one plan, but none was given.")
+        raise ValueError("plans needs at least one plan, but none was given ([]).")
     return Plan(*(np.concatenate(column) for column in zip(*plans, strict=True)))
 
 
+@_arguments.checked(seed=_arguments.count(0))
 def mixed(plans: Sequence[Plan], *, seed: int) -> Plan:
     """Plans interleaved at random, each keeping its own inner order.
 
@@ -156,6 +165,7 @@ def mixed(plans: Sequence[Plan], *, seed: int) -> Plan:
     return Plan(*(column[order] for column in joined))
 
 
+@_arguments.checked(seed=_arguments.count(0))
 def gradual(source: Source, domain: str, *, seed: int) -> Plan:
     """Every example once, shuffled, while severity climbs 1 to 5 and falls back to 1.
 

@@ -5,13 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _checks
 
-def as_logits(name: str, logits: Any) -> jax.Array:
+
+def as_logits(name: str, logits: Any, argument: str = "logits") -> jax.Array:
     """Logits ``[..., N, C]`` in float32; refuses anything with fewer axes, and N = 0."""
     logits = jnp.asarray(logits)
     if logits.ndim < 2 or 0 in logits.shape[-2:]:
         raise ValueError(
-            f"{name} needs logits [..., N, C] with at least one instance; got shape "
+            f"{name} needs {argument} [..., N, C] with at least one instance; got shape "
             f"{logits.shape}. Collect the predictions of all instances first."
         )
     return logits.astype(jnp.float32)
@@ -28,23 +30,32 @@ def hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return (found == jnp.broadcast_to(labels, found.shape)) & (found >= 0)
 
 
-def as_labels(name: str, labels: Any, count: int) -> jax.Array:
+def as_labels(name: str, labels: Any, count: int, classes: int) -> jax.Array:
     """Integer labels ``[N]``."""
     labels = jnp.asarray(labels)
     if labels.shape != (count,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
-            f"{name} needs one integer label per instance, shape ({count},); got shape "
+            f"{name} needs one integer label per instance as labels, shape ({count},); got shape "
             f"{labels.shape}, dtype {labels.dtype}."
+        )
+    known = _checks.known(labels)
+    if known is not None and ((known < -1) | (known >= classes)).any():
+        wrong = known[(known < -1) | (known >= classes)][0]
+        raise ValueError(
+            f"{name} needs labels from 0 to {classes - 1}, or -1 for none of them; got {wrong}."
         )
     return labels
 
 
-def as_pair(name: str, logits: Any, pristine_logits: Any) -> tuple[jax.Array, jax.Array]:
+def as_pair(
+    name: str, logits: Any, pristine_logits: Any, argument: str = "logits"
+) -> tuple[jax.Array, jax.Array]:
     """Adapted logits ``[..., N, C]`` and pristine ones ``[N, C]``."""
-    logits, pristine = as_logits(name, logits), as_logits(name, pristine_logits)
+    logits = as_logits(name, logits, argument)
+    pristine = as_logits(name, pristine_logits, "pristine_logits")
     if pristine.shape != logits.shape[-2:]:
         raise ValueError(
-            f"{name} compares logits [..., N, C] with pristine logits [N, C] of the same "
+            f"{name} compares {argument} [..., N, C] with pristine_logits [N, C] of the same "
             f"instances; got {logits.shape} and {pristine.shape}."
         )
     return logits, pristine

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.interpreters import partial_eval
 
-from ttt_jax import _checks, _contract, _trees, _varying, select as select_lib
+from ttt_jax import _arguments, _checks, _contract, _trees, _varying, select as select_lib
 from ttt_jax.base import AuxLoss, Key, Params, PyTree, Selection
 
 MainLoss = Callable[[Params, Any, Any, Key], jax.Array]
@@ -54,6 +55,7 @@ def _divided(value: jax.Array, *norms: jax.Array) -> jax.Array:
     return value
 
 
+@_arguments.checked()
 def gradient_alignment(
     main_loss: MainLoss, aux_loss: AuxLoss, *, select: Selection
 ) -> Callable[[Params, Any, Any, Key], Alignment]:
@@ -122,6 +124,7 @@ def gradient_alignment(
     return align
 
 
+@_arguments.checked()
 def shared_parameters(
     main_loss: MainLoss, aux_loss: AuxLoss, *, select: Selection
 ) -> Callable[[Params, Any, Any, Key], Selection]:
@@ -162,6 +165,7 @@ def shared_parameters(
     return shared
 
 
+@_arguments.checked()
 def secant_smoothness(
     main_loss: MainLoss, aux_loss: AuxLoss, *, select: Selection
 ) -> Callable[[Params, Any, Any, Key], jax.Array]:
@@ -201,6 +205,7 @@ def secant_smoothness(
     return smoothness
 
 
+@_arguments.checked(smoothness=None)
 def guaranteed_step(alignment: Alignment, *, smoothness: Any) -> jax.Array:
     """The step size of Sun et al., Theorem 1, for which the main loss must fall.
 
@@ -221,8 +226,9 @@ def guaranteed_step(alignment: Alignment, *, smoothness: Any) -> jax.Array:
       Sun et al., `Test-Time Training with Self-Supervision
       <https://arxiv.org/abs/1909.13231>`_, 2020, Theorem 1.
     """
-    if isinstance(smoothness, int | float):
+    if isinstance(smoothness, int | float | np.number):
         _checks.check_number("smoothness", smoothness, 0.0, above=True)
+    smoothness = _arguments.array()("", "smoothness", smoothness)
     bound = jnp.maximum(alignment.main_norm, alignment.aux_norm)
     step = _divided(alignment.inner, bound, bound) / smoothness
     return jnp.where((alignment.inner > 0) & jnp.isfinite(step), step, 0.0).astype(jnp.float32)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks
+from ttt_jax import _arguments, _checks
 from ttt_jax.source import Moments
 
 
@@ -21,6 +21,7 @@ class FeatureShift(NamedTuple):
     covariance: jax.Array
 
 
+@_arguments.checked()
 def feature_shift(source: Moments, target: Moments, *, count: int) -> FeatureShift:
     """How far mean and covariance of features lie from the source's.
 

@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import inner
+from ttt_jax import _arguments, inner
 from ttt_jax.base import Adapter, Info, Key, Params, Predictor
 from ttt_jax.predictors import episodic
 
 
+@_arguments.checked(learning_rates=_arguments.array())
 def step_size_map(
     make: Callable[[jax.Array], Adapter],
     apply: Callable[[Params, Any], Any],

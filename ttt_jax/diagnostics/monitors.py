@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _trees
+from ttt_jax import _arguments, _trees
 from ttt_jax.base import Params, Selection
 from ttt_jax.diagnostics import _inputs
 from ttt_jax.losses.rotation import rotate
 
 
+@_arguments.checked(logits=_arguments.array())
 def effective_classes(logits: Any) -> jax.Array:
     """How many classes the probabilities use: exp of the entropy of the mean prediction.
 
@@ -39,6 +40,7 @@ def effective_classes(logits: Any) -> jax.Array:
     return jnp.exp(jax.scipy.special.entr(mean).sum(axis=-1))
 
 
+@_arguments.checked(logits=_arguments.array())
 def predicted_classes(logits: Any) -> jax.Array:
     """How many classes are predicted: exp of the entropy of the shares of the predicted classes.
 
@@ -67,6 +69,7 @@ def predicted_classes(logits: Any) -> jax.Array:
     return jnp.exp(jax.scipy.special.entr(shares).sum(axis=-1))
 
 
+@_arguments.checked(logits=_arguments.array(), pristine_logits=_arguments.array())
 def agreement(logits: Any, pristine_logits: Any) -> jax.Array:
     """The share of instances whose predicted class is that of the pristine model.
 
@@ -84,6 +87,7 @@ def agreement(logits: Any, pristine_logits: Any) -> jax.Array:
     return _inputs.hits(logits, _inputs.classes(pristine)).mean(axis=-1, dtype=jnp.float32)
 
 
+@_arguments.checked()
 def drift(params: Params, adapted: Params, select: Selection) -> jax.Array:
     """How far the selected parameters moved: ``|adapted - params| / |params|``.
 
@@ -125,6 +129,9 @@ class Harm(NamedTuple):
     rate: jax.Array
 
 
+@_arguments.checked(
+    adapted_logits=_arguments.array(), pristine_logits=_arguments.array(), labels=_arguments.array()
+)
 def harm(adapted_logits: Any, pristine_logits: Any, labels: Any) -> Harm:
     """How many predictions adapting turned right and wrong.
 
@@ -142,8 +149,8 @@ def harm(adapted_logits: Any, pristine_logits: Any, labels: Any) -> Harm:
     Raises:
       ValueError: shapes that do not fit, labels that are not integers, or no instance.
     """
-    adapted, pristine = _inputs.as_pair("harm", adapted_logits, pristine_logits)
-    labels = _inputs.as_labels("harm", labels, pristine.shape[0])
+    adapted, pristine = _inputs.as_pair("harm", adapted_logits, pristine_logits, "adapted_logits")
+    labels = _inputs.as_labels("harm", labels, *pristine.shape)
     now = _inputs.hits(adapted, labels)
     then = jnp.broadcast_to(_inputs.hits(pristine, labels), now.shape)
     wrong = then & ~now
@@ -154,6 +161,7 @@ def harm(adapted_logits: Any, pristine_logits: Any, labels: Any) -> Harm:
     )
 
 
+@_arguments.checked(apply=_arguments.model)
 def auxiliary_accuracy(apply: Callable[[Params, Any], Any]) -> Callable[[Params, Any], jax.Array]:
     """Accuracy of the rotation head on the four rotated copies of an image, without labels.
 

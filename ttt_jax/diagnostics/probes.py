@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import _checks
+from ttt_jax import _arguments, _checks
 from ttt_jax.base import Adapter, AuxLoss, Info, Key, Params, Predictor, Selection
 from ttt_jax.diagnostics import (
     _inputs,
@@ -36,6 +36,9 @@ class Probe(NamedTuple):
     smoothness: jax.Array
 
 
+@_arguments.checked(
+    classify=_arguments.function(2, "(params, x) -> logits"), learning_rates=_arguments.array(1)
+)
 def probe(
     classify: Callable[[Params, Any], jax.Array],
     aux_loss: AuxLoss,
@@ -93,6 +96,7 @@ def probe(
     return measure
 
 
+@_arguments.checked(labels=_arguments.array(), rate_index=_arguments.count(0))
 def summary(
     probes: Probe, info: Info, labels: Any, *, rate_index: int, classes_kept: float = 0.9
 ) -> dict[str, jax.Array]:
@@ -116,6 +120,11 @@ def summary(
     """
     _checks.check_share("classes_kept", classes_kept)
     logits = jnp.moveaxis(probes.logits, 0, 2)
+    _inputs.as_labels("summary", labels, *logits.shape[-2:])
+    if rate_index >= len(logits):
+        raise ValueError(
+            f"rate_index must be the place of one of {len(logits)} rates; got {rate_index}."
+        )
     values = {
         **_alignment(probes.alignment, probes.smoothness),
         **_outcome(logits[rate_index, -1], logits[0, 0], labels),

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks
+from ttt_jax import _arguments, _checks
 from ttt_jax.diagnostics import _inputs, monitors
 
 Criterion = Callable[[jax.Array], jax.Array]
@@ -68,6 +68,7 @@ def _usable(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
     return pristine, (there | ~pristine).all(axis=-1)
 
 
+@_arguments.checked(floor=None)
 def lowest_entropy(*, floor: Any) -> Criterion:
     """Criterion: the lowest mean entropy among entries that still use enough classes.
 
@@ -93,6 +94,7 @@ def lowest_entropy(*, floor: Any) -> Criterion:
     return score
 
 
+@_arguments.checked(threshold=None)
 def largest_change(*, threshold: Any) -> Criterion:
     """Criterion: the largest change of the probabilities that keeps the predicted classes.
 
@@ -119,6 +121,7 @@ def largest_change(*, threshold: Any) -> Criterion:
     return score
 
 
+@_arguments.checked(outputs=_arguments.array())
 def select_label_free(outputs: Any, *, criterion: Criterion) -> Choice:
     """Chooses a learning rate and a number of steps from predictions alone.
 
@@ -158,6 +161,7 @@ def select_label_free(outputs: Any, *, criterion: Criterion) -> Choice:
     return Choice(rate_index, num_steps, score, admissible=score > -jnp.inf)
 
 
+@_arguments.checked(outputs=_arguments.array(), labels=_arguments.array())
 def oracle_select(outputs: Any, labels: Any) -> OracleChoice:
     """The most accurate entry **by labels**: an oracle, never a deployable choice.
 
@@ -175,6 +179,6 @@ def oracle_select(outputs: Any, labels: Any) -> OracleChoice:
       ValueError: outputs of another rank or empty, or labels that are not integers ``[N]``.
     """
     outputs = _checked("oracle_select", outputs)
-    labels = _inputs.as_labels("oracle_select", labels, outputs.shape[2])
+    labels = _inputs.as_labels("oracle_select", labels, *outputs.shape[2:])
     accuracy = _inputs.hits(outputs, labels).mean(axis=-1, dtype=jnp.float32)
     return OracleChoice(*_best(accuracy))

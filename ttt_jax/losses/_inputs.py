@@ -73,10 +73,10 @@ def batch_size(x: Any) -> int:
 
 
 def caller(
-    name: str, apply: Callable[..., Any], stochastic: bool
+    name: str, apply: Callable[..., Any], stochastic: bool, argument: str = "apply"
 ) -> Callable[[Params, Any, Key], Any]:
     """``call(params, inputs, key)`` for a model function with or without a key."""
-    _contract.require_model_function(f"losses.{name}", apply)
+    _contract.require_model_function(f"losses.{name}", apply, argument, extra=int(stochastic))
     if stochastic:
         return apply
     return lambda params, inputs, key: apply(params, inputs)

@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks, _contract
+from ttt_jax import _arguments, _checks, _contract
 from ttt_jax.base import AuxLoss, Key, Params, PyTree, StatefulLoss
 from ttt_jax.losses import _inputs
 
 
+@_arguments.checked(terms=None)
 def weighted(*terms: tuple[Any, AuxLoss | StatefulLoss]) -> AuxLoss | StatefulLoss:
     """``sum_j w_j * loss_j``; term j gets the key ``fold_in(key, j)``.
 
@@ -32,13 +33,13 @@ def weighted(*terms: tuple[Any, AuxLoss | StatefulLoss]) -> AuxLoss | StatefulLo
     """
     if not terms or not all(isinstance(term, tuple) and len(term) == 2 for term in terms):
         raise ValueError(
-            "losses.weighted needs pairs (weight, loss), as in weighted((1.0, a), (0.5, b)); got "
-            f"{len(terms)} arguments of types {[type(term).__name__ for term in terms]}."
+            "losses.weighted needs terms, pairs (weight, loss), as weighted((1.0, a), (0.5, b)); "
+            f"got {len(terms)} arguments of types {[type(term).__name__ for term in terms]}."
         )
 
     for j, (weight, loss) in enumerate(terms):
-        _checks.check_number(f"losses.weighted: weight {j}", weight)
-        _check_loss("losses.weighted: a loss", loss)
+        _checks.check_number(f"losses.weighted: weight {j} of terms", weight)
+        _check_loss(f"losses.weighted: loss {j} of terms", loss)
 
     def init(params: Params) -> PyTree:
         return tuple(
@@ -69,6 +70,7 @@ def weighted(*terms: tuple[Any, AuxLoss | StatefulLoss]) -> AuxLoss | StatefulLo
     return lambda params, x, key: value(params, stateless, x, key)[0]
 
 
+@_arguments.checked(loss=_arguments.loss)
 def over_batch(loss: AuxLoss) -> AuxLoss:
     """Lifts a one-instance loss over a batch: the mean over instances, one key per instance.
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks
+from ttt_jax import _arguments, _checks
 from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs, _source
 from ttt_jax.source import value_of
@@ -18,6 +18,7 @@ def _unit(vectors: jax.Array) -> jax.Array:
     return vectors * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
 
 
+@_arguments.checked()
 def contrastive(
     apply: Callable[..., Any],
     augment: Callable[[Any, Key], Any],
@@ -61,7 +62,7 @@ def contrastive(
             "source representations [M, D] as bank, or build the loss with batch=True."
         )
     _checks.check_number("temperature", temperature, 0.0, above=True)
-    rows = None if bank is None else jnp.asarray(value_of(bank))
+    rows = None if bank is None else _arguments.array(finite=True)("", "bank", value_of(bank))
     if rows is not None and (rows.ndim != 2 or rows.shape[0] < 1):
         raise ValueError(
             f"bank must hold source representations [M, D] with M >= 1; got shape {rows.shape}."

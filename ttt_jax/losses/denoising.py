@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks, _contract, _trees
+from ttt_jax import _arguments, _checks, _contract, _trees
 from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs
 
 
+@_arguments.checked()
 def denoising(
     apply: Callable[..., Any],
     *,
@@ -43,7 +44,7 @@ def denoising(
       Vincent et al., Extracting and Composing Robust Features with Denoising Autoencoders, 2008.
     """
     _checks.check_count("num_copies", num_copies)
-    _checks.check_number("noise", noise, 0.0)
+    _checks.check_number("noise", noise, 0.0, scalar=False)
     if jnp.shape(noise) != ():
         raise ValueError(
             f"noise must be one standard deviation; got shape {jnp.shape(noise)}. Scale the inputs "

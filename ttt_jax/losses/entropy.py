@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks
+from ttt_jax import _arguments, _checks
 from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs
 
 
+@_arguments.checked()
 def entropy(
     apply: Callable[..., Any],
     *,
@@ -66,6 +67,7 @@ def entropy(
     return _inputs.over_batch(loss, batch)
 
 
+@_arguments.checked()
 def marginal_entropy(
     apply: Callable[..., Any],
     augment: Callable[[Any, Key], Any],
@@ -117,6 +119,7 @@ def marginal_entropy(
     return _inputs.over_batch(loss, batch)
 
 
+@_arguments.checked()
 def pseudo_label(
     apply: Callable[..., Any],
     *,

@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _contract, _varying
+from ttt_jax import _arguments, _contract, _varying
 from ttt_jax.base import Params, PyTree, Selection
 from ttt_jax.losses import _inputs, _source
 
 
+@_arguments.checked(apply=_arguments.model)
 def fisher_diagonal(
     apply: Callable[[Params, Any], jax.Array], *, select: Selection, batch: bool = False
 ) -> Callable[[Params, Any], PyTree]:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks, _contract, _trees
+from ttt_jax import _arguments, _checks, _contract, _trees
 from ttt_jax.base import AuxLoss, Key, Params, PyTree, StatefulLoss
 from ttt_jax.losses import _inputs, _source
 from ttt_jax.source import Moments
@@ -14,6 +14,7 @@ from ttt_jax.source import Moments
 _EXACT = jax.lax.Precision.HIGHEST
 
 
+@_arguments.checked(collect=_arguments.model)
 def activation_moments(
     collect: Callable[[Params, Any], PyTree],
 ) -> Callable[[Params, Any], Moments]:
@@ -49,6 +50,7 @@ def activation_moments(
     return moments
 
 
+@_arguments.checked()
 def activation_matching(
     collect: Callable[..., PyTree],
     source: Any,
@@ -100,7 +102,7 @@ def activation_matching(
         {path: jnp.asarray(leaf, jnp.float32) for path, leaf in _trees.named_leaves(tree)}
         for tree in _source.moments_of(name, source, "activation_moments")
     )
-    call = _inputs.caller(name, collect, stochastic)
+    call = _inputs.caller(name, collect, stochastic, "collect")
 
     def loss(params: Params, x: Any, key: Key) -> jax.Array:
         inputs = _inputs.check_instance(name, x, batch)
@@ -144,6 +146,7 @@ def _check_layers(name: str, found: dict[str, Any], means: dict[str, Any], count
         )
 
 
+@_arguments.checked()
 def feature_moments(
     features: Callable[[Params, Any], jax.Array],
 ) -> Callable[[Params, Any], Moments]:
@@ -174,6 +177,7 @@ def feature_moments(
     return moments
 
 
+@_arguments.checked()
 def moment_matching(
     features: Callable[..., jax.Array],
     source: Any,
@@ -230,7 +234,7 @@ def moment_matching(
     moments = _source.moments_of(name, source, "feature_moments")
     mean_src, covariance_src = (jnp.asarray(moment, jnp.float32) for moment in moments)
     width = mean_src.shape[0]
-    call = _inputs.caller(name, features, stochastic)
+    call = _inputs.caller(name, features, stochastic, "features")
 
     def current(params: Params, x: Any, key: Key) -> jax.Array:
         inputs = _inputs.check_instance(name, x, batch)

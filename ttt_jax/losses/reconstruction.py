@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks, _contract
+from ttt_jax import _arguments, _checks, _contract
 from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs
 
@@ -19,6 +19,7 @@ def patches_of(images: jax.Array, patch: int) -> jax.Array:
     return grid.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows * columns, patch * patch * channels)
 
 
+@_arguments.checked(mask_ratio=_arguments.number())
 def masked_reconstruction(
     apply: Callable[..., Any],
     *,
@@ -63,7 +64,9 @@ def masked_reconstruction(
     if not 0 < mask_ratio < 1:
         raise ValueError(f"mask_ratio must be between 0 and 1 (both excluded), got {mask_ratio}.")
 
-    _contract.require_model_function("losses.masked_reconstruction", apply)
+    _contract.require_model_function(
+        "losses.masked_reconstruction", apply, extra=1 + int(stochastic)
+    )
 
     def loss(params: Params, x: Any, key: Key) -> jax.Array:
         images = _inputs.check_images("masked_reconstruction", x, batch)

@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks
+from ttt_jax import _arguments, _checks
 from ttt_jax.base import AuxLoss, Key, Params, PyTree, StatefulLoss
 from ttt_jax.losses import _inputs
 
 
+@_arguments.checked(reference=_arguments.params)
 def reliable_entropy(
     apply: Callable[..., Any],
     *,
@@ -78,6 +79,7 @@ def reliable_entropy(
     return _inputs.over_batch(loss, batch)
 
 
+@_arguments.checked()
 def sample_adaptive_entropy(
     apply: Callable[..., Any],
     *,

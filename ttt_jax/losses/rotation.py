@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _arguments
 from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs
 
@@ -21,6 +22,7 @@ def rotate(image: jax.Array, quarter_turns: jax.Array) -> jax.Array:
     return jnp.where(quarter_turns % 2 == 1, quarter, turned)
 
 
+@_arguments.checked()
 def rotation(
     apply: Callable[..., Any],
     *,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from ttt_jax import losses, resets, select
+from ttt_jax import _arguments, losses, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import FromSource, Key, Params, PyTree, Reset, Selection, Stream
 from ttt_jax.methods._batches import Serve, one_view_each, prediction
@@ -17,6 +17,7 @@ _PUBLISHED_OPTIMIZER = optax.chain(
 )
 
 
+@_arguments.checked()
 def actmad(
     classify: Callable[[Params, Any], jax.Array],
     activations: Callable[[Params, Any], PyTree],

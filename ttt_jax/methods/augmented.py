@@ -5,12 +5,13 @@ from typing import Any
 
 import jax
 
-from ttt_jax import predictors
+from ttt_jax import _arguments, predictors
 from ttt_jax.base import Key, Params, Predictor
 from ttt_jax.batching import unbatched
 from ttt_jax.methods._batches import Serve, checked
 
 
+@_arguments.checked()
 def augmented(
     classify: Callable[[Params, Any], jax.Array],
     *,
@@ -60,6 +61,7 @@ def augmented(
     )
 
 
+@_arguments.checked()
 def every_view(
     classify: Callable[[Params, Any], jax.Array], *, views: Callable[[Any], Any]
 ) -> Predictor:
@@ -85,6 +87,7 @@ def every_view(
     return predictors.source(mean_over_views(classify, views))
 
 
+@_arguments.checked()
 def mean_over_views(
     classify: Callable[[Params, Any], jax.Array], views: Callable[[Any], Any]
 ) -> Serve:

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import _checks, _varying, resets, select
+from ttt_jax import _arguments, _checks, _varying, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Adapter, Key, Params, PyTree, Reset, Selection, StatefulLoss, Stream
 from ttt_jax.methods._batches import Serve, checked, one_view_each, with_batch_axis
 from ttt_jax.online import online
 
 
+@_arguments.checked()
 def cotta(
     classify: Callable[[Params, Any], jax.Array],
     *,

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import _checks, resets, select
+from ttt_jax import _arguments, _checks, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Key, Params, Reset, Selection, Stream
 from ttt_jax.methods._batches import Serve, batch_size, checked, prediction, with_batch_axis
 from ttt_jax.online import online
 
 
+@_arguments.checked()
 def deyo(
     classify: Callable[[Params, Any], jax.Array],
     *,

@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks, resets
+from ttt_jax import _arguments, _checks, resets
 from ttt_jax.base import Adapter, Key, Params, PyTree, Reset, StepInfo, Stream
 from ttt_jax.methods._batches import Serve, batch_size, prediction, with_batch_axis
 from ttt_jax.online import online
 from ttt_jax.running_statistics import statistics_adapter
 
 
+@_arguments.checked()
 def dua(
     classify: Callable[[Params, Any], jax.Array],
     statistics: Callable[[Params, Any], PyTree],

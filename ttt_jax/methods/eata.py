@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from ttt_jax import _checks, losses, resets, select
+from ttt_jax import _arguments, _checks, losses, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import FromSource, Params, PyTree, Reset, Selection, Stream
 from ttt_jax.methods._batches import Serve, prediction
@@ -14,6 +14,7 @@ from ttt_jax.online import online
 from ttt_jax.source import value_of
 
 
+@_arguments.checked()
 def eata(
     classify: Callable[[Params, Any], jax.Array],
     *,

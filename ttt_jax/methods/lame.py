@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks
+from ttt_jax import _arguments, _checks
 from ttt_jax.base import Info, Key, Params, Predictor
 from ttt_jax.methods._batches import checked, require_batch
 from ttt_jax.predictors import no_steps
@@ -15,6 +15,7 @@ from ttt_jax.predictors import no_steps
 _LEAST, _CHANGE = 1e-10, 1e-8
 
 
+@_arguments.checked()
 def lame(
     classify: Callable[[Params, Any], jax.Array],
     features: Callable[[Params, Any], jax.Array],

@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import optax
 
-from ttt_jax import losses, select
+from ttt_jax import _arguments, losses, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Key, Params, Predictor, Selection
 from ttt_jax.methods._batches import Serve, prediction
 from ttt_jax.predictors import episodic
 
 
+@_arguments.checked()
 def memo(
     classify: Callable[[Params, Any], jax.Array],
     *,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from ttt_jax import losses, neighbors as neighbors_lib, select
+from ttt_jax import _arguments, losses, neighbors as neighbors_lib, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import FromSource, Key, Params, Predictor, PyTree, Selection
 from ttt_jax.methods._batches import Serve, prediction
@@ -14,6 +14,7 @@ from ttt_jax.predictors import episodic
 from ttt_jax.source import value_of
 
 
+@_arguments.checked()
 def neighbors(
     classify: Callable[[Params, Any], jax.Array],
     rotation: Callable[[Params, Any], jax.Array],

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import _checks, _varying, resets, select
+from ttt_jax import _arguments, _checks, _varying, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Key, Params, PyTree, Reset, Selection, StatefulLoss, Stream
 from ttt_jax.methods._batches import Serve, batch_size, prediction, with_batch_axis
@@ -38,6 +38,7 @@ class Memory(NamedTuple):
     seen: jax.Array
 
 
+@_arguments.checked()
 def note(
     classify: Callable[[Params, Any], jax.Array],
     classify_statistics: Callable[[Params, Any], tuple[jax.Array, PyTree]],

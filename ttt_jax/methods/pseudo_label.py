@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import optax
 
-from ttt_jax import losses, resets, select
+from ttt_jax import _arguments, losses, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Params, Reset, Selection, Stream
 from ttt_jax.methods._batches import Serve, prediction
 from ttt_jax.online import online
 
 
+@_arguments.checked()
 def pseudo_label(
     classify: Callable[[Params, Any], jax.Array],
     *,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from ttt_jax import losses, resets, select
+from ttt_jax import _arguments, _checks, losses, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import AuxLoss, Key, Params, Predictor, Reset, Selection, StatefulLoss, Stream
 from ttt_jax.methods._batches import Serve, prediction
@@ -14,6 +14,7 @@ from ttt_jax.online import online
 from ttt_jax.predictors import episodic
 
 
+@_arguments.checked()
 def rotation_memo(
     classify: Callable[[Params, Any], jax.Array],
     rotation: Callable[[Params, Any], jax.Array],
@@ -72,6 +73,7 @@ def rotation_memo(
     return episodic(adapter, prediction(classify, serve, False), num_steps=num_steps, trace=trace)
 
 
+@_arguments.checked()
 def rotation_memo_online(
     classify: Callable[[Params, Any], jax.Array],
     rotation: Callable[[Params, Any], jax.Array],
@@ -127,6 +129,7 @@ def _loss(
     num_views: int,
     memo_weight: float | jax.Array,
 ) -> AuxLoss | StatefulLoss:
+    _checks.check_number("memo_weight", memo_weight)
     return losses.weighted(
         (1.0, losses.rotation(rotation, copies=copies, augment=augment)),
         (memo_weight, losses.marginal_entropy(classify, augment, num_views=num_views)),

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import losses, resets, select
+from ttt_jax import _arguments, _checks, losses, resets, select
 from ttt_jax.adapters import sharpness_aware_adapter
 from ttt_jax.base import AuxLoss, Info, Params, Selection, Stream
 from ttt_jax.methods._batches import Serve, prediction
 from ttt_jax.online import online
 
 
+@_arguments.checked()
 def sar(
     classify: Callable[[Params, Any], jax.Array],
     *,
@@ -75,6 +76,7 @@ def sar(
       at the next batches; here both start anew, as the paper has it. There a batch without a
       reliable instance still moves the weights by momentum.
     """
+    _checks.check_number("methods.sar: reset_below", reset_below)
 
     def reliable(reference: Params | None = None) -> AuxLoss:
         return losses.reliable_entropy(classify, margin=margin, reference=reference, batch=batch)

@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 
-from ttt_jax import predictors
+from ttt_jax import _arguments, predictors
 from ttt_jax.base import Params, Predictor
 from ttt_jax.methods._batches import Serve, prediction
 
 
+@_arguments.checked()
 def source(
     classify: Callable[[Params, Any], jax.Array], *, batch: bool = False, serve: Serve | None = None
 ) -> Predictor:

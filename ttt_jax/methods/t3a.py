@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _checks, resets
+from ttt_jax import _arguments, _checks, resets
 from ttt_jax.base import Adapter, Key, Params, Reset, StepInfo, Stream
 from ttt_jax.methods._batches import checked, with_batch_axis
 from ttt_jax.online import online
@@ -24,6 +24,7 @@ class Supports(NamedTuple):
     entropy: jax.Array
 
 
+@_arguments.checked(features=_arguments.model)
 def t3a(
     features: Callable[[Params, Any], jax.Array],
     *,

@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import optax
 
-from ttt_jax import losses
+from ttt_jax import _arguments, losses
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Params, Predictor, Selection
 from ttt_jax.methods._batches import Serve, prediction
 from ttt_jax.predictors import episodic
 
 
+@_arguments.checked(mask_ratio=_arguments.number())
 def ttt_mae(
     classify: Callable[[Params, Any], jax.Array],
     reconstruct: Callable[[Params, Any, jax.Array], jax.Array],

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import _checks, losses, resets, select
+from ttt_jax import _arguments, _checks, losses, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import (
     AuxLoss,
@@ -28,6 +28,7 @@ from ttt_jax.source import Moments, value_of
 Features = Callable[[Params, Any], jax.Array]
 
 
+@_arguments.checked()
 def ttt_plus_plus(
     classify: Callable[[Params, Any], jax.Array],
     features: Features,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from ttt_jax import losses, resets, select
+from ttt_jax import _arguments, losses, resets, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Key, Params, Predictor, Reset, Selection, Stream
 from ttt_jax.methods._batches import Serve, prediction
@@ -14,6 +14,7 @@ from ttt_jax.online import online
 from ttt_jax.predictors import episodic
 
 
+@_arguments.checked()
 def ttt_rotation(
     classify: Callable[[Params, Any], jax.Array],
     rotation: Callable[[Params, Any], jax.Array],
@@ -74,6 +75,7 @@ def ttt_rotation(
     return episodic(adapter, prediction(classify, serve, False), num_steps=num_steps, trace=trace)
 
 
+@_arguments.checked()
 def ttt_rotation_online(
     classify: Callable[[Params, Any], jax.Array],
     rotation: Callable[[Params, Any], jax.Array],

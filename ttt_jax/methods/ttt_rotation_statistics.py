@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from ttt_jax import _checks, losses, select
+from ttt_jax import _arguments, _checks, losses, select
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import (
     Adapter,
@@ -23,6 +23,7 @@ from ttt_jax.predictors import episodic
 from ttt_jax.running_statistics import OLD_WEIGHT, statistics_adapter
 
 
+@_arguments.checked()
 def ttt_rotation_statistics(
     classify: Callable[[Params, Any], jax.Array],
     rotation_statistics: Callable[[Params, Any], tuple[jax.Array, PyTree]],

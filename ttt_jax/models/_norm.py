@@ -42,7 +42,7 @@ def check_norm(norm: Any) -> None:
     elif isinstance(norm, jax.Array | np.ndarray):
         if norm.ndim != 0 or norm.dtype == jnp.bool_:
             raise ValueError(
-                f"A prior is one number, received an array of shape {norm.shape} and dtype "
+                f"norm, a prior, is one number, received an array of shape {norm.shape} and dtype "
                 f"{norm.dtype}: pass an int, or vmap over a scalar."
             )
         _checks.check_number("norm, a prior,", norm, 0.0)

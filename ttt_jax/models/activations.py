@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import flax.linen as nn
 from flax.traverse_util import flatten_dict
 
+from ttt_jax import _arguments
 from ttt_jax.models._norm import Norm
 from ttt_jax.models.linen import from_linen
 
@@ -27,6 +28,7 @@ class FusedOutput(Protocol):
         ...
 
 
+@_arguments.checked(module=None, method=_arguments.named)
 def linen_activations(
     module: nn.Module,
     method: str | Callable[..., Any] | None = None,

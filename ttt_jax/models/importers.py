@@ -10,11 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from ttt_jax import _arguments
 from ttt_jax.models.initialize import init
 from ttt_jax.models.initializers import xavier_uniform
 from ttt_jax.models.resnet import ResNet
 
 
+@_arguments.checked(
+    path=_arguments.path, branch=_arguments.count(), rotation_classes=_arguments.count()
+)
 def load_resnet26_npz(
     path: str | os.PathLike[str],
     key: jax.Array | None = None,

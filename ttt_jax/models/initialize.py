@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _arguments, _trees
 from ttt_jax.models.resnet import ResNet
 from ttt_jax.models.vit import ViT
 
 
+@_arguments.checked(module=_arguments.having("a model of ttt_jax", "finish_init", "all_heads"))
 def init(module: ResNet | ViT, key: jax.Array, image_shape: Sequence[int]) -> dict[str, Any]:
     """Creates the parameters of every method of a reference model.
 
@@ -33,7 +35,12 @@ def init(module: ResNet | ViT, key: jax.Array, image_shape: Sequence[int]) -> di
     shape = tuple(image_shape)
     if len(shape) != 3:
         raise ValueError(
-            f"init takes the shape (H, W, C) of one image, received {shape}: leave out the batch."
+            f"init takes the image_shape (H, W, C) of one image, received {shape}: leave out the "
+            "batch."
+        )
+    if not all(_trees.is_integer(side, 1) for side in shape):
+        raise ValueError(
+            f"init takes an image_shape of integers of at least 1, received {shape}: give H, W, C."
         )
     # Only shapes matter here, so the forward pass is traced and never computed.
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from ttt_jax import _arguments
 from ttt_jax.models._checks import batch_size, check_method
 from ttt_jax.models._instance_norm import InstanceAware, instance_aware
 from ttt_jax.models._norm import Norm, Served, check_norm, refuse_single, source_weight
@@ -21,6 +22,7 @@ _BATCH_NORM_FIELDS = tuple(
 )
 
 
+@_arguments.checked(module=None, method=_arguments.named)
 def from_linen(
     module: nn.Module,
     method: str | Callable[..., Any] | None = None,
@@ -113,6 +115,7 @@ class _Mark:
 _NUMBERS = itertools.count()
 
 
+@_arguments.checked(module=None, method=_arguments.named)
 def linen_statistics(
     module: nn.Module,
     method: str | Callable[..., Any] | None = None,

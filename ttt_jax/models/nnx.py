@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ttt_jax import _arguments
 from ttt_jax.models._checks import batch_size, check_method
 from ttt_jax.models._instance_norm import InstanceAware
 from ttt_jax.models._nnx_batchnorm import serve
@@ -22,6 +23,7 @@ from ttt_jax.models._norm import Norm, Served, check_norm
 _Path = tuple[Any, ...]
 
 
+@_arguments.checked(module=None)
 def from_nnx(
     module: nnx.Module,
     method: str = "__call__",
@@ -82,6 +84,7 @@ def from_nnx(
     return apply, params
 
 
+@_arguments.checked(module=None)
 def nnx_statistics(
     module: nnx.Module,
     method: str = "__call__",

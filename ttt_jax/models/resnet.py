@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _arguments
 from ttt_jax.kernels import conv as conv_kernels
 from ttt_jax.models._checks import check_images, nearest
 from ttt_jax.models.conv import Conv3x3
@@ -156,6 +157,13 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
+        integers = ("depth", "width", "groups", "branch", "projection")
+        _arguments.check_fields(
+            self,
+            **dict.fromkeys(integers, _arguments.integer),
+            num_classes=_arguments.count(),
+            rotation_classes=_arguments.count(),
+        )
         if self.depth < 8 or (self.depth - 2) % 6:
             raise ValueError(
                 f"A ResNet has depth 6n + 2 with n >= 1, received {self.depth}: use 8, 14, 20, 26."

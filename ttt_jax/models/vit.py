@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttt_jax import _arguments, _trees
 from ttt_jax.kernels import attention
 from ttt_jax.models._checks import check_images
 from ttt_jax.models.initializers import xavier_uniform
 from ttt_jax.models.transformer import Block, Dense
 
 
+@_arguments.checked(images=_arguments.array(4), patch=_arguments.count())
 def patchify(images: jax.Array, patch: int) -> jax.Array:
     """Cuts images into patches, row by row; pixels of a patch are in the order (p, q, C).
 
@@ -45,6 +47,11 @@ def patchify(images: jax.Array, patch: int) -> jax.Array:
     return grid.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows * columns, patch * patch * channels)
 
 
+@_arguments.checked(
+    patches=_arguments.array(3, like="[N, P, D]"),
+    patch=_arguments.count(),
+    size=_arguments.sequence(),
+)
 def unpatchify(patches: jax.Array, patch: int, size: tuple[int, int]) -> jax.Array:
     """The inverse of :func:`patchify`.
 
@@ -59,6 +66,8 @@ def unpatchify(patches: jax.Array, patch: int, size: tuple[int, int]) -> jax.Arr
     Raises:
       ValueError: patches that do not make up images of that size.
     """
+    if len(size) != 2:
+        raise ValueError(f"size is (H, W) of the images, received {size}: give two integers.")
     rows, columns = size[0] // patch, size[1] // patch
     fits = (
         patches.ndim == 3
@@ -225,6 +234,22 @@ class ViT(nn.Module):
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
+        integers = ("patch", "width", "decoder_width", "head_depth", "num_prompts")
+        counts = ("channels", "depth", "heads", "num_classes", "rotation_classes", "decoder_depth")
+        _arguments.check_fields(
+            self,
+            **dict.fromkeys(integers, _arguments.integer),
+            **dict.fromkeys(counts, _arguments.count()),
+        )
+        size: Any = self.image_size
+        sides = size if isinstance(size, tuple | list) else (size, size)
+        if len(sides) != 2 or not all(_trees.is_integer(side, 1) for side in sides):
+            raise ValueError(
+                "image_size is the side of square images, or (H, W), received "
+                f"{self.image_size!r}: give integers of at least 1."
+            )
+        if self.decoder_heads is not None:
+            _arguments.check_fields(self, decoder_heads=_arguments.count())
         height, width = self._size()
         if self.patch < 1 or height % self.patch or width % self.patch:
             raise ValueError(
@@ -331,7 +356,7 @@ class ViT(nn.Module):
     @nn.nowrap
     def _size(self) -> tuple[int, int]:
         size = self.image_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
+        return (size[0], size[1]) if isinstance(size, tuple | list) else (size, size)
 
     @nn.nowrap
     def _positions(self, width: int) -> jax.Array:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _arguments
+
 __all__ = [
     "OPERATIONS",
     "Draw",
@@ -57,6 +59,7 @@ class Draw(NamedTuple):
     used: jax.Array
 
 
+@_arguments.checked(image=_arguments.array(3))
 def augmix(image: jax.Array, key: jax.Array) -> jax.Array:
     """Returns one view: image and chains in random shares, the image's uniform in [0, 1]."""
     draw_key, weight_key, share_key = jax.random.split(key, 3)
@@ -69,6 +72,7 @@ def augmix(image: jax.Array, key: jax.Array) -> jax.Array:
     )
 
 
+@_arguments.checked()
 def draw_steps(key: jax.Array) -> Draw:
     """Returns the randomly drawn steps of every chain."""
     keys = jax.random.split(key, 4)
@@ -82,6 +86,12 @@ def draw_steps(key: jax.Array) -> Draw:
     )
 
 
+@_arguments.checked(
+    image=_arguments.array(3),
+    chains=_arguments.array(4, like="[V, H, W, C]"),
+    weights=_arguments.array(1),
+    share=_arguments.number(0, 1),
+)
 def mix(
     image: jax.Array, chains: jax.Array, weights: jax.Array, share: jax.Array | float
 ) -> jax.Array:
@@ -97,11 +107,13 @@ def mix(
     return share * image + (1 - share) * mean
 
 
+@_arguments.checked(image=_arguments.array(finite=True))
 def to_bytes(image: jax.Array) -> jax.Array:
     """Returns the image as uint8, rounded to nearest."""
     return jnp.round(jnp.clip(image, 0.0, 1.0) * 255).astype(jnp.uint8)
 
 
+@_arguments.checked(pixels=_arguments.array(3))
 def apply_chain(pixels: jax.Array, draw: Draw) -> jax.Array:
     """Returns uint8 ``[H, W, C]`` after the steps of one chain."""
 
@@ -112,6 +124,12 @@ def apply_chain(pixels: jax.Array, draw: Draw) -> jax.Array:
     return jax.lax.scan(step, pixels, draw)[0]
 
 
+@_arguments.checked(
+    pixels=_arguments.array(3),
+    operation=_arguments.array(0),
+    level=_arguments.array(0, finite=True),
+    negative=_arguments.array(0),
+)
 def apply_operation(
     pixels: jax.Array, operation: jax.Array, level: jax.Array, negative: jax.Array
 ) -> jax.Array:
@@ -132,6 +150,7 @@ def apply_operation(
     return warp(look_up(pixels, table), moves[jnp.maximum(operation - kept + 1, 0)])
 
 
+@_arguments.checked(pixels=_arguments.array(3), level=_arguments.array(0, finite=True))
 def value_tables(pixels: jax.Array, level: jax.Array) -> jax.Array:
     """Returns ``[5, C, 256]``: what a value becomes, by channel; the last table keeps it."""
     height, width, channels = pixels.shape
@@ -156,6 +175,12 @@ def value_tables(pixels: jax.Array, level: jax.Array) -> jax.Array:
     return jnp.clip(tables, 0, 255)
 
 
+@_arguments.checked(
+    height=_arguments.count(),
+    width=_arguments.count(),
+    level=_arguments.array(0, finite=True),
+    sign=_arguments.array(0),
+)
 def affine_matrices(height: int, width: int, level: jax.Array, sign: jax.Array) -> jax.Array:
     """Returns ``[6, 2, 3]``: the identity, then one matrix for every operation on positions.
 
@@ -191,6 +216,7 @@ def look_up(pixels: jax.Array, table: jax.Array) -> jax.Array:
     return table[channels, pixels.astype(jnp.int32)].astype(jnp.uint8)
 
 
+@_arguments.checked(pixels=_arguments.array(3), matrix=_arguments.array(2, finite=True))
 def warp(pixels: jax.Array, matrix: jax.Array) -> jax.Array:
     """Returns pixels moved by an affine map ``[2, 3]``: bilinear, rounded down, filled outside."""
     height, width, channels = pixels.shape

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax import _checks
+from ttt_jax import _arguments, _checks
 
 Augment = Callable[[Any, jax.Array], Any]
 
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 
+@_arguments.checked()
 def shift(padding: int, pad_mode: str = "edge") -> Augment:
     """Returns random crops of the padded image: shifts by up to ``padding`` pixels.
 
@@ -57,11 +58,13 @@ def shift(padding: int, pad_mode: str = "edge") -> Augment:
     return augment
 
 
+@_arguments.checked(image=_arguments.array(3))
 def flip(image: jax.Array, key: jax.Array) -> jax.Array:
     """Returns the image, mirrored left to right with probability 1/2."""
     return jnp.where(jax.random.bernoulli(key, _HALF), image[:, ::-1], image)
 
 
+@_arguments.checked()
 def resized_crop(min_area: float) -> Augment:
     """Returns random parts of the image, stretched to its size (bilinear).
 
@@ -85,6 +88,11 @@ def resized_crop(min_area: float) -> Augment:
     return augment
 
 
+@_arguments.checked(
+    image=_arguments.array(3),
+    corner=_arguments.array(1, finite=True),
+    share=_arguments.array(1, finite=True),
+)
 def stretch(image: jax.Array, corner: jax.Array, share: jax.Array) -> jax.Array:
     """Returns the part of an image from ``corner`` on, stretched to the image's size.
 
@@ -100,6 +108,7 @@ def stretch(image: jax.Array, corner: jax.Array, share: jax.Array) -> jax.Array:
     )
 
 
+@_arguments.checked()
 def color_jitter(strength: float, probability: float) -> Augment:
     """Returns random changes of brightness, contrast and saturation, made with some probability.
 
@@ -120,6 +129,7 @@ def color_jitter(strength: float, probability: float) -> Augment:
     return augment
 
 
+@_arguments.checked(image=_arguments.array(3), factors=_arguments.array(1))
 def adjust_color(image: jax.Array, factors: jax.Array) -> jax.Array:
     """Returns the image after brightness, contrast and saturation by factors ``[3]``, in [0, 1].
 
@@ -133,6 +143,7 @@ def adjust_color(image: jax.Array, factors: jax.Array) -> jax.Array:
     return jnp.clip(gray + saturation * (image - gray), 0.0, 1.0)
 
 
+@_arguments.checked()
 def luma(image: jax.Array) -> jax.Array:
     """Returns the luma ``[H, W, 1]`` by the weights of ITU-R BT.601; a gray image as it is."""
     if image.shape[-1] != 3:
@@ -140,6 +151,7 @@ def luma(image: jax.Array) -> jax.Array:
     return (image @ jnp.array([0.299, 0.587, 0.114], image.dtype))[..., None]
 
 
+@_arguments.checked()
 def grayscale(probability: float) -> Augment:
     """Returns views that lose their colors with some probability, in [0, 1]."""
     _checks.check_share("probability", probability)
@@ -163,6 +175,7 @@ def simclr() -> Augment:
     return chain(resized_crop(0.2), flip, color_jitter(0.4, 0.8), grayscale(0.2))
 
 
+@_arguments.checked()
 def crop_flip(padding: int, pad_mode: str = "constant") -> Augment:
     """Returns the published views of CIFAR: a crop of the padded image, then a flip.
 
@@ -182,6 +195,7 @@ def crop_flip(padding: int, pad_mode: str = "constant") -> Augment:
     return chain(shift(padding, pad_mode), flip)
 
 
+@_arguments.checked()
 def every_view(
     padding: int, flipped: bool, pad_mode: str = "edge"
 ) -> Callable[[jax.Array], jax.Array]:
@@ -190,7 +204,8 @@ def every_view(
     Returns:
       ``image[H, W, C] -> [V, H, W, C]`` with ``V = (2 * padding + 1)^2``, twice that if flipped.
     """
-    offsets, pad = range(2 * padding + 1), _padder(padding, pad_mode)
+    pad = _padder(padding, pad_mode)
+    offsets = range(2 * padding + 1)
 
     def views(image: jax.Array) -> jax.Array:
         height, width, _ = image.shape
@@ -202,6 +217,7 @@ def every_view(
     return views
 
 
+@_arguments.checked()
 def chain(*steps: Augment) -> Augment:
     """Returns the views that several steps make in order, each with a key of its own."""
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from ttt_jax import _arguments
 from ttt_jax.data.corruptions import blur, digital, noise, spatter, weather
 from ttt_jax.data.corruptions.common import Corruption, quantize, scale_of
 
@@ -63,6 +64,16 @@ VALIDATION_CORRUPTIONS: tuple[str, ...] = tuple(_FUNCTIONS)[15:]
 """The 4 held out for choosing hyper-parameters."""
 
 
+def _seed(place: str, name: str, value: Any) -> Any:
+    """An integer, or several."""
+    if isinstance(value, int | np.integer) or value is True:
+        return _arguments.integer(place, name, value)
+    return [
+        _arguments.integer(place, name, part) for part in _arguments.sequence()(place, name, value)
+    ]
+
+
+@_arguments.checked()
 def check_name(name: str, severity: int) -> None:
     """Checks a corruption's name and severity.
 
@@ -73,7 +84,7 @@ def check_name(name: str, severity: int) -> None:
     if name not in _FUNCTIONS:
         near = difflib.get_close_matches(str(name), _FUNCTIONS, n=3, cutoff=0.4)
         known = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_FUNCTIONS)}."
-        raise ValueError(f"There is no corruption called {name!r}; {known}")
+        raise ValueError(f"name (or domain): there is no corruption called {name!r}; {known}")
     if isinstance(severity, bool) or severity not in (1, 2, 3, 4, 5):
         raise ValueError(
             f"A severity is an integer from 1 (mild) to 5 (strong), not {severity!r}; for the "
@@ -129,6 +140,7 @@ def _apply(image: np.ndarray, name: str, severity: int, words: tuple[int, ...]) 
     return quantize(_FUNCTIONS[name](image.astype(np.float64), severity, rng, scale))
 
 
+@_arguments.checked(image=_arguments.array(3, host=True, finite=True), seed=_seed)
 def corrupt(
     image: np.ndarray, name: str, severity: int, *, seed: int | Sequence[int]
 ) -> np.ndarray:
@@ -153,6 +165,11 @@ def corrupt(
     return _apply(_check_images(image, 3), name, int(severity), _entropy(seed))
 
 
+@_arguments.checked(
+    images=_arguments.array(4, host=True, finite=True),
+    seed=_seed,
+    ids=_arguments.array(1, host=True, kinds="iu"),
+)
 def corrupt_batch(
     images: np.ndarray,
     name: str,

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.kernels import _arguments
 from ttt_jax.kernels.attention.limits import fits
 
 FORMS = ("xla", "fused")
@@ -25,6 +26,8 @@ def form_of(attention: str, dtype: Any) -> str:
     Returns:
       ``"fused"`` on NVIDIA GPUs with a 16-bit dtype, if that is asked for; ``"xla"``.
     """
+    _arguments.choice("attention", attention, FORMS)
+    _arguments.dtype("dtype", dtype)
     nvidia = jax.default_backend() == "gpu" and jax.devices()[0].platform != "rocm"
     fused = attention == "fused" and nvidia and jnp.dtype(dtype).itemsize == 2
     return "fused" if fused else "xla"
@@ -44,12 +47,19 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, form: str) -> jax
     Returns:
       ``[N, T, H, D]``.
     """
+    query, key, value = _checked(query, key, value)
+    _arguments.choice("form", form, FORMS)
     tokens, _, size = query.shape[1:]
     if form == "fused" and fits(tokens, size) and _kernel() is not None:
         return _kernel().attend(query, key, value)
     if form == "fused" and size % _HEAD_SIZE_MULTIPLE == 0:
         return flash(query, key, value, "cudnn")
     return products(query, key, value)
+
+
+def _checked(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    names = ("query", "key", "value")
+    return tuple(_arguments.array(n, a, 4) for n, a in zip(names, arrays, strict=True))
 
 
 @functools.cache
@@ -68,6 +78,7 @@ def products(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     flax's own function leaves the weights in float32, and with them the product with the values;
     jax.nn's does so with the gradients of query and key.
     """
+    query, key, value = _checked(query, key, value)
     query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
     scores = jnp.einsum("nqhd,nkhd->nhqk", query, key).astype(jnp.float32)
     weights = jax.nn.softmax(scores).astype(value.dtype)
@@ -82,6 +93,8 @@ def flash(
     jax refuses gradients of cuDNN's form for an odd number (0.11): one more token is appended,
     which no query sees.
     """
+    query, key, value = _checked(query, key, value)
+    _arguments.choice("implementation", implementation, ("cudnn", "xla"))
     count = query.shape[1]
     if count % 2 == 0:
         return jax.nn.dot_product_attention(query, key, value, implementation=implementation)

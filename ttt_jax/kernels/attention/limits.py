@@ -3,6 +3,8 @@
 Free of Pallas: a machine without its Triton backend may ask as well.
 """
 
+from ttt_jax.kernels import _arguments
+
 MOST_TOKENS = 64
 """The most tokens that the kernel takes."""
 
@@ -12,4 +14,6 @@ HEAD_SIZES = (16, 32, 64, 128)
 
 def fits(tokens: int, head_size: int) -> bool:
     """Whether the kernel takes sequences of that length with so many features per head."""
+    _arguments.integer("tokens", tokens)
+    _arguments.integer("head_size", head_size)
     return tokens <= MOST_TOKENS and head_size in HEAD_SIZES

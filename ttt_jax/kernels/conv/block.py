@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.kernels import shared_outputs
+from ttt_jax.kernels import _arguments, shared_outputs
 from ttt_jax.kernels.conv import support
 from ttt_jax.kernels.conv.convolution import Affine, Convolution
 from ttt_jax.kernels.conv.derivatives import with_xla_derivatives
@@ -38,6 +38,16 @@ def block(maps: Maps, first: Layer, second: Layer, *, stride: int, groups: int) 
     Raises:
       ValueError: what :mod:`ttt_jax.kernels.conv.limits` excludes.
     """
+    _arguments.instance("maps", maps, Maps)
+    for name, layer in (("first", first), ("second", second)):
+        _arguments.instance(name, layer, Layer)
+    _arguments.integer("stride", stride, 1)
+    _arguments.integer("groups", groups, 1)
+    if stride > 2 or first.scale.shape[0] % groups:
+        raise ValueError(
+            f"stride is 1 or 2 and groups divide {first.scale.shape[0]} channels; got stride = "
+            f"{stride} and groups = {groups}."
+        )
     conv = Convolution(maps.height, maps.width, stride, groups, interpret=support.interpreted())
     layers = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (first, second))
     (values, sums), _ = _block(conv, layers, maps.values, maps.sums)

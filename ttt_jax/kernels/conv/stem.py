@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from ttt_jax.kernels import shared_outputs
+from ttt_jax.kernels import _arguments, shared_outputs
 from ttt_jax.kernels.conv import support
 from ttt_jax.kernels.conv.convolution import Convolution
 from ttt_jax.kernels.conv.derivatives import with_xla_derivatives
@@ -28,6 +28,7 @@ def stem(images: jax.Array, kernel: jax.Array) -> Maps:
     Raises:
       ValueError: what :mod:`ttt_jax.kernels.conv.limits` excludes.
     """
+    images, kernel = _arguments.array("images", images, 4), _arguments.array("kernel", kernel, 4)
     count, height, width, channels = images.shape
     padding = support.SMALLEST - channels
     flat = images.reshape(count, height * width, channels)

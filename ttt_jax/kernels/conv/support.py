@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.kernels import _arguments
 from ttt_jax.kernels.conv import limits
 
 SMALLEST = 16
@@ -24,6 +25,7 @@ def supported(image_shape: tuple[int, ...], width: int, groups: int, dtype: Any)
       groups: as in :func:`fits`.
       dtype: as in :func:`fits`.
     """
+    _check(image_shape, width, groups, dtype)
     if jax.default_backend() != "gpu" or jax.devices()[0].platform == "rocm":
         return False
     fitting = fits(image_shape, width, groups, dtype) and computes(dtype)
@@ -32,6 +34,7 @@ def supported(image_shape: tuple[int, ...], width: int, groups: int, dtype: Any)
 
 def computes(dtype: Any) -> bool:
     """Whether a GPU of this machine has the dtype; without a GPU kernels are interpreted."""
+    _arguments.dtype("dtype", dtype)
     if jnp.dtype(dtype) != jnp.bfloat16 or jax.default_backend() != "gpu":
         return True
     # Conversions and products of bfloat16 came with compute capability 8; ROCm's has another form.
@@ -49,6 +52,7 @@ def fits(image_shape: tuple[int, ...], width: int, groups: int, dtype: Any) -> b
       groups: of its GroupNorms; divides ``width`` by a power of two.
       dtype: the compute dtype, float32 or bfloat16.
     """
+    _check(image_shape, width, groups, dtype)
     height, columns, channels = image_shape
     return (
         width == SMALLEST
@@ -60,6 +64,13 @@ def fits(image_shape: tuple[int, ...], width: int, groups: int, dtype: Any) -> b
         and channels <= SMALLEST
         and jnp.dtype(dtype) in limits.DTYPES
     )
+
+
+def _check(image_shape: tuple[int, ...], width: int, groups: int, dtype: Any) -> None:
+    _arguments.shape("image_shape", image_shape, 3)
+    _arguments.integer("width", width)
+    _arguments.integer("groups", groups, -jnp.inf)
+    _arguments.dtype("dtype", dtype)
 
 
 def interpreted() -> bool:

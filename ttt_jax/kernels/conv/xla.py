@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.kernels import _arguments
+
 FORMS = ("auto", "lax", "patches")
 """The forms of :func:`conv3x3`."""
 
@@ -35,8 +37,10 @@ def conv3x3(
     Raises:
       ValueError: an unknown ``form`` or ``stride``, or shapes that do not fit.
     """
+    images, kernel = _arguments.array("images", images, 4), _arguments.array("kernel", kernel, 4)
+    _arguments.integer("stride", stride, 1)
     if form not in FORMS:
-        raise ValueError(f"conv is one of {FORMS}, received {form!r}: choose one of them.")
+        raise ValueError(f"form of conv is one of {FORMS}, received {form!r}: choose one of them.")
     if stride not in (1, 2):
         raise ValueError(f"conv3x3 has stride 1 or 2, received {stride!r}: use one of them.")
     if images.ndim != 4 or kernel.shape[:3] != (3, 3, images.shape[-1]):
