@@ -56,7 +56,9 @@ def test_means_changes_and_spreads():
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_every_result_says_where_it_comes_from(path):
     record = json.loads(path.read_text())
-    assert record["command"].startswith(("python -m experiments.", "python -m benchmarks.", "for "))
+    assert record["command"].startswith(
+        tuple(f"python -m {p}." for p in ("experiments", "benchmarks", "tests")) + ("for ",)
+    )
     assert record["device"] and record["device_count"] >= 1 and record["rows"]
     assert {"python", "jax", "optax"} <= set(record["versions"])
     assert len(record["commit"]) == 40
