@@ -154,7 +154,6 @@ def chunk_seconds(
     Compilation is not in them; the padding of the last chunk is. A size that was far slower than
     another one in its first call is not timed again, so its figure holds the start of the program.
     """
-    _contract.require_predictor("predictor", predictor)
     _checks.check_number("max_seconds", max_seconds, 0.0)
 
     def run_of(size: int) -> Any:
