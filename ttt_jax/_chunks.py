@@ -11,8 +11,9 @@ from ttt_jax import _checks, budget
 # Few instances at once are timed over several chunks, so that the start of a call does not count.
 _LEAST_TIMED, _LEAST_CHUNKS = 16, 2
 _REPEATS = 2
-# A first call this much slower than the best so far is not repeated.
-_HOPELESS = 3.0
+# A first call this much slower than the best so far is not repeated, where that saves seconds: in a
+# short one the start of the program may be most of it.
+_HOPELESS, _SHORT_SECONDS = 3.0, 1.0
 
 Run = Callable[..., Any]
 
@@ -49,7 +50,7 @@ class _Trials:
         program, data, chunks = self._trial(size)
         each = -(-self.most // size) / (chunks * self.most)
         found = [_seconds(program, *self._fixed, *data)]
-        if found[0] * each < _HOPELESS * best:
+        if found[0] < _SHORT_SECONDS or found[0] * each < _HOPELESS * best:
             found = [_seconds(program, *self._fixed, *data) for _ in range(_REPEATS)]
         return min(found) * each
 

@@ -151,8 +151,8 @@ def chunk_seconds(
 ) -> dict[int, float]:
     """Seconds per instance by ``chunk_size``, the fastest first; see :func:`fastest_chunk`.
 
-    Compilation is not in them; the padding of the last chunk is. A size that was far slower than
-    another one in its first call is not timed again, so its figure holds the start of the program.
+    Compilation is not in them; the padding of the last chunk is. A size whose first call took over
+    a second, and far longer than another one's, is not timed again: its figure holds the start.
     """
     _checks.check_number("max_seconds", max_seconds, 0.0)
 

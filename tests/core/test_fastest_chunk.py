@@ -149,6 +149,18 @@ def test_a_size_far_slower_is_timed_once(monkeypatch, sized):
     assert clock.calls.count(4) == 1 and clock.calls.count(8) == 3
 
 
+def test_a_slow_start_of_a_short_call_is_no_reason_to_leave_a_size_out(monkeypatch, sized):
+    begun = set()
+
+    def seconds(size):
+        start = 0.0 if size in begun else 0.3
+        begun.add(size)
+        return start + 1e-4 * chunks_timed(size, 64) * size * (0.5 if size == 4 else 1.0)
+
+    Clock(monkeypatch, seconds)
+    assert next(iter(sized(most=64, fits=64))) == 4
+
+
 def test_a_real_predictor_on_one_device_and_on_several():
     xs = make_images(COUNT)
     expected = jax.jit(ttt.batched(SOURCE))(PARAMS, xs, KEYS)[0]
