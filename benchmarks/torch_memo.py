@@ -159,6 +159,7 @@ def call_of(form: Form, samples: int, views: int, size: int, net: nn.Module) -> 
     """What is timed of a form: a call that returns when the device is done."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
     layout = torch.channels_last if form.channels_last else torch.contiguous_format
     net = net.to(device, memory_format=layout)
     images = torch.rand(samples, 3, size, size, device=device)

@@ -26,7 +26,7 @@ _TAKEN = "array_metadatas"
 _ORBAX_DIR = os.path.dirname(ocp.__file__)
 # Of a disk; libraries give the system's words among many of their own.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
-_POLL_S, _STILL_POLLS = 0.05, 5
+_POLL_S, _STILL_POLLS, _MOST_POLLS = 0.05, 5, 200
 
 
 def keys(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -123,10 +123,12 @@ def _reason(error: Exception) -> str:
 def _settle(root: pathlib.Path) -> None:
     """Waits until nothing below a folder changes: after an error, orbax's threads write on."""
     before, still = None, 0
-    while still < _STILL_POLLS:
+    for _ in range(_MOST_POLLS):
         time.sleep(_POLL_S)
         now = [(place, *names, *files) for place, names, files in os.walk(root)]
         still = still + 1 if now == before else 0
+        if still == _STILL_POLLS:
+            return
         before = now
 
 
