@@ -42,7 +42,8 @@ def forms() -> Iterator[Form]:
     yield Form("loop", 1, True, "reduce-overhead")
     for size, channels_last in itertools.product((1, 4), (True, False)):
         yield Form("vmap", size, channels_last, None)
-    yield Form("vmap", 1, False, "default")
+    for size, mode in itertools.product((1, 4), ("default", "reduce-overhead")):
+        yield Form("vmap", size, False, mode)
 
 
 class Bottleneck(nn.Module):
