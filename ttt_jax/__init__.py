@@ -10,7 +10,8 @@ A step (what adapts, and on which loss):
 How it is run over instances:
 
 * :func:`source`, :func:`augmented`, :func:`episodic`, :func:`vote`: one instance at a time
-* :func:`online`, :func:`unroll`, :func:`episode`, :mod:`resets`: streams
+* :func:`online`, :func:`unroll`, :func:`episode`, :mod:`resets`: streams; :mod:`readers`:
+  documents, chunk by chunk
 * :func:`batched`, :func:`unbatched`, :func:`sample_keys`, :func:`inner_loop`, :mod:`budget`
 
 What is asked about it:
@@ -26,7 +27,7 @@ Around it: :mod:`checkpoint`, :mod:`data` and :mod:`models`. These three, :mod:`
 import importlib
 from typing import Any
 
-from ttt_jax import audit, budget, diagnostics, losses, neighbors, resets, select
+from ttt_jax import audit, budget, diagnostics, losses, neighbors, readers, resets, select
 from ttt_jax._version import __version__
 from ttt_jax.adapters import (
     filtered,
@@ -105,6 +106,7 @@ __all__ = [
     "models",
     "neighbors",
     "online",
+    "readers",
     "resets",
     "sample_keys",
     "select",

@@ -25,6 +25,7 @@ from ttt_jax.losses.reliable import (
     sample_adaptive_entropy as sample_adaptive_entropy,
 )
 from ttt_jax.losses.rotation import rotation as rotation
+from ttt_jax.losses.tokens import masked_token as masked_token, next_token as next_token
 
 __all__ = [
     "activation_matching",
@@ -36,7 +37,9 @@ __all__ = [
     "fisher_diagonal",
     "marginal_entropy",
     "masked_reconstruction",
+    "masked_token",
     "moment_matching",
+    "next_token",
     "over_batch",
     "pseudo_label",
     "reliable_entropy",

@@ -8,6 +8,10 @@ One instance, which is forgotten (a :class:`~ttt_jax.Predictor`):
 * :func:`memo`: the classifier alone; :func:`rotation_memo`: with an auxiliary head
 * :func:`neighbors`: a :class:`~ttt_jax.FromSource`, with a pool of source data
 
+A document, chunk by chunk (a :class:`~ttt_jax.Predictor`):
+
+* :func:`document_ttt`
+
 Streams of instances (a :class:`~ttt_jax.Stream`):
 
 * :func:`ttt_rotation_online`, :func:`rotation_memo_online`
@@ -32,6 +36,7 @@ from ttt_jax.methods.augmented import augmented, every_view, mean_over_views
 from ttt_jax.methods.bn_adapt import bn_adapt
 from ttt_jax.methods.cotta import cotta
 from ttt_jax.methods.deyo import deyo
+from ttt_jax.methods.document_ttt import document_ttt
 from ttt_jax.methods.dua import dua
 from ttt_jax.methods.eata import eata
 from ttt_jax.methods.lame import lame
@@ -59,6 +64,7 @@ __all__ = [
     "bn_adapt",
     "cotta",
     "deyo",
+    "document_ttt",
     "dua",
     "eata",
     "every_view",

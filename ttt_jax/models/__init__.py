@@ -2,16 +2,22 @@
 
 from ttt_jax.models._instance_norm import InstanceAware
 from ttt_jax.models.activations import linen_activations
+from ttt_jax.models.decoder import Decoder
 from ttt_jax.models.demo import demo
 from ttt_jax.models.importers import load_resnet26_npz
 from ttt_jax.models.initialize import init
 from ttt_jax.models.linen import from_linen, linen_statistics
+from ttt_jax.models.low_rank import low_rank
 from ttt_jax.models.nnx import from_nnx, nnx_statistics
+from ttt_jax.models.pretrained import Pretrained, load_gguf, load_hugging_face
+from ttt_jax.models.reader import reader
 from ttt_jax.models.resnet import ResNet
 from ttt_jax.models.vit import ViT, patchify, unpatchify
 
 __all__ = [
+    "Decoder",
     "InstanceAware",
+    "Pretrained",
     "ResNet",
     "ViT",
     "demo",
@@ -20,8 +26,12 @@ __all__ = [
     "init",
     "linen_activations",
     "linen_statistics",
+    "load_gguf",
+    "load_hugging_face",
     "load_resnet26_npz",
+    "low_rank",
     "nnx_statistics",
     "patchify",
+    "reader",
     "unpatchify",
 ]

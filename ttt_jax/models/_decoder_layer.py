@@ -1,0 +1,178 @@
+"""One layer of :class:`ttt_jax.models.Decoder`, and what all layers of a call share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.kernels.attention.masked import attend_masked
+from ttt_jax.models import cache as caches
+from ttt_jax.models import rotary
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": nn.silu, "gelu": nn.gelu}
+"""Gates of the MLP: SwiGLU, and GeGLU in its tanh form."""
+
+
+class Sizes(NamedTuple):
+    """Sizes and switches of a layer; see :class:`ttt_jax.models.Decoder`."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp_width: int
+    epsilon: float
+    interleaved: bool
+    activation: str
+    biases: bool
+    query_key_norm: bool
+    post_norms: bool
+    form: str
+    dtype: Any
+
+
+class View(NamedTuple):
+    """What the tokens of a call see in a kind of layer, and how far they turn.
+
+    Attributes:
+      mask: bool ``[N, T, S]``, or None for causal attention to the tokens of the call.
+      query: cosine and sine of the queries' angles, each ``[N, T, D / 2]``.
+      key: of the keys' angles, ``[N, S, D / 2]``.
+    """
+
+    mask: jax.Array | None
+    query: tuple[jax.Array, jax.Array]
+    key: tuple[jax.Array, jax.Array]
+
+
+class Shared(NamedTuple):
+    """What all layers of a call are given.
+
+    Attributes:
+      everywhere: the view of a global layer.
+      nearby: the view of a local layer; None in a decoder without.
+      slots: int32 ``[N, T]``, where the tokens go in the cache; None without a cache.
+    """
+
+    everywhere: View
+    nearby: View | None
+    slots: jax.Array | None
+
+
+class Linear(nn.Module):
+    """A linear map of the last axis; leaves ``kernel`` ``[inputs, features]`` and ``bias``."""
+
+    features: int
+    bias: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[..., inputs] -> [..., features]``."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, jnp.float32)
+        # The kernel goes in as it is, but for its dtype: qwix finds it so. Rows, because a weight
+        # gradient sums over one axis without a transposed copy.
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        out = jax.lax.dot_general(rows, kernel.astype(self.dtype), (((1,), (0,)), ((), ())))
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+            out = out + bias.astype(self.dtype)
+        # Factors that qwix adds may have widened it.
+        return out.astype(self.dtype).reshape(*x.shape[:-1], self.features)
+
+
+class DecoderLayer(nn.Module):
+    """Attention with a cache, then a gated MLP, each added to its input."""
+
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, held: Any, local: jax.Array, shared: Shared
+    ) -> tuple[jax.Array, Any]:
+        """One layer.
+
+        Args:
+          x: ``[N, T, width]``.
+          held: keys and values of the cache, each ``[N, S, K, D]``, or None.
+          local: bool scalar, whether this layer sees nearby tokens alone.
+          shared: of the call.
+
+        Returns:
+          ``[N, T, width]``, and the tokens' own keys (before rotation) and values
+          ``[N, T, K, D]``, or None without a cache.
+        """
+        sizes = self.sizes
+        mixed, rows = Attention(sizes, name="attention")(
+            self._norm("attention_norm")(x), held, local, shared
+        )
+        x = x + (self._norm("post_attention_norm")(mixed) if sizes.post_norms else mixed)
+        made = GatedMLP(sizes, name="mlp")(self._norm("mlp_norm")(x))
+        return x + (self._norm("post_mlp_norm")(made) if sizes.post_norms else made), rows
+
+    def _norm(self, name: str) -> nn.RMSNorm:
+        return nn.RMSNorm(self.sizes.epsilon, dtype=self.sizes.dtype, name=name)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, held: Any, local: jax.Array, shared: Shared
+    ) -> tuple[jax.Array, Any]:
+        """See :class:`DecoderLayer`."""
+        sizes = self.sizes
+        batch, tokens, width = x.shape
+
+        def heads(name: str, count: int) -> jax.Array:
+            made = Linear(count * sizes.head_size, sizes.biases, sizes.dtype, name=name)(x)
+            return made.reshape(batch, tokens, count, sizes.head_size)
+
+        query = heads("query", sizes.heads)
+        key, value = heads("key", sizes.kv_heads), heads("value", sizes.kv_heads)
+        if sizes.query_key_norm:
+            query = nn.RMSNorm(sizes.epsilon, dtype=sizes.dtype, name="query_norm")(query)
+            key = nn.RMSNorm(sizes.epsilon, dtype=sizes.dtype, name="key_norm")(key)
+        rows = None
+        if held is not None:
+            rows = (key, value)
+            key, value = (
+                caches.write(jax.lax.stop_gradient(whole), shared.slots, new)
+                for whole, new in zip(held, rows, strict=True)
+            )
+        view = _chosen(local, shared)
+        query = rotary.rotate(query, view.query, interleaved=sizes.interleaved)
+        key = rotary.rotate(key.astype(query.dtype), view.key, interleaved=sizes.interleaved)
+        mixed = attend_masked(query, key, value.astype(query.dtype), view.mask, form=sizes.form)
+        out = Linear(width, dtype=sizes.dtype, name="out")
+        return out(mixed.reshape(batch, tokens, -1)), rows
+
+
+class GatedMLP(nn.Module):
+    """``down(activation(gate(x)) * up(x))`` (Shazeer, 2020)."""
+
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[N, T, width] -> [N, T, width]``."""
+        width, dtype = self.sizes.mlp_width, self.sizes.dtype
+        gate = Linear(width, dtype=dtype, name="gate")(x)
+        up = Linear(width, dtype=dtype, name="up")(x)
+        activation = ACTIVATIONS[self.sizes.activation]
+        return Linear(x.shape[-1], dtype=dtype, name="down")(activation(gate) * up)
+
+
+def _chosen(local: jax.Array, shared: Shared) -> View:
+    if shared.nearby is None:
+        return shared.everywhere
+    return jax.tree.map(
+        lambda near, everywhere: jnp.where(local, near, everywhere),
+        shared.nearby,
+        shared.everywhere,
+    )

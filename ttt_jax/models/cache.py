@@ -1,0 +1,66 @@
+"""The keys and values that a decoder keeps of the tokens it has read."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+EMPTY = -1
+"""The position of a slot that holds nothing."""
+
+
+class Cache(NamedTuple):
+    """Keys before rotation, and values, of the first ``sinks`` tokens and of the last ones.
+
+    Position p has one slot: its own number for p < ``sinks``, else ``sinks + (p - sinks) % ring``
+    with ``ring = slots - sinks``. So a chunk that is read again overwrites itself.
+
+    Attributes:
+      keys: ``[L, N, S, K, D]``: layers, sequences, slots, heads, size of a head.
+      values: ``[L, N, S, K, D]``.
+      positions: int32 ``[N, S]``, of the token in each slot, ``EMPTY`` where there is none.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+
+    @property
+    def slots(self) -> int:
+        """S, how many tokens it holds."""
+        return self.positions.shape[-1]
+
+    @property
+    def length(self) -> jax.Array:
+        """int32 ``[N]``: the position that the next token has."""
+        return self.positions.max(-1) + 1
+
+
+def slots_of(positions: jax.Array, sinks: int, slots: int) -> jax.Array:
+    """The slot of each position, and one past the end (never written) for a negative one.
+
+    Args:
+      positions: int32 ``[N, T]``.
+      sinks: how many first tokens are kept for ever.
+      slots: S of the cache.
+    """
+    ring = sinks + (positions - sinks) % (slots - sinks)
+    places = jnp.where(positions < sinks, positions, ring)
+    # Distinct, as scatter's promise asks, and out of bounds, so that they are dropped.
+    outside = slots + jnp.arange(positions.shape[-1])
+    return jnp.where(positions < 0, outside, places)
+
+
+def write(held: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
+    """Puts rows into their slots.
+
+    Args:
+      held: ``[N, S, ...]``.
+      slots: int32 ``[N, T]``, distinct per sequence; one past the end is dropped.
+      rows: ``[N, T, ...]``.
+    """
+
+    def put(held: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
+        return held.at[slots].set(rows.astype(held.dtype), mode="drop", unique_indices=True)
+
+    return jax.vmap(put)(held, slots, rows)

@@ -1,0 +1,319 @@
+"""A decoder of tokens in the forms of Llama, Qwen2 and Gemma 3."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.kernels.attention import form_of
+from ttt_jax.models import cache as caches
+from ttt_jax.models import rotary
+from ttt_jax.models._decoder_layer import ACTIVATIONS, DecoderLayer, Shared, Sizes, View
+from ttt_jax.models.cache import Cache
+
+
+class Decoder(nn.Module):
+    """A pre-norm transformer over tokens: RMSNorm, rotary positions, grouped queries, gated MLP.
+
+    The defaults are Llama's form. Qwen2's has ``biases``. Gemma 3's has ``local_window``,
+    ``query_key_norm``, ``post_norms``, ``scaled_embedding`` and ``activation="gelu"``. Layers are
+    scanned: every leaf of ``layers`` has a leading axis over the layers. With ``stages=(22, 8)``
+    the leaves of ``layers_0`` and ``layers_1`` have 22 and 8, so that a selection can name the last
+    ones.
+
+    Attributes:
+      vocabulary: V.
+      width: of the residual stream.
+      depth: L, number of layers.
+      heads: H, of queries; divides ``width`` where ``head_size`` is None.
+      kv_heads: K, of keys and values; divides H; None for H.
+      head_size: D; None for ``width / heads``.
+      mlp_width: of the gated MLP; None for four times ``width``.
+      epsilon: of every RMSNorm.
+      rope_base: of the rotary frequencies.
+      interleaved: the layout of the rotary pairs, see :func:`ttt_jax.models.rotary.rotate`.
+      activation: ``"silu"`` or ``"gelu"``.
+      biases: whether queries, keys and values have biases.
+      query_key_norm: whether queries and keys are normalized, per head.
+      post_norms: whether what attention and MLP add is normalized.
+      scaled_embedding: whether embeddings are multiplied by ``sqrt(width)``.
+      tied: whether the embedding is the head, too.
+      local_window: how many tokens, itself among them, a token sees in a local layer; None where
+        all layers are global.
+      global_every: with ``local_window``, every so many layers one is global: the last of them.
+      local_rope_base: of local layers.
+      window: how many tokens, itself among them, a token sees in global layers; None for all.
+      sinks: how many first tokens are seen beside the window, for ever (Xiao et al., 2023).
+      context: tokens at most in training: later positions are moved so that the last token of a
+        call has ``context - 1`` and the sinks keep their own.
+      stages: how many layers each scan has; None for one scan of all.
+      attention: ``"fused"`` where that can be, or ``"xla"``.
+      remat: whether a layer's activations are computed again in the backward pass.
+      dtype: the compute dtype; parameters are float32, logits too.
+
+    References:
+      Touvron et al., `Llama 2 <https://arxiv.org/abs/2307.09288>`_, 2023; Qwen Team, `Qwen2
+      <https://arxiv.org/abs/2407.10671>`_, 2024; Gemma Team, `Gemma 3
+      <https://arxiv.org/abs/2503.19786>`_, 2025; Xiao et al., `Attention sinks
+      <https://arxiv.org/abs/2309.17453>`_, 2023.
+    """
+
+    vocabulary: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int | None = None
+    head_size: int | None = None
+    mlp_width: int | None = None
+    epsilon: float = 1e-5
+    rope_base: float = 1e4
+    interleaved: bool = False
+    activation: str = "silu"
+    biases: bool = False
+    query_key_norm: bool = False
+    post_norms: bool = False
+    scaled_embedding: bool = False
+    tied: bool = True
+    local_window: int | None = None
+    global_every: int = 6
+    local_rope_base: float = 1e4
+    window: int | None = None
+    sinks: int = 0
+    context: int = 8192
+    stages: tuple[int, ...] | None = None
+    attention: str = "fused"
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs: Any, cache: Cache | None = None) -> Any:
+        """Logits of the next token after each.
+
+        Args:
+          inputs: token ids ``[N, T]``, or a mapping with ``tokens`` and, where wanted,
+            ``segments`` ``[N, T]`` (packed sequences: a token sees its own segment alone, and
+            positions begin anew with each; not beside a cache) and ``positions`` ``[N, T]``
+            (int32; a negative one is padding, which nothing sees). Without
+            positions they follow those of the cache.
+          cache: of :func:`empty_cache`; None for tokens that begin a sequence.
+
+        Returns:
+          float32 ``[N, T, V]``; with a cache, the pair of them and the cache with the tokens.
+
+        Raises:
+          ValueError: tokens without two axes, segments beside a cache, or sizes that do not fit.
+        """
+        self._check()
+        tokens, positions, segments = _parts(inputs, cache)
+        given = isinstance(inputs, Mapping) and "positions" in inputs
+        embedding = self.param(
+            "embedding", nn.initializers.normal(0.02), (self.vocabulary, self.width), jnp.float32
+        )
+        x = embedding.astype(self.dtype)[tokens]
+        if self.scaled_embedding:
+            x = x * jnp.asarray(self.width**0.5, self.dtype)
+        shared, held_positions = self._shared(
+            positions, segments, cache, causal=cache is None and segments is None and not given
+        )
+        rows = []
+        first = 0
+        for stage, count in enumerate(self.stages or (self.depth,)):
+            name = "layers" if self.stages is None else f"layers_{stage}"
+            layers = jnp.arange(first, first + count)
+            held = None
+            if cache is not None:
+                held = cache.keys[first : first + count], cache.values[first : first + count]
+            x, made = self._scan(count)(self._sizes(), name=name)(
+                x, held, self._is_local(layers), shared
+            )
+            rows.append(made)
+            first += count
+        x = nn.RMSNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
+        head = embedding if self.tied else self._head()
+        logits = _logits(x, head.astype(self.dtype))
+        if cache is None:
+            return logits
+        keys, values = (
+            jax.vmap(caches.write, (0, None, 0))(
+                whole, shared.slots, jax.lax.stop_gradient(jnp.concatenate(parts))
+            )
+            for whole, parts in zip(
+                (cache.keys, cache.values), zip(*rows, strict=True), strict=True
+            )
+        )
+        return logits, Cache(keys, values, held_positions)
+
+    def empty_cache(self, batch: int, tokens: int, chunk: int = 1) -> Cache:
+        """A cache without tokens, of the compute dtype; needs no parameters.
+
+        Args:
+          batch: N, sequences.
+          tokens: how many a sequence has, at most: the cache is no larger than it must be.
+          chunk: how many tokens a call reads, at most.
+        """
+        slots = tokens
+        if self.window is not None:
+            slots = min(tokens, self.sinks + self.window - 1 + chunk)
+        # cuDNN takes even numbers alone.
+        slots = max(slots + slots % 2, self.sinks + chunk)
+        shape = (self.depth, batch, slots, self._kv_heads, self._head_size)
+        empty = jnp.zeros(shape, self.dtype)
+        return Cache(empty, empty, jnp.full((batch, slots), caches.EMPTY, jnp.int32))
+
+    @property
+    def _kv_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def _head_size(self) -> int:
+        return self.width // self.heads if self.head_size is None else self.head_size
+
+    def _check(self) -> None:
+        if self.heads % self._kv_heads or self._head_size % 2:
+            raise ValueError(
+                "A Decoder needs kv_heads that divide heads, and an even head_size; got "
+                f"heads={self.heads}, kv_heads={self._kv_heads}, head_size={self._head_size}."
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {tuple(ACTIVATIONS)}; got {self.activation!r}."
+            )
+        if self.stages is not None and sum(self.stages) != self.depth:
+            raise ValueError(
+                f"stages must add up to depth; got stages={self.stages} and depth={self.depth}."
+            )
+
+    def _sizes(self) -> Sizes:
+        return Sizes(
+            heads=self.heads,
+            kv_heads=self._kv_heads,
+            head_size=self._head_size,
+            mlp_width=4 * self.width if self.mlp_width is None else self.mlp_width,
+            epsilon=self.epsilon,
+            interleaved=self.interleaved,
+            activation=self.activation,
+            biases=self.biases,
+            query_key_norm=self.query_key_norm,
+            post_norms=self.post_norms,
+            form=form_of(self.attention, self.dtype),
+            dtype=self.dtype,
+        )
+
+    def _scan(self, count: int) -> Any:
+        layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
+        return nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast),
+            length=count,
+        )
+
+    def _is_local(self, layers: jax.Array) -> jax.Array:
+        return (layers + 1) % self.global_every != 0 if self.local_window else layers < 0
+
+    def _head(self) -> jax.Array:
+        shape = (self.vocabulary, self.width)
+        return self.param("head", nn.initializers.normal(0.02), shape, jnp.float32)
+
+    def _shared(
+        self,
+        positions: jax.Array,
+        segments: jax.Array | None,
+        cache: Cache | None,
+        *,
+        causal: bool,
+    ) -> tuple[Shared, jax.Array]:
+        """What layers share, and the positions of the keys."""
+        slots, keys, same = None, positions, None
+        if cache is not None:
+            slots = caches.slots_of(positions, self.sinks, cache.slots)
+            keys = caches.write(cache.positions, slots, positions)
+        elif segments is not None:
+            same = segments[:, :, None] == segments[:, None]
+            same &= jnp.tril(jnp.ones(same.shape[1:], bool))
+        shift = jnp.maximum(positions.max(-1, keepdims=True) + 1 - self.context, 0)
+
+        def view(window: int | None, sinks: int, base: float) -> View:
+            turned = [
+                rotary.angles(
+                    jnp.where(where < self.sinks, where, where - shift), self._head_size, base
+                )
+                for where in (positions, keys)
+            ]
+            everything = causal and window is None
+            mask = None if everything else _mask(positions, keys, window, sinks, same)
+            return View(mask, *turned)
+
+        everywhere = view(self.window, self.sinks, self.rope_base)
+        nearby = None
+        if self.local_window is not None:
+            near = min(self.local_window, self.window or self.local_window)
+            nearby = view(near, 0, self.local_rope_base)
+            if everywhere.mask is None:
+                mask = _mask(positions, keys, None, 0, same)
+                everywhere = everywhere._replace(mask=mask)
+        return Shared(everywhere, nearby, slots), keys
+
+
+def _parts(inputs: Any, cache: Cache | None) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Tokens, positions, and segments or None."""
+    given = inputs if isinstance(inputs, Mapping) else {"tokens": inputs}
+    tokens, segments = jnp.asarray(given["tokens"]), given.get("segments")
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            "A Decoder takes token ids [N, T] of an integer dtype; got shape "
+            f"{tokens.shape} and dtype {tokens.dtype}: add the batch's axis, or use ttt.unbatched."
+        )
+    if segments is not None and cache is not None:
+        raise ValueError(
+            "A Decoder takes segments or a cache, got both: read packed sequences in one call."
+        )
+    positions = given.get("positions")
+    if positions is None:
+        index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        if segments is not None:
+            begins = jnp.concatenate(
+                [jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], 1
+            )
+            index = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+        elif cache is not None:
+            index = index + cache.length[:, None]
+        positions = index
+    return tokens, positions, segments
+
+
+def _mask(
+    queries: jax.Array, keys: jax.Array, window: int | None, sinks: int, same: jax.Array | None
+) -> jax.Array:
+    """bool ``[N, T, S]``: which keys each query sees, by their positions."""
+    query, key = queries[:, :, None], keys[:, None]
+    seen = (key >= 0) & (key <= query)
+    if window is not None:
+        seen &= (query - key < window) | (key < sinks)
+    return seen if same is None else seen & same
+
+
+@jax.custom_vjp
+def _logits(x: jax.Array, head: jax.Array) -> jax.Array:
+    """``[N, T, width], [V, width] -> float32 [N, T, V]``, summed in float32."""
+    return jax.lax.dot_general(
+        x, head, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _logits_forward(x: jax.Array, head: jax.Array) -> Any:
+    return _logits(x, head), (x, head)
+
+
+def _logits_backward(kept: Any, cotangent: jax.Array) -> Any:
+    # In the compute dtype: as a float32 product it is several times as slow on matrix units.
+    x, head = kept
+    narrow = cotangent.astype(x.dtype)
+    rows, flat = narrow.reshape(-1, narrow.shape[-1]), x.reshape(-1, x.shape[-1])
+    return narrow @ head, (rows.T @ flat).astype(head.dtype)
+
+
+_logits.defvjp(_logits_forward, _logits_backward)

@@ -1,0 +1,90 @@
+"""Low-rank leaves of ``qwix`` beside the kernels of a pretrained model."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+from flax import traverse_util
+
+from ttt_jax import _arguments, _extras
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+@_arguments.checked(rank=_arguments.count(1))
+def low_rank(
+    module: _Module,
+    params: Any,
+    key: jax.Array,
+    inputs: Any,
+    *,
+    rank: int,
+    alpha: float,
+    paths: str | Sequence[str] = (".*/query", ".*/value"),
+) -> tuple[_Module, Any]:
+    """Adds ``alpha / rank * a b`` to the kernels of some modules; ``b`` is zero at first.
+
+    So the model computes what it did. The leaves are ``kernel_lora_a`` and ``kernel_lora_b``, which
+    :func:`ttt_jax.select.lora` chooses.
+
+    Args:
+      module: an unbound Linen module.
+      params: its variables.
+      key: for the values of ``a`` (uniform, variance ``2 / inputs``).
+      inputs: an example of the module's inputs; only shapes matter.
+      rank: r of every pair of factors.
+      alpha: the factor is ``alpha / rank``: with an ``alpha`` that grows with the rank, the size of
+        a step does not depend on it.
+      paths: regular expressions of module paths (``layers/mlp/down``), each a full match.
+
+    Returns:
+      The module with factors, and the variables with theirs.
+
+    Raises:
+      ImportError: ``qwix`` is missing.
+      ValueError: no module has a path that matches.
+
+    References:
+      Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, Eq. 3.
+    """
+    qwix = _extras.load("qwix", "lora")
+    pattern = paths if isinstance(paths, str) else "|".join(f"(?:{path})" for path in paths)
+    provider = qwix.LoraProvider(module_path=pattern, rank=rank, alpha=alpha)
+    widened = qwix.apply_lora_to_model(module, provider)
+
+    def factors(key: jax.Array) -> dict[str, Any]:
+        flat = traverse_util.flatten_dict(widened.init(key, inputs), sep="/")
+        return {path: leaf for path, leaf in flat.items() if re.search("_lora_[ab]$", path)}
+
+    # Compiled, so that the values of the base, which nobody asks for, are not computed.
+    made = jax.jit(factors)(key)
+    if not made:
+        known = sorted(
+            path.removesuffix("/kernel").partition("/")[2]
+            for path in traverse_util.flatten_dict(params, sep="/")
+            if path.endswith("/kernel")
+        )
+        raise ValueError(
+            f"low_rank needs paths that match a module with a kernel; got {paths!r}. Modules: "
+            f"{', '.join(known)}."
+        )
+    flat = traverse_util.flatten_dict(params, sep="/") | made
+    return widened, traverse_util.unflatten_dict(flat, sep="/")
+
+
+def narrow_factors(params: Any, dtype: Any) -> Any:
+    """The variables with the low-rank leaves in the compute dtype.
+
+    ``qwix`` multiplies them as they are, and a product of float32 is slow on matrix units. The
+    gradient goes to the leaves that were given, in their own dtype.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return traverse_util.unflatten_dict(
+        {
+            path: leaf.astype(dtype) if re.search("_lora_[ab]$", path) else leaf
+            for path, leaf in flat.items()
+        },
+        sep="/",
+    )

@@ -1,0 +1,86 @@
+"""Readers: model functions that read a document chunk by chunk and remember what came before."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax import _arguments, _contract
+from ttt_jax.base import Params, PyTree
+
+__all__ = ["Reader", "isolated", "recomputed"]
+
+
+class Reader(NamedTuple):
+    """A model function with a memory of the tokens that it has read.
+
+    Attributes:
+      init: ``init(batch, tokens, chunk) -> memory`` of sequences that have at most ``tokens``
+        tokens and are read at most ``chunk`` at a time; three static integers.
+      read: ``read(params, memory, inputs) -> (logits[N, L, V], memory)`` with ``inputs`` a mapping
+        of ``tokens`` and ``positions``, int32 ``[N, L]``. Logits at a token are those of the next
+        one. Position -1 is padding, which no token sees. Reading a chunk again, at the same
+        positions, replaces what is remembered of it.
+    """
+
+    init: Callable[[int, int, int], PyTree]
+    read: Callable[[Params, PyTree, Any], tuple[jax.Array, PyTree]]
+
+
+@_arguments.checked()
+def isolated(apply: Callable[[Params, Any], jax.Array]) -> Reader:
+    """A reader without memory: every chunk is a sequence of its own, the weakest control.
+
+    Args:
+      apply: model function ``(params, tokens[N, L]) -> logits[N, L, V]``, causal.
+    """
+    _contract.require_function("apply", apply, "(params, tokens[N, L]) -> logits[N, L, V]")
+
+    def read(params: Params, memory: PyTree, inputs: Any) -> tuple[jax.Array, PyTree]:
+        return apply(params, inputs["tokens"]), memory
+
+    return Reader(lambda batch, tokens, chunk: (), read)
+
+
+class _Recent(NamedTuple):
+    tokens: jax.Array
+    positions: jax.Array
+
+
+@_arguments.checked(context=_arguments.count(1))
+def recomputed(apply: Callable[[Params, Any], jax.Array], *, context: int) -> Reader:
+    """A reader that reads the last tokens again with every chunk, under the newest parameters.
+
+    It costs ``(context + L) / L`` times what a cache does, and its keys are never those of older
+    parameters.
+
+    Args:
+      apply: model function ``(params, inputs) -> logits[N, C + L, V]``, ``inputs`` a mapping of
+        ``tokens`` and ``positions`` ``[N, C + L]``; a token at position -1 must be seen by none,
+        as in :class:`ttt_jax.models.Decoder` with a cache.
+      context: C, how many earlier tokens are read again.
+    """
+    _contract.require_function("apply", apply, "(params, inputs) -> logits[N, C + L, V]")
+
+    def init(batch: int, tokens: int, chunk: int) -> _Recent:
+        # A chunk more than the context: the chunk itself, when it is read again.
+        held = context + chunk
+        return _Recent(jnp.zeros((batch, held), jnp.int32), jnp.full((batch, held), -1, jnp.int32))
+
+    def read(params: Params, memory: _Recent, inputs: Any) -> tuple[jax.Array, _Recent]:
+        tokens, positions = inputs["tokens"], inputs["positions"]
+        length = tokens.shape[1]
+        first = positions.max(1, keepdims=True) - length + 1
+        # What is remembered of this chunk, or of later ones, is read anew.
+        known = jnp.where(memory.positions >= first, -1, memory.positions)
+        order = jnp.argsort(known, axis=1)[:, -context:]
+        before = _Recent(*(jnp.take_along_axis(leaf, order, 1) for leaf in (memory.tokens, known)))
+        joined = _Recent(
+            jnp.concatenate([before.tokens, tokens], 1),
+            jnp.concatenate([before.positions, positions], 1),
+        )
+        logits = apply(params, joined._asdict())
+        return logits[:, context:], joined
+
+    return Reader(init, read)
