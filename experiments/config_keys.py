@@ -224,6 +224,8 @@ METHOD: Mapping[str, Key] = {
     "momentum": Key(either(None, rule=number(0, 1)), "of sgd", ABSENT),
     "nesterov": Key(FLAG, "whether it is Nesterov's", ABSENT),
     "weight_decay": Key(either(None, rule=number(0)), "added to the gradient", ABSENT),
+    "b2": Key(number(0, 1), "of adam: how much of the second moment is kept", ABSENT),
+    "eps": Key(number(0), "of adam: added to the root of the second moment", ABSENT),
 }
 # Of the functions of ttt_jax.methods alone: one of a user's own may mean something else by them.
 ARGUMENTS: Mapping[str, Rule] = {

@@ -27,13 +27,14 @@ def shown(candidates: Mapping[str, Sequence[settings.Candidate]]) -> str | None:
     return next((candidate.label for candidate in [*alone, *steps]), None)
 
 
-class PicturedEvaluation(evaluation.Evaluation):
-    """An evaluation that keeps what one method predicts of a few images; its rows are the same.
+class KeptEvaluation(evaluation.Evaluation):
+    """An evaluation that keeps something of one method's instances; its rows are the same.
 
-    The k-th stream gives its k-th image, so that no label decides which are shown. Tasks of other
-    kinds than the classification of images have no pictures, nor have streams whose images are
-    not in the first batch of the stream ``clean``.
+    Attributes:
+      read: metrics that are no figures of a row, from which ``_add(row)`` writes what is kept.
     """
+
+    read: Mapping[str, Metric] = {}
 
     def __init__(self, task: Task, *args: Any, label: str, path: pathlib.Path, **options: Any):
         """As :class:`ttt_jax.evaluation.Evaluation`.
@@ -41,35 +42,68 @@ class PicturedEvaluation(evaluation.Evaluation):
         Args:
           task: any.
           *args: of the evaluation.
-          label: the method whose predictions are shown.
-          path: the file, ``clean`` and ``shifted`` [K, H, W, C] in [0, 1], and ``label``,
-            ``before``, ``after`` and ``domain`` [K]; written before the rows are returned.
+          label: the method that is shown.
+          path: the file, written before the rows are returned.
           **options: of the evaluation.
         """
-        self._read = {
-            "picture_before": _classes(lambda output, source: source),
-            "picture_after": _classes(lambda output, source: output),
-        }
-        super().__init__(task._replace(metrics={**task.metrics, **self._read}), *args, **options)
+        super().__init__(task._replace(metrics={**task.metrics, **self.read}), *args, **options)
         self._label, self._path = label, path
-        self._clean = task.streams(options["role"], options["seed"]).get(_CLEAN, ())
 
     def rows(
         self, label: str, method: evaluation.Method, streams: Sequence[str]
     ) -> list[evaluation.Row]:
-        """The rows, and on the way the pictures."""
+        """The rows, and on the way what is kept."""
         rows = super().rows(label, method, streams)
         for row in rows:
-            if label == self._label and "picture_after" in row.each:
+            if label == self._label and {*self.read} <= {*row.each}:
                 self._add(row)
         return [self._without(row) for row in rows]
 
     def _without(self, row: evaluation.Row) -> evaluation.Row:
         kept = {
-            field: {k: v for k, v in getattr(row, field).items() if k not in self._read}
+            field: {k: v for k, v in getattr(row, field).items() if k not in self.read}
             for field in ("sums", "values", "each")
         }
         return row._replace(**kept)
+
+    def _add(self, row: evaluation.Row) -> None:
+        raise NotImplementedError
+
+
+def _classes(pick: Callable[[Any, Any], Any]) -> Metric:
+    """The predicted classes of images, which are no figure of a row."""
+
+    def of(output: Any, source: Any, examples: Examples) -> np.ndarray | None:
+        shape, label = np.shape(examples.x), np.asarray(examples.y)
+        if (
+            len(shape) != 4
+            or shape[-1] not in (1, 3)
+            or label.ndim != 1
+            or label.dtype.kind not in "iu"
+        ):
+            return None
+        return image_metrics.predicted(pick(output, source))
+
+    return Metric(of, lambda sums: 0.0)
+
+
+class PicturedEvaluation(KeptEvaluation):
+    """Keeps what one method predicts of a few images.
+
+    The k-th stream gives its k-th image, so that no label decides which are shown. Tasks of other
+    kinds than the classification of images have no pictures, nor have streams whose images are
+    not in the first batch of the stream ``clean``. The file has ``clean`` and ``shifted``
+    [K, H, W, C] in [0, 1], and ``label``, ``before``, ``after`` and ``domain`` [K].
+    """
+
+    read = {
+        "picture_before": _classes(lambda output, source: source),
+        "picture_after": _classes(lambda output, source: output),
+    }
+
+    def __init__(self, task: Task, *args: Any, **options: Any):
+        super().__init__(task, *args, **options)
+        self._clean = task.streams(options["role"], options["seed"]).get(_CLEAN, ())
 
     def _add(self, row: evaluation.Row) -> None:
         domain = row.tags.get("domain", _CLEAN)
@@ -97,23 +131,6 @@ class PicturedEvaluation(evaluation.Evaluation):
         }
         joined = {k: np.stack([*arrays.get(k, ()), np.asarray(v)]) for k, v in new.items()}
         launch.write_npz(self._path, joined, compressed=True)
-
-
-def _classes(pick: Callable[[Any, Any], Any]) -> Metric:
-    """The predicted classes of images, which are no figure of a row."""
-
-    def of(output: Any, source: Any, examples: Examples) -> np.ndarray | None:
-        shape, label = np.shape(examples.x), np.asarray(examples.y)
-        if (
-            len(shape) != 4
-            or shape[-1] not in (1, 3)
-            or label.ndim != 1
-            or label.dtype.kind not in "iu"
-        ):
-            return None
-        return image_metrics.predicted(pick(output, source))
-
-    return Metric(of, lambda sums: 0.0)
 
 
 def _image(

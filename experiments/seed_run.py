@@ -14,6 +14,7 @@ from experiments import (
     examples,
     journal,
     launch,
+    passages,
     provenance,
     result_rows,
     settings,
@@ -102,7 +103,9 @@ class SeedRun:
         """The candidate per method that the validation streams choose."""
         label = examples.shown(candidates)
         if label and self.seed == self._config.seeds[0]:
-            pictured = functools.partial(examples.PicturedEvaluation, label=label)
+            documents = "text" in self.task.heads()
+            kind = passages.PassagesEvaluation if documents else examples.PicturedEvaluation
+            pictured = functools.partial(kind, label=label)
             self._pictured = functools.partial(pictured, path=path.parent / "examples.npz")
         return choice.choose(path, candidates, self.task, self, self.shard)
 

@@ -30,7 +30,7 @@ CONTRASTIVE_TEMPERATURE = 0.5
 # Settings that a program takes as arguments; all others are part of what is compiled.
 TRACED = ("learning_rate", "memo_weight", "prior", "reset_below")
 
-_OPTIMIZER = ("optimizer", "learning_rate", "momentum", "nesterov", "weight_decay")
+_OPTIMIZER = ("optimizer", "learning_rate", "momentum", "nesterov", "weight_decay", "b2", "eps")
 # What only this file reads.
 _OWN = ("method", "episodic", "augment", "source_examples", "source_batch", *_OPTIMIZER)
 
@@ -43,6 +43,7 @@ PUBLISHED: dict[str, Settings] = {
     "eata": {"optimizer": "adam", "source_examples": 2000, "source_batch": 64},
     "actmad": {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "norm": "running"},
     "ttt_plus_plus": {"momentum": 0.9},
+    "document_ttt": {"optimizer": "adam", "b2": 0.95, "eps": 1e-10},
 }
 
 
@@ -72,11 +73,10 @@ def candidates(config: ml_collections.ConfigDict, task: Task) -> dict[str, list[
     Raises:
       ValueError: an unknown method, or a setting that is unknown, missing or impossible.
     """
-    found = {}
+    found, size = {}, config.adapt.batch_size
     for label in config.methods:
         try:
             grid = grid_of(config.methods[label])
-            size = config.adapt.batch_size
             found[label] = [_candidate(label, options, task, size) for options in grid]
         except (ValueError, TypeError) as error:
             raise ValueError(f"methods.{label}: {error}") from error
@@ -124,7 +124,8 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
         nesterov = settings.get("nesterov", False)
         base = optax.sgd(settings["learning_rate"], momentum=momentum, nesterov=nesterov)
     elif name == "adam" and momentum is None:
-        base = optax.adam(settings["learning_rate"])
+        given = {name: settings[name] for name in ("b2", "eps") if name in settings}
+        base = optax.adam(settings["learning_rate"], **given)
     else:
         raise ValueError(
             "optimizer must be 'sgd', with or without momentum, or 'adam' without; got "
@@ -146,13 +147,13 @@ def training_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTrans
         if (name := launch.setting(config, key)) not in allowed:
             raise ValueError(f"{key} must be one of {list(allowed)}; got {name!r}.")
     warmup = launch.setting(config, "train.warmup_steps")
-    if not 0 <= warmup < config.train.num_steps:
+    if not 0 <= warmup < max(config.train.num_steps, 1):
         raise ValueError(
             f"train.warmup_steps must lie between 0 and the {config.train.num_steps} of "
             f"train.num_steps; got {warmup}."
         )
     train = config.train
-    steps = train.num_steps - warmup
+    steps = max(train.num_steps, 1) - warmup
     if launch.setting(config, "train.schedule") == "cosine":
         rate = optax.cosine_decay_schedule(train.learning_rate, steps)
     else:
@@ -235,8 +236,7 @@ def auxiliary(config: ml_collections.ConfigDict, task: Task) -> training.Auxilia
             "train.aux must be 'rotation', 'mae', 'contrastive', 'none' or PACKAGE.MODULE:NAME; "
             f"got {name!r}."
         )
-    label = name.rpartition(":")[2]
-    return training.Auxiliary(label, loss, config.train.get("aux_weight", 1.0))
+    return training.Auxiliary(name.rpartition(":")[2], loss, config.train.get("aux_weight", 1.0))
 
 
 def parameter_counts(select: ttt.Selection | None, shapes: Any) -> dict[str, int]:

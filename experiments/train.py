@@ -100,7 +100,9 @@ def train(
         print(f"seed {seed}: {target} is already trained")
         return target
     optim = settings.training_optimizer(config)
-    params = jax.jit(task.init)(jax.random.key(seed))
+    # Compiled, a pretrained model's parameters would be constants of the program.
+    pretrained = config.train.num_steps == 0
+    params = (task.init if pretrained else jax.jit(task.init))(jax.random.key(seed))
     saved = checkpoint.Saves(workdir / "training" / f"seed_{seed}")
     start, state = saved.load((params, optim.init(training.learned(params))))
     total, every = config.train.num_steps, (config.train.log_every, config.train.save_every)
@@ -136,7 +138,8 @@ def train(
     }
     checkpoint.save(target, state[0], metadata=metadata)
     saved.remove()
-    print(f"seed {seed}: validation {task.chooses} {score:.4f}, saved {target}")
+    what = "pretrained, nothing to train; " if pretrained else ""
+    print(f"seed {seed}: {what}validation {task.chooses} {score:.4f}, saved {target}")
     return target
 
 

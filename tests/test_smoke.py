@@ -18,19 +18,29 @@ import pytest
 
 from experiments import adapt, config_files, diagnose, feature_shift, train
 from experiments.report import __main__ as report
+from tests.experiments import tiny_decoder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "experiments" / "configs").glob("[!_]*.py"))
 NUM_EXAMPLES = {"train": 64, "validation": 4, "test": 4}
 # Wherever a config has the key.
 TINY = {
-    "data": {"imbalance": 2, "chunk": 8, "chunks": 2, "tasks": 4, "frames": 4},
+    "data": {
+        "imbalance": 2,
+        "chunk": 8,
+        "chunks": 2,
+        "window": 12,
+        "least": 2,
+        "most": 4,
+        "tasks": 4,
+        "frames": 4,
+    },
     "model": {"width": 4, "groups": 2, "heads": 1, "decoder_width": 4, "decoder_depth": 1}
     # A CPU emulates bfloat16; the benchmark's networks keep it.
-    | {"projection": 4, "dtype": "float32"},
+    | {"projection": 4, "dtype": "float32", "rank": 2},
     "views": {"padding": 1},
     "train": {"num_steps": 2, "batch_size": 8, "warmup_steps": 1, "steps_per_call": 1}
-    | {"log_every": 1, "save_every": 1},
+    | {"log_every": 1, "save_every": 1, "length": 16},
     "adapt": {"batch_size": 4, "chunk_size": 2},
 }
 DEPTHS = {"resnet": 8, "vit": 1, "byte_decoder": 1}
@@ -82,6 +92,7 @@ def tiny(path, folder):
     for section, values in TINY.items():
         known = config.get(section, {})
         known.update({name: value for name, value in values.items() if name in known})
+    tiny_decoder.stand_in(config, folder)
     if config.model.name in DEPTHS and "depth" in config.model:
         config.model.depth = DEPTHS[config.model.name]
     config.methods = ml_collections.ConfigDict(

@@ -3,6 +3,7 @@
 Every device has instances, batches or streams of its own; nothing is exchanged between them.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -72,8 +73,23 @@ def calls_of_instances(batches: Sequence[Examples], size: int, devices: Devices)
     """All instances of a stream, at most ``size`` per device and call.
 
     The last instance is repeated so that all calls have one size, and so one compiled program:
-    ``size`` on one device, else what leaves the least to repeat.
+    ``size`` on one device, else what leaves the least to repeat. Batches whose instances have
+    other shapes than those before them, such as longer documents, begin a call, and a size, anew.
     """
+    for _, group in itertools.groupby(batches, lambda batch: shapes_of(batch)[1:]):
+        alike = list(group)
+        most = min(size, sum(len(batch.id) for batch in alike))
+        yield from _calls_of_equal_shapes(alike, most, devices)
+
+
+def shapes_of(batch: Examples) -> tuple[Any, ...]:
+    """How many instances a batch has, and the shapes of the leaves of each."""
+    return (len(batch.id), *(np.shape(leaf)[1:] for leaf in jax.tree.leaves(batch.x)))
+
+
+def _calls_of_equal_shapes(
+    batches: Sequence[Examples], size: int, devices: Devices
+) -> Iterator[Call]:
     ids = np.concatenate([batch.id for batch in batches])
     starts = np.cumsum([0, *(len(batch.id) for batch in batches)])
     num_calls = -(-len(ids) // (size * devices.num))
@@ -102,7 +118,8 @@ def calls_of_batches(batches: Sequence[Examples], devices: Devices) -> Iterator[
     """
     groups: list[list[Examples]] = []
     for batch in batches:
-        if groups and len(groups[-1]) < devices.num and len(groups[-1][0].id) == len(batch.id):
+        room = groups and len(groups[-1]) < devices.num
+        if room and shapes_of(groups[-1][0]) == shapes_of(batch):
             groups[-1].append(batch)
         else:
             groups.append([batch])
@@ -120,10 +137,17 @@ def on_host(tree: Any) -> Any:
 
 
 def cut_as(lengths: Sequence[int], outputs: Sequence[Any]) -> list[Any]:
-    """Outputs of calls, cut as the batches of the stream."""
-    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *outputs)
-    ends = np.cumsum(lengths)
-    return [
-        jax.tree.map(lambda leaf, a=end - length, b=end: leaf[a:b], joined)
-        for length, end in zip(lengths, ends, strict=True)
-    ]
+    """Outputs of calls, cut as the batches of the stream; no batch has outputs of two shapes."""
+
+    def shapes(output: Any) -> list[tuple[int, ...]]:
+        return [np.shape(leaf)[1:] for leaf in jax.tree.leaves(output)]
+
+    lengths, parts = list(lengths), []
+    for _, group in itertools.groupby(outputs, shapes):
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *group)
+        start, total = 0, len(jax.tree.leaves(joined)[0])
+        while start < total:
+            end = start + lengths[len(parts)]
+            parts.append(jax.tree.map(lambda leaf, a=start, b=end: leaf[a:b], joined))
+            start = end
+    return parts

@@ -218,7 +218,7 @@ class Evaluation:
         if scope_of(method) != "stream":
             return [(name,) for name in names]
         size = method.size if isinstance(method, InBatches) else None
-        lengths = {name: tuple(map(len, (b.id for b in self._cut(name, size)))) for name in names}
+        lengths = {name: tuple(map(_devices.shapes_of, self._cut(name, size))) for name in names}
         most = self._parallel * self._devices.num
         groups = []
         for length in dict.fromkeys(lengths.values()):

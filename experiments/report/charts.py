@@ -36,6 +36,12 @@ _INTERVAL = [
     alt.Tooltip("basis:N", title="interval over"),
     alt.Tooltip("remark:N"),
 ]
+_STEPS = "inner steps (0: before the first)"
+# What the entries of a curve are, by the end of its name.
+_ALONG = {
+    "_by_position": "position k: the chunks after the first 2^k − 1, as many and one more",
+    "_by_quarter": "quarter of the document (0: the first)",
+}
 WIDTH = 560
 Source: TypeAlias = pd.DataFrame | alt.NamedData
 
@@ -103,7 +109,9 @@ def views(data: Data) -> list[View]:
         parts.append(heat._replace(peers=("method",), each="method"))
     for curve in results.curves:
         text = "Mean over the shifted domains. The axis does not start at zero."
-        draw, by = functools.partial(draw_lines, along="step"), ("method", "step")
+        title = next((title for end, title in _ALONG.items() if curve.endswith(end)), "")
+        draw = functools.partial(draw_lines, along="step", name=title or _STEPS)
+        by = ("method", "step")
         parts.append(View(curve, title_of(curve).capitalize(), text, draw, by, by[1:], (curve,)))
     both = {"panels": ("shifted", "clean")}
     if auxiliary:
@@ -272,10 +280,11 @@ def draw_domains(source: Source, data: Data, title: str) -> alt.LayerChart:
     ).properties(width=WIDTH, height={"step": 24})
 
 
-def draw_lines(source: Source, data: Data, title: str, *, along: str) -> alt.LayerChart:
-    """A line and its intervals along the severities or the inner steps."""
-    name = "inner steps (0: before the first)" if along == "step" else along
-    x = alt.X(f"{along}:O", title=name, axis=alt.Axis(labelAngle=0))
+def draw_lines(
+    source: Source, data: Data, title: str, *, along: str, name: str = ""
+) -> alt.LayerChart:
+    """A line and its intervals along the severities, the inner steps or positions."""
+    x = alt.X(f"{along}:O", title=name or along, axis=alt.Axis(labelAngle=0))
     base = alt.Chart(source).encode(x=x, color=_color(source, data))
     y = alt.Y("mean:Q", title=title, scale=alt.Scale(zero=False))
     tip = ["method:N", x.shorthand, *_INTERVAL]

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import vl_convert
 
-from experiments.report import charts, intervals, notes, pictures, table
+from experiments.report import charts, documents, intervals, notes, pictures, table
 from experiments.report.charts import scale_of, title_of
 from experiments.report.table import Data
 
@@ -73,10 +73,12 @@ def render(data: Data, *, name: str) -> str:
         script=(_HERE / "page.js").read_text(encoding="utf-8"),
         table_style=(pathlib.Path(itables.__file__).parent / "html/dt_bundle.css").read_text(),
         pictures=shown,
+        documents=documents.lines(data),
+        passages=documents.shown_passages(results.folder, results.notes),
         as_run=table.as_run(data),
         failures=[(r, part.head(_MOST_LISTED), len(part)) for r, part in table.failures(data)],
         selection=results.selection,
-        tried=_tried(results.selection),
+        tried=_tried(results.selection, results.primary),
         facts=facts(data),
         words=words,
         means=table.means(data) if results.primary and len(data.rows()) else None,
@@ -275,10 +277,11 @@ def words(value: Any) -> str:
     return str(value)
 
 
-def _tried(selection: dict[str, Any]) -> list[dict[str, Any]]:
+def _tried(selection: dict[str, Any], primary: str) -> list[dict[str, Any]]:
     """The settings that were compared, the best of a method first."""
     tried, chosen = selection.get("tried"), selection.get("chosen") or {}
     kept = [line for line in tried if isinstance(line, dict)] if isinstance(tried, list) else []
+    kept = [{**line, "error": line.get(primary)} for line in kept]
     lines = pd.DataFrame(kept, columns=["method", "params", "error"])
     lines["chosen"] = [chosen.get(line.get("method")) == line.get("params") for line in kept]
     lines["error"] = pd.to_numeric(lines["error"], errors="coerce")

@@ -21,7 +21,9 @@ _ALLOWED = {
     "scope": ("per_sample", "batch", "stream"),
 }
 # Shares of all examples, shown in percent. Other measures are shown as they are.
-_SHARES = re.compile(r"error|harmed|agreement|solved|accuracy|mean_iou|turned_(right|wrong)|gain")
+_SHARES = re.compile(
+    r"error|harmed|agreement|solved|accuracy|mean_iou|turned_(right|wrong)|gain|saved"
+)
 _LABEL_PARTS = re.compile(r"(?:^| )(seeds|methods|domains)=(\S*)")
 _NOT_TAGS = ("label", "trial", "checkpoint", "chooses", *TEXTS)
 # What rows of other tags than these tell apart; a row names its own.

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report import intervals
-from experiments.report.read import Results
+from experiments.report.read import Results, is_share
 
 CLEAN = "clean"
 # The order of the common corruption benchmark (Hendrycks and Dietterich 2019, section 4.1), then
@@ -147,7 +147,7 @@ def chosen(data: Data) -> Data:
 def _gains(
     frame: pd.DataFrame, primary: str, replicates: dict[str, np.ndarray]
 ) -> tuple[str | None, pd.Series]:
-    """The name of the reference, and the reference's value minus that of every row.
+    """The name of the reference, and the reference's value minus that of every row (shares).
 
     The reference is ``source`` or ``joint`` of the same model, instances and seed, or the mean of
     several such rows. Where there is none, the gain is ``turned_right - turned_wrong``, which is
@@ -172,10 +172,14 @@ def _gains(
             for value, how in ((primary, "mean"), ("_row", "first"))
         )
         gain = keys.map(best) - frame[primary]
+        # Of what is no share of the instances, the part of the reference's value.
+        relative = not is_share(primary)
+        gain = gain / keys.map(best) if relative else gain
         if (matrix := replicates.get(primary)) is not None:
             index = keys.map(row).dropna().astype(int)
             replicates["gain"] = np.full_like(matrix, np.nan)
-            replicates["gain"][index.index] = matrix[index] - matrix[index.index]
+            draws = matrix[index] - matrix[index.index]
+            replicates["gain"][index.index] = draws / matrix[index] if relative else draws
     if {"turned_right", "turned_wrong"} <= {*frame} and primary == "error":
         turned = frame["turned_right"] - frame["turned_wrong"]
         bare = (gain.isna() & frame[primary].notna()).to_numpy()

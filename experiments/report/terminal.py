@@ -4,7 +4,7 @@ import textwrap
 
 import pandas as pd
 
-from experiments.report import charts, intervals, notes, table
+from experiments.report import charts, documents, intervals, notes, table
 from experiments.report.table import Data
 
 _WIDTH = 120
@@ -24,6 +24,8 @@ def render(data: Data) -> str:
             chose = " (settings are chosen on these)" if role == "validation" else ""
             parts.append(f"{role} rows{chose}, {name}; {_MARKS}")
             parts.append(sweep_table(data, role) if results.trials else error_table(data, role))
+    if (lines := documents.lines(data)) is not None:
+        parts.append(lines.to_string(na_rep="-"))
     said = [*results.notes, *notes.notes(data)]
     parts += [textwrap.fill(f"note: {note}", _WIDTH) for note in said]
     failed = table.failures(data)
@@ -62,7 +64,7 @@ def sweep_table(data: Data, role: str) -> str:
     """Returns means over all settings of a sweep, and gains, with their intervals."""
     factor = charts.scale_of(data.results.primary)
 
-    def shown(lines: pd.DataFrame, sign: str) -> pd.Series:
+    def shown(lines: pd.DataFrame, sign: str, factor: int = factor) -> pd.Series:
         halves = [f" ± {x:.1f}" if x >= 0 else "" for x in factor * lines["half"].astype(float)]
         return (factor * lines["mean"]).map(f"{{:{sign}.1f}}".format) + halves
 
@@ -70,5 +72,5 @@ def sweep_table(data: Data, role: str) -> str:
     columns = {"rows": lines["rows"].map("{:,}".format), "all settings": shown(lines, "")}
     gains = table.means(data, "gain", role=role).set_index("method")
     seen = intervals.unseen(gains).map({True: f" ({intervals.UNSEEN})", False: ""})
-    columns["gain"] = (shown(gains, "+") + seen).reindex(lines.index)
+    columns["gain"] = (shown(gains, "+", charts.scale_of("gain")) + seen).reindex(lines.index)
     return pd.DataFrame(columns).rename_axis(None).to_string(na_rep="-")

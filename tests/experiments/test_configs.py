@@ -10,6 +10,7 @@ import pytest
 import ttt_jax as ttt
 from experiments import config_files, launch, pristine, settings, tasks
 from experiments.tasks import networks
+from tests.experiments import tiny_decoder
 
 CONFIGS = sorted((pathlib.Path(launch.__file__).parent / "configs").glob("[!_]*.py"))
 
@@ -24,7 +25,8 @@ def traced_once():
 
 
 def stand_in(config, folder):
-    """Noise in the shape of CIFAR-10 for configs that read files of their own."""
+    """Noise in the shape of CIFAR-10, or a tiny decoder, for configs that read files."""
+    tiny_decoder.stand_in(config, folder)
     if config.data.name.startswith("npz:"):
         images = np.random.default_rng(0).random((40, 32, 32, 3), np.float32)
         labels = np.arange(40, dtype=np.int32) % 10
