@@ -33,7 +33,7 @@ _FLOORS = (
     ("tuning", "evaluation", "training", "_programs", "_devices", "_chunks"),
     ("task", "metrics"),
     ("methods",),
-    ("audit", "_audit_task", "_audit_rows", "_audit_scores", "_findings", "diagnostics", "meta"),
+    ("audit", "_audit_task", "_audit_rows", "_audit_scores", "_audit_corpus", "_findings", "diagnostics", "meta"),
     ("predictors", "online", "resets", "batching", "inner", "budget"),
     (
         "adapters",
@@ -43,6 +43,7 @@ _FLOORS = (
         "select",
         "source",
         "neighbors",
+        "passages",
         "rewards",
     ),
     ("views",),

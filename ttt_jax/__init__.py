@@ -27,7 +27,7 @@ Around it: :mod:`checkpoint`, :mod:`data` and :mod:`models`. These three, :mod:`
 import importlib
 from typing import Any
 
-from ttt_jax import audit, budget, diagnostics, losses, neighbors, readers, resets, select
+from ttt_jax import audit, budget, diagnostics, losses, neighbors, passages, readers, resets, select
 from ttt_jax._version import __version__
 from ttt_jax.adapters import (
     filtered,
@@ -106,6 +106,7 @@ __all__ = [
     "models",
     "neighbors",
     "online",
+    "passages",
     "readers",
     "resets",
     "sample_keys",
