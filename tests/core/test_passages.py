@@ -1,6 +1,5 @@
 """Passages of a corpus: features, SIFT by brute force, clusters, and what must not be in it."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

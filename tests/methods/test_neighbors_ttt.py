@@ -148,7 +148,7 @@ def test_company_order_and_padding():
 def test_bad_input():
     with pytest.raises(TypeError, match="read must be a Reader"):
         methods.neighbors_ttt(tiny.decode)
-    with pytest.raises(ValueError, match="query_chunks=4 chunks.*got a document of 4"):
+    with pytest.raises(ValueError, match=r"query_chunks=4 chunks.*got a document of 4"):
         predictor(query_chunks=4)(PARAMS, tiny.document(0), KEY)
     with pytest.raises(ValueError, match="k must be an integer from 1 to the 9 rows"):
         predictor(k=10)(PARAMS, tiny.document(0), KEY)
