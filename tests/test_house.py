@@ -34,10 +34,14 @@ _FLOORS = (
     ("task", "metrics"),
     ("methods",),
     ("audit", "_audit_task", "_audit_rows", "_findings", "diagnostics", "meta"),
-    ("predictors", "online", "resets", "batching", "inner", "budget"),
+    (
+        *("serving", "generation", "predictors", "online", "resets", "batching", "inner"),
+        "budget",
+    ),
     (
         "adapters",
         "_optimizers",
+        "optimizers",
         "running_statistics",
         "losses",
         "select",
@@ -46,7 +50,7 @@ _FLOORS = (
         "rewards",
     ),
     ("views",),
-    ("models", "data", "checkpoint"),
+    ("models", "data", "checkpoint", "readers"),
     ("layers",),
     ("kernels",),
     # The contract holds types alone, which models and checkpoints name too.

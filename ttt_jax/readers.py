@@ -70,17 +70,20 @@ def recomputed(apply: Callable[[Params, Any], jax.Array], *, context: int) -> Re
 
     def read(params: Params, memory: _Recent, inputs: Any) -> tuple[jax.Array, _Recent]:
         tokens, positions = inputs["tokens"], inputs["positions"]
-        length = tokens.shape[1]
-        first = positions.max(1, keepdims=True) - length + 1
-        # What is remembered of this chunk, or of later ones, is read anew.
+        length, held = tokens.shape[1], memory.positions.shape[1]
+        # What is remembered of this chunk, or of later ones, is read anew; padding is in none.
+        never = jnp.iinfo(jnp.int32).max
+        first = jnp.where(positions < 0, never, positions).min(1, keepdims=True)
         known = jnp.where(memory.positions >= first, -1, memory.positions)
-        order = jnp.argsort(known, axis=1)[:, -context:]
+        order = jnp.argsort(known, axis=1)
         before = _Recent(*(jnp.take_along_axis(leaf, order, 1) for leaf in (memory.tokens, known)))
         joined = _Recent(
             jnp.concatenate([before.tokens, tokens], 1),
             jnp.concatenate([before.positions, positions], 1),
         )
-        logits = apply(params, joined._asdict())
-        return logits[:, context:], joined
+        seen = {name: leaf[:, -(context + length) :] for name, leaf in joined._asdict().items()}
+        logits = apply(params, seen)
+        # As many as before, however many were read: a loop's carry keeps its shape.
+        return logits[:, context:], _Recent(*(leaf[:, -held:] for leaf in joined))
 
     return Reader(init, read)

@@ -39,12 +39,8 @@ def document_ttt(
         tokens = jnp.asarray(x["tokens"])
         count, length = tokens.shape
         chunks = chunks_of(tokens, x["mask"], bos)
-        loss = StatefulLoss(
-            init=lambda params: read.init(1, count * length, length),
-            value=lambda params, memory, chunk, key: _score(read, params, memory, chunk),
-            after=lambda adapted, memory: memory,
-        )
-        return unroll(_stream(loss, optimizer, select, num_steps))(params, chunks, key)
+        stream = learning_stream(read, (count * length, length), optimizer, select, num_steps)
+        return unroll(stream)(params, chunks, key)
 
     return predict
 
@@ -85,10 +81,28 @@ def _score(read: Reader, params: Params, memory: Any, chunk: Any) -> Any:
     return (masked_mean(nats, chunk["mask"]), {"nats": nats_of_mask}), memory
 
 
-def _stream(
-    loss: StatefulLoss, optimizer: optax.GradientTransformation, select: Selection, num_steps: int
+def learning_stream(
+    read: Reader,
+    room: tuple[int, int],
+    optimizer: optax.GradientTransformation,
+    select: Selection,
+    num_steps: int,
 ) -> Stream:
-    """A stream over chunks whose output is the score before the update, from the same pass."""
+    """A stream over chunks whose output is the score before the update, from the same pass.
+
+    Args:
+      read: the reader.
+      room: tokens that its memory has room for, and tokens of a chunk.
+      optimizer: an optax transformation.
+      select: the parameters that adapt.
+      num_steps: updates per chunk; without any the carry is the reader's memory alone, else an
+        ``AdapterState`` that has it.
+    """
+    loss = StatefulLoss(
+        init=lambda params: read.init(1, *room),
+        value=lambda params, memory, chunk, key: _score(read, params, memory, chunk),
+        after=lambda adapted, memory: memory,
+    )
     adapter = inner.guarded(gradient_adapter(loss, optimizer, select=select, has_aux=True))
     loop = inner.inner_loop(adapter, num_steps)
 
