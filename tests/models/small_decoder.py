@@ -1,4 +1,4 @@
-"""A small decoder with low-rank leaves, whose parameters are all drawn, and what is read with it."""
+"""A small decoder with low-rank leaves, all of its parameters drawn, and what it reads."""
 
 import functools
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import _arguments, _contract, _varying, generation, inner, select
+from ttt_jax import _arguments, _varying, generation, inner, select
 from ttt_jax.base import Info, Key, Params, Predictor, PyTree, Selection, Stream
 from ttt_jax.generation import Generated, Sampler
 from ttt_jax.methods.document_ttt import chunks_of, learning_stream
@@ -45,8 +45,8 @@ def document_adapter(
       bos: the token before the first; None for a model without.
 
     Returns:
-      A :class:`~ttt_jax.Predictor` over ``x``, a mapping of ``tokens`` and ``mask`` ``[T, L]``,
-      which token is learned; what comes after the last of them is padding.
+      A :class:`~ttt_jax.Predictor` over ``x``, a document as in :func:`document_ttt`: ``tokens``
+      and, where wanted, ``mask`` ``[T, L]``; what comes after its last token is padding.
 
     Raises:
       ValueError: ``num_steps`` is no integer of at least 1; when called: ``x`` of other shapes.
@@ -109,10 +109,10 @@ def continue_document(
 
     Returns:
       A :class:`~ttt_jax.Predictor` with output :class:`~ttt_jax.generation.Generated`, over ``x``:
-      a mapping of ``tokens`` and ``mask`` ``[T, L]``, the document (what comes after the last token
-      of the mask is padding), and, where wanted, ``prompt``: tokens ``[P]``, or a mapping of
-      ``tokens`` and ``mask``. ``Info`` has the steps on the document; ``ok`` is False where one was
-      not finite and not taken, or the continuation's logits were not.
+      a document as in :func:`document_ttt`, ``tokens`` and, where wanted, ``mask`` ``[T, L]`` (what
+      comes after its last token is padding), and, where wanted, ``prompt``: tokens ``[P]``, or a
+      mapping of ``tokens`` and ``mask``. ``Info`` has the steps on the document; ``ok`` is False
+      where one was not finite and not taken, or the continuation's logits were not.
 
     Raises:
       ValueError: an argument out of range, or another ``cache``; when called: ``x`` of other
@@ -177,17 +177,19 @@ class _Document(NamedTuple):
 
 
 def _document(place: str, x: Any, bos: int | None) -> _Document:
-    if not isinstance(x, Mapping) or not {"tokens", "mask"} <= set(x):
-        given = sorted(x) if isinstance(x, Mapping) else _contract.described(x)
+    leaves = x if isinstance(x, Mapping) else {"tokens": x}
+    if "tokens" not in leaves:
         raise ValueError(
-            f"methods.{place} needs x with the leaves 'tokens' and 'mask' [T, L]; got {given}."
+            f"methods.{place} needs a document with the leaf 'tokens'; got {sorted(leaves)}: pass "
+            "integers [T, L], or a mapping of tokens and mask."
         )
-    tokens, mask = jnp.asarray(x["tokens"]), jnp.asarray(x["mask"])
+    tokens = jnp.asarray(leaves["tokens"])
     if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"methods.{place} needs a document's integer tokens [T, L], T chunks; got shape "
             f"{tokens.shape} and dtype {tokens.dtype}: cut it into chunks, pad the last one."
         )
+    mask = jnp.asarray(leaves.get("mask", jnp.ones(tokens.shape, bool)))
     if mask.shape != tokens.shape:
         raise ValueError(
             f"methods.{place} needs a mask of the tokens' shape {tokens.shape}; got {mask.shape}."
@@ -202,7 +204,7 @@ def _document(place: str, x: Any, bos: int | None) -> _Document:
 
 
 def _prompt(x: Any, cache: str) -> tuple[jax.Array, jax.Array]:
-    if "prompt" in x:
+    if isinstance(x, Mapping) and "prompt" in x:
         return generation.prompt_of("methods.continue_document", x["prompt"])
     if cache == "empty":
         raise ValueError(
