@@ -83,3 +83,5 @@ def test_what_is_no_adapter(state, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="choose another name"):
         checkpoint.save_adapter(tmp_path / "x", state.fast, base=BASE, metadata={"base": "mine"})
     assert not (tmp_path / "x").exists()
+    with pytest.raises(checkpoint.CheckpointError, match=r"64 hex digits; got 'smollm2'"):
+        checkpoint.save_adapter(tmp_path / "x", state.fast, base="smollm2")

@@ -1,11 +1,12 @@
 """Adapters on disk: the leaves that one task has of its own, and the base they belong to."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ttt_jax import _arguments
-from ttt_jax.base import PyTree
+from ttt_jax.base import AdapterState, PyTree
 from ttt_jax.checkpoint import leaves, manifest, store
 from ttt_jax.checkpoint.errors import CheckpointError
 from ttt_jax.checkpoint.held import Pristine
@@ -13,12 +14,20 @@ from ttt_jax.checkpoint.held import Pristine
 _BASE = "base"
 
 
-@_arguments.checked(path=_arguments.path, metadata=None, base=None)
+def _state_or_tree(place: str, name: str, value: Any) -> Any:
+    return value if isinstance(value, AdapterState) else _arguments.tree(place, name, value)
+
+
+def _tree_or_text(place: str, name: str, value: Any) -> Any:
+    return value if isinstance(value, str) else _arguments.tree(place, name, value)
+
+
+@_arguments.checked(path=_arguments.path, adapter=_state_or_tree, base=_tree_or_text, metadata=None)
 def save_adapter(
     path: str | os.PathLike[str],
     adapter: PyTree,
     *,
-    base: PyTree | str,
+    base: PyTree,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes an adapter to a new folder, with the fingerprint of the base it was made on.
@@ -41,13 +50,12 @@ def save_adapter(
             f"metadata {_BASE!r} is the base's fingerprint; got {metadata[_BASE]!r}: choose "
             "another name."
         )
-    store.save(path, adapter, metadata={**metadata, _BASE: _fingerprint(base)})
+    tree = adapter._asdict() if isinstance(adapter, AdapterState) else adapter
+    store.save(path, tree, metadata={**metadata, _BASE: _fingerprint(base)})
 
 
-@_arguments.checked(path=_arguments.path, like=None, base=None)
-def load_adapter(
-    path: str | os.PathLike[str], *, base: PyTree | str, like: PyTree = None
-) -> Pristine:
+@_arguments.checked(path=_arguments.path, base=_tree_or_text, like=None)
+def load_adapter(path: str | os.PathLike[str], *, base: PyTree, like: PyTree = None) -> Pristine:
     """Reads an adapter, and refuses one that was made on another base.
 
     Args:
@@ -77,5 +85,12 @@ def load_adapter(
     return held
 
 
-def _fingerprint(base: PyTree | str) -> str:
-    return base if isinstance(base, str) else leaves.fingerprint(base)
+def _fingerprint(base: PyTree) -> str:
+    if not isinstance(base, str):
+        return leaves.fingerprint(base)
+    if not re.fullmatch("[0-9a-f]{64}", base):
+        raise CheckpointError(
+            f"base must be parameters or a fingerprint, 64 hex digits; got {base!r}. Take it with "
+            "checkpoint.fingerprint."
+        )
+    return base
