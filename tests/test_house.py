@@ -33,7 +33,7 @@ _FLOORS = (
     ("tuning", "evaluation", "training", "_programs", "_devices", "_chunks"),
     ("task", "metrics"),
     ("methods",),
-    ("audit", "_audit_task", "_audit_rows", "_findings", "diagnostics", "meta"),
+    ("audit", "_audit_task", "_audit_rows", "_audit_scores", "_findings", "diagnostics", "meta"),
     (
         *("serving", "generation", "predictors", "online", "resets", "batching", "inner"),
         "budget",

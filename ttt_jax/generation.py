@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _arguments, _checks, _contract, _varying
+from ttt_jax import _arguments, _checks, _contract, _varying, readers
 from ttt_jax.base import Info, Key, Params, Predictor, PyTree
 from ttt_jax.losses.tokens import token_nats
 from ttt_jax.predictors import no_steps
@@ -94,7 +94,7 @@ def sample(temperature: float | jax.Array = 1.0, top_p: float | jax.Array = 1.0)
     return draw
 
 
-@_arguments.checked(num_tokens=_arguments.count(1))
+@_arguments.checked(read=readers.rule, num_tokens=_arguments.count(1))
 def generate(
     read: Reader,
     *,

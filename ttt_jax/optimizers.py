@@ -39,7 +39,7 @@ def chosen(
       [-0.4 -0.1]
     """
     if not optimizers:
-        raise ValueError("optimizers.chosen needs at least one optimizer, got none.")
+        raise ValueError("optimizers of optimizers.chosen must be at least one; got ().")
     known = None if isinstance(index, jax.core.Tracer) else int(index)
     if known is not None and not 0 <= known < len(optimizers):
         raise ValueError(
@@ -57,7 +57,7 @@ def chosen(
         params: PyTree = None,
         **search: Any,
     ) -> tuple[PyTree, tuple[PyTree, ...]]:
-        place = jnp.clip(jnp.asarray(index, jnp.int32), 0, len(every) - 1)
+        place = jnp.clip(jnp.asarray(index if known is None else known), 0, len(every) - 1)
         made = [
             _optimizers.update(optimizer, updates, own, params, search)
             for optimizer, own in zip(every, state, strict=True)

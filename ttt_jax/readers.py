@@ -28,6 +28,17 @@ class Reader(NamedTuple):
     read: Callable[[Params, PyTree, Any], tuple[jax.Array, PyTree]]
 
 
+def rule(place: str, name: str, value: Any) -> Reader:
+    """A :class:`Reader`; what else is given is refused in one sentence."""
+    if not isinstance(value, Reader):
+        raise TypeError(
+            f"{name} must be a Reader; got {_contract.described(value)}: make one with "
+            "models.reader(module), readers.recomputed(apply, context=...) or "
+            "readers.isolated(apply)."
+        )
+    return value
+
+
 @_arguments.checked()
 def isolated(apply: Callable[[Params, Any], jax.Array]) -> Reader:
     """A reader without memory: every chunk is a sequence of its own, the weakest control.
@@ -38,7 +49,12 @@ def isolated(apply: Callable[[Params, Any], jax.Array]) -> Reader:
     _contract.require_function("apply", apply, "(params, tokens[N, L]) -> logits[N, L, V]")
 
     def read(params: Params, memory: PyTree, inputs: Any) -> tuple[jax.Array, PyTree]:
-        return apply(params, inputs["tokens"]), memory
+        tokens, positions = inputs["tokens"], inputs["positions"]
+        # The place before a document without a first token goes to the end, where none sees it.
+        vacant = (positions[:, :1] < 0) & (positions >= 0).any(1, keepdims=True)
+        logits = apply(params, jnp.where(vacant, jnp.roll(tokens, -1, axis=1), tokens))
+        later = jnp.concatenate([logits[:, :1], logits[:, :-1]], axis=1)
+        return jnp.where(vacant[..., None], later, logits), memory
 
     return Reader(lambda batch, tokens, chunk: (), read)
 
@@ -53,7 +69,8 @@ def recomputed(apply: Callable[[Params, Any], jax.Array], *, context: int) -> Re
     """A reader that reads the last tokens again with every chunk, under the newest parameters.
 
     It costs ``(context + L) / L`` times what a cache does, and its keys are never those of older
-    parameters.
+    parameters. The gradient of a chunk goes through the tokens before it, too, which a cache holds
+    fixed: at step size 0 the two give the same scores, and otherwise other ones.
 
     Args:
       apply: model function ``(params, inputs) -> logits[N, C + L, V]``, ``inputs`` a mapping of

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax import _arguments, _checks, _contract, _trees, generation
+from ttt_jax import _arguments, _checks, _contract, _trees, generation, readers
 from ttt_jax.base import Key, Params, PyTree
 from ttt_jax.generation import Generated, Row, Sampler
 from ttt_jax.readers import Reader
@@ -78,7 +78,7 @@ class _Task:
         )
 
 
-@_arguments.checked(rows=_arguments.count(1), context=_arguments.count(2))
+@_arguments.checked(read=readers.rule, rows=_arguments.count(1), context=_arguments.count(2))
 def server(
     read: Reader,
     *,

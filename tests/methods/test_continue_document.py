@@ -146,9 +146,9 @@ def test_bad_input_is_one_sentence():
     document = {"tokens": DOCUMENTS[0], "mask": MASK[0]}
     for x, sentence in (
         (document, "cache='empty' needs x with a 'prompt'"),
-        ({"prompt": PROMPT[0]}, r"needs a document.*\['prompt'\]"),
+        ({"prompt": PROMPT[0]}, r"needs a document with 'tokens'.*got \[\]"),
         ({**document, "tokens": DOCUMENTS[0, 0]}, r"tokens \[T, L\]"),
-        ({**document, "mask": MASK[0, 0]}, "mask of the tokens' shape"),
+        ({**document, "mask": MASK[0, 0]}, "mask shaped as its tokens"),
         ({**document, "prompt": PROMPT}, r"one prompt \[P\]"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax import _arguments, _varying, generation, inner, select
+from ttt_jax import _arguments, _varying, generation, inner, readers, select
 from ttt_jax.base import Info, Key, Params, Predictor, PyTree, Selection, Stream
 from ttt_jax.generation import Generated, Sampler
-from ttt_jax.methods.document_ttt import chunks_of, learning_stream
+from ttt_jax.methods.document_ttt import chunks_of, document_of, learning_stream
 from ttt_jax.readers import Reader
 
 CACHES = ("recomputed", "kept", "empty")
 """What :func:`continue_document` remembers of the document."""
 
 
-@_arguments.checked()
+@_arguments.checked(read=readers.rule, bos=_arguments.count(0))
 def document_adapter(
     read: Reader,
     *,
@@ -65,7 +65,7 @@ def document_adapter(
     return predict
 
 
-@_arguments.checked(num_tokens=_arguments.count(1))
+@_arguments.checked(read=readers.rule, num_tokens=_arguments.count(1), bos=_arguments.count(0))
 def continue_document(
     read: Reader,
     *,
@@ -159,7 +159,7 @@ class _Document(NamedTuple):
     """A document in chunks.
 
     Attributes:
-      chunks: of :func:`chunks_of`, with position -1 for padding.
+      chunks: of :func:`chunks_of`.
       size: T and L.
       count: int32 scalar, n, its tokens.
       last: int32 scalar, the last of them, which is in no chunk's inputs.
@@ -177,28 +177,12 @@ class _Document(NamedTuple):
 
 
 def _document(place: str, x: Any, bos: int | None) -> _Document:
-    leaves = x if isinstance(x, Mapping) else {"tokens": x}
-    if "tokens" not in leaves:
-        raise ValueError(
-            f"methods.{place} needs a document with the leaf 'tokens'; got {sorted(leaves)}: pass "
-            "integers [T, L], or a mapping of tokens and mask."
-        )
-    tokens = jnp.asarray(leaves["tokens"])
-    if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(
-            f"methods.{place} needs a document's integer tokens [T, L], T chunks; got shape "
-            f"{tokens.shape} and dtype {tokens.dtype}: cut it into chunks, pad the last one."
-        )
-    mask = jnp.asarray(leaves.get("mask", jnp.ones(tokens.shape, bool)))
-    if mask.shape != tokens.shape:
-        raise ValueError(
-            f"methods.{place} needs a mask of the tokens' shape {tokens.shape}; got {mask.shape}."
-        )
+    own = {"tokens", "mask"}
+    leaves = {name: x[name] for name in own & set(x)} if isinstance(x, Mapping) else x
+    tokens, mask = document_of(place, leaves)
     places = jnp.arange(1, tokens.size + 1, dtype=jnp.int32)
     count = jnp.where(mask.reshape(-1) != 0, places, 0).max()
     chunks = chunks_of(tokens, mask, bos)
-    inside = (places <= count).reshape(tokens.shape)
-    chunks["positions"] = jnp.where(inside, chunks["positions"], -1)
     last = tokens.reshape(-1)[jnp.maximum(count - 1, 0)].astype(jnp.int32)
     return _Document(chunks, (tokens.shape[0], tokens.shape[1]), count, last)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from ttt_jax import _arguments, _extras
+from ttt_jax import _arguments, _contract, _extras
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -114,8 +114,9 @@ def pad_rank(params: Any, rank: int) -> Any:
     pairs = [path for path, leaf in flat.items() if path.endswith("_lora_a") and leaf is not None]
     if not pairs:
         raise ValueError(
-            "pad_rank needs leaves named ..._lora_a and ..._lora_b, and got a tree without: give "
-            "the variables that low_rank returned, or select.lora().split of them."
+            "params of pad_rank must have leaves named ..._lora_a and ..._lora_b; got "
+            f"{_contract.described(params)} without: give the variables that low_rank returned, or "
+            "select.lora().split of them."
         )
     for path in pairs:
         other = path.removesuffix("a") + "b"
@@ -123,8 +124,8 @@ def pad_rank(params: Any, rank: int) -> Any:
         if b is None or b.ndim < 2 or a.shape[-1] != b.shape[-2] or a.shape[-1] > rank:
             shapes = f"{a.shape} and {None if b is None else b.shape}"
             raise ValueError(
-                f"pad_rank needs factors [..., r] and [..., r, outputs] with r of at most {rank}; "
-                f"got {shapes} at {path!r}."
+                "rank must be at least the r of all factors [..., r] and [..., r, outputs]; got "
+                f"{rank}, and factors of shapes {shapes} at {path!r}."
             )
         missing = rank - a.shape[-1]
         flat[path] = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)])
