@@ -33,11 +33,18 @@ _FLOORS = (
     ("tuning", "evaluation", "training", "_programs", "_devices", "_chunks"),
     ("task", "metrics"),
     ("methods",),
-    ("audit", "_audit_task", "_audit_rows", "_audit_scores", "_audit_corpus", "_findings", "diagnostics", "meta"),
-    ("predictors", "online", "resets", "batching", "inner", "budget"),
+    (
+        *("audit", "_audit_task", "_audit_rows", "_audit_scores", "_audit_corpus", "_findings"),
+        *("diagnostics", "meta"),
+    ),
+    (
+        *("serving", "generation", "predictors", "online", "resets", "batching", "inner"),
+        "budget",
+    ),
     (
         "adapters",
         "_optimizers",
+        "optimizers",
         "running_statistics",
         "losses",
         "select",

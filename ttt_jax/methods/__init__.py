@@ -10,7 +10,8 @@ One instance, which is forgotten (a :class:`~ttt_jax.Predictor`):
 
 A document, chunk by chunk (a :class:`~ttt_jax.Predictor`):
 
-* :func:`document_ttt`, :func:`in_place`
+* :func:`document_ttt`, :func:`in_place`: its scores; :func:`continue_document`: what comes next;
+  :func:`document_adapter`: what was learned
 * :func:`neighbors_ttt`: a :class:`~ttt_jax.FromSource`, with passages of a corpus
 * :func:`merged_adapters`, of clusters of a corpus; :func:`passages_adapter` trains them
 
@@ -36,6 +37,7 @@ how the method fails, its cost, its source, and what differs from the authors' c
 from ttt_jax.methods.actmad import actmad
 from ttt_jax.methods.augmented import augmented, every_view, mean_over_views
 from ttt_jax.methods.bn_adapt import bn_adapt
+from ttt_jax.methods.continue_document import continue_document, document_adapter
 from ttt_jax.methods.cotta import cotta
 from ttt_jax.methods.deyo import deyo
 from ttt_jax.methods.document_ttt import document_ttt
@@ -67,8 +69,10 @@ __all__ = [
     "actmad",
     "augmented",
     "bn_adapt",
+    "continue_document",
     "cotta",
     "deyo",
+    "document_adapter",
     "document_ttt",
     "dua",
     "eata",

@@ -12,8 +12,28 @@ from tests.core.fuzz import outcomes, table
 MODULES = (
     *("", "adapters", "audit", "batching", "budget", "checkpoint", "data", "data.corruptions"),
     *("data.streams", "diagnostics", "evaluation", "inner", "kernels.attention", "kernels.conv"),
-    *("losses", "methods", "metrics", "models", "neighbors", "online", "predictors", "resets"),
-    *("running_statistics", "select", "task", "training", "tuning", "views.augmix", "views.image"),
+    *(
+        "generation",
+        "losses",
+        "methods",
+        "metrics",
+        "models",
+        "neighbors",
+        "online",
+        "predictors",
+        "resets",
+    ),
+    *(
+        "optimizers",
+        "running_statistics",
+        "select",
+        "serving",
+        "task",
+        "training",
+        "tuning",
+        "views.augmix",
+        "views.image",
+    ),
 )
 LEAST_SLIPS = 6
 
