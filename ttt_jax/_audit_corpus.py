@@ -10,8 +10,6 @@ from ttt_jax._findings import MEANING, Finding, require
 
 
 @_arguments.checked(
-    documents=None,
-    corpus=None,
     length=_arguments.count(),
 )
 def apart(documents: Any, corpus: Any, *, length: int = 32) -> list[Finding]:

@@ -198,7 +198,7 @@ def in_clusters(pool: PyTree, labels: Any, *, size: int, seed: int = 0) -> PyTre
       ``{"tokens", "mask"}``, each ``[C, S, P]``, in random order.
 
     Raises:
-      ValueError: a pool of other leaves, or not of one row per label.
+      ValueError: a pool of other leaves, or not of one row per label; a cluster without any.
     """
     if not isinstance(pool, Mapping) or set(pool) != {"tokens", "mask"}:
         raise ValueError(
@@ -208,8 +208,13 @@ def in_clusters(pool: PyTree, labels: Any, *, size: int, seed: int = 0) -> PyTre
     tokens, mask = np.asarray(pool["tokens"]), np.asarray(pool["mask"])
     if tokens.shape != mask.shape or tokens.shape[:1] != labels.shape:
         raise ValueError(
-            "passages.in_clusters needs tokens and mask [M, P] with one label for each passage; "
-            f"got shapes {tokens.shape}, {mask.shape} and {labels.shape}."
+            "labels must be one for each passage of the pool, tokens and mask [M, P]; got shapes "
+            f"{labels.shape}, {tokens.shape} and {mask.shape}."
+        )
+    if np.unique(labels).tolist() != list(range(int(labels.max(initial=-1)) + 1)):
+        raise ValueError(
+            "labels must be 0 to C - 1 with a passage for each; got "
+            f"{np.unique(labels)[:5].tolist()}. Take them from passages.cluster."
         )
     rng = np.random.default_rng(seed)
     shape = (int(labels.max()) + 1, size, *tokens.shape[1:])

@@ -127,8 +127,10 @@ class TestClusters:
             passages.cluster(TOKENS, 6)
         with pytest.raises(ValueError, match=r"finite"):
             passages.cluster(np.full((3, 2), np.nan), 2)
-        with pytest.raises(ValueError, match=r"one label for each.*\(5, 12\).*\(2,\)"):
+        with pytest.raises(ValueError, match=r"labels must be one for each.*\(2,\), \(5, 12\)"):
             passages.in_clusters({"tokens": TOKENS, "mask": TOKENS}, [0, 1], size=2)
+        with pytest.raises(ValueError, match=r"0 to C - 1 with a passage for each; got \[1, 2\]"):
+            passages.in_clusters({"tokens": TOKENS, "mask": TOKENS}, [1, 2, 2, 1, 2], size=2)
         with pytest.raises(ValueError, match=r"'tokens' and 'mask'; got \['tokens'\]"):
             passages.in_clusters({"tokens": TOKENS}, np.zeros(5, int), size=2)
 

@@ -74,7 +74,7 @@ def passages_adapter(
 @_arguments.checked(
     read=readers.rule,
     adapters=_arguments.tree,
-    centers=_arguments.array(2),
+    centers=_arguments.array(2, finite=True),
     k=_arguments.count(),
     temperature=_arguments.number(0.0, above=True),
     query_chunks=_arguments.count(),
@@ -160,8 +160,9 @@ def merged_adapters(
             return jnp.tensordot(shares.astype(leaf.dtype), leaf, 1, precision=exact)
 
         own = jax.tree.map(mean, adapters)
-        merged = select.merge(own, frozen)
-        return score(read, (params, merged), chunks_of(tokens, mask, bos), first, key), no_steps()
+        trees = params, select.merge(own, frozen)
+        nats, ok = score(read, trees, chunks_of(tokens, mask, bos), first, key)
+        return nats, no_steps()._replace(ok=ok)
 
     return predict
 

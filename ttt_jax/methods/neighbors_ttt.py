@@ -127,8 +127,9 @@ def neighbors_ttt(
             first, query = query_of("neighbors_ttt", tokens, mask, query_chunks)
             found = find(params, query)
             state, info = learn(adapter, params, adapter.init(params), found, key)
-            adapted = adapter.merge(params, state)
-            return score(read, (params, adapted), chunks_of(tokens, mask, bos), first, key), info
+            trees = params, adapter.merge(params, state)
+            nats, ok = score(read, trees, chunks_of(tokens, mask, bos), first, key)
+            return nats, info._replace(ok=info.ok & ok)
 
         return predict
 
@@ -152,11 +153,14 @@ def learn(
 
 def score(
     read: Reader, params: tuple[Params, Params], chunks: dict[str, jax.Array], first: int, key: Key
-) -> jax.Array:
-    """Nats ``[T, L]``: of the first chunks by one tree of parameters, of the others by another."""
+) -> tuple[jax.Array, jax.Array]:
+    """Nats ``[T, L]``, the first chunks' by one tree of parameters, the others' by another.
+
+    And whether all of them are finite.
+    """
     count, length = chunks["inputs"].shape
     stream = learning_stream(read, (count * length, length), ADAMW, select.everything(), 0)
-    memory, rows = stream.init(params[0]), []
+    memory, rows, ok = stream.init(params[0]), [], jnp.ones((), bool)
     for tree, part in zip(params, (slice(0, first), slice(first, count)), strict=True):
         xs = jax.tree.map(lambda leaf, part=part: leaf[part], chunks)
         if xs["inputs"].shape[0]:
@@ -164,9 +168,10 @@ def score(
             def step(memory: PyTree, chunk: Any, tree: Params = tree) -> Any:
                 return stream.step(tree, memory, chunk, key)
 
-            memory, (nats, _) = _varying.scan(step, memory, xs)
+            memory, (nats, info) = _varying.scan(step, memory, xs)
             rows.append(nats)
-    return jnp.concatenate(rows)
+            ok &= info.ok.all()
+    return jnp.concatenate(rows), ok
 
 
 def learner(
