@@ -5,7 +5,6 @@ of test is of a dialect, in which some pairs are followed by another token.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
