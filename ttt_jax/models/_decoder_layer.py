@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.kernels.attention.masked import attend_masked
-from ttt_jax.models import cache as caches
-from ttt_jax.models import rotary
+from ttt_jax.models import cache as caches, rotary
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": nn.silu, "gelu": nn.gelu}
 """Gates of the MLP: SwiGLU, and GeGLU in its tanh form."""

@@ -124,7 +124,7 @@ def load_hugging_face(folder: Path, *, dtype: Any = jnp.float32, **options: Any)
     config = config["text_config"] if nested else config
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(library.safe_open(file, "numpy")) for file in files]
-        where = {key: file for file in opened for key in file.keys()}  # noqa: SIM118
+        where = {key: file for file in opened for key in file.keys()}
 
         def get(key: str) -> np.ndarray | None:
             for prefix in ("", "language_model."):
