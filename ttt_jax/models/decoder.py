@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.kernels.attention import form_of
-from ttt_jax.models import cache as caches
-from ttt_jax.models import rotary
+from ttt_jax.models import cache as caches, rotary
 from ttt_jax.models._decoder_layer import ACTIVATIONS, DecoderLayer, Shared, Sizes, View
 from ttt_jax.models.cache import Cache
 
@@ -133,7 +132,7 @@ class Decoder(nn.Module):
         x = nn.RMSNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
         head = embedding if self.tied else self._head()
         logits = _logits(x, head.astype(self.dtype))
-        if cache is None:
+        if cache is None or shared.slots is None:
             return logits
         keys, values = (
             jax.vmap(caches.write, (0, None, 0))(
@@ -288,7 +287,7 @@ def _parts(inputs: Any, cache: Cache | None) -> tuple[jax.Array, jax.Array, jax.
 def _mask(
     queries: jax.Array, keys: jax.Array, window: int | None, sinks: int, same: jax.Array | None
 ) -> jax.Array:
-    """bool ``[N, T, S]``: which keys each query sees, by their positions."""
+    """Bool ``[N, T, S]``: which keys each query sees, by their positions."""
     query, key = queries[:, :, None], keys[:, None]
     seen = (key >= 0) & (key <= query)
     if window is not None:
