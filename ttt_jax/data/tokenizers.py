@@ -109,12 +109,14 @@ def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     def get(name: str, default: Any = None) -> Any:
         return fields.get(f"tokenizer.ggml.{name}", default)
 
+    ranks = "scores" if get("model") == "llama" else "merges"
+    for name in ("model", "tokens", "token_type", ranks):
+        if get(name) is None:
+            raise ValueError(
+                f"A tokenizer needs the field tokenizer.ggml.{name}; got {sorted(fields)[:4]} of "
+                f"{len(fields)} fields: pass the metadata of a GGUF file."
+            )
     pieces, kinds = get("tokens"), get("token_type")
-    if pieces is None or kinds is None:
-        raise ValueError(
-            "A tokenizer needs fields with tokenizer.ggml.tokens and tokenizer.ggml.token_type; "
-            f"got {sorted(fields)[:4]}: pass the metadata of a GGUF file."
-        )
     control = {index for index, kind in enumerate(kinds) if kind == _CONTROL}
     whole = {index for index, kind in enumerate(kinds) if kind == _WHOLE}
     by_score = get("model") == "llama"

@@ -12,6 +12,8 @@ from ttt_jax.models.decoder import Decoder
 # Of Gemma 3, and not in its GGUF files (github.com/ggml-org/llama.cpp, issue 14367).
 _GEMMA_LOCAL_BASE = 1e4
 _GEMMA_GLOBAL_EVERY = 6
+# What a configuration of Gemma 3 that names none means.
+_GEMMA_HEAD_SIZE = 256
 _GATES = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
 
 
@@ -62,7 +64,7 @@ def of_hugging_face(config: Mapping[str, Any], options: Mapping[str, Any]) -> De
     _check_form(form, ("llama", "qwen2", "gemma3_text"))
     gemma = form == "gemma3_text"
     width, heads = _required(config, "hidden_size"), _required(config, "num_attention_heads")
-    head_size = config.get("head_dim") or width // heads
+    head_size = config.get("head_dim") or (_GEMMA_HEAD_SIZE if gemma else width // heads)
     base, local_base = _rope_bases(config, gemma)
     sizes: dict[str, Any] = {
         "vocabulary": _required(config, "vocab_size"),
