@@ -83,9 +83,9 @@ def test_the_text_part_of_a_larger_model(loaded, copy, prefix):
 
     vision = {"vision_tower.patch.weight": np.ones((2, 2), np.float32)}
     folder = copy("gemma3", vision, keep, model_type="gemma3", text_config=config)
-    found = models.load_hugging_face(folder)
-    assert found.module == loaded["gemma3"].module
-    assert same(found.params, loaded["gemma3"].params)
+    read = models.load_hugging_face(folder)
+    assert read.module == loaded["gemma3"].module
+    assert same(read.params, loaded["gemma3"].params)
 
 
 def test_older_configurations_read_alike(loaded, copy):
@@ -102,8 +102,8 @@ def test_older_configurations_read_alike(loaded, copy):
     # A tied head that is stored all the same is that of the embedding.
     embedding = np.zeros((48, 16), np.float32)
     folder = copy("qwen2", {"lm_head.weight": embedding}, rope_parameters=None, rope_theta=2000.0)
-    found = models.load_hugging_face(folder, dtype=jnp.bfloat16, stages=(1, 1))
-    last = found.params["params"]["layers_1"]["attention"]["query"]["bias"]
+    read = models.load_hugging_face(folder, dtype=jnp.bfloat16, stages=(1, 1))
+    last = read.params["params"]["layers_1"]["attention"]["query"]["bias"]
     assert last.dtype == jnp.bfloat16
     whole = loaded["qwen2"].params["params"]["layers"]["attention"]["query"]["bias"]
     np.testing.assert_array_equal(last.astype(jnp.float32), whole[1:])
