@@ -232,7 +232,7 @@ class Decoder(nn.Module):
             keys = caches.write(cache.positions, slots, positions)
         elif segments is not None:
             same = segments[:, :, None] == segments[:, None]
-            same &= jnp.tril(jnp.ones(same.shape[1:], bool))
+            same &= jnp.tril(jnp.ones((1, *same.shape[1:]), bool))
         shift = jnp.maximum(positions.max(-1, keepdims=True) + 1 - self.context, 0)
 
         def view(window: int | None, sinks: int, base: float) -> View:
