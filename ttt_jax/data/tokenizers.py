@@ -68,7 +68,7 @@ def from_file(path: str | pathlib.Path) -> Tokenizer:
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(
-            f"A tokenizer needs a file tokenizer.json; got {str(path)!r}, which is none."
+            f"path must be a file tokenizer.json; got {str(path)!r}: name the file itself."
         )
     inner = library.Tokenizer.from_file(str(path))
     # A file may carry those of a training: a document is neither cut nor filled.
@@ -113,8 +113,8 @@ def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     for name in ("model", "tokens", "token_type", ranks):
         if get(name) is None:
             raise ValueError(
-                f"A tokenizer needs the field tokenizer.ggml.{name}; got {sorted(fields)[:4]} of "
-                f"{len(fields)} fields: pass the metadata of a GGUF file."
+                f"fields must have tokenizer.ggml.{name}; got a {type(fields).__name__} of "
+                f"{sorted(fields)[:4]}: pass the metadata of a GGUF file."
             )
     pieces, kinds = get("tokens"), get("token_type")
     control = {index for index, kind in enumerate(kinds) if kind == _CONTROL}

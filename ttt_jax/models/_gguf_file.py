@@ -52,10 +52,12 @@ def read(path: Path | Sequence[Path]) -> GgufFile:
     """
     parts = [path] if isinstance(path, str | pathlib.Path) else list(path)
     if not parts:
-        raise ValueError("load_gguf needs a file or its parts; got none.")
+        raise ValueError(
+            f"path must be a file or its parts in order; got {path!r}: name at least one."
+        )
     for part in parts:
         if not pathlib.Path(part).is_file():
-            raise ValueError(f"load_gguf takes a file or its parts; got {str(part)!r}, no file.")
+            raise ValueError(f"path must be a file or its parts; got {str(part)!r}, no file.")
     names = ", ".join(pathlib.Path(part).name for part in parts)
     try:
         return _parsed(_joined([pathlib.Path(part) for part in parts]), names)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.kernels.attention import form_of
-from ttt_jax.models import cache as caches, rotary
-from ttt_jax.models._decoder_layer import ACTIVATIONS, DecoderLayer, Shared, Sizes, View
+from ttt_jax.models import _decoder_checks, cache as caches, rotary
+from ttt_jax.models._decoder_layer import DecoderLayer, Shared, Sizes, View
 from ttt_jax.models.cache import Cache
 
 
@@ -52,6 +52,9 @@ class Decoder(nn.Module):
       remat: whether a layer's activations are computed again in the backward pass.
       dtype: the compute dtype; parameters are float32, logits too.
 
+    Raises:
+      ValueError: when built: sizes that do not fit, or an attribute out of range.
+
     References:
       Touvron et al., `Llama 2 <https://arxiv.org/abs/2307.09288>`_, 2023; Qwen Team, `Qwen2
       <https://arxiv.org/abs/2407.10671>`_, 2024; Gemma Team, `Gemma 3
@@ -86,6 +89,10 @@ class Decoder(nn.Module):
     remat: bool = False
     dtype: Any = jnp.float32
 
+    def __post_init__(self) -> None:
+        _decoder_checks.check(self)
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, inputs: Any, cache: Cache | None = None) -> Any:
         """Logits of the next token after each.
@@ -102,9 +109,8 @@ class Decoder(nn.Module):
           float32 ``[N, T, V]``; with a cache, the pair of them and the cache with the tokens.
 
         Raises:
-          ValueError: tokens without two axes, segments beside a cache, or sizes that do not fit.
+          ValueError: tokens without two axes or of no integers, or segments beside a cache.
         """
-        self._check()
         tokens, positions, segments = _parts(inputs, cache)
         given = isinstance(inputs, Mapping) and "positions" in inputs
         embedding = self.param(
@@ -168,21 +174,6 @@ class Decoder(nn.Module):
     @property
     def _head_size(self) -> int:
         return self.width // self.heads if self.head_size is None else self.head_size
-
-    def _check(self) -> None:
-        if self.heads % self._kv_heads or self._head_size % 2:
-            raise ValueError(
-                "A Decoder needs kv_heads that divide heads, and an even head_size; got "
-                f"heads={self.heads}, kv_heads={self._kv_heads}, head_size={self._head_size}."
-            )
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {tuple(ACTIVATIONS)}; got {self.activation!r}."
-            )
-        if self.stages is not None and sum(self.stages) != self.depth:
-            raise ValueError(
-                f"stages must add up to depth; got stages={self.stages} and depth={self.depth}."
-            )
 
     def _sizes(self) -> Sizes:
         return Sizes(
