@@ -38,7 +38,7 @@ def document_ttt(
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
         tokens = jnp.asarray(x["tokens"])
         count, length = tokens.shape
-        chunks = chunks_of(tokens, x["mask"], bos)
+        chunks = chunks_of(tokens, x["mask"], bos, x.get("start"))
         loss = StatefulLoss(
             init=lambda params: read.init(1, count * length, length),
             value=lambda params, memory, chunk, key: _score(read, params, memory, chunk),
@@ -49,31 +49,38 @@ def document_ttt(
     return predict
 
 
-def chunks_of(tokens: jax.Array, mask: jax.Array, bos: int | None) -> dict[str, jax.Array]:
+def chunks_of(
+    tokens: jax.Array, mask: jax.Array, bos: int | None, start: jax.Array | None = None
+) -> dict[str, jax.Array]:
     """What is read and what is scored, chunk by chunk.
 
     Args:
       tokens: ``[T, L]``, the document in its order.
       mask: ``[T, L]``, which tokens are scored.
       bos: the token before the first; None for a model without, whose first token has no score.
+      start: bool ``[T]``, chunks that begin another document, the first of all among them.
 
     Returns:
       ``inputs``: each token's predecessor, ``positions``: of the inputs, -1 for none, ``targets``
-      and ``mask``, each ``[T, L]``.
+      and ``mask``, each ``[T, L]``; and ``start`` ``[T]``, where it is given.
     """
-    flat = tokens.reshape(-1).astype(jnp.int32)
-    first = jnp.full((1,), 0 if bos is None else bos, jnp.int32)
-    positions = jnp.arange(flat.size, dtype=jnp.int32) - (1 if bos is None else 0)
-    scored = mask.reshape(-1).astype(jnp.float32)
-    if bos is None:
-        scored = scored.at[0].set(0.0)
-    leaves = {
-        "inputs": jnp.concatenate([first, flat[:-1]]),
+    count, length = tokens.shape
+    begins = jnp.zeros(count, bool) if start is None else jnp.asarray(start, bool)
+    begins = begins.at[0].set(True)
+    chunk = jnp.arange(count, dtype=jnp.int32)
+    chunk = chunk - jax.lax.cummax(jnp.where(begins, chunk, 0))
+    offset = jnp.arange(length, dtype=jnp.int32)
+    positions = chunk[:, None] * length + offset - (1 if bos is None else 0)
+    targets = tokens.astype(jnp.int32)
+    inputs = jnp.concatenate([jnp.zeros(1, jnp.int32), targets.reshape(-1)[:-1]])
+    first = begins[:, None] & (offset == 0)
+    chunks = {
+        "inputs": jnp.where(first, 0 if bos is None else bos, inputs.reshape(targets.shape)),
         "positions": positions,
-        "targets": flat,
-        "mask": scored,
+        "targets": targets,
+        "mask": jnp.where(first & (bos is None), 0.0, mask.astype(jnp.float32)),
     }
-    return {name: leaf.reshape(tokens.shape) for name, leaf in leaves.items()}
+    return chunks if start is None else chunks | {"start": begins}
 
 
 def _score(read: Reader, params: Params, memory: Any, chunk: Any) -> Any:
@@ -93,6 +100,8 @@ def _stream(
     loop = inner.inner_loop(adapter, num_steps)
 
     def step(params: Params, carry: Any, chunk: Any, key: Key) -> Any:
+        if "start" in chunk:
+            carry = _trees.where(chunk["start"], adapter.init(params), carry)
         state, infos = loop(params, carry, chunk, key)
         output = infos.aux["nats"][0]
         info = StreamInfo(
@@ -105,6 +114,8 @@ def _stream(
         return state, (output, info)
 
     def score(params: Params, memory: Any, chunk: Any, key: Key) -> Any:
+        if "start" in chunk:
+            memory = _trees.where(chunk["start"], loss.init(params), memory)
         (_, aux), memory = loss.value(params, memory, chunk, key)
         empty = jnp.zeros((0,), jnp.float32)
         false = jnp.zeros((), bool)

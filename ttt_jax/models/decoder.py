@@ -50,6 +50,9 @@ class Decoder(nn.Module):
       stages: how many layers each scan has; None for one scan of all.
       attention: ``"fused"`` where that can be, or ``"xla"``.
       remat: whether a layer's activations are computed again in the backward pass.
+      unroll: how many layers a step of a scan has; as many as the layers, and there is no loop:
+        the fastest program, as no activation is copied for the backward pass, and the slowest to
+        compile.
       dtype: the compute dtype; parameters are float32, logits too.
 
     Raises:
@@ -87,6 +90,7 @@ class Decoder(nn.Module):
     stages: tuple[int, ...] | None = None
     attention: str = "fused"
     remat: bool = False
+    unroll: int = 1
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -199,6 +203,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),
             length=count,
+            unroll=min(self.unroll, count),
         )
 
     def _is_local(self, layers: jax.Array) -> jax.Array:
