@@ -11,7 +11,15 @@ from tests.core.fuzz import outcomes, table
 
 MODULES = (
     *("", "adapters", "audit", "batching", "budget", "checkpoint", "data", "data.corruptions"),
-    *("data.streams", "diagnostics", "evaluation", "inner", "kernels.attention", "kernels.conv"),
+    *(
+        "data.streams",
+        "data.tokenizers",
+        "diagnostics",
+        "evaluation",
+        "inner",
+        "kernels.attention",
+        "kernels.conv",
+    ),
     *("losses", "methods", "metrics", "models", "neighbors", "online", "predictors", "resets"),
     *("running_statistics", "select", "task", "training", "tuning", "views.augmix", "views.image"),
 )

@@ -1,4 +1,4 @@
-"""Attention under a mask, with fewer heads of keys than of queries, for decoders and caches."""
+"""Attention under a mask, with fewer heads of keys than of queries: for decoders with caches."""
 
 import jax
 import jax.numpy as jnp
