@@ -189,6 +189,31 @@ def test_documents_of_unequal_length_side_by_side():
     assert (info.loss[1, half:] == 0).all() and (info.grad_norm[1, half:] == 0).all()
 
 
+def test_documents_one_after_the_other_equal_each_alone():
+    """In one row, the first with padding in its last chunk: nothing passes from one to the next."""
+    tokens, mask = TOKENS[:2].reshape(-1, LENGTH), np.ones((2 * CHUNKS, LENGTH), bool)
+    mask[CHUNKS - 1, 2:] = False
+    x = {"tokens": tokens, "mask": mask, "start": np.arange(2 * CHUNKS) % CHUNKS == 0}
+    module = models.reader(tiny.MODULE.clone(window=8, sinks=2))
+    for read, params in ((tiny.PLAIN, PARAMS), (module, tiny.MODULE_PARAMS)):
+        for num_steps in (0, 1):
+            predict = make(read, num_steps=num_steps, bos=3)
+
+            def run(x, predict=predict, params=params):
+                parts = [
+                    {name: x[name][part : part + CHUNKS] for name in ("tokens", "mask")}
+                    for part in (0, CHUNKS)
+                ]
+                alone = [predict(params, part, KEY) for part in parts]
+                return predict(params, x, KEY), alone
+
+            (output, info), alone = quickly(run, x)
+            expected = np.concatenate([nats for nats, _ in alone])
+            np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
+            losses = np.concatenate([info.loss for _, info in alone])
+            np.testing.assert_allclose(info.loss, losses, rtol=1e-5)
+
+
 def test_padding_to_twice_the_length_changes_no_bit(company):
     """Scores, losses and gradients, whatever tokens the padding has."""
     pads = np.random.default_rng(3).integers(tiny.VOCABULARY, size=(2, 3, CHUNKS, LENGTH))
@@ -251,6 +276,10 @@ BAD = {
     "leaves": (
         {"tokens": TOKENS[0], "label": 1},
         r"'tokens' and.*'mask'; got \['label', 'tokens'\]",
+    ),
+    "start": (
+        {"tokens": TOKENS[0], "start": np.ones(LENGTH, bool)},
+        r"start \[T\].*got shape \(6,\) for tokens of shape \(4, 6\)",
     ),
     "none": ({"text": "a"}, r"'tokens'.*got \['text'\]"),
 }

@@ -80,14 +80,16 @@ def document_ttt(
       tokens, or a mapping of ``tokens`` and ``mask`` ``[T, L]`` (which tokens are scored and
       learned from, bool or weights). Tokens of mask 0 are read as context; those after the last
       scored one are padding, which nothing reads, so that documents of unequal length go side by
-      side. Output: float32 ``[T, L]``, nats of each scored token, 0 for the others. ``Info`` has
+      side. With ``start``, bool ``[T]``, several documents go one after the other: at a chunk where
+      it is true, weights, optimizer state and memory are the pristine ones again, so that short
+      documents fill the rows of a batch of long ones. Output: float32 ``[T, L]``, nats of each scored token, 0 for the others. ``Info`` has
       the ``T * num_steps`` steps. A chunk whose step is not finite is neither learned from nor
       remembered; its own scores stay as they came out.
 
     Raises:
       TypeError: ``read`` is no reader.
       ValueError: ``num_steps`` or ``bos`` out of range; when called: tokens of another rank or
-        dtype, or a mask of another shape.
+        dtype, or a mask or starts of another shape.
 
     References:
       Krause et al., `Dynamic Evaluation of Neural Sequence Models
@@ -99,9 +101,10 @@ def document_ttt(
     inner.check_num_steps(num_steps)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
+        x, start = _starts(x)
         tokens, mask = document_of("document_ttt", x)
         count, length = tokens.shape
-        chunks = chunks_of(tokens, mask, bos)
+        chunks = chunks_of(tokens, mask, bos, start)
         stream = learning_stream(read, (count * length, length), optimizer, select, num_steps)
         return unroll(stream)(params, chunks, key)
 
@@ -131,33 +134,59 @@ def document_of(name: str, x: Any) -> tuple[jax.Array, jax.Array]:
     return tokens, mask
 
 
-def chunks_of(tokens: jax.Array, mask: jax.Array, bos: int | None) -> dict[str, jax.Array]:
+def _starts(x: Any) -> tuple[Any, jax.Array | None]:
+    """The document without ``start``, and that."""
+    if not isinstance(x, Mapping) or "start" not in x:
+        return x, None
+    start = jnp.asarray(x["start"])
+    if start.shape != jnp.shape(x.get("tokens"))[:1]:
+        raise ValueError(
+            "methods.document_ttt needs start [T], one flag for each chunk; got shape "
+            f"{start.shape} for tokens of shape {jnp.shape(x.get('tokens'))}."
+        )
+    return {name: leaf for name, leaf in x.items() if name != "start"}, start
+
+
+def chunks_of(
+    tokens: jax.Array, mask: jax.Array, bos: int | None, start: jax.Array | None = None
+) -> dict[str, jax.Array]:
     """What is read and what is scored, chunk by chunk.
 
     Args:
       tokens: ``[T, L]``, the document in its order.
       mask: ``[T, L]``, which tokens are scored.
       bos: the token before the first; None for a model without, whose first token has no score.
+      start: bool ``[T]``, chunks that begin another document, the first of all among them.
 
     Returns:
       ``inputs``: each token's predecessor, ``positions``: of the inputs, -1 for none and for those
-      after which nothing is scored, ``targets`` and ``mask``, each ``[T, L]``.
+      after which nothing of their document is scored, ``targets`` and ``mask``, each ``[T, L]``;
+      and ``start`` ``[T]``, where it is given.
     """
-    flat = tokens.reshape(-1).astype(jnp.int32)
-    first = jnp.full((1,), 0 if bos is None else bos, jnp.int32)
-    index = jnp.arange(flat.size, dtype=jnp.int32)
-    scored = mask.reshape(-1).astype(jnp.float32)
-    if bos is None:
-        scored = scored.at[0].set(0.0)
-    last = jnp.where(scored != 0, index, -1).max()
-    positions = jnp.where(index <= last, index - (1 if bos is None else 0), -1)
-    leaves = {
-        "inputs": jnp.concatenate([first, flat[:-1]]),
-        "positions": positions,
-        "targets": flat,
-        "mask": scored,
+    count, length = tokens.shape
+    begins = jnp.zeros(count, bool) if start is None else jnp.asarray(start, bool)
+    begins = begins.at[0].set(True)
+    number = jnp.arange(count, dtype=jnp.int32)
+    chunk = number - jax.lax.cummax(jnp.where(begins, number, 0))
+    offset = jnp.arange(length, dtype=jnp.int32)[None]
+    targets = tokens.astype(jnp.int32)
+    inputs = jnp.concatenate([jnp.zeros(1, jnp.int32), targets.reshape(-1)[:-1]])
+    first = begins[:, None] & (offset == 0)
+    mask = jnp.where(first & (bos is None), 0.0, mask.astype(jnp.float32))
+    # Scored tokens from each token on, less those from the next document on.
+    scored = (mask != 0).astype(jnp.int32).reshape(-1)
+    left = jnp.concatenate([jnp.cumsum(scored[::-1])[::-1], jnp.zeros(1, jnp.int32)])
+    later = jnp.concatenate([jnp.where(begins, number, count)[1:], jnp.full(1, count, jnp.int32)])
+    end = jax.lax.cummin(later, reverse=True) * length
+    read = left[:-1].reshape(count, length) > left[end][:, None]
+    positions = chunk[:, None] * length + offset - (1 if bos is None else 0)
+    chunks = {
+        "inputs": jnp.where(first, 0 if bos is None else bos, inputs.reshape(targets.shape)),
+        "positions": jnp.where(read, positions, -1),
+        "targets": targets,
+        "mask": mask,
     }
-    return {name: leaf.reshape(tokens.shape) for name, leaf in leaves.items()}
+    return chunks if start is None else chunks | {"start": begins}
 
 
 def _score(read: Reader, params: Params, memory: Any, chunk: Any) -> Any:
@@ -195,6 +224,8 @@ def learning_stream(
     loop = inner.inner_loop(adapter, num_steps)
 
     def step(params: Params, carry: Any, chunk: Any, key: Key) -> Any:
+        if "start" in chunk:
+            carry = _trees.where(chunk["start"], adapter.init(params), carry)
         state, infos = loop(params, carry, chunk, key)
         output = infos.aux["nats"][0]
         info = StreamInfo(
@@ -207,6 +238,8 @@ def learning_stream(
         return state, (output, info)
 
     def score(params: Params, memory: Any, chunk: Any, key: Key) -> Any:
+        if "start" in chunk:
+            memory = _trees.where(chunk["start"], loss.init(params), memory)
         (value, aux), read = loss.value(params, memory, chunk, key)
         ok = jnp.isfinite(value) & ~_trees.spoiled(memory, read)
         empty = jnp.zeros((0,), jnp.float32)

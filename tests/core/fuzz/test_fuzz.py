@@ -11,7 +11,8 @@ from tests.core.fuzz import outcomes, table
 
 MODULES = (
     *("", "adapters", "audit", "batching", "budget", "checkpoint", "data", "data.corruptions"),
-    *("data.streams", "diagnostics", "evaluation", "inner", "kernels.attention", "kernels.conv"),
+    *("data.streams", "data.tokenizers", "diagnostics", "evaluation", "inner"),
+    *("kernels.attention", "kernels.conv"),
     *(
         "generation",
         "losses",
