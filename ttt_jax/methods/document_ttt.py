@@ -69,7 +69,7 @@ def chunks_of(
     begins = begins.at[0].set(True)
     chunk = jnp.arange(count, dtype=jnp.int32)
     chunk = chunk - jax.lax.cummax(jnp.where(begins, chunk, 0))
-    offset = jnp.arange(length, dtype=jnp.int32)
+    offset = jnp.arange(length, dtype=jnp.int32)[None]
     positions = chunk[:, None] * length + offset - (1 if bos is None else 0)
     targets = tokens.astype(jnp.int32)
     inputs = jnp.concatenate([jnp.zeros(1, jnp.int32), targets.reshape(-1)[:-1]])
