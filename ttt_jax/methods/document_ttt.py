@@ -82,9 +82,9 @@ def document_ttt(
       scored one are padding, which nothing reads, so that documents of unequal length go side by
       side. With ``start``, bool ``[T]``, several documents go one after the other: at a chunk where
       it is true, weights, optimizer state and memory are the pristine ones again, so that short
-      documents fill the rows of a batch of long ones. Output: float32 ``[T, L]``, nats of each scored token, 0 for the others. ``Info`` has
-      the ``T * num_steps`` steps. A chunk whose step is not finite is neither learned from nor
-      remembered; its own scores stay as they came out.
+      documents fill the rows of a batch of long ones. Output: float32 ``[T, L]``, nats of each
+      scored token, 0 for the others. ``Info`` has the ``T * num_steps`` steps. A chunk whose step
+      is not finite is neither learned from nor remembered; its own scores stay as they came out.
 
     Raises:
       TypeError: ``read`` is no reader.

@@ -38,6 +38,7 @@ def decoder_function(module: Decoder) -> Callable[[Params, Any], jax.Array]:
     """
 
     def apply(params: Params, inputs: Any) -> jax.Array:
-        return module.apply(narrow_factors(params, module.dtype), inputs)
+        logits: jax.Array = module.apply(narrow_factors(params, module.dtype), inputs)
+        return logits
 
     return apply
