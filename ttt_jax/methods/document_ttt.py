@@ -139,7 +139,7 @@ def _starts(x: Any) -> tuple[Any, jax.Array | None]:
     if not isinstance(x, Mapping) or "start" not in x:
         return x, None
     start = jnp.asarray(x["start"])
-    if start.shape != jnp.shape(x.get("tokens"))[:1]:
+    if start.shape != jnp.shape(x.get("tokens", ()))[:1]:
         raise ValueError(
             "methods.document_ttt needs start [T], one flag for each chunk; got shape "
             f"{start.shape} for tokens of shape {jnp.shape(x.get('tokens'))}."
