@@ -77,7 +77,7 @@ class Linear(nn.Module):
         out = jax.lax.dot_general(rows, kernel.astype(self.dtype), (((1,), (0,)), ((), ())))
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
-            out = out + bias.astype(self.dtype)
+            out = out + bias.astype(self.dtype)[None]
         # Factors that qwix adds may have widened it.
         return out.astype(self.dtype).reshape(*x.shape[:-1], self.features)
 
@@ -138,7 +138,7 @@ class Attention(nn.Module):
             query = nn.RMSNorm(sizes.epsilon, dtype=sizes.dtype, name="query_norm")(query)
             key = nn.RMSNorm(sizes.epsilon, dtype=sizes.dtype, name="key_norm")(key)
         rows = None
-        if held is not None:
+        if held is not None and shared.slots is not None:
             rows = (key, value)
             key, value = (
                 caches.write(jax.lax.stop_gradient(whole), shared.slots, new)

@@ -16,7 +16,7 @@ def angles(positions: jax.Array, size: int, base: float | jax.Array) -> tuple[ja
       Two arrays ``[..., T, D / 2]``.
     """
     frequencies = base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    angle = positions[..., None].astype(jnp.float32) * frequencies
+    angle = jnp.multiply.outer(positions.astype(jnp.float32), frequencies)
     return jnp.cos(angle), jnp.sin(angle)
 
 

@@ -11,9 +11,32 @@ from tests.core.fuzz import outcomes, table
 
 MODULES = (
     *("", "adapters", "audit", "batching", "budget", "checkpoint", "data", "data.corruptions"),
-    *("data.streams", "diagnostics", "evaluation", "inner", "kernels.attention", "kernels.conv"),
-    *("losses", "methods", "metrics", "models", "neighbors", "online", "predictors", "resets"),
-    *("running_statistics", "select", "task", "training", "tuning", "views.augmix", "views.image"),
+    *("data.streams", "data.tokenizers", "diagnostics", "evaluation", "inner"),
+    *("kernels.attention", "kernels.conv"),
+    *(
+        "generation",
+        "losses",
+        "methods",
+        "metrics",
+        "models",
+        "neighbors",
+        "online",
+        "predictors",
+        "resets",
+    ),
+    *(
+        "optimizers",
+        "passages",
+        "readers",
+        "running_statistics",
+        "select",
+        "serving",
+        "task",
+        "training",
+        "tuning",
+        "views.augmix",
+        "views.image",
+    ),
 )
 LEAST_SLIPS = 6
 
