@@ -5,12 +5,17 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
 CONFIG ?= experiments/configs/digits.py
 
-.PHONY: demo demo-seeds smoke test lint types unit docs test-full test-faults test-slurm clean
+.PHONY: demo demo-text demo-seeds smoke test lint types unit docs test-full test-faults test-slurm clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m experiments.train --workdir=$(WORKDIR) --config=$(CONFIG)
 	$(BIN)/python -m experiments.adapt --workdir=$(WORKDIR) --config=$(CONFIG)
 	$(BIN)/python -m experiments.report --workdir=$(WORKDIR)
+
+# A decoder of bytes on the sources of Python's standard library; nothing is downloaded.
+demo-text: WORKDIR = runs/demo-text
+demo-text: CONFIG = experiments/configs/documents.py
+demo-text: demo
 
 demo-seeds: WORKDIR = runs/demo-seeds
 demo-seeds: $(VENV)/.run
@@ -60,7 +65,7 @@ $(VENV)/.run: setup.cfg requirements.txt pyproject.toml
 	  echo "ttt_jax needs Python >= 3.11; $(PYTHON) is $$($(PYTHON) --version). Run make PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet -e '.[data,experiments]'
+	$(BIN)/python -m pip install --quiet -e '.[data,experiments,lora]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run

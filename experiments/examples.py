@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class KeptEvaluation(evaluation.Evaluation):
       read: metrics that are no figures of a row, from which ``_add(row)`` writes what is kept.
     """
 
-    read: Mapping[str, Metric] = {}
+    read: ClassVar[Mapping[str, Metric]] = {}
 
     def __init__(self, task: Task, *args: Any, label: str, path: pathlib.Path, **options: Any):
         """As :class:`ttt_jax.evaluation.Evaluation`.
@@ -96,7 +96,7 @@ class PicturedEvaluation(KeptEvaluation):
     [K, H, W, C] in [0, 1], and ``label``, ``before``, ``after`` and ``domain`` [K].
     """
 
-    read = {
+    read: ClassVar = {
         "picture_before": _classes(lambda output, source: source),
         "picture_after": _classes(lambda output, source: output),
     }

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class PassagesEvaluation(examples.KeptEvaluation):
     ``after`` of the whole, and ``passages``, each with its chunk ``at``, its bits and its text.
     """
 
-    read = {"passages": Metric(_extremes, lambda sums: 0.0)}
+    read: ClassVar = {"passages": Metric(_extremes, lambda sums: 0.0)}
 
     def _add(self, row: evaluation.Row) -> None:
         each = row.each["passages"]
@@ -54,7 +54,7 @@ class PassagesEvaluation(examples.KeptEvaluation):
             before, after = each["whole"][index].tolist()
             held = {"stream": row.stream, "name": str(batch.y["name"][number])}
             held |= {"before": before, "after": after, "passages": []}
-            for slot, at in dict(enumerate(each["at"][index].tolist())).items():
+            for slot, at in enumerate(each["at"][index].tolist()):
                 bits = [float(each[side][index, slot]) for side in ("before", "after")]
                 gained = slot < _MOST_PASSAGES
                 # A document may have gained, or lost, everywhere.

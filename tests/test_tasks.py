@@ -10,7 +10,7 @@ import pytest
 
 import ttt_jax as ttt
 from experiments import tasks
-from experiments.tasks import documents, series
+from experiments.tasks import series
 from ttt_jax import metrics
 from ttt_jax.task import Examples, Task
 
@@ -23,8 +23,9 @@ def test_tasks_of_the_programs(name):
         config.data.validation = "train[1257:1267]"
         config.adapt.batch_size = 5
     if name == "documents":
-        config.data.update({"chunk": 16, "chunks": 3, "most": 6})
-        config.model.update({"width": 16, "depth": 1})
+        config.data.update({"chunk": 16, "chunks": 3, "most": 6, "least": 48})
+        config.model.update({"width": 16, "depth": 1, "rank": 2})
+        config.train.length = 48
     ttt.audit.check_task(tasks.build(config))
 
 
@@ -74,16 +75,6 @@ def test_a_broken_rule_is_named(message):
     task, _ = toy(**BROKEN[message])
     with pytest.raises(ttt.audit.AuditError, match=message):
         ttt.audit.check_task(task)
-
-
-def test_bits_of_the_second_half_of_documents():
-    """Two documents of four chunks of two bytes; the second ends after three bytes."""
-    metric = documents._metrics()["late_bits_per_byte"]
-    mask = np.array([[[1, 1]] * 4, [[1, 1], [1, 0], [0, 0], [0, 0]]])
-    nats = np.log(2) * np.array([[9.0, 9.0, 3.0, 1.0], [9.0, 9.0, 0.0, 0.0]])
-    examples = Examples(np.arange(2), {"mask": mask}, mask.sum((1, 2)), {})
-    sums = metric.of(nats, nats, examples)
-    assert metric.value([leaf.sum(0) for leaf in sums]) == pytest.approx((3 + 1) / 4)
 
 
 def series_task(tmp_path, **arrays):

@@ -142,7 +142,8 @@ def cut_as(lengths: Sequence[int], outputs: Sequence[Any]) -> list[Any]:
     def shapes(output: Any) -> list[tuple[int, ...]]:
         return [np.shape(leaf)[1:] for leaf in jax.tree.leaves(output)]
 
-    lengths, parts = list(lengths), []
+    lengths = list(lengths)
+    parts: list[Any] = []
     for _, group in itertools.groupby(outputs, shapes):
         joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *group)
         start, total = 0, len(jax.tree.leaves(joined)[0])

@@ -10,8 +10,9 @@ release, whose files are the data.
 Expect: fewer bits per byte on unseen files by learning from each chunk after it was scored. What
 adapts and the step size are chosen on other files. The controls beside it: windows of the same
 length, each alone (``isolated``); three times the window, which costs what a step does
-(``longer``); a step size of 0, which scores every token as the source does (``still``); one adapter that all documents share (``shared``, not per document); every document
-under the adapter of another one, which says what adapting forgets (``crossed``).
+(``longer``); a step size of 0, which scores every token as the source does (``still``); one adapter
+that all documents share (``shared``, not per document); every document under the adapter of
+another one, which says what adapting forgets (``crossed``).
 """
 
 import ml_collections

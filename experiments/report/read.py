@@ -22,7 +22,7 @@ _ALLOWED = {
 }
 # Shares of all examples, shown in percent. Other measures are shown as they are.
 _SHARES = re.compile(
-    r"error|harmed|agreement|solved|accuracy|mean_iou|turned_(right|wrong)|gain|saved"
+    r"error|harmed|agreement|solved|accuracy|mean_iou|turned_(right|wrong)|gain|saved|padding"
 )
 _LABEL_PARTS = re.compile(r"(?:^| )(seeds|methods|domains)=(\S*)")
 _NOT_TAGS = ("label", "trial", "checkpoint", "chooses", *TEXTS)

@@ -50,8 +50,7 @@ def shared(
         adapter = _adapter(read, optimizer, select, x["tokens"].shape)
         start = carry.state._replace(memory=adapter.init(params).memory)
         state, nats, info = _learned(adapter, num_steps, params, start, _chunks(x, bos), key)
-        told = ttt.StreamInfo(**info._asdict(), reset=jnp.zeros((), bool))
-        return Carry(state._replace(memory=()), ()), (nats, told)
+        return Carry(state._replace(memory=()), ()), (nats, info)
 
     return ttt.Stream(init, step)
 
@@ -74,7 +73,10 @@ def crossed(
       ValueError: when called: a batch of one document.
     """
     _require_batch(batch)
-    score = ttt.methods.document_ttt(read, num_steps=0, bos=bos)
+    learn = ttt.methods.document_adapter(
+        read, optimizer=optimizer, select=select, num_steps=num_steps, bos=bos
+    )
+    score = ttt.adapted(ttt.methods.document_ttt(read, num_steps=0, bos=bos), select=select)
 
     def predict(params: Any, x: Any, key: jax.Array) -> tuple[Any, ttt.Info]:
         count = x["tokens"].shape[0]
@@ -83,24 +85,13 @@ def crossed(
                 "crossed needs batches of at least two documents; got one. Raise adapt.batch_size "
                 "or data.most."
             )
-        adapter = _adapter(read, optimizer, select, (1, *x["tokens"].shape[1:]))
-
-        def adapted(x: Any) -> Any:
-            single = jax.tree.map(lambda leaf: leaf[None], x)
-            chunks = _chunks(single, bos)
-            state, _, info = _learned(adapter, num_steps, params, adapter.init(params), chunks, key)
-            return state.fast, info
-
-        fast, info = jax.vmap(adapted)(x)
-        other = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), fast)
-
-        def under(fast: Any, x: Any) -> Any:
-            return score(select.merge(fast, select.split(params)[1]), x, key)[0]
-
-        loss, grad_norm = info.loss.mean(0), info.grad_norm.mean(0)
-        return jax.vmap(under)(other, x), ttt.Info(
-            loss, grad_norm, info.ok.all(), info.updated.any()
+        adapters, info = jax.vmap(learn, in_axes=(None, 0, None))(params, x, key)
+        others = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), adapters)
+        nats, _ = jax.vmap(score, in_axes=(None, 0, None))(params, (others, x), key)
+        whole = ttt.Info(
+            info.loss.mean(0), info.grad_norm.mean(0), info.ok.all(), info.updated.any()
         )
+        return nats, whole
 
     return predict
 
@@ -143,7 +134,7 @@ def _adapter(
 
 def _learned(
     adapter: ttt.Adapter, num_steps: int, params: Any, start: Any, chunks: Any, key: jax.Array
-) -> tuple[Any, jax.Array, ttt.Info]:
+) -> tuple[Any, jax.Array, ttt.StreamInfo]:
     """The state after all chunks, the nats before each update ``[N, T, L]``, and what happened."""
     loop = ttt.inner_loop(adapter, num_steps)
 
@@ -158,10 +149,11 @@ def _learned(
         (before != after).any()
         for before, after in zip(*map(jax.tree.leaves, (start.fast, state.fast)), strict=True)
     ]
-    info = ttt.Info(
+    info = ttt.StreamInfo(
         loss=infos.loss.reshape(-1),
         grad_norm=infos.grad_norm.reshape(-1),
         ok=infos.finite.all(),
         updated=jnp.stack(moved).any(),
+        reset=jnp.zeros((), bool),
     )
     return state, jnp.swapaxes(nats, 0, 1), info

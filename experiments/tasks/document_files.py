@@ -85,9 +85,10 @@ class Source(NamedTuple):
                 for number, line in enumerate(file, 1):
                     record = json.loads(line)
                     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                        shown = sorted(record) if isinstance(record, dict) else record
                         raise ValueError(
                             f"Each line of {path} must be an object with a text 'text'; line "
-                            f"{number} has {sorted(record) if isinstance(record, dict) else record}."
+                            f"{number} has {shown}."
                         )
                     name = record.get("title") or record.get("path") or f"line {number}"
                     yield str(name), record["text"]
@@ -182,12 +183,6 @@ def bytes_of_chunks(x: Any, vocabulary: Vocabulary) -> np.ndarray:
     if vocabulary.bos is None:
         sizes[:, 0, 0] = 0
     return sizes.sum(-1)
-
-
-def padding(examples: Sequence[Examples]) -> float:
-    """Share of the tokens that are padding."""
-    masks = [batch.x["mask"] for batch in examples]
-    return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.size for mask in masks)
 
 
 def _rounded(count: int) -> int:

@@ -23,7 +23,8 @@ def of(vocabulary: Vocabulary) -> dict[str, Metric]:
     ``bits_per_byte`` is the mean over documents, ``pooled_bits_per_byte`` that over bytes;
     ``saved`` the mean share of the source's bits; ``harmed`` the share of the documents that need
     more bits than with the source; ``agreement`` that of those whose every token has the source's
-    score. The curves are along the position in a document.
+    score; ``padding`` that of the tokens of a batch that are of no document. The curves are along
+    the position in a document.
     """
 
     def per_byte(output: Any, source: Any, examples: Examples) -> np.ndarray:
@@ -56,6 +57,10 @@ def of(vocabulary: Vocabulary) -> dict[str, Metric]:
         above, below = (_binned(part, np.minimum(index, _QUARTERS - 1)) for part in parts)
         return above[:, :_QUARTERS], below[:, :_QUARTERS]
 
+    def padding(output: Any, source: Any, examples: Examples) -> tuple[Any, Any]:
+        mask = examples.x["mask"].reshape(len(examples.id), -1)
+        return (~mask).sum(-1), np.full(len(mask), mask.shape[1])
+
     return {
         "bits_per_byte": metrics.mean(per_byte),
         "pooled_bits_per_byte": metrics.bits_per_byte(
@@ -65,6 +70,7 @@ def of(vocabulary: Vocabulary) -> dict[str, Metric]:
         "saved": metrics.mean(saved),
         "harmed": metrics.mean(harmed),
         "agreement": metrics.mean(agrees),
+        "padding": metrics.ratio(padding),
         "bits_by_position": _trimmed(metrics.ratio(by_position)),
         "saved_by_position": _trimmed(metrics.ratio(saved_by_position)),
         "saved_by_quarter": metrics.ratio(saved_by_quarter),

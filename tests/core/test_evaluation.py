@@ -296,3 +296,37 @@ def test_plain_batches_are_read_again_and_again():
     assert [next(stream).id[0] for _ in range(3)] == [2, 0, 2]
     with pytest.raises(ValueError, match="at least one batch"):
         next(training.batches_from([], 0))
+
+
+def test_batches_of_other_shapes_follow_each_other():
+    """Longer instances have calls of their own, and rows are those of either batch alone."""
+
+    def batch(first, count, length):
+        draw = np.random.default_rng(first).normal(size=(count, length)).astype(np.float32)
+        ids = np.arange(first, first + count)
+        return Examples(ids, draw, np.zeros(count, np.int64), {"length": np.full(count, length)})
+
+    batches = [batch(0, 3, 2), batch(3, 2, 2), batch(5, 2, 7)]
+    task = Task(
+        name="lengths",
+        init=lambda key: {"w": jnp.ones(())},
+        heads=lambda: {"scores": lambda params, x: params["w"] * x},
+        augment=None,
+        loss=lambda params, examples, key: params["w"],
+        training=lambda seed: [],
+        streams=lambda role, seed: {"all": batches},
+        metrics={"sum": metrics.mean(lambda output, source, examples: output.sum(-1))},
+        chooses="sum",
+    )
+
+    def shifted(params, x, key):
+        return params["w"] * x + 1.0, ttt.source(lambda params, x: x)(params, x, key)[1]
+
+    within = evaluation.InBatches(shifted, 2)
+    methods = {"apart": shifted, "batch": within}
+    rows = evaluation.evaluate(task, methods, task.init(None), role="reported", seed=0)
+    for row in rows:
+        length = row.tags["length"]
+        due = np.concatenate([b.x for b in batches if b.x.shape[1] == length]) + 1.0
+        assert row.num_examples == len(due)
+        np.testing.assert_allclose(row.values["sum"], due.sum(-1).mean(), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""A tiny Llama as a folder of Hugging Face, and documents as JSON lines, for configs that need them."""
+"""A tiny Llama as a folder of Hugging Face, and documents as JSON lines, for configs."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
-WIDTH, LAYERS, VOCABULARY = 16, 2, 48
+WIDTH, LAYERS, VOCABULARY = 16, 2, 256
 
 
 def write(folder, seed=0):
@@ -40,11 +40,7 @@ def write(folder, seed=0):
         **{"max_position_embeddings": 512, "tie_word_embeddings": True},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    letters = "abcdefghijklmnopqrstuvwxyz \n.,"
-    pieces = [
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(c)[0][0]
-        for c in letters
-    ]
+    pieces = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     model = tokenizers.models.BPE({piece: index for index, piece in enumerate(pieces)}, [])
     inner = tokenizers.Tokenizer(model)
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
