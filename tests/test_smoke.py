@@ -78,7 +78,7 @@ def tiny(path, folder):
     config.seeds = tuple(config.seeds)[:1]
     taken = collections.Counter()
     for role, count in NUM_EXAMPLES.items():
-        if role in config.data:
+        if isinstance(config.data.get(role), str):
             split = config.data[role].partition("[")[0]
             start, taken[split] = taken[split], taken[split] + count
             config.data[role] = f"{split}[{start}:{taken[split]}]"
