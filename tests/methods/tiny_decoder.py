@@ -34,6 +34,11 @@ PARAMS = {
 
 def decode(params, inputs):
     """``[N, T] -> [N, T, V]``; a token sees those at positions from 0 to its own."""
+    return decode_with_hidden(params, inputs)[0]
+
+
+def decode_with_hidden(params, inputs):
+    """The logits, and the inputs of the matrix ``down``."""
     params = params["params"]
     tokens = inputs["tokens"] if isinstance(inputs, dict) else inputs
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
@@ -41,11 +46,13 @@ def decode(params, inputs):
         places = inputs["positions"]
     x = params["embedding"][tokens]
     seen = (places[:, None] <= places[:, :, None]) & (places[:, None] >= 0)
-    weights = seen / jnp.maximum(seen.sum(-1, keepdims=True), 1)
-    mixed = jnp.einsum("nts,nsd->ntd", weights, jnp.where((places >= 0)[..., None], x, 0))
+    seen = seen.astype(jnp.float32)
+    weights = seen / jnp.maximum(seen.sum(-1, keepdims=True), 1.0)
+    mixed = jnp.einsum("nts,nsd->ntd", weights, jnp.where((places >= 0)[..., None], x, 0.0))
     x = x + mixed @ params["mix"]["kernel"]
-    x = x + jax.nn.silu(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
-    return jnp.tanh(x) @ params["head"]
+    hidden = jax.nn.silu(x @ params["up"]["kernel"])
+    x = x + hidden @ params["down"]["kernel"]
+    return jnp.tanh(x) @ params["head"], hidden
 
 
 MODULE = models.Decoder(vocabulary=VOCABULARY, width=WIDTH, depth=2, heads=2, mlp_width=12)

@@ -142,7 +142,7 @@ def _starts(x: Any) -> tuple[Any, jax.Array | None]:
     if start.shape != jnp.shape(x.get("tokens", ()))[:1]:
         raise ValueError(
             "methods.document_ttt needs start [T], one flag for each chunk; got shape "
-            f"{start.shape} for tokens of shape {jnp.shape(x.get('tokens'))}."
+            f"{start.shape} for tokens of shape {jnp.shape(x.get('tokens', ()))}."
         )
     return {name: leaf for name, leaf in x.items() if name != "start"}, start
 
