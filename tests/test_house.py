@@ -33,7 +33,10 @@ _FLOORS = (
     ("tuning", "evaluation", "training", "_programs", "_devices", "_chunks"),
     ("task", "metrics"),
     ("methods",),
-    ("audit", "_audit_task", "_audit_rows", "_audit_scores", "_findings", "diagnostics", "meta"),
+    (
+        *("audit", "_audit_task", "_audit_rows", "_audit_scores", "_audit_corpus", "_findings"),
+        *("diagnostics", "meta"),
+    ),
     (
         *("serving", "generation", "predictors", "online", "resets", "batching", "inner"),
         "budget",
@@ -47,6 +50,7 @@ _FLOORS = (
         "select",
         "source",
         "neighbors",
+        "passages",
         "rewards",
     ),
     ("views",),

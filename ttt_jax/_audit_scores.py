@@ -35,8 +35,8 @@ def score_before_update(
       x: a document: integers ``[T, L]`` or ``[T]`` in their order, or a mapping with such
         ``tokens``. New tokens are taken from the document itself.
       key: for every call the same.
-      scores: ``scores(output)``, an array shaped as the tokens: that of token i in place i. ``None``
-        for the output itself.
+      scores: ``scores(output)``, an array shaped as the tokens, that of token i in place i;
+        ``None`` for the output itself.
       places: t by number in the order of the document, 1 to its last; ``None`` for the
         borders of chunks, their middles and the ends.
 
@@ -93,8 +93,8 @@ def _tokens(x: Any) -> np.ndarray:
     tokens = np.asarray(x["tokens"] if _named(x) else x)
     if tokens.ndim not in (1, 2) or tokens.dtype.kind not in "iu" or np.unique(tokens).size < 2:
         raise ValueError(
-            "audit.score_before_update needs integer tokens [T, L] or [T], two different ones among "
-            f"them; got shape {tokens.shape} and dtype {tokens.dtype}."
+            "audit.score_before_update needs integer tokens [T, L] or [T], two different ones "
+            f"among them; got shape {tokens.shape} and dtype {tokens.dtype}."
         )
     return tokens
 

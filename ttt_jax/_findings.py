@@ -18,12 +18,13 @@ MEANING = {
     "updates": "at least one instance is updated: an adapter that does nothing proves nothing",
     "ahead": "no score depends on a token that comes later",
     "fresh": "a document gets the same scores after others were scored",
+    "apart": "no document shares a run of tokens with the corpus that is learned from",
     "reacts": "a score depends on its tokens: a predictor that reads nothing proves nothing",
 }
 # Judged with a limit of 0: within one program nothing rounds differently.
 BITWISE = (
     *("mates", "poison", "poison_ok", "pristine", "zero_steps", "stream_poison"),
-    *("updates", "ahead", "fresh", "reacts"),
+    *("updates", "apart", "ahead", "fresh", "reacts"),
 )
 
 

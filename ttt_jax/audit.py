@@ -27,6 +27,7 @@ from ttt_jax import (
     resets,
     select as select_lib,
 )
+from ttt_jax._audit_corpus import apart
 from ttt_jax._audit_rows import can_poison, instances, poisoned, rows, snapshot
 from ttt_jax._audit_scores import score_before_update
 from ttt_jax._findings import BITWISE, MEANING, AuditError, Finding, require
@@ -34,6 +35,7 @@ from ttt_jax.base import Adapter, Key, Params, Predictor, Selection
 
 __all__ = [
     "adapter_differences",
+    "apart",
     "check",
     "check_adapter",
     "check_task",

@@ -84,13 +84,11 @@ class TestNextToken:
             return model(params, inputs)
 
         loss = losses.next_token(watched)
-        values = quickly(
-            jax.vmap(
-                lambda tokens, parts: loss(PARAMS, {"tokens": tokens, "segments": parts}, KEY)
-            ),
-            TOKENS,
-            SEGMENTS,
-        )
+
+        def value(tokens, segments):
+            return loss(PARAMS, {"tokens": tokens, "segments": segments}, KEY)
+
+        values = quickly(jax.vmap(value), TOKENS, SEGMENTS)
         expected = [
             nats_of_next(tokens)[parts[1:] == parts[:-1]].mean()
             for tokens, parts in zip(TOKENS, SEGMENTS, strict=True)

@@ -64,6 +64,8 @@ def _public(module):
         "ttt_jax.tuning",
         "ttt_jax.training",
         "ttt_jax.neighbors",
+        "ttt_jax.passages",
+        "ttt_jax.readers",
         "ttt_jax.select",
         "ttt_jax.resets",
         "ttt_jax.audit",

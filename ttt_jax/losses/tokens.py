@@ -72,7 +72,7 @@ def next_token(
     return _inputs.over_batch(loss, batch)
 
 
-@_arguments.checked(mask_id=_arguments.count(0), mask_ratio=_arguments.number())
+@_arguments.checked(mask_id=_arguments.count(0), mask_ratio=_arguments.number(0.0, 1.0))
 def masked_token(
     apply: Callable[..., Any],
     *,

@@ -25,6 +25,8 @@ MODULES = (
     ),
     *(
         "optimizers",
+        "passages",
+        "readers",
         "running_statistics",
         "select",
         "serving",
