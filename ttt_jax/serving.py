@@ -123,7 +123,73 @@ def server(
     _checks.check_count("chunk", chunk)
     _checks.check_count("tokens_per_call", tokens_per_call)
     stop_tokens, draw = generation.check_stop(stop), sampler or generation.greedy()
-    fresh = jax.jit(lambda: _fresh_row(read, context, chunk))
+    sizes = context, chunk, tokens_per_call
+    programs = _programs(read, sizes, draw, stop_tokens, select)
+
+    def run(params: Params, requests: Iterable[Request]) -> Iterator[tuple[int, Generated]]:
+        waiting = enumerate(requests)
+        tasks: list[_Task | None] = [None] * rows
+        held: _Rows | None = None
+        empty = programs.fresh()
+        own, frozen = ((), params) if select is None else select.split(params)
+        while True:
+            for place in range(rows):
+                pair = next(waiting, None) if tasks[place] is None else None
+                if pair is None:
+                    continue
+                new = _Rows(empty, *_checked(*pair, own, context))
+                if held is None:
+                    held = jax.tree.map(lambda leaf: jnp.stack([leaf] * rows), new)
+                held = programs.insert(held, jnp.asarray(place), new)
+                tasks[place] = _Task(*pair)
+            if held is None or not any(tasks):
+                return
+            if any(task is not None and task.waits for task in tasks):
+                held = programs.read_chunk(frozen, held, *_next_chunks(tasks, chunk))
+            if all(task is None or task.waits for task in tasks):
+                continue
+            held, made = programs.decode(frozen, held)
+            made, done = jax.device_get((made, held.row.done))
+            for place, task in enumerate(tasks):
+                if task is None or task.waits:
+                    continue
+                task.parts.append(Generated(*(leaf[place] for leaf in made)))
+                if done[place]:
+                    tasks[place] = None
+                    yield task.index, task.generated()
+
+    return run
+
+
+class _Programs(NamedTuple):
+    """What is compiled, once for a server.
+
+    Attributes:
+      fresh: ``() -> row`` with an empty memory, which waits.
+      insert: ``(rows, place, row) -> rows``.
+      read_chunk: ``(frozen, rows, tokens, positions, begins) -> rows``; see :func:`_next_chunks`.
+      decode: ``(frozen, rows) -> (rows, Generated[R, T])``, some tokens more of every row.
+    """
+
+    fresh: Callable[[], Row]
+    insert: Callable[..., _Rows]
+    read_chunk: Callable[..., _Rows]
+    decode: Callable[..., tuple[_Rows, Generated]]
+
+
+def _programs(
+    read: Reader,
+    sizes: tuple[int, int, int],
+    draw: Sampler,
+    stop_tokens: tuple[int, ...],
+    select: Selection | None,
+) -> _Programs:
+    context, chunk, tokens_per_call = sizes
+
+    @jax.jit
+    def fresh() -> Row:
+        zero = jnp.zeros((), jnp.int32)
+        return Row(read.init(1, context, chunk), zero, zero, zero, jnp.ones((), bool))
 
     def merged(frozen: PyTree, fast: PyTree) -> Params:
         return frozen if select is None else select.merge(fast, frozen)
@@ -151,50 +217,15 @@ def server(
         return jax.tree.map(lambda all_rows, row: all_rows.at[place].set(row), rows, new)
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def read_chunk(frozen: PyTree, rows: _Rows, *chunk: Any) -> _Rows:
-        return rows._replace(row=jax.vmap(read_row, (None, 0, 0, 0, 0))(frozen, rows, *chunk))
+    def read_chunk(frozen: PyTree, rows: _Rows, *parts: Any) -> _Rows:
+        return rows._replace(row=jax.vmap(read_row, (None, 0, 0, 0, 0))(frozen, rows, *parts))
 
     @functools.partial(jax.jit, donate_argnums=1)
     def decode(frozen: PyTree, rows: _Rows) -> tuple[_Rows, Generated]:
         row, made = jax.vmap(decode_row, (None, 0))(frozen, rows)
         return rows._replace(row=row), made
 
-    def run(params: Params, requests: Iterable[Request]) -> Iterator[tuple[int, Generated]]:
-        waiting = enumerate(requests)
-        tasks: list[_Task | None] = [None] * rows
-        held: _Rows | None = None
-        empty = fresh()
-        own, frozen = ((), params) if select is None else select.split(params)
-        while True:
-            for place in range(rows):
-                pair = next(waiting, None) if tasks[place] is None else None
-                if pair is None:
-                    continue
-                new = _Rows(empty, *_checked(*pair, own, context))
-                if held is None:
-                    held = jax.tree.map(lambda leaf: jnp.stack([leaf] * rows), new)
-                held = insert(held, jnp.asarray(place), new)
-                tasks[place] = _Task(*pair)
-            if held is None or not any(tasks):
-                return
-            if any(task is not None and task.waits for task in tasks):
-                held = read_chunk(frozen, held, *_next_chunks(tasks, chunk))
-            held, made = decode(frozen, held)
-            made, done = jax.device_get((made, held.row.done))
-            for place, task in enumerate(tasks):
-                if task is None or task.waits:
-                    continue
-                task.parts.append(Generated(*(leaf[place] for leaf in made)))
-                if done[place]:
-                    tasks[place] = None
-                    yield task.index, task.generated()
-
-    return run
-
-
-def _fresh_row(read: Reader, context: int, chunk: int) -> Row:
-    zero = jnp.zeros((), jnp.int32)
-    return Row(read.init(1, context, chunk), zero, zero, zero, jnp.ones((), bool))
+    return _Programs(fresh, insert, read_chunk, decode)
 
 
 def _next_chunks(tasks: Sequence[_Task | None], size: int) -> Any:
