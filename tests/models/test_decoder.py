@@ -210,7 +210,17 @@ LARGEST_CONSTANT = 1 << 20
 
 def constants_of(text):
     """Bytes of each array that a lowered program holds; a splat, ``dense<0.0>``, is no array."""
-    widths = {"f32": 4, "i32": 4, "ui32": 4, "bf16": 2, "f16": 2, "i1": 1, "i8": 1, "f64": 8}
+    widths = {
+        "f32": 4,
+        "i32": 4,
+        "ui32": 4,
+        "bf16": 2,
+        "f16": 2,
+        "i1": 1,
+        "i8": 1,
+        "f64": 8,
+        "i64": 8,
+    }
     sizes = []
     for shape, dtype in re.findall(r'dense<["\[][^>]*> : tensor<([\dx]+)x(\w+)>', text):
         sizes.append(int(np.prod([int(n) for n in shape.split("x")])) * widths[dtype])
