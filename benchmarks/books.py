@@ -107,8 +107,7 @@ def unpacked(packed: Packed, nats: np.ndarray, documents: Sequence[np.ndarray]) 
     for row, chunk in zip(*np.nonzero(packed.owner >= 0), strict=True):
         parts[packed.owner[row, chunk]].append(nats[row, chunk])
     return [
-        np.concatenate(part)[: len(tokens)]
-        for part, tokens in zip(parts, documents, strict=True)
+        np.concatenate(part)[: len(tokens)] for part, tokens in zip(parts, documents, strict=True)
     ]
 
 
@@ -216,9 +215,7 @@ def run(
 def adapting(model: Model, setting: Setting) -> Callable[[Any], Any]:
     """The predictor of a setting by its step size."""
     read = models.reader(model.module)
-    return lambda rate: methods.document_ttt(
-        read, optimizer=optimizer_of(setting.optimizer, rate)
-    )
+    return lambda rate: methods.document_ttt(read, optimizer=optimizer_of(setting.optimizer, rate))
 
 
 def control(module: models.Decoder) -> Callable[[Any], Any]:
@@ -291,13 +288,15 @@ def report(
         count = settings.rows if role == "books" else 2 * settings.rows
         count = min(count, len(documents))
         ways: dict[str, tuple[Any, Any, int]] = {
-            "isolated": (lambda rate: methods.document_ttt(
-                ttt.readers.isolated(models.from_linen(model.module)), num_steps=0
-            ), model.params, settings.window),
-            "sliding": (control(model.module), model.params, 256),
-            "longer": (
-                control(model.module.clone(window=3 * settings.window)), model.params, 256
+            "isolated": (
+                lambda rate: methods.document_ttt(
+                    ttt.readers.isolated(models.from_linen(model.module)), num_steps=0
+                ),
+                model.params,
+                settings.window,
             ),
+            "sliding": (control(model.module), model.params, 256),
+            "longer": (control(model.module.clone(window=3 * settings.window)), model.params, 256),
             "adapted": (adapting(adapted, setting), adapted.params, setting.chunk),
         }
         found = {}
@@ -306,12 +305,13 @@ def report(
             nats, seconds, compilation = run(predict, params, packed, (chosen["rate"],))
             found[way] = unpacked(packed, nats[0], documents)
             total = sum(len(row) for row in documents)
-            bits = np.mean([
-                bits_per_byte(a, b, sizes) for a, b in zip(found[way], documents, strict=True)
-            ])
+            bits = np.mean(
+                [bits_per_byte(a, b, sizes) for a, b in zip(found[way], documents, strict=True)]
+            )
             print(
                 f"{role} {way}: {bits:.4f} bits per byte, {total / seconds:.0f} tokens/s, "
-                f"{seconds:.0f} s, compilation {compilation:.0f} s", flush=True,
+                f"{seconds:.0f} s, compilation {compilation:.0f} s",
+                flush=True,
             )
         with np.load(settings.tokens) as arrays:
             titles = arrays[f"{role}_titles"]

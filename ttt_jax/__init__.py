@@ -4,14 +4,15 @@ Published methods, one call each: :mod:`methods`. Random views for them: :mod:`v
 
 A step (what adapts, and on which loss):
 
-* :mod:`losses`, :mod:`select`, :func:`gradient_adapter`, :func:`sharpness_aware_adapter`,
-  :func:`statistics_adapter`, :func:`filtered`
+* :mod:`losses`, :mod:`select`, :mod:`optimizers`, :func:`gradient_adapter`,
+  :func:`sharpness_aware_adapter`, :func:`statistics_adapter`, :func:`filtered`
 
 How it is run over instances:
 
-* :func:`source`, :func:`augmented`, :func:`episodic`, :func:`vote`: one instance at a time
+* :func:`source`, :func:`augmented`, :func:`episodic`, :func:`vote`: one instance at a time;
+  :func:`adapted`: one that brings its own adapter
 * :func:`online`, :func:`unroll`, :func:`episode`, :mod:`resets`: streams; :mod:`readers`:
-  documents, chunk by chunk
+  documents, chunk by chunk; :mod:`generation` and :mod:`serving`: prompts, token by token
 * :func:`batched`, :func:`unbatched`, :func:`sample_keys`, :func:`inner_loop`, :mod:`budget`
 
 What is asked about it:
@@ -27,7 +28,20 @@ Around it: :mod:`checkpoint`, :mod:`data` and :mod:`models`. These three, :mod:`
 import importlib
 from typing import Any
 
-from ttt_jax import audit, budget, diagnostics, losses, neighbors, readers, resets, select
+from ttt_jax import (
+    audit,
+    budget,
+    diagnostics,
+    generation,
+    losses,
+    neighbors,
+    optimizers,
+    passages,
+    readers,
+    resets,
+    select,
+    serving,
+)
 from ttt_jax._version import __version__
 from ttt_jax.adapters import (
     filtered,
@@ -55,7 +69,7 @@ from ttt_jax.running_statistics import statistics_adapter
 # After the modules whose names they share: `ttt_jax.online` and `ttt_jax.source` are functions.
 from ttt_jax.source import SourceStatistics, source_statistics  # isort: skip
 from ttt_jax.online import episode, online, unroll  # isort: skip
-from ttt_jax.predictors import augmented, episodic, source, vote  # isort: skip
+from ttt_jax.predictors import adapted, augmented, episodic, source, vote  # isort: skip
 
 _ON_DEMAND = (
     "checkpoint",
@@ -86,6 +100,7 @@ __all__ = [
     "Stream",
     "StreamInfo",
     "__version__",
+    "adapted",
     "audit",
     "augmented",
     "batched",
@@ -97,6 +112,7 @@ __all__ = [
     "episodic",
     "evaluation",
     "filtered",
+    "generation",
     "gradient_adapter",
     "inner_loop",
     "kernels",
@@ -106,10 +122,13 @@ __all__ = [
     "models",
     "neighbors",
     "online",
+    "optimizers",
+    "passages",
     "readers",
     "resets",
     "sample_keys",
     "select",
+    "serving",
     "sharpness_aware_adapter",
     "source",
     "source_statistics",

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from ttt_jax import _arguments
+
 MEANING = {
     "loop": "parallel, in padded chunks, equals the loop over single instances",
     "order": "the order of the instances does not matter",
@@ -14,11 +16,15 @@ MEANING = {
     "every_1": "parallel episodic equals the loop, a stream with every(1)",
     "stream_poison": "a NaN instance leaves the rest of a stream untouched",
     "updates": "at least one instance is updated: an adapter that does nothing proves nothing",
+    "ahead": "no score depends on a token that comes later",
+    "fresh": "a document gets the same scores after others were scored",
+    "apart": "no document shares a run of tokens with the corpus that is learned from",
+    "reacts": "a score depends on its tokens: a predictor that reads nothing proves nothing",
 }
 # Judged with a limit of 0: within one program nothing rounds differently.
 BITWISE = (
     *("mates", "poison", "poison_ok", "pristine", "zero_steps", "stream_poison"),
-    "updates",
+    *("updates", "apart", "ahead", "fresh", "reacts"),
 )
 
 
@@ -48,3 +54,11 @@ class Finding(NamedTuple):
     def __str__(self) -> str:
         word = "ok" if self.passed else "FAILED"
         return f"{word}: {self.name}: difference {self.difference:.3g}, allowed {self.limit:.3g}"
+
+
+@_arguments.checked()
+def require(found: list[Finding]) -> None:
+    """Raises :class:`AuditError` listing every failed finding."""
+    failed = [finding for finding in found if not finding.passed]
+    if failed:
+        raise AuditError("\n".join(map(str, failed)))

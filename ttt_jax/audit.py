@@ -27,12 +27,15 @@ from ttt_jax import (
     resets,
     select as select_lib,
 )
+from ttt_jax._audit_corpus import apart
 from ttt_jax._audit_rows import can_poison, instances, poisoned, rows, snapshot
-from ttt_jax._findings import BITWISE, MEANING, AuditError, Finding
+from ttt_jax._audit_scores import score_before_update
+from ttt_jax._findings import BITWISE, MEANING, AuditError, Finding, require
 from ttt_jax.base import Adapter, Key, Params, Predictor, Selection
 
 __all__ = [
     "adapter_differences",
+    "apart",
     "check",
     "check_adapter",
     "check_task",
@@ -45,6 +48,7 @@ __all__ = [
     "require",
     "require_close",
     "scale",
+    "score_before_update",
     "tolerance",
 ]
 
@@ -269,14 +273,6 @@ def findings(values: dict[str, Any], *, num_steps: int = 1) -> list[Finding]:
         Finding(MEANING[name], float(value), 0.0 if name in BITWISE else tolerance(num_steps))
         for name, value in values.items()
     ]
-
-
-@_arguments.checked()
-def require(found: list[Finding]) -> None:
-    """Raises :class:`AuditError` listing every failed finding."""
-    failed = [finding for finding in found if not finding.passed]
-    if failed:
-        raise AuditError("\n".join(map(str, failed)))
 
 
 def _call_once(predictor: Predictor, params: Params, xs: Any, keys: Key) -> list[tuple[str, bytes]]:

@@ -1,4 +1,4 @@
-"""Nearby unlabelled data: an instance adapts together with its nearest neighbors in a pool.
+"""Nearby unlabelled data: an instance adapts together with, or on, its neighbors in a pool.
 
 The neighbors of an instance depend on the instance, the pristine parameters and a fixed pool:
 never on batch mates, and not on what was learned so far. The pool is one array for all instances.
@@ -87,6 +87,7 @@ def finder(
     *,
     k: int,
     metric: str = "cosine",
+    choose: Callable[[jax.Array, jax.Array, int], jax.Array] | None = None,
 ) -> Callable[[Params, Any], PyTree]:
     """Looks up the k instances of a pool whose features are nearest to those of an instance.
 
@@ -100,6 +101,8 @@ def finder(
         compiled function, and build the finder there.
       k: how many neighbors, static.
       metric: as in :func:`nearest`.
+      choose: ``choose(features[D], bank[M, D], k) -> indices[k]``, such as
+        :func:`ttt_jax.passages.sift`; ``None`` for :func:`nearest` with the metric.
 
     Returns:
       ``find(params, x) -> neighbors``, a pytree like ``x`` with a leading axis k, nearest first.
@@ -119,7 +122,10 @@ def finder(
 
     def find(params: Params, x: Any) -> PyTree:
         query = features(params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x))
-        places = nearest(query, rows, k, metric=metric)[0]
+        if choose is None:
+            places = nearest(query, rows, k, metric=metric)[0]
+        else:
+            places = choose(query[0], rows, k)
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[places], pool)
 
     return find

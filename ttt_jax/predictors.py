@@ -7,9 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax import _arguments, _checks, _contract, _trees, inner
-from ttt_jax.base import Adapter, Info, Key, Params, Predictor, PyTree, StepInfo
+from ttt_jax.base import (
+    Adapter,
+    Info,
+    Key,
+    Params,
+    Predictor,
+    PyTree,
+    Selection,
+    StepInfo,
+)
 
-__all__ = ["augmented", "episodic", "no_steps", "source", "vote"]
+__all__ = ["adapted", "augmented", "episodic", "no_steps", "source", "vote"]
 
 
 def no_steps() -> Info:
@@ -34,6 +43,64 @@ def source(apply: Callable[[Params, Any], Any]) -> Predictor:
         return apply(params, x), no_steps()
 
     return predict
+
+
+@_arguments.checked()
+def adapted(predictor: Predictor, *, select: Selection) -> Predictor:
+    """A predictor whose instance brings its own adapter, as a request to a server does.
+
+    An instance is the pair ``(fast, x)``: the predictor runs on ``x`` with the selected leaves of
+    the parameters replaced by ``fast``, a tree like the parameters with ``None`` in place of the
+    others (``select.split(params)[0]`` is one). Under :func:`batched` every instance has its own
+    while the base stays one shared array.
+
+    Args:
+      predictor: any predictor.
+      select: the parameters that an instance brings.
+
+    Returns:
+      A predictor over ``(fast, x)``.
+
+    Raises:
+      ValueError: when called: an instance that is no such pair, or an adapter of another layout.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import ttt_jax as ttt
+      >>> params = {"base": jnp.ones(3), "lora_a": jnp.zeros(3)}
+      >>> model = ttt.source(lambda params, x: (params["base"] + params["lora_a"]) @ x)
+      >>> own = ttt.adapted(model, select=ttt.select.lora())
+      >>> adapters = {"base": None, "lora_a": jnp.array([[0.0, 0, 0], [1, 1, 1]])}
+      >>> keys = ttt.sample_keys(jax.random.key(0), [0, 1])
+      >>> print(ttt.batched(own)(params, (adapters, jnp.ones((2, 3))), keys)[0])
+      [3. 6.]
+    """
+    _contract.require("select", select, Selection)
+
+    def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
+        if not isinstance(x, tuple) or len(x) != 2:
+            raise ValueError(
+                "adapted needs an instance (fast, x), an adapter and what it is for; got "
+                f"{_contract.described(x)}."
+            )
+        own, frozen = select.split(params)
+        _check_layout(own, x[0])
+        return predictor(select.merge(x[0], frozen), x[1], key)
+
+    return predict
+
+
+def _check_layout(due: PyTree, fast: PyTree) -> None:
+    def layout(tree: PyTree) -> Any:
+        leaves = _trees.named_leaves(tree)
+        return {(path, jnp.shape(leaf)) for path, leaf in leaves if leaf is not None}
+
+    if odd := sorted(layout(due) ^ layout(fast)):
+        raise ValueError(
+            "adapted needs an adapter like select.split(params)[0], None in place of every other "
+            f"leaf; they differ at {odd[0][0]!r}, shape {odd[0][1]}. A rank is padded by "
+            "models.pad_rank."
+        )
 
 
 @_arguments.checked()

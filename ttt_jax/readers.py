@@ -28,6 +28,17 @@ class Reader(NamedTuple):
     read: Callable[[Params, PyTree, Any], tuple[jax.Array, PyTree]]
 
 
+def rule(place: str, name: str, value: Any) -> Reader:
+    """A :class:`Reader`; what else is given is refused in one sentence."""
+    if not isinstance(value, Reader):
+        raise TypeError(
+            f"{name} must be a Reader; got {_contract.described(value)}: make one with "
+            "models.reader(module), readers.recomputed(apply, context=...) or "
+            "readers.isolated(apply)."
+        )
+    return value
+
+
 @_arguments.checked()
 def isolated(apply: Callable[[Params, Any], jax.Array]) -> Reader:
     """A reader without memory: every chunk is a sequence of its own, the weakest control.
@@ -38,7 +49,12 @@ def isolated(apply: Callable[[Params, Any], jax.Array]) -> Reader:
     _contract.require_function("apply", apply, "(params, tokens[N, L]) -> logits[N, L, V]")
 
     def read(params: Params, memory: PyTree, inputs: Any) -> tuple[jax.Array, PyTree]:
-        return apply(params, inputs["tokens"]), memory
+        tokens, positions = inputs["tokens"], inputs["positions"]
+        # The place before a document without a first token goes to the end, where none sees it.
+        vacant = (positions[:, :1] < 0) & (positions >= 0).any(1, keepdims=True)
+        logits = apply(params, jnp.where(vacant, jnp.roll(tokens, -1, axis=1), tokens))
+        later = jnp.concatenate([logits[:, :1], logits[:, :-1]], axis=1)
+        return jnp.where(vacant[..., None], later, logits), memory
 
     return Reader(lambda batch, tokens, chunk: (), read)
 
@@ -53,7 +69,8 @@ def recomputed(apply: Callable[[Params, Any], jax.Array], *, context: int) -> Re
     """A reader that reads the last tokens again with every chunk, under the newest parameters.
 
     It costs ``(context + L) / L`` times what a cache does, and its keys are never those of older
-    parameters.
+    parameters. The gradient of a chunk goes through the tokens before it, too, which a cache holds
+    fixed: at step size 0 the two give the same scores, and otherwise other ones.
 
     Args:
       apply: model function ``(params, inputs) -> logits[N, C + L, V]``, ``inputs`` a mapping of
@@ -70,17 +87,20 @@ def recomputed(apply: Callable[[Params, Any], jax.Array], *, context: int) -> Re
 
     def read(params: Params, memory: _Recent, inputs: Any) -> tuple[jax.Array, _Recent]:
         tokens, positions = inputs["tokens"], inputs["positions"]
-        length = tokens.shape[1]
-        first = positions.max(1, keepdims=True) - length + 1
-        # What is remembered of this chunk, or of later ones, is read anew.
+        length, held = tokens.shape[1], memory.positions.shape[1]
+        # What is remembered of this chunk, or of later ones, is read anew; padding is in none.
+        never = jnp.iinfo(jnp.int32).max
+        first = jnp.where(positions < 0, never, positions).min(1, keepdims=True)
         known = jnp.where(memory.positions >= first, -1, memory.positions)
-        order = jnp.argsort(known, axis=1)[:, -context:]
+        order = jnp.argsort(known, axis=1)
         before = _Recent(*(jnp.take_along_axis(leaf, order, 1) for leaf in (memory.tokens, known)))
         joined = _Recent(
             jnp.concatenate([before.tokens, tokens], 1),
             jnp.concatenate([before.positions, positions], 1),
         )
-        logits = apply(params, joined._asdict())
-        return logits[:, context:], joined
+        seen = {name: leaf[:, -(context + length) :] for name, leaf in joined._asdict().items()}
+        logits = apply(params, seen)
+        # As many as before, however many were read: a loop's carry keeps its shape.
+        return logits[:, context:], _Recent(*(leaf[:, -held:] for leaf in joined))
 
     return Reader(init, read)

@@ -8,6 +8,7 @@ cover every pair; ``make test-full`` runs the whole product.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -173,6 +174,28 @@ def test_batch_methods(loss):
     adapter = ttt.gradient_adapter(factory(), optax.sgd(0.1), select=select.norm_affine())
     # Statistics of four images make small differences larger.
     check(adapter, normalized_by_batch, PARAMS, xs, 2)
+
+
+@pytest.mark.parametrize("name", ["next_token", "masked_token"])
+def test_token_losses(name):
+    """A document's tokens with weights; a nan weight is what spoils one."""
+    rng = np.random.default_rng(0)
+    tables = {"embedding": rng.normal(size=(7, 4)), "head": rng.normal(size=(4, 7))}
+    params = {"params": jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tables)}
+
+    def decode(params, tokens):
+        return params["params"]["embedding"][tokens].cumsum(1) @ params["params"]["head"]
+
+    loss = {
+        "next_token": losses.next_token(decode),
+        "masked_token": losses.masked_token(decode, mask_id=6, mask_ratio=0.5),
+    }[name]
+    xs = {
+        "tokens": rng.integers(7, size=(N, 6)),
+        "mask": rng.uniform(0.5, 1, size=(N, 6)).astype(np.float32),
+    }
+    adapter = ttt.gradient_adapter(loss, optax.sgd(0.1), select=select.everything())
+    check(adapter, lambda params, x: decode(params, x["tokens"][None])[0], params, xs, 2)
 
 
 def test_convolutions():

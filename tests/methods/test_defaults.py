@@ -99,8 +99,9 @@ def test_all_but_model_functions_is_keyword_only(name):
 
 
 def test_every_method_has_a_row():
-    """Here or beside the methods over batches; a function to serve with is no method."""
+    """Here, or beside those over batches and documents; a function to serve with is none."""
     from .test_defaults_batch import PUBLISHED as BATCHES
+    from .test_defaults_text import PUBLISHED as TEXT
 
-    rows = set(PUBLISHED) | set(BATCHES)
+    rows = set(PUBLISHED) | set(BATCHES) | set(TEXT)
     assert rows == set(methods.__all__) - {"mean_over_views"}

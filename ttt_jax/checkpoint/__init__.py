@@ -21,6 +21,7 @@ On disk::
 Every failure is a :class:`CheckpointError` that names the leaf or the file.
 """
 
+from ttt_jax.checkpoint.adapters import load_adapter, save_adapter
 from ttt_jax.checkpoint.errors import CheckpointError
 from ttt_jax.checkpoint.held import MODES, Pristine, pristine
 from ttt_jax.checkpoint.leaves import Leaf, fingerprint
@@ -35,6 +36,8 @@ __all__ = [
     "Saves",
     "fingerprint",
     "load",
+    "load_adapter",
     "pristine",
     "save",
+    "save_adapter",
 ]

@@ -22,7 +22,7 @@ def token_nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def masked_mean(nats: jax.Array, mask: jax.Array) -> jax.Array:
-    """``sum(mask * nats) / max(sum mask, 1)``; a masked NaN is no part of it, nor of its gradient.
+    """``sum(mask * nats) / max(sum mask, 1)``; a masked NaN is no part of it.
 
     An empty mask gives 0, with gradient 0.
     """
@@ -72,7 +72,7 @@ def next_token(
     return _inputs.over_batch(loss, batch)
 
 
-@_arguments.checked(mask_id=_arguments.count(0), mask_ratio=_arguments.number())
+@_arguments.checked(mask_id=_arguments.count(0), mask_ratio=_arguments.number(0.0, 1.0))
 def masked_token(
     apply: Callable[..., Any],
     *,

@@ -10,7 +10,10 @@ One instance, which is forgotten (a :class:`~ttt_jax.Predictor`):
 
 A document, chunk by chunk (a :class:`~ttt_jax.Predictor`):
 
-* :func:`document_ttt`
+* :func:`document_ttt`, :func:`in_place`: its scores; :func:`continue_document`: what comes next;
+  :func:`document_adapter`: what was learned
+* :func:`neighbors_ttt`: a :class:`~ttt_jax.FromSource`, with passages of a corpus
+* :func:`merged_adapters`, of clusters of a corpus; :func:`passages_adapter` trains them
 
 Streams of instances (a :class:`~ttt_jax.Stream`):
 
@@ -34,14 +37,18 @@ how the method fails, its cost, its source, and what differs from the authors' c
 from ttt_jax.methods.actmad import actmad
 from ttt_jax.methods.augmented import augmented, every_view, mean_over_views
 from ttt_jax.methods.bn_adapt import bn_adapt
+from ttt_jax.methods.continue_document import continue_document, document_adapter
 from ttt_jax.methods.cotta import cotta
 from ttt_jax.methods.deyo import deyo
 from ttt_jax.methods.document_ttt import document_ttt
 from ttt_jax.methods.dua import dua
 from ttt_jax.methods.eata import eata
+from ttt_jax.methods.in_place import in_place
 from ttt_jax.methods.lame import lame
 from ttt_jax.methods.memo import memo
+from ttt_jax.methods.merged_adapters import merged_adapters, passages_adapter
 from ttt_jax.methods.neighbors import neighbors
+from ttt_jax.methods.neighbors_ttt import neighbors_ttt
 from ttt_jax.methods.note import note
 from ttt_jax.methods.pseudo_label import pseudo_label
 from ttt_jax.methods.rdumb import rdumb
@@ -62,17 +69,23 @@ __all__ = [
     "actmad",
     "augmented",
     "bn_adapt",
+    "continue_document",
     "cotta",
     "deyo",
+    "document_adapter",
     "document_ttt",
     "dua",
     "eata",
     "every_view",
+    "in_place",
     "lame",
     "mean_over_views",
     "memo",
+    "merged_adapters",
     "neighbors",
+    "neighbors_ttt",
     "note",
+    "passages_adapter",
     "pseudo_label",
     "rdumb",
     "rotation_memo",

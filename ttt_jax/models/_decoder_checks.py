@@ -6,7 +6,7 @@ from ttt_jax import _arguments
 from ttt_jax.kernels.attention import FORMS
 from ttt_jax.models._decoder_layer import ACTIVATIONS
 
-_COUNTS = ("vocabulary", "width", "depth", "heads", "global_every", "context")
+_COUNTS = ("vocabulary", "width", "depth", "heads", "global_every", "context", "unroll")
 _COUNTS_OR_NONE = ("kv_heads", "head_size", "mlp_width", "local_window", "window")
 _BASES = ("rope_base", "local_rope_base")
 _FLAGS = ("interleaved", "biases", "query_key_norm", "post_norms", "scaled_embedding", "tied")

@@ -6,14 +6,30 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import traverse_util
 
-from ttt_jax import _arguments, _extras
+from ttt_jax import _arguments, _contract, _extras
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-@_arguments.checked(rank=_arguments.count(1))
+def _patterns(place: str, name: str, value: Any) -> Any:
+    many = [value] if isinstance(value, str) else value
+    if not isinstance(many, list | tuple) or not many or not all(isinstance(p, str) for p in many):
+        raise ValueError(
+            f"{name} of low_rank must be a regular expression of module paths, or a list of them; "
+            f"got {_contract.described(value) if callable(value) else repr(value)}."
+        )
+    return value
+
+
+@_arguments.checked(
+    module=_arguments.instance(nn.Module),
+    rank=_arguments.count(1),
+    alpha=_arguments.number(0.0, above=True),
+    paths=_patterns,
+)
 def low_rank(
     module: _Module,
     params: Any,
@@ -44,7 +60,7 @@ def low_rank(
 
     Raises:
       ImportError: ``qwix`` is missing.
-      ValueError: no module has a path that matches.
+      ValueError: an argument out of range, or no module with a path that matches.
 
     References:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, Eq. 3.
@@ -88,3 +104,45 @@ def narrow_factors(params: Any, dtype: Any) -> Any:
         },
         sep="/",
     )
+
+
+@_arguments.checked(rank=_arguments.count(1))
+def pad_rank(params: Any, rank: int) -> Any:
+    """Low-rank leaves padded with zeros to a larger rank, so that tasks of several ranks stack.
+
+    What is added has gradient zero, as both of its factors are zero, and stays zero under any
+    optimizer that does not move a leaf without a gradient. The model of the larger rank R computes
+    ``alpha / R * a b``: build it with an ``alpha`` R / r times as large as that of rank r, and
+    output, gradients and updates are those of rank r.
+
+    Args:
+      params: variables, or an adapter with None in place of the base's leaves.
+      rank: R, at least that of every pair of factors.
+
+    Returns:
+      A tree like ``params``.
+
+    Raises:
+      ValueError: no low-rank leaves, a larger rank among them, or factors whose ranks differ.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    pairs = [path for path, leaf in flat.items() if path.endswith("_lora_a") and leaf is not None]
+    if not pairs:
+        raise ValueError(
+            "params of pad_rank must have leaves named ..._lora_a and ..._lora_b; got "
+            f"{_contract.described(params)} without: give the variables that low_rank returned, or "
+            "select.lora().split of them."
+        )
+    for path in pairs:
+        other = path.removesuffix("a") + "b"
+        a, b = flat[path], flat.get(other)
+        if b is None or b.ndim < 2 or a.shape[-1] != b.shape[-2] or a.shape[-1] > rank:
+            shapes = f"{a.shape} and {None if b is None else b.shape}"
+            raise ValueError(
+                "rank must be at least the r of all factors [..., r] and [..., r, outputs]; got "
+                f"{rank}, and factors of shapes {shapes} at {path!r}."
+            )
+        missing = rank - a.shape[-1]
+        flat[path] = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)])
+        flat[other] = jnp.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, missing), (0, 0)])
+    return traverse_util.unflatten_dict(flat, sep="/")

@@ -12,8 +12,10 @@ from tests.core.fuzz import (
     valid_arrays,
     valid_core,
     valid_data,
+    valid_generation,
     valid_measures,
     valid_methods,
+    valid_text,
 )
 from tests.core.fuzz.calls import Call
 
@@ -21,7 +23,10 @@ from tests.core.fuzz.calls import Call
 PARTS = 4
 PATH = pathlib.Path(__file__).resolve().parents[3] / "experiments" / "results" / "fuzz.json"
 COLUMNS = ("calls", "clear", "right", "unclear", "silent")
-_PARTS = (valid_core, valid_methods, valid_measures, valid_arrays, valid_data)
+_PARTS = (
+    *(valid_core, valid_methods, valid_measures, valid_arrays, valid_data, valid_generation),
+    valid_text,
+)
 CALLS: dict[str, Call] = {name: call for part in _PARTS for name, call in part.TABLE.items()}
 NOTHING_TO_SLIP = {name for part in _PARTS for name in part.NOTHING_TO_SLIP}
 

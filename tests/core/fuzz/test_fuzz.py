@@ -20,7 +20,8 @@ MODULES = (
         "kernels.attention",
         "kernels.conv",
     ),
-    *("losses", "methods", "metrics", "models", "neighbors", "online", "predictors", "resets"),
+    *("generation", "losses", "methods", "metrics", "models", "neighbors", "online"),
+    *("optimizers", "passages", "predictors", "readers", "resets", "serving"),
     *("running_statistics", "select", "task", "training", "tuning", "views.augmix", "views.image"),
 )
 LEAST_SLIPS = 6

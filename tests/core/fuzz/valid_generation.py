@@ -1,0 +1,186 @@
+"""Right calls of generation, of documents that are continued, and of adapters side by side."""
+
+import pathlib
+import tempfile
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import ttt_jax as ttt
+from tests.core import small_reader
+from tests.core.fuzz import things
+from tests.core.fuzz.calls import Table
+from tests.models import small_decoder
+from ttt_jax import checkpoint, generation, methods, models, optimizers, select, serving
+
+TABLE = Table()
+add = TABLE.add
+READ, PARAMS = small_reader.READER, small_reader.draw_params()
+FAST, BASE = select.lora().split(PARAMS)
+PROMPT = np.array([1, 2, 3])
+DOCUMENT = {"tokens": np.array([[1, 2], [3, 4]]), "prompt": PROMPT}
+DRAW = generation.greedy()
+KINDS = {"read": "record", "sampler": "function", "stop": "record"}
+STOP = (["a"], [-1], [0.5], 3)
+
+
+def predict(result):
+    return result(PARAMS, PROMPT, things.KEY)
+
+
+def of_document(result):
+    return result(PARAMS, DOCUMENT, things.KEY)
+
+
+def of_learning(result):
+    return result(PARAMS, DOCUMENT["tokens"], things.KEY)
+
+
+def draw(result):
+    return result(things.LOGITS[0], things.KEY)
+
+
+def served(result):
+    """The signature alone: a server compiles its own programs."""
+    assert callable(result)
+    return things.LOGITS
+
+
+add(
+    "generation.generate",
+    generation.generate,
+    predict,
+    read=READ,
+    num_tokens=2,
+    sampler=DRAW,
+    stop=(5,),
+    chunk=2,
+    kinds=KINDS,
+    ranges={"num_tokens": 0, "chunk": 0, "stop": STOP},
+)
+add(
+    "generation.sample",
+    generation.sample,
+    draw,
+    temperature=0.5,
+    top_p=0.9,
+    kinds={"temperature": "number", "top_p": "number"},
+    ranges={"temperature": -1.0, "top_p": (0.0, 90.0)},
+)
+add(
+    "serving.server",
+    serving.server,
+    served,
+    read=READ,
+    rows=2,
+    context=8,
+    chunk=2,
+    tokens_per_call=2,
+    sampler=DRAW,
+    stop=(5,),
+    select=select.lora(),
+    kinds=KINDS,
+    ranges={"rows": 0, "context": 1, "chunk": 0, "tokens_per_call": 0, "stop": STOP},
+)
+add(
+    "methods.document_adapter",
+    methods.document_adapter,
+    of_learning,
+    read=READ,
+    num_steps=1,
+    bos=1,
+    kinds=KINDS,
+    ranges={"num_steps": 0, "bos": -1},
+)
+add(
+    "methods.continue_document",
+    methods.continue_document,
+    of_document,
+    read=READ,
+    num_tokens=2,
+    sampler=DRAW,
+    stop=(5,),
+    cache="kept",
+    num_steps=1,
+    bos=1,
+    kinds=KINDS,
+    ranges={"num_tokens": 0, "cache": "stale", "num_steps": -1, "bos": -1, "stop": STOP},
+)
+add(
+    "adapted",
+    ttt.adapted,
+    lambda result: result(PARAMS, (FAST, PROMPT), things.KEY),
+    predictor=generation.generate(READ, num_tokens=1),
+    select=select.lora(),
+    # Functions of three arguments.
+    allowed="predictor: model function",
+)
+add(
+    "optimizers.chosen",
+    optimizers.chosen,
+    lambda optimizer: optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)), jnp.ones(2)),
+    index=1,
+    optimizers=(things.SGD, optax.adam(0.1)),
+    kinds={"index": "count", "optimizers": "optimizer"},
+    ranges={"index": 2, "optimizers": ((),)},
+)
+add(
+    "models.pad_rank",
+    models.pad_rank,
+    params=FAST,
+    rank=3,
+    ranges={"params": (BASE,), "rank": 1},
+)
+TOKENS = np.array([[1, 2]])
+add(
+    "models.low_rank",
+    models.low_rank,
+    lambda made: made[0].apply(made[1], TOKENS),
+    module=small_decoder.NET,
+    params=small_decoder.base(),
+    key=things.KEY,
+    inputs=TOKENS,
+    rank=2,
+    alpha=4.0,
+    paths=".*/query",
+    kinds={"paths": "text", "inputs": None},
+    ranges={"paths": ("nothing", []), "rank": 0, "alpha": -1.0, "inputs": "text"},
+    # Another module is right, and so is a list of expressions.
+    allowed="module: module, paths: list",
+)
+add(
+    "models.reader",
+    models.reader,
+    lambda read: read.read(
+        small_decoder.base(),
+        read.init(1, 2, 2),
+        {"tokens": TOKENS, "positions": np.array([[0, 1]])},
+    ),
+    module=small_decoder.NET,
+)
+FOLDER = pathlib.Path(tempfile.mkdtemp())
+checkpoint.save_adapter(FOLDER / "adapter", FAST, base=BASE)
+add(
+    "checkpoint.save_adapter",
+    checkpoint.save_adapter,
+    path=FOLDER / "new",
+    adapter=FAST,
+    base=BASE,
+    metadata={"alpha": 1},
+    only_refusals=True,
+    kinds={"adapter": "params"},
+    allowed="adapter: not called",
+    ranges={"metadata": ({"base": "other"},), "base": "no fingerprint"},
+)
+add(
+    "checkpoint.load_adapter",
+    checkpoint.load_adapter,
+    path=FOLDER / "adapter",
+    base=BASE,
+    like=FAST,
+    only_refusals=True,
+    kinds={"like": None},
+    ranges={"base": ("no fingerprint", PARAMS), "like": {"b": things.LOGITS}},
+)
+NOTHING_TO_SLIP = ("generation.greedy",)

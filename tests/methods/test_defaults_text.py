@@ -1,0 +1,109 @@
+"""Every default of the methods over documents: as published, or as their docstrings say."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ttt_jax import methods, select
+
+ADAM = optax.adam(3e-3, b1=0.9, b2=0.95, eps=1e-10)
+ADAPTER = {"optimizer": ADAM, "select": select.lora(), "bos": None}
+# Sources: parameter-golf's pull request 77 (its step is 0.01), Hardt and Sun 2024, Hübotter et al.
+PUBLISHED = {
+    "document_ttt": {**ADAPTER, "num_steps": 1},
+    "document_adapter": {**ADAPTER, "num_steps": 1},
+    "continue_document": {
+        **ADAPTER,
+        "num_tokens": inspect.Parameter.empty,
+        "sampler": None,
+        "stop": (),
+        "cache": "recomputed",
+        "num_steps": 1,
+    },
+    "in_place": {
+        "optimizer": optax.sgd(1.0),
+        "select": select.paths(".*mlp/down/kernel"),
+        "max_norm": 0.1,
+        "num_steps": 1,
+        "bos": None,
+    },
+    "neighbors_ttt": {
+        "features": None,
+        "choose": None,
+        "k": 20,
+        "optimizer": optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adamw(5e-6, weight_decay=0.01)
+        ),
+        "select": select.everything(),
+        "query_chunks": 1,
+        "bos": None,
+    },
+    "passages_adapter": {**ADAPTER, "num_epochs": 1},
+    "merged_adapters": {
+        "features": None,
+        "select": select.lora(),
+        "k": 10,
+        "temperature": 0.1,
+        "query_chunks": 1,
+        "bos": None,
+    },
+}
+# Of every kind of leaf that a selection above names.
+TREE = {
+    "params": {
+        "layers": {"mlp": {name: {"kernel": jnp.ones((2, 3))} for name in ("up", "down")}},
+        "query": {"kernel": jnp.ones((3, 2)), "kernel_lora_a": jnp.ones((3, 1))},
+        "norm": {"scale": jnp.ones(3)},
+    }
+}
+GRADIENTS = [
+    jax.tree.map(
+        lambda leaf, seed=seed: jnp.cos(seed + jnp.arange(leaf.size)).reshape(leaf.shape), TREE
+    )
+    for seed in (1.0, 2.5)
+]
+
+
+def walk(optimizer):
+    """Where two steps lead."""
+    params, state = TREE, optimizer.init(TREE)
+    for gradient in GRADIENTS:
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_defaults(name):
+    parameters = inspect.signature(getattr(methods, name)).parameters
+    settings = {key: p.default for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert set(settings) == set(PUBLISHED[name])
+    for key, default in settings.items():
+        published = PUBLISHED[name][key]
+        if key == "optimizer":
+            jax.tree.map(np.testing.assert_array_equal, walk(default), walk(published))
+        elif key == "select":
+            chosen, due = (select.describe(s, TREE).paths for s in (default, published))
+            assert chosen == due and chosen
+        else:
+            assert default == published, key
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_reader_comes_first_and_settings_by_keyword(name):
+    parameters = list(inspect.signature(getattr(methods, name)).parameters.values())
+    heads = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    assert heads[0] == "read" and set(heads) <= {"read", "adapters", "centers"}
+
+
+def test_the_default_optimizers_differ():
+    """The check above tells them apart."""
+    first, *rest = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(walk(row["optimizer"]))])
+        for row in (PUBLISHED[name] for name in ("document_ttt", "in_place", "neighbors_ttt"))
+    )
+    assert all(np.abs(first - other).max() > 1e-6 for other in rest)

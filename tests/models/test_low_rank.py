@@ -1,0 +1,99 @@
+"""Low-rank leaves of a decoder: what they add, and ranks that are padded to stand together."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+
+import ttt_jax as ttt
+from tests.models import small_decoder as small
+from ttt_jax import losses, models, select
+
+pytest.importorskip("qwix", reason="low-rank adaptation needs qwix")
+
+TOKENS = small.draw_tokens(1, 7)
+KEY = jax.random.key(0)
+WIDE = 4
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    return small.with_factors()
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Twice the rank with twice alpha: the same factor before ``a b``."""
+    return small.with_factors(WIDE, small.ALPHA * WIDE / small.RANK)
+
+
+def two_steps(net, params):
+    optimizer = optax.adamw(0.02, weight_decay=0.1)
+    adapter = ttt.gradient_adapter(losses.next_token(net.apply), optimizer, select=select.lora())
+
+    def run(params):
+        state = adapter.init(params)
+        for _ in range(2):
+            state, info = adapter.step(params, state, TOKENS[0], KEY)
+        return state.fast, info
+
+    return jax.jit(run)(params)
+
+
+def test_the_model_computes_what_it_did_until_its_leaves_move(narrow):
+    net, params = narrow
+    before = jax.jit(small.NET.apply)(small.base(), TOKENS)
+    np.testing.assert_array_equal(jax.jit(net.apply)(params, TOKENS), before)
+    base = {path: leaf for path, leaf in flat(params).items() if "_lora_" not in path}
+    for path, leaf in flat(small.base()).items():
+        assert base.pop(path) is leaf, "the base is shared, not copied"
+    assert not base
+    assert {path.rsplit("/", 2)[-2] for path in flat(params) if "_lora_" in path} == {
+        "query",
+        "down",
+    }
+
+
+def flat(tree):
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def test_a_padded_rank_makes_the_same_updates(narrow, wide):
+    due, info = two_steps(*narrow)
+    found, infos = two_steps(wide[0], models.pad_rank(narrow[1], WIDE))
+    np.testing.assert_allclose(info.loss, infos.loss, rtol=1e-6)
+    for path, leaf in flat(models.pad_rank(due, WIDE)).items():
+        if leaf is not None:
+            np.testing.assert_allclose(flat(found)[path], leaf, rtol=1e-4, atol=1e-6)
+            added = leaf[..., small.RANK :] if path.endswith("_a") else leaf[..., small.RANK :, :]
+            assert added.size and (added == 0).all()
+    # Under another factor the same adapter is another model.
+    other = small.with_factors(WIDE, small.ALPHA)[0]
+    full = select.lora().merge(found, select.lora().split(wide[1])[1])
+    assert np.abs(other.apply(full, TOKENS) - wide[0].apply(full, TOKENS)).max() > 1e-3
+
+
+def test_a_rank_that_is_there_already_stays(narrow):
+    same = models.pad_rank(narrow[1], small.RANK)
+    jax.tree.map(np.testing.assert_array_equal, same, narrow[1])
+
+
+def test_what_cannot_be_padded(narrow):
+    fast = select.lora().split(narrow[1])[0]
+    with pytest.raises(ValueError, match=r"got 1, and factors of shapes \(2, 16, 2\)"):
+        models.pad_rank(fast, 1)
+    with pytest.raises(ValueError, match="without: give the variables"):
+        models.pad_rank(small.base(), WIDE)
+    with pytest.raises(ValueError, match=r"shapes \(3, 2\) and None"):
+        models.pad_rank({"kernel_lora_a": jnp.ones((3, 2))}, WIDE)
+    with pytest.raises(ValueError, match="rank must be an integer of at least 1"):
+        models.pad_rank(fast, 0)
+
+
+def test_paths_that_match_no_module_are_named(narrow):
+    with pytest.raises(ValueError, match=r"Modules: layers/attention/key, .*layers/mlp/up"):
+        models.low_rank(
+            small.NET, small.base(), KEY, TOKENS, rank=2, alpha=2.0, paths="no/such/module"
+        )
