@@ -36,7 +36,7 @@ def requests(model):
 def two_rows(model):
     return serving.server(
         models.reader(model[0]), rows=2, context=CONTEXT, chunk=2, tokens_per_call=3,
-        sampler=SAMPLER, stop=[STOP],
+        sampler=SAMPLER, stop=[STOP], select=select.lora(),
     )  # fmt: skip
 
 
@@ -97,6 +97,19 @@ def test_another_adapter_changes_its_own_request_alone(model, requests, two_rows
     assert (first[1].nats != second[1].nats).any()
 
 
+def test_a_request_without_an_adapter_has_the_leaves_of_the_parameters(model, requests, two_rows):
+    """``b`` is zero in them, so it gets what the base gives; the one beside it, its own."""
+    bare = requests[0]._replace(fast=None)
+    served = dict(two_rows(model[1], [bare, requests[0]]))
+    serve = serving.server(
+        models.reader(small.NET), rows=1, context=CONTEXT, sampler=SAMPLER, stop=[STOP]
+    )
+    [(_, due)] = serve(small.base(), [bare])
+    np.testing.assert_array_equal(served[0].tokens, due.tokens)
+    np.testing.assert_allclose(served[0].nats, due.nats, rtol=1e-4, atol=1e-5)
+    assert served[0].nats[0] != served[1].nats[0]
+
+
 def test_without_adapters_and_with_more_rows_than_requests(model):
     net, params = small.NET, small.base()
     serve = serving.server(models.reader(net), rows=3, context=CONTEXT)
@@ -120,10 +133,13 @@ def test_requests_that_cannot_be_served(model, requests, two_rows):
         (good._replace(num_tokens=0), "num_tokens of request 1 must be"),
         (good._replace(tokens=[]), "at least one; got shape"),
         (good._replace(tokens=[0.5]), "needs integer tokens"),
-        (good._replace(fast=other), "adapter of the layout of those before.*kernel_lora_a"),
+        (good._replace(fast=other), "layout of the server.*kernel_lora_a', float32"),
     ):
         with pytest.raises(ValueError, match=sentence):
             list(two_rows(params, [good, request]))
+    plain = serving.server(models.reader(small.NET), rows=1, context=CONTEXT)
+    with pytest.raises(ValueError, match=r"Build the server with select="):
+        list(plain(params, [good]))
     with pytest.raises(TypeError, match="Request 0 must be a Request"):
         list(two_rows(params, [PROMPTS[0]]))
     with pytest.raises(ValueError, match="tokens_per_call must be"):

@@ -61,7 +61,7 @@ def decoder_function(module: Decoder) -> Callable[[Params, Any], jax.Array]:
     """
 
     def apply(params: Params, inputs: Any) -> jax.Array:
-        logits: jax.Array = module.apply(narrow_factors(params, module.dtype), inputs)
+        logits: Any = module.apply(narrow_factors(params, module.dtype), inputs)
         return logits
 
     return apply
