@@ -59,7 +59,7 @@ MODULE = models.Decoder(vocabulary=VOCABULARY, width=WIDTH, depth=2, heads=2, ml
 MODULE_PARAMS = jax.tree.map(
     # Weights that are large enough for every token to have its own mind.
     lambda leaf: leaf * (1.0 if leaf.ndim < 2 else 20.0),
-    MODULE.init(jax.random.key(0), np.zeros((1, 4), np.int32)),
+    jax.jit(MODULE.init)(jax.random.key(0), np.zeros((1, 4), np.int32)),
 )
 # Reader by name, and its parameters.
 READERS = {
