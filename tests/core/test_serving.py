@@ -12,7 +12,7 @@ pytest.importorskip("qwix", reason="low-rank adaptation needs qwix")
 
 LENGTHS = (5, 1, 9, 3, 6)
 LIMITS = (4, 7, 2, 5, 3)
-CONTEXT, STOP = 16, 1
+CONTEXT, STOP = 16, 17
 KEYS = ttt.sample_keys(jax.random.key(5), np.arange(len(LENGTHS)))
 PROMPTS = [small.draw_tokens(length, seed=length) for length in LENGTHS]
 SAMPLER = generation.sample(0.7, 0.95)
