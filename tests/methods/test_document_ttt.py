@@ -275,3 +275,24 @@ def test_bad_arguments():
         readers.isolated(tiny.MODULE)
     with pytest.raises(ValueError, match="context"):
         readers.recomputed(tiny.MODULE.apply, context=0)
+
+
+def test_documents_one_after_another_are_each_alone(scores):
+    """Three documents in one row, with starts, score as each does by itself."""
+    names = [("cached", "adapted"), ("cached", "control")]
+    read, params = tiny.READERS["cached"]
+    ways = {"adapted": make(read), "control": make(read, num_steps=0)}
+    row = {
+        "tokens": jnp.concatenate([tiny.document(index)["tokens"] for index in (1, 0)]),
+        "mask": jnp.concatenate([tiny.document(index)["mask"] for index in (1, 0)]),
+        "start": jnp.arange(2 * CHUNKS) % CHUNKS == 0,
+    }
+    made = quickly(lambda x: {n: ways[n[1]](params, x, KEY)[0] for n in names}, row)
+    for name in names:
+        np.testing.assert_allclose(made[name][CHUNKS:], scores[name][0], rtol=1e-5, atol=1e-6)
+        assert made[name][CHUNKS, 0] == 0  # the first token of a document has no score
+    unmarked = {name: leaf for name, leaf in row.items() if name != "start"}
+    leaked = quickly(lambda x: ways["adapted"](params, x, KEY)[0], unmarked)
+    assert np.abs(leaked[CHUNKS:] - made["cached", "adapted"][CHUNKS:]).max() > 1e-3
+    with pytest.raises(ValueError, match="a bool per chunk"):
+        ways["control"](params, row | {"start": jnp.zeros(3, bool)}, KEY)

@@ -1,12 +1,15 @@
 """Tokenizers of pretrained decoders, from their own files; needs ``tokenizers``."""
 
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax import _extras
+from ttt_jax import _arguments, _extras
+
+__all__ = ["Tokenizer", "from_file", "from_gguf"]
 
 # What a piece of a GGUF vocabulary is: a piece of text, a control token, text matched whole.
 _NORMAL, _CONTROL, _WHOLE = 1, 3, 4
@@ -25,7 +28,8 @@ class Tokenizer(NamedTuple):
       inner: a ``tokenizers.Tokenizer``.
       bos: the id that begins a text, None for a model without.
       eos: the id that ends one, None where the file names none.
-      sizes: int32 ``[V]``, UTF-8 bytes of each token's text; 0 for control tokens.
+      sizes: int32 ``[V]``, UTF-8 bytes of each token's text; 0 for control tokens. Over the ids of
+        a text they add up to its bytes (and 1, with a tokenizer that puts a space before it).
     """
 
     inner: Any
@@ -49,21 +53,27 @@ class Tokenizer(NamedTuple):
         return self.inner.decode([int(token) for token in ids], skip_special_tokens=True)
 
 
+@_arguments.checked(path=_arguments.path)
 def from_file(path: str | pathlib.Path) -> Tokenizer:
-    """Reads a ``tokenizer.json`` of Hugging Face, and the names in the files beside it.
+    """Reads a ``tokenizer.json`` of Hugging Face, and the names in the file beside it.
+
+    Args:
+      path: of ``tokenizer.json``; ``tokenizer_config.json`` beside it names ``bos`` and ``eos``.
 
     Raises:
+      ImportError: ``tokenizers`` is missing.
       ValueError: no such file.
     """
-    import json
-
     library = _extras.load("tokenizers", "language")
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(
-            f"A tokenizer needs a file tokenizer.json; got {str(path)!r}, which is none."
+            f"path must be a file tokenizer.json; got {str(path)!r}: name the file itself."
         )
     inner = library.Tokenizer.from_file(str(path))
+    # A file may carry those of a training: a document is neither cut nor filled.
+    inner.no_truncation()
+    inner.no_padding()
     beside = path.with_name("tokenizer_config.json")
     names = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
 
@@ -82,6 +92,7 @@ def from_file(path: str | pathlib.Path) -> Tokenizer:
     return Tokenizer(inner, bos, id_of("eos_token"), _sizes(pieces, control, whole, bytewise))
 
 
+@_arguments.checked()
 def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
     """Builds the tokenizer that a GGUF file describes.
 
@@ -89,19 +100,28 @@ def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
       fields: the file's metadata; the names that begin with ``tokenizer.ggml.`` are read.
 
     Raises:
-      ValueError: another kind of vocabulary, or another pre-tokenizer, than is known.
+      ImportError: ``tokenizers`` is missing.
+      ValueError: metadata without a vocabulary; another kind of vocabulary, or another
+        pre-tokenizer, than is known.
     """
     library = _extras.load("tokenizers", "language")
 
     def get(name: str, default: Any = None) -> Any:
         return fields.get(f"tokenizer.ggml.{name}", default)
 
+    ranks = "scores" if get("model") == "llama" else "merges"
+    for name in ("model", "tokens", "token_type", ranks):
+        if get(name) is None:
+            raise ValueError(
+                f"fields must have tokenizer.ggml.{name}; got a {type(fields).__name__} of "
+                f"{sorted(fields)[:4]}: pass the metadata of a GGUF file."
+            )
     pieces, kinds = get("tokens"), get("token_type")
     control = {index for index, kind in enumerate(kinds) if kind == _CONTROL}
     whole = {index for index, kind in enumerate(kinds) if kind == _WHOLE}
     by_score = get("model") == "llama"
     if by_score:
-        inner = _by_score(library, pieces, kinds, get("scores"))
+        inner = _by_score(library, pieces, kinds, get("scores"), get("add_space_prefix", True))
     elif get("model") == "gpt2":
         inner = _bytewise(library, pieces, get("merges"), get("pre"))
     else:
@@ -147,18 +167,25 @@ def _bytewise(library: Any, pieces: Sequence[str], merges: Sequence[str], pre: s
 
 
 def _by_score(
-    library: Any, pieces: Sequence[str], kinds: Sequence[int], scores: Sequence[float]
+    library: Any,
+    pieces: Sequence[str],
+    kinds: Sequence[int],
+    scores: Sequence[float],
+    prefix: bool,
 ) -> Any:
-    """SentencePiece's BPE: of neighbors, those are joined whose union has the best score."""
+    """SentencePiece's BPE: of neighbors, those are joined whose union has the best score.
+
+    A text is not split into words first: some pieces hold a space inside. With ``prefix`` it
+    begins with a space, which decoding takes away.
+    """
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    joined = []
-    for piece, kind, score in zip(pieces, kinds, scores, strict=True):
-        if kind != _NORMAL:
-            continue
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in vocabulary and right in vocabulary:
-                joined.append((-score, left, right))
+    joined = [
+        (-score, piece[:cut], piece[cut:])
+        for piece, kind, score in zip(pieces, kinds, scores, strict=True)
+        if kind == _NORMAL
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
     joined.sort(key=lambda merge: merge[0])
     model = library.models.BPE(
         vocab=vocabulary,
@@ -168,14 +195,12 @@ def _by_score(
         unk_token="<unk>",
     )
     inner = library.Tokenizer(model)
-    inner.normalizer = library.normalizers.Replace(" ", _SPACE)
-    inner.pre_tokenizer = library.pre_tokenizers.Split(
-        library.Regex(f"{_SPACE}?[^{_SPACE}]+|{_SPACE}"), "isolated"
-    )
+    normalizers = library.normalizers
+    space = normalizers.Replace(" ", _SPACE)
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend(" "), space]) if prefix else space
     decoders = library.decoders
-    inner.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    inner.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
     return inner
 
 

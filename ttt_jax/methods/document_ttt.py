@@ -80,7 +80,9 @@ def document_ttt(
       tokens, or a mapping of ``tokens`` and ``mask`` ``[T, L]`` (which tokens are scored and
       learned from, bool or weights). Tokens of mask 0 are read as context; those after the last
       scored one are padding, which nothing reads, so that documents of unequal length go side by
-      side. Output: float32 ``[T, L]``, nats of each scored token, 0 for the others. ``Info`` has
+      side. With a leaf ``start``, bool ``[T]``, several documents stand one after another: a chunk
+      that begins one finds pristine weights and an empty memory.
+      Output: float32 ``[T, L]``, nats of each scored token, 0 for the others. ``Info`` has
       the ``T * num_steps`` steps. A chunk whose step is not finite is neither learned from nor
       remembered; its own scores stay as they came out.
 
@@ -99,19 +101,26 @@ def document_ttt(
     inner.check_num_steps(num_steps)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
-        tokens, mask = document_of("document_ttt", x)
+        tokens, mask = document_of("document_ttt", x, "start")
         count, length = tokens.shape
-        chunks = chunks_of(tokens, mask, bos)
+        start = starts_of(x, count)
+        chunks = chunks_of(tokens, mask, bos, start)
         stream = learning_stream(read, (count * length, length), optimizer, select, num_steps)
         return unroll(stream)(params, chunks, key)
 
     return predict
 
 
-def document_of(name: str, x: Any) -> tuple[jax.Array, jax.Array]:
-    """Tokens and mask, each ``[T, L]``; refuses what is no document."""
+def document_of(name: str, x: Any, *more: str) -> tuple[jax.Array, jax.Array]:
+    """Tokens and mask, each ``[T, L]``; refuses what is no document.
+
+    Args:
+      name: of the method.
+      x: the document.
+      *more: further leaves that it may have.
+    """
     leaves = dict(x) if isinstance(x, Mapping) else {"tokens": x}
-    if "tokens" not in leaves or set(leaves) - {"tokens", "mask"}:
+    if "tokens" not in leaves or set(leaves) - {"tokens", "mask", *more}:
         raise ValueError(
             f"methods.{name} needs a document with 'tokens' and, where wanted, 'mask'; got "
             f"{sorted(leaves)}: pass integers [T, L], or a mapping of the two."
@@ -131,33 +140,52 @@ def document_of(name: str, x: Any) -> tuple[jax.Array, jax.Array]:
     return tokens, mask
 
 
-def chunks_of(tokens: jax.Array, mask: jax.Array, bos: int | None) -> dict[str, jax.Array]:
+def starts_of(x: Any, count: int) -> jax.Array | None:
+    """Bool ``[T]``, the chunks that begin a document; None for a single one."""
+    start = x.get("start") if isinstance(x, Mapping) else None
+    if start is not None and jnp.shape(start) != (count,):
+        raise ValueError(
+            f"methods.document_ttt needs start with a bool per chunk, ({count},); got shape "
+            f"{jnp.shape(start)}: True where another document begins."
+        )
+    return start
+
+
+def chunks_of(
+    tokens: jax.Array, mask: jax.Array, bos: int | None, start: jax.Array | None = None
+) -> dict[str, jax.Array]:
     """What is read and what is scored, chunk by chunk.
 
     Args:
       tokens: ``[T, L]``, the document in its order.
       mask: ``[T, L]``, which tokens are scored.
       bos: the token before the first; None for a model without, whose first token has no score.
+      start: bool ``[T]``, chunks that begin another document, the first of all among them.
 
     Returns:
       ``inputs``: each token's predecessor, ``positions``: of the inputs, -1 for none and for those
-      after which nothing is scored, ``targets`` and ``mask``, each ``[T, L]``.
+      after which nothing is scored, ``targets`` and ``mask``, each ``[T, L]``; and ``start``
+      ``[T]``, where it is given.
     """
-    flat = tokens.reshape(-1).astype(jnp.int32)
-    first = jnp.full((1,), 0 if bos is None else bos, jnp.int32)
-    index = jnp.arange(flat.size, dtype=jnp.int32)
-    scored = mask.reshape(-1).astype(jnp.float32)
-    if bos is None:
-        scored = scored.at[0].set(0.0)
+    count, length = tokens.shape
+    begins = jnp.zeros(count, bool) if start is None else jnp.asarray(start, bool)
+    begins = begins.at[0].set(True)
+    chunk = jnp.arange(count, dtype=jnp.int32)
+    chunk = chunk - jax.lax.cummax(jnp.where(begins, chunk, 0))
+    index = jnp.arange(count * length, dtype=jnp.int32).reshape(count, length)
+    within = chunk[:, None] * length + index[:1]
+    first = within == 0
+    scored = jnp.where(first & (bos is None), 0.0, mask.astype(jnp.float32))
     last = jnp.where(scored != 0, index, -1).max()
-    positions = jnp.where(index <= last, index - (1 if bos is None else 0), -1)
-    leaves = {
-        "inputs": jnp.concatenate([first, flat[:-1]]),
-        "positions": positions,
-        "targets": flat,
+    targets = tokens.astype(jnp.int32)
+    inputs = jnp.concatenate([jnp.zeros(1, jnp.int32), targets.reshape(-1)[:-1]])
+    chunks = {
+        "inputs": jnp.where(first, 0 if bos is None else bos, inputs.reshape(targets.shape)),
+        "positions": jnp.where(index <= last, within - (1 if bos is None else 0), -1),
+        "targets": targets,
         "mask": scored,
     }
-    return {name: leaf.reshape(tokens.shape) for name, leaf in leaves.items()}
+    return chunks if start is None else chunks | {"start": begins}
 
 
 def _score(read: Reader, params: Params, memory: Any, chunk: Any) -> Any:
@@ -195,6 +223,8 @@ def learning_stream(
     loop = inner.inner_loop(adapter, num_steps)
 
     def step(params: Params, carry: Any, chunk: Any, key: Key) -> Any:
+        if "start" in chunk:
+            carry = _trees.where(chunk["start"], adapter.init(params), carry)
         state, infos = loop(params, carry, chunk, key)
         output = infos.aux["nats"][0]
         info = StreamInfo(
@@ -207,6 +237,8 @@ def learning_stream(
         return state, (output, info)
 
     def score(params: Params, memory: Any, chunk: Any, key: Key) -> Any:
+        if "start" in chunk:
+            memory = _trees.where(chunk["start"], loss.init(params), memory)
         (value, aux), read = loss.value(params, memory, chunk, key)
         ok = jnp.isfinite(value) & ~_trees.spoiled(memory, read)
         empty = jnp.zeros((0,), jnp.float32)

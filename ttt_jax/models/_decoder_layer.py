@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.kernels.attention.masked import attend_masked
-from ttt_jax.models import cache as caches
-from ttt_jax.models import rotary
+from ttt_jax.models import cache as caches, rotary
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": nn.silu, "gelu": nn.gelu}
 """Gates of the MLP: SwiGLU, and GeGLU in its tanh form."""
@@ -78,7 +77,7 @@ class Linear(nn.Module):
         out = jax.lax.dot_general(rows, kernel.astype(self.dtype), (((1,), (0,)), ((), ())))
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
-            out = out + bias.astype(self.dtype)
+            out = out + bias.astype(self.dtype)[None]
         # Factors that qwix adds may have widened it.
         return out.astype(self.dtype).reshape(*x.shape[:-1], self.features)
 
@@ -139,7 +138,7 @@ class Attention(nn.Module):
             query = nn.RMSNorm(sizes.epsilon, dtype=sizes.dtype, name="query_norm")(query)
             key = nn.RMSNorm(sizes.epsilon, dtype=sizes.dtype, name="key_norm")(key)
         rows = None
-        if held is not None:
+        if held is not None and shared.slots is not None:
             rows = (key, value)
             key, value = (
                 caches.write(jax.lax.stop_gradient(whole), shared.slots, new)

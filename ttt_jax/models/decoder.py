@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.kernels.attention import form_of
-from ttt_jax.models import cache as caches
-from ttt_jax.models import rotary
-from ttt_jax.models._decoder_layer import ACTIVATIONS, DecoderLayer, Shared, Sizes, View
+from ttt_jax.models import _decoder_checks, cache as caches, rotary
+from ttt_jax.models._decoder_layer import DecoderLayer, Shared, Sizes, View
 from ttt_jax.models.cache import Cache
 
 
@@ -51,7 +50,13 @@ class Decoder(nn.Module):
       stages: how many layers each scan has; None for one scan of all.
       attention: ``"fused"`` where that can be, or ``"xla"``.
       remat: whether a layer's activations are computed again in the backward pass.
+      unroll: how many layers a step of a scan has; as many as the layers, and there is no loop:
+        the fastest program, as no activation is copied for the backward pass, and the slowest to
+        compile.
       dtype: the compute dtype; parameters are float32, logits too.
+
+    Raises:
+      ValueError: when built: sizes that do not fit, or an attribute out of range.
 
     References:
       Touvron et al., `Llama 2 <https://arxiv.org/abs/2307.09288>`_, 2023; Qwen Team, `Qwen2
@@ -85,7 +90,12 @@ class Decoder(nn.Module):
     stages: tuple[int, ...] | None = None
     attention: str = "fused"
     remat: bool = False
+    unroll: int = 1
     dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        _decoder_checks.check(self)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, inputs: Any, cache: Cache | None = None) -> Any:
@@ -103,9 +113,8 @@ class Decoder(nn.Module):
           float32 ``[N, T, V]``; with a cache, the pair of them and the cache with the tokens.
 
         Raises:
-          ValueError: tokens without two axes, segments beside a cache, or sizes that do not fit.
+          ValueError: tokens without two axes or of no integers, or segments beside a cache.
         """
-        self._check()
         tokens, positions, segments = _parts(inputs, cache)
         given = isinstance(inputs, Mapping) and "positions" in inputs
         embedding = self.param(
@@ -133,7 +142,7 @@ class Decoder(nn.Module):
         x = nn.RMSNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
         head = embedding if self.tied else self._head()
         logits = _logits(x, head.astype(self.dtype))
-        if cache is None:
+        if cache is None or shared.slots is None:
             return logits
         keys, values = (
             jax.vmap(caches.write, (0, None, 0))(
@@ -170,21 +179,6 @@ class Decoder(nn.Module):
     def _head_size(self) -> int:
         return self.width // self.heads if self.head_size is None else self.head_size
 
-    def _check(self) -> None:
-        if self.heads % self._kv_heads or self._head_size % 2:
-            raise ValueError(
-                "A Decoder needs kv_heads that divide heads, and an even head_size; got "
-                f"heads={self.heads}, kv_heads={self._kv_heads}, head_size={self._head_size}."
-            )
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {tuple(ACTIVATIONS)}; got {self.activation!r}."
-            )
-        if self.stages is not None and sum(self.stages) != self.depth:
-            raise ValueError(
-                f"stages must add up to depth; got stages={self.stages} and depth={self.depth}."
-            )
-
     def _sizes(self) -> Sizes:
         return Sizes(
             heads=self.heads,
@@ -209,6 +203,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),
             length=count,
+            unroll=min(self.unroll, count),
         )
 
     def _is_local(self, layers: jax.Array) -> jax.Array:
@@ -233,7 +228,7 @@ class Decoder(nn.Module):
             keys = caches.write(cache.positions, slots, positions)
         elif segments is not None:
             same = segments[:, :, None] == segments[:, None]
-            same &= jnp.tril(jnp.ones(same.shape[1:], bool))
+            same &= jnp.tril(jnp.ones((1, *same.shape[1:]), bool))
         shift = jnp.maximum(positions.max(-1, keepdims=True) + 1 - self.context, 0)
 
         def view(window: int | None, sinks: int, base: float) -> View:
@@ -288,7 +283,7 @@ def _parts(inputs: Any, cache: Cache | None) -> tuple[jax.Array, jax.Array, jax.
 def _mask(
     queries: jax.Array, keys: jax.Array, window: int | None, sinks: int, same: jax.Array | None
 ) -> jax.Array:
-    """bool ``[N, T, S]``: which keys each query sees, by their positions."""
+    """Bool ``[N, T, S]``: which keys each query sees, by their positions."""
     query, key = queries[:, :, None], keys[:, None]
     seen = (key >= 0) & (key <= query)
     if window is not None:

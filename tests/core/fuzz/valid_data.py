@@ -253,6 +253,55 @@ add(
     kinds={"dtype": None},
     only_refusals=True,
 )
+PIECES = ["<end>", "A", "B", "AB"]
+add(
+    "data.tokenizers.from_gguf",
+    data.tokenizers.from_gguf,
+    lambda tokenizer: jnp.asarray(tokenizer.sizes),
+    fields={
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": PIECES,
+        "tokenizer.ggml.token_type": [3, 1, 1, 1],
+        "tokenizer.ggml.merges": ["A B"],
+    },
+    ranges={"fields": ({}, {"tokenizer.ggml.model": "bert"})},
+)
+add(
+    "data.tokenizers.from_file",
+    data.tokenizers.from_file,
+    path="nothing/tokenizer.json",
+    ranges={"path": "."},
+    only_refusals=True,
+)
+add(
+    "models.Decoder",
+    models.Decoder,
+    lambda module: module.lazy_init(things.KEY, jax.ShapeDtypeStruct((1, 4), jnp.int32)),
+    vocabulary=5,
+    width=8,
+    depth=2,
+    heads=2,
+    kinds={**{key: None for key in ("parent", "name", "dtype")}, "attention": "text"},
+    ranges={"kv_heads": 3, "head_size": 3, "stages": ((1, 2),), "activation": "wrong"},
+)
+PRETRAINED = {"dtype": jnp.float32, "kinds": {"dtype": None, "options": None}}
+add(
+    "models.load_gguf",
+    models.load_gguf,
+    path="nothing.gguf",
+    **PRETRAINED,
+    ranges={"path": ([], ["nothing.gguf", 3]), "dtype": (jnp.int32, "wide")},
+    only_refusals=True,
+)
+add(
+    "models.load_hugging_face",
+    models.load_hugging_face,
+    folder="nothing",
+    **PRETRAINED,
+    ranges={"dtype": (jnp.int32, "wide")},
+    only_refusals=True,
+)
 add("models.patchify", models.patchify, images=things.COLORS[None], patch=4, ranges={"patch": 3})
 add(
     "models.unpatchify",

@@ -1,4 +1,4 @@
-"""Attention under a mask, with fewer heads of keys than of queries: for decoders and their caches."""
+"""Attention under a mask, with fewer heads of keys than of queries: for decoders with caches."""
 
 import jax
 import jax.numpy as jnp
@@ -51,12 +51,17 @@ def attend_masked(
             query,
             key,
             value,
-            mask=None if mask is None else mask[:, None],
+            mask=None if mask is None else _over_heads(mask, query.shape[2]),
             is_causal=mask is None,
             scale=scale,
             implementation="cudnn",
         )
     return _grouped_products(query, key, value, mask, scale)
+
+
+def _over_heads(mask: jax.Array, heads: int) -> jax.Array:
+    """``[N, H, T, S]``: jax's rule for vmap (0.11) refuses a mask that heads share."""
+    return jnp.broadcast_to(mask[:, None], (len(mask), heads, *mask.shape[1:]))
 
 
 def _grouped_products(
