@@ -159,6 +159,12 @@ add(
     ),
     module=small_decoder.NET,
 )
+add(
+    "models.decoder_function",
+    models.decoder_function,
+    lambda apply: apply(small_decoder.base(), TOKENS),
+    module=small_decoder.NET,
+)
 FOLDER = pathlib.Path(tempfile.mkdtemp())
 checkpoint.save_adapter(FOLDER / "adapter", FAST, base=BASE)
 add(
