@@ -74,6 +74,7 @@ def _public(module):
         "ttt_jax.data",
         "ttt_jax.data.corruptions",
         "ttt_jax.data.streams",
+        "ttt_jax.data.tokenizers",
         "ttt_jax.models",
         "ttt_jax.kernels.conv",
         "ttt_jax.kernels.attention",
