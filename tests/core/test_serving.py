@@ -1,6 +1,7 @@
 """More prompts than rows: what comes out is what each gives alone, whatever the rows do."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ pytest.importorskip("qwix", reason="low-rank adaptation needs qwix")
 
 LENGTHS = (5, 1, 9, 3, 6)
 LIMITS = (4, 7, 2, 5, 3)
-CONTEXT, STOP = 16, 1
+CONTEXT, STOP = 16, 17
 KEYS = ttt.sample_keys(jax.random.key(5), np.arange(len(LENGTHS)))
 PROMPTS = [small.draw_tokens(length, seed=length) for length in LENGTHS]
 SAMPLER = generation.sample(0.7, 0.95)
@@ -95,6 +96,17 @@ def test_another_adapter_changes_its_own_request_alone(model, requests, two_rows
         np.testing.assert_array_equal(first[index].nats, second[index].nats)
         np.testing.assert_array_equal(first[index].tokens, before[index].tokens)
     assert (first[1].nats != second[1].nats).any()
+
+
+def test_a_row_that_broke_is_emptied_for_the_next_request(model, requests, two_rows, alone):
+    """NaN among the keys of a row would spoil even what does not see them."""
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), requests[2].fast)
+    both = [requests[2]._replace(fast=broken, num_tokens=1)] * 2
+    served = dict(two_rows(model[1], [*both, *requests[:2]]))
+    for index in (0, 1):
+        assert np.isnan(served[index].nats).all()
+        np.testing.assert_array_equal(served[index + 2].tokens, alone[index][0])
+        np.testing.assert_allclose(served[index + 2].nats, alone[index][1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_request_without_an_adapter_has_the_leaves_of_the_parameters(model, requests, two_rows):
