@@ -84,12 +84,14 @@ def sample(temperature: float | jax.Array = 1.0, top_p: float | jax.Array = 1.0)
     def draw(logits: jax.Array, key: Key) -> jax.Array:
         logits = logits.astype(jnp.float32)
         scaled = (logits - logits.max()) / jnp.maximum(temperature, _LEAST_TEMPERATURE)
-        order = jnp.argsort(-scaled)
-        ranked = scaled[order]
-        shares = jax.nn.softmax(ranked)
-        kept = jnp.cumsum(shares) - shares < top_p
-        place = jax.random.categorical(key, jnp.where(kept, ranked, -jnp.inf))
-        return order[place].astype(jnp.int32)
+        # The literal default needs no order, which takes longer than all the rest.
+        if not (isinstance(top_p, int | float) and top_p == 1):
+            order = jnp.argsort(-scaled)
+            shares = jax.nn.softmax(scaled[order])
+            # Rounding may leave the sum short of 1, or bring it there too early.
+            kept = (jnp.cumsum(shares) - shares < top_p) | (top_p >= 1)
+            scaled = jnp.where(jnp.zeros_like(kept).at[order].set(kept), scaled, -jnp.inf)
+        return jax.random.categorical(key, scaled).astype(jnp.int32)
 
     return draw
 

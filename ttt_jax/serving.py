@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax import _arguments, _checks, _contract, _trees, generation, readers
-from ttt_jax.base import Key, Params, PyTree
+from ttt_jax.base import Key, Params, PyTree, Selection
 from ttt_jax.generation import Generated, Row, Sampler
 from ttt_jax.readers import Reader
 
@@ -23,8 +23,8 @@ class Request(NamedTuple):
       tokens: of the prompt, at least one.
       key: token t is drawn with ``fold_in(key, t)``.
       num_tokens: how many are generated at most.
-      fast: the adapter: a tree like the parameters with ``None`` in place of the base's leaves, as
-        ``select.lora().split(params)[0]`` gives it; None for the leaves of ``params``.
+      fast: the adapter, in the layout of ``select.split(params)[0]``; None for the leaves that the
+        parameters have themselves.
     """
 
     tokens: Sequence[int]
@@ -88,6 +88,7 @@ def server(
     tokens_per_call: int = 8,
     sampler: Sampler | None = None,
     stop: Sequence[int] = (),
+    select: Selection | None = None,
 ) -> Server:
     """A function that continues any number of prompts, so many at a time.
 
@@ -104,6 +105,7 @@ def server(
       tokens_per_call: tokens of every row between two looks at which have ended.
       sampler: as for :func:`~ttt_jax.generation.generate`.
       stop: tokens that end a sequence; they are part of it.
+      select: the parameters that a request may bring; None where all share one model.
 
     Returns:
       ``(params, requests) -> iterator`` of ``(index, Generated)`` in the order in which they end;
@@ -111,7 +113,7 @@ def server(
 
     Raises:
       ValueError: an argument out of range; when called: a request that is longer than
-        ``context``, an empty prompt, or an adapter of another layout than those before.
+        ``context``, an empty prompt, or an adapter of another layout than the selection's.
 
     References:
       Yu et al., `Orca <https://www.usenix.org/conference/osdi22/presentation/yu>`_, 2022, Section
@@ -121,18 +123,87 @@ def server(
     _checks.check_count("chunk", chunk)
     _checks.check_count("tokens_per_call", tokens_per_call)
     stop_tokens, draw = generation.check_stop(stop), sampler or generation.greedy()
-    fresh = jax.jit(lambda: _fresh_row(read, context, chunk))
+    sizes = context, chunk, tokens_per_call
+    programs = _programs(read, sizes, draw, stop_tokens, select)
 
-    def read_row(params: Params, rows: _Rows, tokens: Any, positions: Any, start: Any) -> Row:
-        params = _merged(rows.fast, params)
+    def run(params: Params, requests: Iterable[Request]) -> Iterator[tuple[int, Generated]]:
+        waiting = enumerate(requests)
+        tasks: list[_Task | None] = [None] * rows
+        held: _Rows | None = None
+        empty = programs.fresh()
+        own, frozen = ((), params) if select is None else select.split(params)
+        while True:
+            for place in range(rows):
+                pair = next(waiting, None) if tasks[place] is None else None
+                if pair is None:
+                    continue
+                new = _Rows(empty, *_checked(*pair, own, context))
+                if held is None:
+                    held = jax.tree.map(lambda leaf: jnp.stack([leaf] * rows), new)
+                held = programs.insert(held, jnp.asarray(place), new)
+                tasks[place] = _Task(*pair)
+            if held is None or not any(tasks):
+                return
+            if any(task is not None and task.waits for task in tasks):
+                held = programs.read_chunk(frozen, held, *_next_chunks(tasks, chunk))
+            if all(task is None or task.waits for task in tasks):
+                continue
+            held, made = programs.decode(frozen, held)
+            made, done = jax.device_get((made, held.row.done))
+            for place, task in enumerate(tasks):
+                if task is None or task.waits:
+                    continue
+                task.parts.append(Generated(*(leaf[place] for leaf in made)))
+                if done[place]:
+                    tasks[place] = None
+                    yield task.index, task.generated()
+
+    return run
+
+
+class _Programs(NamedTuple):
+    """What is compiled, once for a server.
+
+    Attributes:
+      fresh: ``() -> row`` with an empty memory, which waits.
+      insert: ``(rows, place, row) -> rows``.
+      read_chunk: ``(frozen, rows, tokens, positions, begins) -> rows``; see :func:`_next_chunks`.
+      decode: ``(frozen, rows) -> (rows, Generated[R, T])``, some tokens more of every row.
+    """
+
+    fresh: Callable[[], Row]
+    insert: Callable[..., _Rows]
+    read_chunk: Callable[..., _Rows]
+    decode: Callable[..., tuple[_Rows, Generated]]
+
+
+def _programs(
+    read: Reader,
+    sizes: tuple[int, int, int],
+    draw: Sampler,
+    stop_tokens: tuple[int, ...],
+    select: Selection | None,
+) -> _Programs:
+    context, chunk, tokens_per_call = sizes
+
+    @jax.jit
+    def fresh() -> Row:
+        zero = jnp.zeros((), jnp.int32)
+        return Row(read.init(1, context, chunk), zero, zero, zero, jnp.ones((), bool))
+
+    def merged(frozen: PyTree, fast: PyTree) -> Params:
+        return frozen if select is None else select.merge(fast, frozen)
+
+    def read_row(frozen: PyTree, rows: _Rows, tokens: Any, positions: Any, start: Any) -> Row:
+        params = merged(frozen, rows.fast)
         inputs = {"tokens": tokens[None], "positions": positions[None]}
         memory = read.read(params, rows.row.memory, inputs)[1]
         begins, token, position = start
         begun = Row(memory, token, position, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
         return _trees.where(begins, begun, rows.row._replace(memory=memory))
 
-    def decode_row(params: Params, rows: _Rows) -> tuple[Row, Generated]:
-        params = _merged(rows.fast, params)
+    def decode_row(frozen: PyTree, rows: _Rows) -> tuple[Row, Generated]:
+        params = merged(frozen, rows.fast)
 
         def body(row: Row, _: Any) -> tuple[Row, Generated]:
             row, made = generation.advance(read, params, row, rows.key, draw, stop_tokens)
@@ -146,56 +217,15 @@ def server(
         return jax.tree.map(lambda all_rows, row: all_rows.at[place].set(row), rows, new)
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def read_chunk(params: Params, rows: _Rows, *chunk: Any) -> _Rows:
-        return rows._replace(row=jax.vmap(read_row, (None, 0, 0, 0, 0))(params, rows, *chunk))
+    def read_chunk(frozen: PyTree, rows: _Rows, *parts: Any) -> _Rows:
+        return rows._replace(row=jax.vmap(read_row, (None, 0, 0, 0, 0))(frozen, rows, *parts))
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def decode(params: Params, rows: _Rows) -> tuple[_Rows, Generated]:
-        row, made = jax.vmap(decode_row, (None, 0))(params, rows)
+    def decode(frozen: PyTree, rows: _Rows) -> tuple[_Rows, Generated]:
+        row, made = jax.vmap(decode_row, (None, 0))(frozen, rows)
         return rows._replace(row=row), made
 
-    def run(params: Params, requests: Iterable[Request]) -> Iterator[tuple[int, Generated]]:
-        waiting = enumerate(requests)
-        tasks: list[_Task | None] = [None] * rows
-        held: _Rows | None = None
-        empty = fresh()
-        while True:
-            for place in range(rows):
-                pair = next(waiting, None) if tasks[place] is None else None
-                if pair is None:
-                    continue
-                new = _Rows(empty, *_checked(*pair, params, context))
-                if held is None:
-                    held = jax.tree.map(lambda leaf: jnp.stack([leaf] * rows), new)
-                _check_alike(pair[0], held, new)
-                held = insert(held, jnp.asarray(place), new)
-                tasks[place] = _Task(*pair)
-            if held is None or not any(tasks):
-                return
-            if any(task is not None and task.waits for task in tasks):
-                held = read_chunk(params, held, *_next_chunks(tasks, chunk))
-            held, made = decode(params, held)
-            made, done = jax.device_get((made, held.row.done))
-            for place, task in enumerate(tasks):
-                if task is None or task.waits:
-                    continue
-                task.parts.append(Generated(*(leaf[place] for leaf in made)))
-                if done[place]:
-                    tasks[place] = None
-                    yield task.index, task.generated()
-
-    return run
-
-
-def _fresh_row(read: Reader, context: int, chunk: int) -> Row:
-    zero = jnp.zeros((), jnp.int32)
-    return Row(read.init(1, context, chunk), zero, zero, zero, jnp.ones((), bool))
-
-
-def _merged(fast: PyTree, params: Params) -> Params:
-    return jax.tree.map(
-        lambda own, base: base if own is None else own, fast, params, is_leaf=_trees.is_hole
-    )
+    return _Programs(fresh, insert, read_chunk, decode)
 
 
 def _next_chunks(tasks: Sequence[_Task | None], size: int) -> Any:
@@ -212,7 +242,7 @@ def _next_chunks(tasks: Sequence[_Task | None], size: int) -> Any:
 
 
 def _checked(
-    index: int, request: Request, params: Params, context: int
+    index: int, request: Request, own: PyTree, context: int
 ) -> tuple[PyTree, Key, jax.Array]:
     """Adapter, key and limit of a request that can be served."""
     name = f"Request {index}"
@@ -230,25 +260,19 @@ def _checked(
             f"{name} needs {length[0]} + {count} tokens, prompt and continuation, and context is "
             f"{context}: cut its prompt, or build the server with a larger context."
         )
-    fast = request.fast
-    if fast is None:
-        fast = jax.tree.map(lambda leaf: None, params)
-    return fast, request.key, jnp.asarray(count, jnp.int32)
-
-
-def _check_alike(index: int, held: _Rows, new: _Rows) -> None:
-    def layout(tree: PyTree, skip: int) -> Any:
-        return {
-            path: (jnp.shape(leaf)[skip:], jnp.asarray(leaf).dtype)
-            for path, leaf in _trees.named_leaves(tree)
-            if leaf is not None
-        }
-
-    before, now = layout(held.fast, 1), layout(new.fast, 0)
-    if before != now:
-        odd = sorted(before.items() ^ now.items())[0][0]
+    fast = own if request.fast is None else request.fast
+    if odd := sorted(_layout(fast) ^ _layout(own)):
         raise ValueError(
-            f"Request {index} needs an adapter of the layout of those before it; they differ at "
-            f"{odd!r}. Give every request the leaves of one selection, and pad ranks with "
-            "models.pad_rank."
+            f"{name} needs an adapter in the layout of the server's select; they differ at "
+            f"{odd[0][0]!r}, {odd[0][1]}. Build the server with select=..., give the leaves it "
+            "chooses, and pad ranks with models.pad_rank."
         )
+    return jax.tree.map(jnp.asarray, fast), request.key, jnp.asarray(count, jnp.int32)
+
+
+def _layout(fast: PyTree) -> set[tuple[str, str]]:
+    return {
+        (path, f"{jnp.asarray(leaf).dtype}{list(jnp.shape(leaf))}")
+        for path, leaf in _trees.named_leaves(fast)
+        if leaf is not None
+    }

@@ -106,6 +106,30 @@ def silent(record: Record) -> float:
     return float(sum(int(row["after_silent"]) for row in record["rows"]))
 
 
+def nats_of_window(record: Record, window: int = 0) -> float:
+    """Returns the nats per token of an isolated window under the first model of the file."""
+    return float(record["rows"][0]["nats_per_token"][window])
+
+
+def document_savings(record: Record, *roles: str) -> list[float]:
+    """Returns the percent of bits saved per document over its best control of the same window."""
+    return [
+        100 * (1 - row["adapted"] / min(row["isolated"], row["sliding"]))
+        for row in record["documents"]
+        if not roles or row["role"] in roles
+    ]
+
+
+def books_saved(record: Record) -> float:
+    """Returns the mean over whole books of the bits saved, in percent."""
+    return statistics.mean(document_savings(record, "books"))
+
+
+def documents_harmed(record: Record) -> float:
+    """Returns the percent of all documents that needs more bits than its best control."""
+    return 100 * statistics.mean(saved < 0 for saved in document_savings(record))
+
+
 def computed(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an entry with its value, device and command as its file has them now."""
     module, function = entry["select"].split(":")

@@ -1,6 +1,7 @@
 """More prompts than rows: what comes out is what each gives alone, whatever the rows do."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ pytest.importorskip("qwix", reason="low-rank adaptation needs qwix")
 
 LENGTHS = (5, 1, 9, 3, 6)
 LIMITS = (4, 7, 2, 5, 3)
-CONTEXT, STOP = 16, 1
+CONTEXT, STOP = 16, 17
 KEYS = ttt.sample_keys(jax.random.key(5), np.arange(len(LENGTHS)))
 PROMPTS = [small.draw_tokens(length, seed=length) for length in LENGTHS]
 SAMPLER = generation.sample(0.7, 0.95)
@@ -36,7 +37,7 @@ def requests(model):
 def two_rows(model):
     return serving.server(
         models.reader(model[0]), rows=2, context=CONTEXT, chunk=2, tokens_per_call=3,
-        sampler=SAMPLER, stop=[STOP],
+        sampler=SAMPLER, stop=[STOP], select=select.lora(),
     )  # fmt: skip
 
 
@@ -97,6 +98,30 @@ def test_another_adapter_changes_its_own_request_alone(model, requests, two_rows
     assert (first[1].nats != second[1].nats).any()
 
 
+def test_a_row_that_broke_is_emptied_for_the_next_request(model, requests, two_rows, alone):
+    """NaN among the keys of a row would spoil even what does not see them."""
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), requests[2].fast)
+    both = [requests[2]._replace(fast=broken, num_tokens=1)] * 2
+    served = dict(two_rows(model[1], [*both, *requests[:2]]))
+    for index in (0, 1):
+        assert np.isnan(served[index].nats).all()
+        np.testing.assert_array_equal(served[index + 2].tokens, alone[index][0])
+        np.testing.assert_allclose(served[index + 2].nats, alone[index][1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_request_without_an_adapter_has_the_leaves_of_the_parameters(model, requests, two_rows):
+    """``b`` is zero in them, so it gets what the base gives; the one beside it, its own."""
+    bare = requests[0]._replace(fast=None)
+    served = dict(two_rows(model[1], [bare, requests[0]]))
+    serve = serving.server(
+        models.reader(small.NET), rows=1, context=CONTEXT, sampler=SAMPLER, stop=[STOP]
+    )
+    [(_, due)] = serve(small.base(), [bare])
+    np.testing.assert_array_equal(served[0].tokens, due.tokens)
+    np.testing.assert_allclose(served[0].nats, due.nats, rtol=1e-4, atol=1e-5)
+    assert served[0].nats[0] != served[1].nats[0]
+
+
 def test_without_adapters_and_with_more_rows_than_requests(model):
     net, params = small.NET, small.base()
     serve = serving.server(models.reader(net), rows=3, context=CONTEXT)
@@ -120,10 +145,13 @@ def test_requests_that_cannot_be_served(model, requests, two_rows):
         (good._replace(num_tokens=0), "num_tokens of request 1 must be"),
         (good._replace(tokens=[]), "at least one; got shape"),
         (good._replace(tokens=[0.5]), "needs integer tokens"),
-        (good._replace(fast=other), "adapter of the layout of those before.*kernel_lora_a"),
+        (good._replace(fast=other), "layout of the server.*kernel_lora_a', float32"),
     ):
         with pytest.raises(ValueError, match=sentence):
             list(two_rows(params, [good, request]))
+    plain = serving.server(models.reader(small.NET), rows=1, context=CONTEXT)
+    with pytest.raises(ValueError, match=r"Build the server with select="):
+        list(plain(params, [good]))
     with pytest.raises(TypeError, match="Request 0 must be a Request"):
         list(two_rows(params, [PROMPTS[0]]))
     with pytest.raises(ValueError, match="tokens_per_call must be"):

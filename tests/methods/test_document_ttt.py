@@ -189,29 +189,24 @@ def test_documents_of_unequal_length_side_by_side():
     assert (info.loss[1, half:] == 0).all() and (info.grad_norm[1, half:] == 0).all()
 
 
-def test_documents_one_after_the_other_equal_each_alone():
-    """In one row, the first with padding in its last chunk: nothing passes from one to the next."""
+def test_padding_between_documents_is_read_by_nothing():
+    """In one row, the first with padding in its last chunk: its tokens change no bit."""
     tokens, mask = TOKENS[:2].reshape(-1, LENGTH), np.ones((2 * CHUNKS, LENGTH), bool)
     mask[CHUNKS - 1, 2:] = False
     x = {"tokens": tokens, "mask": mask, "start": np.arange(2 * CHUNKS) % CHUNKS == 0}
-    module = models.reader(tiny.MODULE.clone(window=8, sinks=2))
-    for read, params in ((tiny.PLAIN, PARAMS), (module, tiny.MODULE_PARAMS)):
-        for num_steps in (0, 1):
-            predict = make(read, num_steps=num_steps, bos=3)
+    other = tokens.copy()
+    other[CHUNKS - 1, 2:] = (tokens[CHUNKS - 1, 2:] + 1) % tiny.VOCABULARY
 
-            def run(x, predict=predict, params=params):
-                parts = [
-                    {name: x[name][part : part + CHUNKS] for name in ("tokens", "mask")}
-                    for part in (0, CHUNKS)
-                ]
-                alone = [predict(params, part, KEY) for part in parts]
-                return predict(params, x, KEY), alone
+    def run(x, other):
+        predict = make(tiny.PLAIN, bos=3)
+        alone = {name: x[name][CHUNKS:] for name in ("tokens", "mask")}
+        both = predict(PARAMS, x, KEY), predict(PARAMS, {**x, "tokens": other}, KEY)
+        return *both, predict(PARAMS, alone, KEY)[0]
 
-            (output, info), alone = quickly(run, x)
-            expected = np.concatenate([nats for nats, _ in alone])
-            np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
-            losses = np.concatenate([info.loss for _, info in alone])
-            np.testing.assert_allclose(info.loss, losses, rtol=1e-5)
+    result, changed, alone = quickly(run, x, other)
+    jax.tree.map(np.testing.assert_array_equal, changed, result)
+    np.testing.assert_allclose(result[0][CHUNKS:], alone, rtol=1e-5, atol=1e-6)
+    assert (result[0][CHUNKS - 1, 2:] == 0).all() and (result[0][CHUNKS - 1, :2] > 0).all()
 
 
 def test_padding_to_twice_the_length_changes_no_bit(company):
@@ -277,10 +272,6 @@ BAD = {
         {"tokens": TOKENS[0], "label": 1},
         r"'tokens' and.*'mask'; got \['label', 'tokens'\]",
     ),
-    "start": (
-        {"tokens": TOKENS[0], "start": np.ones(LENGTH, bool)},
-        r"start \[T\].*got shape \(6,\) for tokens of shape \(4, 6\)",
-    ),
     "none": ({"text": "a"}, r"'tokens'.*got \['text'\]"),
 }
 
@@ -304,3 +295,24 @@ def test_bad_arguments():
         readers.isolated(tiny.MODULE)
     with pytest.raises(ValueError, match="context"):
         readers.recomputed(tiny.MODULE.apply, context=0)
+
+
+def test_documents_one_after_another_are_each_alone(scores):
+    """Three documents in one row, with starts, score as each does by itself."""
+    names = [("cached", "adapted"), ("cached", "control")]
+    read, params = tiny.READERS["cached"]
+    ways = {"adapted": make(read), "control": make(read, num_steps=0)}
+    row = {
+        "tokens": jnp.concatenate([tiny.document(index)["tokens"] for index in (1, 0)]),
+        "mask": jnp.concatenate([tiny.document(index)["mask"] for index in (1, 0)]),
+        "start": jnp.arange(2 * CHUNKS) % CHUNKS == 0,
+    }
+    made = quickly(lambda x: {n: ways[n[1]](params, x, KEY)[0] for n in names}, row)
+    for name in names:
+        np.testing.assert_allclose(made[name][CHUNKS:], scores[name][0], rtol=1e-5, atol=1e-6)
+        assert made[name][CHUNKS, 0] == 0  # the first token of a document has no score
+    unmarked = {name: leaf for name, leaf in row.items() if name != "start"}
+    leaked = quickly(lambda x: ways["adapted"](params, x, KEY)[0], unmarked)
+    assert np.abs(leaked[CHUNKS:] - made["cached", "adapted"][CHUNKS:]).max() > 1e-3
+    with pytest.raises(ValueError, match="a bool per chunk"):
+        ways["control"](params, row | {"start": jnp.zeros(3, bool)}, KEY)

@@ -10,7 +10,7 @@ from ttt_jax import models, select
 
 VOCABULARY = 24
 NET = models.Decoder(
-    vocabulary=VOCABULARY, width=16, depth=2, heads=2, kv_heads=1, mlp_width=24, attention="xla"
+    vocabulary=VOCABULARY, width=16, depth=3, heads=2, kv_heads=1, mlp_width=24, attention="xla"
 )
 RANK, ALPHA = 2, 8.0
 TARGETS = (".*/query", ".*/down")

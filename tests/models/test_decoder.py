@@ -1,5 +1,6 @@
 """Decoders: packed and padded sequences, caches, stages, recomputed activations, constants."""
 
+import math
 import re
 
 import jax
@@ -210,11 +211,10 @@ LARGEST_CONSTANT = 1 << 20
 
 def constants_of(text):
     """Bytes of each array that a lowered program holds; a splat, ``dense<0.0>``, is no array."""
-    widths = {"f32": 4, "i32": 4, "ui32": 4, "bf16": 2, "f16": 2, "i1": 1, "i8": 1, "f64": 8}
-    sizes = []
-    for shape, dtype in re.findall(r'dense<["\[][^>]*> : tensor<([\dx]+)x(\w+)>', text):
-        sizes.append(int(np.prod([int(n) for n in shape.split("x")])) * widths[dtype])
-    return sizes
+    arrays = re.findall(r'dense<["\[][^>]*> : tensor<([\dx]+)x[a-z]+(\d+)', text)
+    return [
+        math.prod(map(int, shape.split("x"))) * max(1, int(bits) // 8) for shape, bits in arrays
+    ]
 
 
 def test_base_weights_are_no_constants():

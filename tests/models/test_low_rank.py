@@ -9,7 +9,7 @@ from flax import traverse_util
 
 import ttt_jax as ttt
 from tests.models import small_decoder as small
-from ttt_jax import losses, models, select
+from ttt_jax import losses, methods, models, select
 
 pytest.importorskip("qwix", reason="low-rank adaptation needs qwix")
 
@@ -33,13 +33,10 @@ def two_steps(net, params):
     optimizer = optax.adamw(0.02, weight_decay=0.1)
     adapter = ttt.gradient_adapter(losses.next_token(net.apply), optimizer, select=select.lora())
 
-    def run(params):
-        state = adapter.init(params)
-        for _ in range(2):
-            state, info = adapter.step(params, state, TOKENS[0], KEY)
-        return state.fast, info
-
-    return jax.jit(run)(params)
+    step, state = jax.jit(adapter.step), adapter.init(params)
+    for _ in range(2):
+        state, info = step(params, state, TOKENS[0], KEY)
+    return state.fast, info
 
 
 def test_the_model_computes_what_it_did_until_its_leaves_move(narrow):
@@ -58,6 +55,20 @@ def test_the_model_computes_what_it_did_until_its_leaves_move(narrow):
 
 def flat(tree):
     return traverse_util.flatten_dict(tree, sep="/")
+
+
+def test_documents_side_by_side_are_each_alone_and_share_the_base(narrow):
+    net, params = narrow
+    # As many as no axis of the model is long.
+    documents = small.draw_tokens(5, 2, 4)
+    keys = ttt.sample_keys(KEY, np.arange(5))
+    learn = methods.document_adapter(models.reader(net), optimizer=optax.adam(0.05))
+    found, info = jax.jit(ttt.batched(learn))(params, documents, keys)
+    due, alone = jax.jit(learn)(params, documents[1], keys[1])
+    ttt.audit.require_close(small.row_of(found, 1), due, num_steps=2)
+    np.testing.assert_allclose(info.loss[1], alone.loss, rtol=1e-5)
+    assert info.updated.all()
+    assert ttt.audit.copied_frozen(learn, select.lora(), params, documents, keys) == []
 
 
 def test_a_padded_rank_makes_the_same_updates(narrow, wide):
@@ -82,7 +93,7 @@ def test_a_rank_that_is_there_already_stays(narrow):
 
 def test_what_cannot_be_padded(narrow):
     fast = select.lora().split(narrow[1])[0]
-    with pytest.raises(ValueError, match=r"got 1, and factors of shapes \(2, 16, 2\)"):
+    with pytest.raises(ValueError, match=r"got 1, and factors of shapes \(3, 16, 2\)"):
         models.pad_rank(fast, 1)
     with pytest.raises(ValueError, match="without: give the variables"):
         models.pad_rank(small.base(), WIDE)

@@ -101,9 +101,9 @@ def document_ttt(
     inner.check_num_steps(num_steps)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
-        x, start = _starts(x)
-        tokens, mask = document_of("document_ttt", x)
+        tokens, mask = document_of("document_ttt", x, "start")
         count, length = tokens.shape
+        start = starts_of(x, count)
         chunks = chunks_of(tokens, mask, bos, start)
         stream = learning_stream(read, (count * length, length), optimizer, select, num_steps)
         return unroll(stream)(params, chunks, key)
@@ -111,10 +111,16 @@ def document_ttt(
     return predict
 
 
-def document_of(name: str, x: Any) -> tuple[jax.Array, jax.Array]:
-    """Tokens and mask, each ``[T, L]``; refuses what is no document."""
+def document_of(name: str, x: Any, *more: str) -> tuple[jax.Array, jax.Array]:
+    """Tokens and mask, each ``[T, L]``; refuses what is no document.
+
+    Args:
+      name: of the method.
+      x: the document.
+      *more: further leaves that it may have.
+    """
     leaves = dict(x) if isinstance(x, Mapping) else {"tokens": x}
-    if "tokens" not in leaves or set(leaves) - {"tokens", "mask"}:
+    if "tokens" not in leaves or set(leaves) - {"tokens", "mask", *more}:
         raise ValueError(
             f"methods.{name} needs a document with 'tokens' and, where wanted, 'mask'; got "
             f"{sorted(leaves)}: pass integers [T, L], or a mapping of the two."
@@ -134,17 +140,15 @@ def document_of(name: str, x: Any) -> tuple[jax.Array, jax.Array]:
     return tokens, mask
 
 
-def _starts(x: Any) -> tuple[Any, jax.Array | None]:
-    """The document without ``start``, and that."""
-    if not isinstance(x, Mapping) or "start" not in x:
-        return x, None
-    start = jnp.asarray(x["start"])
-    if start.shape != jnp.shape(x.get("tokens", ()))[:1]:
+def starts_of(x: Any, count: int) -> jax.Array | None:
+    """Bool ``[T]``, the chunks that begin a document; None for a single one."""
+    start = x.get("start") if isinstance(x, Mapping) else None
+    if start is not None and jnp.shape(start) != (count,):
         raise ValueError(
-            "methods.document_ttt needs start [T], one flag for each chunk; got shape "
-            f"{start.shape} for tokens of shape {jnp.shape(x.get('tokens'))}."
+            f"methods.document_ttt needs start with a bool per chunk, ({count},); got shape "
+            f"{jnp.shape(start)}: True where another document begins."
         )
-    return {name: leaf for name, leaf in x.items() if name != "start"}, start
+    return start
 
 
 def chunks_of(

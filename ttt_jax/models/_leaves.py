@@ -77,7 +77,6 @@ def variables(module: Decoder, source: Source, dtype: Any) -> dict[str, Any]:
         or that the module has no place for.
     """
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    # A seed, no key: a decoder is built where nothing else is drawn.
     shapes = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
     names = _names_of_leaves(module, source)
     known = set(source.names)

@@ -14,7 +14,22 @@ from ttt_jax import _arguments, _contract, _extras
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-@_arguments.checked(rank=_arguments.count(1))
+def _patterns(place: str, name: str, value: Any) -> Any:
+    many = [value] if isinstance(value, str) else value
+    if not isinstance(many, list | tuple) or not many or not all(isinstance(p, str) for p in many):
+        raise ValueError(
+            f"{name} of low_rank must be a regular expression of module paths, or a list of them; "
+            f"got {_contract.described(value) if callable(value) else repr(value)}."
+        )
+    return value
+
+
+@_arguments.checked(
+    module=_arguments.instance(nn.Module),
+    rank=_arguments.count(1),
+    alpha=_arguments.number(0.0, above=True),
+    paths=_patterns,
+)
 def low_rank(
     module: _Module,
     params: Any,
@@ -45,7 +60,7 @@ def low_rank(
 
     Raises:
       ImportError: ``qwix`` is missing.
-      ValueError: no module has a path that matches.
+      ValueError: an argument out of range, or no module with a path that matches.
 
     References:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, Eq. 3.

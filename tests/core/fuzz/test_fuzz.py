@@ -11,32 +11,18 @@ from tests.core.fuzz import outcomes, table
 
 MODULES = (
     *("", "adapters", "audit", "batching", "budget", "checkpoint", "data", "data.corruptions"),
-    *("data.streams", "data.tokenizers", "diagnostics", "evaluation", "inner"),
-    *("kernels.attention", "kernels.conv"),
     *(
-        "generation",
-        "losses",
-        "methods",
-        "metrics",
-        "models",
-        "neighbors",
-        "online",
-        "predictors",
-        "resets",
+        "data.streams",
+        "data.tokenizers",
+        "diagnostics",
+        "evaluation",
+        "inner",
+        "kernels.attention",
+        "kernels.conv",
     ),
-    *(
-        "optimizers",
-        "passages",
-        "readers",
-        "running_statistics",
-        "select",
-        "serving",
-        "task",
-        "training",
-        "tuning",
-        "views.augmix",
-        "views.image",
-    ),
+    *("generation", "losses", "methods", "metrics", "models", "neighbors", "online"),
+    *("optimizers", "passages", "predictors", "readers", "resets", "serving"),
+    *("running_statistics", "select", "task", "training", "tuning", "views.augmix", "views.image"),
 )
 LEAST_SLIPS = 6
 

@@ -11,6 +11,7 @@ import ttt_jax as ttt
 from tests.core import small_reader
 from tests.core.fuzz import things
 from tests.core.fuzz.calls import Table
+from tests.models import small_decoder
 from ttt_jax import checkpoint, generation, methods, models, optimizers, select, serving
 
 TABLE = Table()
@@ -78,6 +79,7 @@ add(
     tokens_per_call=2,
     sampler=DRAW,
     stop=(5,),
+    select=select.lora(),
     kinds=KINDS,
     ranges={"rows": 0, "context": 1, "chunk": 0, "tokens_per_call": 0, "stop": STOP},
 )
@@ -129,6 +131,39 @@ add(
     params=FAST,
     rank=3,
     ranges={"params": (BASE,), "rank": 1},
+)
+TOKENS = np.array([[1, 2]])
+add(
+    "models.low_rank",
+    models.low_rank,
+    lambda made: made[0].apply(made[1], TOKENS),
+    module=small_decoder.NET,
+    params=small_decoder.base(),
+    key=things.KEY,
+    inputs=TOKENS,
+    rank=2,
+    alpha=4.0,
+    paths=".*/query",
+    kinds={"paths": "text", "inputs": None},
+    ranges={"paths": ("nothing", []), "rank": 0, "alpha": -1.0, "inputs": "text"},
+    # Another module is right, and so is a list of expressions.
+    allowed="module: module, paths: list",
+)
+add(
+    "models.reader",
+    models.reader,
+    lambda read: read.read(
+        small_decoder.base(),
+        read.init(1, 2, 2),
+        {"tokens": TOKENS, "positions": np.array([[0, 1]])},
+    ),
+    module=small_decoder.NET,
+)
+add(
+    "models.decoder_function",
+    models.decoder_function,
+    lambda apply: apply(small_decoder.base(), TOKENS),
+    module=small_decoder.NET,
 )
 FOLDER = pathlib.Path(tempfile.mkdtemp())
 checkpoint.save_adapter(FOLDER / "adapter", FAST, base=BASE)
