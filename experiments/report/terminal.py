@@ -49,7 +49,11 @@ def error_table(data: Data, role: str = "reported") -> str:
         columns[domain] = {
             line["method"]: f"{factor * line['mean']:.{1 if factor > 1 else 3}f}"
             + ("+" if line["partial"] else "")
-            + (f"±{factor * line['half']:.{1 if factor > 1 else 3}f}" if domain == "mean" and line["half"] > 0 else "")
+            + (
+                f"±{factor * line['half']:.{1 if factor > 1 else 3}f}"
+                if domain == "mean" and line["half"] > 0
+                else ""
+            )
             + ("*" if line["method"] in low else "")
             + ("~" if line["chance"] else "")
             for _, line in lines.iterrows()
