@@ -154,6 +154,8 @@ def bootstrap(frame: pd.DataFrame, folder: pathlib.Path, said: list[str]) -> dic
     for file, rows in files:
         unit = [file[name].item() for name in ("method", "seed", "role")]
         same = (rows[["method", "seed", "split_role"]] == unit).all(axis=1)
+        if "stream" in file and "stream" in rows:
+            same &= rows["stream"].isna() | (rows["stream"] == file["stream"].item())
         tags = [name for name in file if name not in known and name in frame]
         weights = draws[:, np.searchsorted(ids, file["id"])]
         for index, row in rows[same].iterrows():

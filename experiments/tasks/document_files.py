@@ -130,9 +130,9 @@ def read(
     for name, text in source.texts():
         if len(documents) == most:
             break
-        ids = np.asarray(vocabulary.encode(text), np.int32)[:longest]
+        ids = np.asarray(vocabulary.encode(text), np.int32)
         if len(ids) >= max(least, 1):
-            documents.append(Document(name, ids))
+            documents.append(Document(name, ids[:longest]))
     if not documents:
         raise ValueError(
             f"Documents need data.least = {least} tokens; {str(source.path)!r} has no text that is "
@@ -142,7 +142,12 @@ def read(
 
 
 def batches(
-    documents: Sequence[Document], vocabulary: Vocabulary, *, chunk: int, size: int
+    documents: Sequence[Document],
+    vocabulary: Vocabulary,
+    *,
+    chunk: int,
+    size: int,
+    first: int = 0,
 ) -> list[Examples]:
     """Batches of documents of similar lengths, the shortest first.
 
@@ -154,6 +159,7 @@ def batches(
       vocabulary: of their ids.
       chunk: L, tokens of a chunk.
       size: documents of a batch, at most; batches differ by one at most.
+      first: the id of the first document.
 
     Returns:
       Examples with ``x = {"tokens": int32 [N, T, L], "mask": bool [N, T, L]}``, and ``y`` of
@@ -173,7 +179,7 @@ def batches(
         x = {"tokens": tokens.reshape(shape), "mask": mask.reshape(shape)}
         names = np.array([documents[index].name for index in part])
         y = {"bytes": bytes_of_chunks(x, vocabulary).sum(-1), "name": names}
-        made.append(Examples(part, x, y, {}))
+        made.append(Examples(first + part, x, y, {}))
     return made
 
 

@@ -154,12 +154,13 @@ def task(config: ml_collections.ConfigDict) -> Task:
 
     def streams(role: str, seed: int) -> dict[str, list[Examples]]:
         role = "validation" if role == "choosing" else role
-        return {
-            name: document_files.batches(
-                held, vocabulary, chunk=chunk, size=config.adapt.batch_size
+        made, first = {}, 0
+        for name, held in documents(role).items():
+            made[name] = document_files.batches(
+                held, vocabulary, chunk=chunk, size=config.adapt.batch_size, first=first
             )
-            for name, held in documents(role).items()
-        }
+            first += len(held)
+        return made
 
     return Task(
         name=config.data.name,

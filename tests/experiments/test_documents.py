@@ -176,6 +176,8 @@ def test_another_documents_adapter(held):
 def test_a_pretrained_folder_goes_through_the_programs(tmp_path):
     config = documents_pretrained.get_config()
     tiny_decoder.stand_in(config, tmp_path)
+    other = tiny_decoder.write_texts(tmp_path / "other.jsonl", (30, 41, 60), seed=7)
+    config.data.reported = (*config.data.reported, other)
     config.data.update({"chunk": 8, "chunks": 4, "window": 12, "sinks": 2})
     config.model.rank = 2
     config.adapt.batch_size = 2
@@ -192,10 +194,16 @@ def test_a_pretrained_folder_goes_through_the_programs(tmp_path):
     data = table.prepare(read.results(folder))
     lines = report_documents.lines(data)
     methods = ("recomputed", "source", "document_ttt")
-    assert {*lines.index} == {("reported", name) for name in methods}
+    streams = ("reported", "other")
+    assert {*lines.index} == {(stream, name) for stream in streams for name in methods}
+    # Documents of one stream are not those of another, however many there are.
+    source = data.rows().query("method == 'source'")
+    first, second = data.replicates["bits_per_byte"][source.index]
+    assert (first != second).any()
     assert (lines["documents"] == "3").all() and lines["saved, median (%)"].notna().all()
     shown = report_documents.shown_passages(tmp_path / "run", [])
-    assert {document["name"] for document in shown} == {"title 0", "title 1", "title 2"}
+    names = {(document["stream"], document["name"]) for document in shown}
+    assert names == {(stream, f"title {k}") for stream in streams for k in range(3)}
     assert all(passage["text"] for document in shown for passage in document["passages"])
     (tmp_path / "run" / "passages.json").write_text("[{}]")
     said = []
