@@ -1,6 +1,6 @@
 """Readers: model functions that read a document chunk by chunk and remember what came before."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ttt_jax import _arguments, _contract
 from ttt_jax.base import Params, PyTree
 
-__all__ = ["Reader", "isolated", "recomputed"]
+__all__ = ["HiddenReader", "Reader", "isolated", "recomputed"]
 
 
 class Reader(NamedTuple):
@@ -26,6 +26,19 @@ class Reader(NamedTuple):
 
     init: Callable[[int, int, int], PyTree]
     read: Callable[[Params, PyTree, Any], tuple[jax.Array, PyTree]]
+
+
+class HiddenReader(NamedTuple):
+    """A reader that also gives what goes into its matrices.
+
+    Attributes:
+      init: as of a :class:`Reader`.
+      read: ``read(params, memory, inputs) -> (logits[N, L, V], memory, hidden)``; ``hidden`` has
+        by the path of a matrix ``[..., F, D]`` its inputs ``[..., N, L, F]``.
+    """
+
+    init: Callable[[int, int, int], PyTree]
+    read: Callable[[Params, PyTree, Any], tuple[jax.Array, PyTree, Mapping[str, jax.Array]]]
 
 
 def rule(place: str, name: str, value: Any) -> Reader:

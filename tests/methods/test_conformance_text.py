@@ -4,8 +4,6 @@ Parallel equals the loop, in any order and company; a document with a nan weight
 bitwise alone; the parameters stay what they were.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,8 +31,20 @@ CHOSEN = {"select": tiny.DOWN, "optimizer": optax.adam(0.1)}
 WINDOW = readers.recomputed(tiny.decode, context=8)
 
 
-def neighbors(**options):
-    method = methods.neighbors_ttt(WINDOW, k=2, **CHOSEN, **options)
+def read_with_hidden(params, memory, inputs):
+    logits, hidden = tiny.decode_with_hidden(params, inputs["tokens"])
+    return logits, memory, {"params/down/kernel": hidden}
+
+
+def aims(params, x):
+    return params["params"]["embedding"][x["targets"]]
+
+
+HIDDEN = readers.HiddenReader(lambda batch, tokens, chunk: (), read_with_hidden)
+
+
+def neighbors(*args, **options):
+    method = methods.neighbors_ttt(*args, k=2, **options)
 
     def predict(params, x, key):
         return method.build(method.measure(params, POOL))(params, x, key)
@@ -42,21 +52,34 @@ def neighbors(**options):
     return predict
 
 
+# Method, and its arguments by position and by name.
 METHODS = {
-    "document_ttt": functools.partial(methods.document_ttt, WINDOW, **CHOSEN),
-    "in_place": functools.partial(methods.in_place, WINDOW, **CHOSEN),
-    "neighbors_ttt": neighbors,
-    "passages_adapter": functools.partial(methods.passages_adapter, WINDOW, **CHOSEN),
-    "merged_adapters": functools.partial(
-        methods.merged_adapters, WINDOW, ADAPTERS, CENTERS, select=tiny.DOWN, k=2
+    "document_ttt": (methods.document_ttt, (WINDOW,), CHOSEN),
+    "in_place": (methods.in_place, (WINDOW,), CHOSEN),
+    "in_place_targets": (
+        methods.in_place_targets,
+        (HIDDEN, aims),
+        {"select": tiny.DOWN, "max_norm": 0.5},
+    ),
+    "neighbors_ttt": (neighbors, (WINDOW,), CHOSEN),
+    "passages_adapter": (methods.passages_adapter, (WINDOW,), CHOSEN),
+    "merged_adapters": (
+        methods.merged_adapters,
+        (WINDOW, ADAPTERS, CENTERS),
+        {"select": tiny.DOWN, "k": 2},
     ),
 }
+
+
+def make(name, **options):
+    method, args, settings = METHODS[name]
+    return method(*args, **{**settings, **options})
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_promises(name):
     steps = 2 if name == "neighbors_ttt" else tiny.CHUNKS
-    found = audit.check(METHODS[name](), tiny.PARAMS, tiny.DOCUMENTS, KEYS, num_steps=steps)
+    found = audit.check(make(name), tiny.PARAMS, tiny.DOCUMENTS, KEYS, num_steps=steps)
     # Without steps there is no loss that could tell.
     due = 5 if name == "merged_adapters" else 6
     assert len(found) == due and all(finding.passed for finding in found)
@@ -65,7 +88,7 @@ def test_promises(name):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "passages_adapter"])
 def test_scored_before_learned_from(name):
-    audit.score_before_update(jax.jit(METHODS[name]()), tiny.PARAMS, tiny.document(0), KEY)
+    audit.score_before_update(jax.jit(make(name)), tiny.PARAMS, tiny.document(0), KEY)
 
 
 def test_every_method_over_documents_has_a_row():

@@ -27,8 +27,14 @@ PUBLISHED = {
     "in_place": {
         "optimizer": optax.sgd(1.0),
         "select": select.paths(".*mlp/down/kernel"),
-        "max_norm": 0.1,
+        "max_norm": 0.03,
         "num_steps": 1,
+        "bos": None,
+    },
+    "in_place_targets": {
+        "rate": 0.3,
+        "max_norm": 1e-5,
+        "select": select.paths(".*mlp/down/kernel"),
         "bos": None,
     },
     "neighbors_ttt": {
@@ -97,7 +103,7 @@ def test_defaults(name):
 def test_a_reader_comes_first_and_settings_by_keyword(name):
     parameters = list(inspect.signature(getattr(methods, name)).parameters.values())
     heads = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    assert heads[0] == "read" and set(heads) <= {"read", "adapters", "centers"}
+    assert heads[0] == "read" and set(heads) <= {"read", "targets", "adapters", "centers"}
 
 
 def test_the_default_optimizers_differ():

@@ -189,6 +189,26 @@ def test_documents_of_unequal_length_side_by_side():
     assert (info.loss[1, half:] == 0).all() and (info.grad_norm[1, half:] == 0).all()
 
 
+def test_padding_between_documents_is_read_by_nothing():
+    """In one row, the first with padding in its last chunk: its tokens change no bit."""
+    tokens, mask = TOKENS[:2].reshape(-1, LENGTH), np.ones((2 * CHUNKS, LENGTH), bool)
+    mask[CHUNKS - 1, 2:] = False
+    x = {"tokens": tokens, "mask": mask, "start": np.arange(2 * CHUNKS) % CHUNKS == 0}
+    other = tokens.copy()
+    other[CHUNKS - 1, 2:] = (tokens[CHUNKS - 1, 2:] + 1) % tiny.VOCABULARY
+
+    def run(x, other):
+        predict = make(tiny.PLAIN, bos=3)
+        alone = {name: x[name][CHUNKS:] for name in ("tokens", "mask")}
+        both = predict(PARAMS, x, KEY), predict(PARAMS, {**x, "tokens": other}, KEY)
+        return *both, predict(PARAMS, alone, KEY)[0]
+
+    result, changed, alone = quickly(run, x, other)
+    jax.tree.map(np.testing.assert_array_equal, changed, result)
+    np.testing.assert_allclose(result[0][CHUNKS:], alone, rtol=1e-5, atol=1e-6)
+    assert (result[0][CHUNKS - 1, 2:] == 0).all() and (result[0][CHUNKS - 1, :2] > 0).all()
+
+
 def test_padding_to_twice_the_length_changes_no_bit(company):
     """Scores, losses and gradients, whatever tokens the padding has."""
     pads = np.random.default_rng(3).integers(tiny.VOCABULARY, size=(2, 3, CHUNKS, LENGTH))

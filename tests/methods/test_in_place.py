@@ -58,11 +58,11 @@ def test_equals_a_loop_with_a_clip_by_hand():
 
 
 def test_the_clip_is_of_each_matrix_and_not_of_a_stack():
-    from ttt_jax.methods.in_place import _clip_matrices
+    from ttt_jax.methods.in_place import clip_matrices
 
     stack = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
     stack *= np.array([0.01, 1.0, 0.0], np.float32)[:, None, None]
-    clip = _clip_matrices(0.5)
+    clip = clip_matrices(0.5)
     clipped, _ = clip.update({"kernel": stack}, clip.init({}))
     norms = np.sqrt(np.square(np.asarray(clipped["kernel"], np.float64)).sum((1, 2)))
     np.testing.assert_array_equal(clipped["kernel"][0], stack[0])

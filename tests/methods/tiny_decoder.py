@@ -34,6 +34,11 @@ PARAMS = {
 
 def decode(params, inputs):
     """``[N, T] -> [N, T, V]``; a token sees those at positions from 0 to its own."""
+    return decode_with_hidden(params, inputs)[0]
+
+
+def decode_with_hidden(params, inputs):
+    """The logits, and the inputs of the matrix ``down``."""
     params = params["params"]
     tokens = inputs["tokens"] if isinstance(inputs, dict) else inputs
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
@@ -41,18 +46,20 @@ def decode(params, inputs):
         places = inputs["positions"]
     x = params["embedding"][tokens]
     seen = (places[:, None] <= places[:, :, None]) & (places[:, None] >= 0)
-    weights = seen / jnp.maximum(seen.sum(-1, keepdims=True), 1)
-    mixed = jnp.einsum("nts,nsd->ntd", weights, jnp.where((places >= 0)[..., None], x, 0))
+    seen = seen.astype(jnp.float32)
+    weights = seen / jnp.maximum(seen.sum(-1, keepdims=True), 1.0)
+    mixed = jnp.einsum("nts,nsd->ntd", weights, jnp.where((places >= 0)[..., None], x, 0.0))
     x = x + mixed @ params["mix"]["kernel"]
-    x = x + jax.nn.silu(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
-    return jnp.tanh(x) @ params["head"]
+    hidden = jax.nn.silu(x @ params["up"]["kernel"])
+    x = x + hidden @ params["down"]["kernel"]
+    return jnp.tanh(x) @ params["head"], hidden
 
 
 MODULE = models.Decoder(vocabulary=VOCABULARY, width=WIDTH, depth=2, heads=2, mlp_width=12)
 MODULE_PARAMS = jax.tree.map(
     # Weights that are large enough for every token to have its own mind.
     lambda leaf: leaf * (1.0 if leaf.ndim < 2 else 20.0),
-    MODULE.init(jax.random.key(0), np.zeros((1, 4), np.int32)),
+    jax.jit(MODULE.init)(jax.random.key(0), np.zeros((1, 4), np.int32)),
 )
 # Reader by name, and its parameters.
 READERS = {

@@ -10,8 +10,8 @@ One instance, which is forgotten (a :class:`~ttt_jax.Predictor`):
 
 A document, chunk by chunk (a :class:`~ttt_jax.Predictor`):
 
-* :func:`document_ttt`, :func:`in_place`: its scores; :func:`continue_document`: what comes next;
-  :func:`document_adapter`: what was learned
+* :func:`document_ttt`, :func:`in_place`, :func:`in_place_targets`: its scores;
+  :func:`continue_document`: what comes next; :func:`document_adapter`: what was learned
 * :func:`neighbors_ttt`: a :class:`~ttt_jax.FromSource`, with passages of a corpus
 * :func:`merged_adapters`, of clusters of a corpus; :func:`passages_adapter` trains them
 
@@ -44,6 +44,7 @@ from ttt_jax.methods.document_ttt import document_ttt
 from ttt_jax.methods.dua import dua
 from ttt_jax.methods.eata import eata
 from ttt_jax.methods.in_place import in_place
+from ttt_jax.methods.in_place_targets import in_place_targets
 from ttt_jax.methods.lame import lame
 from ttt_jax.methods.memo import memo
 from ttt_jax.methods.merged_adapters import merged_adapters, passages_adapter
@@ -78,6 +79,7 @@ __all__ = [
     "eata",
     "every_view",
     "in_place",
+    "in_place_targets",
     "lame",
     "mean_over_views",
     "memo",

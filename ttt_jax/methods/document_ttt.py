@@ -80,16 +80,16 @@ def document_ttt(
       tokens, or a mapping of ``tokens`` and ``mask`` ``[T, L]`` (which tokens are scored and
       learned from, bool or weights). Tokens of mask 0 are read as context; those after the last
       scored one are padding, which nothing reads, so that documents of unequal length go side by
-      side. With a leaf ``start``, bool ``[T]``, several documents stand one after another: a chunk
-      that begins one finds pristine weights and an empty memory.
-      Output: float32 ``[T, L]``, nats of each scored token, 0 for the others. ``Info`` has
-      the ``T * num_steps`` steps. A chunk whose step is not finite is neither learned from nor
-      remembered; its own scores stay as they came out.
+      side. With ``start``, bool ``[T]``, several documents go one after the other: at a chunk where
+      it is true, weights, optimizer state and memory are the pristine ones again, so that short
+      documents fill the rows of a batch of long ones. Output: float32 ``[T, L]``, nats of each
+      scored token, 0 for the others. ``Info`` has the ``T * num_steps`` steps. A chunk whose step
+      is not finite is neither learned from nor remembered; its own scores stay as they came out.
 
     Raises:
       TypeError: ``read`` is no reader.
       ValueError: ``num_steps`` or ``bos`` out of range; when called: tokens of another rank or
-        dtype, or a mask of another shape.
+        dtype, or a mask or starts of another shape.
 
     References:
       Krause et al., `Dynamic Evaluation of Neural Sequence Models
@@ -164,26 +164,31 @@ def chunks_of(
 
     Returns:
       ``inputs``: each token's predecessor, ``positions``: of the inputs, -1 for none and for those
-      after which nothing is scored, ``targets`` and ``mask``, each ``[T, L]``; and ``start``
-      ``[T]``, where it is given.
+      after which nothing of their document is scored, ``targets`` and ``mask``, each ``[T, L]``;
+      and ``start`` ``[T]``, where it is given.
     """
     count, length = tokens.shape
     begins = jnp.zeros(count, bool) if start is None else jnp.asarray(start, bool)
     begins = begins.at[0].set(True)
-    chunk = jnp.arange(count, dtype=jnp.int32)
-    chunk = chunk - jax.lax.cummax(jnp.where(begins, chunk, 0))
-    index = jnp.arange(count * length, dtype=jnp.int32).reshape(count, length)
-    within = chunk[:, None] * length + index[:1]
-    first = within == 0
-    scored = jnp.where(first & (bos is None), 0.0, mask.astype(jnp.float32))
-    last = jnp.where(scored != 0, index, -1).max()
+    number = jnp.arange(count, dtype=jnp.int32)
+    chunk = number - jax.lax.cummax(jnp.where(begins, number, 0))
+    offset = jnp.arange(length, dtype=jnp.int32)[None]
     targets = tokens.astype(jnp.int32)
     inputs = jnp.concatenate([jnp.zeros(1, jnp.int32), targets.reshape(-1)[:-1]])
+    first = begins[:, None] & (offset == 0)
+    mask = jnp.where(first & (bos is None), 0.0, mask.astype(jnp.float32))
+    # Scored tokens from each token on, less those from the next document on.
+    scored = (mask != 0).astype(jnp.int32).reshape(-1)
+    left = jnp.concatenate([jnp.cumsum(scored[::-1])[::-1], jnp.zeros(1, jnp.int32)])
+    later = jnp.concatenate([jnp.where(begins, number, count)[1:], jnp.full(1, count, jnp.int32)])
+    end = jax.lax.cummin(later, reverse=True) * length
+    read = left[:-1].reshape(count, length) > left[end][:, None]
+    positions = chunk[:, None] * length + offset - (1 if bos is None else 0)
     chunks = {
         "inputs": jnp.where(first, 0 if bos is None else bos, inputs.reshape(targets.shape)),
-        "positions": jnp.where(index <= last, within - (1 if bos is None else 0), -1),
+        "positions": jnp.where(read, positions, -1),
         "targets": targets,
-        "mask": scored,
+        "mask": mask,
     }
     return chunks if start is None else chunks | {"start": begins}
 

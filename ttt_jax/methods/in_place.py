@@ -18,7 +18,7 @@ def in_place(
     *,
     optimizer: optax.GradientTransformation = optax.sgd(1.0),
     select: Selection = select.paths(r".*mlp/down/kernel"),
-    max_norm: float | jax.Array | None = 0.1,
+    max_norm: float | jax.Array | None = 0.03,
     num_steps: int = 1,
     bos: int | None = None,
 ) -> Predictor:
@@ -35,9 +35,12 @@ def in_place(
 
     **Published** is another update: ``D = rate * Z^T V`` with ``Z`` the matrix's inputs and ``V``
     targets that a convolution over token embeddings and a projection make, both **learned** by
-    continued training of the model (20 billion tokens), clipped to a norm of 1e-5. A stock decoder
-    has no such targets. What remains is the place, the order and the clip; gradient steps on the
-    same matrix are those of ETT, which found it better than training all weights.
+    continued training of the model (20 billion tokens), clipped to a norm of 1e-5:
+    :func:`~ttt_jax.methods.in_place_targets`. A stock decoder has no such targets. What remains is
+    the place, the order and the clip; gradient steps on the same matrix are those of ETT, which
+    found it better than training all weights. Rate and clip are our own choice, by 1,280 tokens of
+    one held-out book and SmolLM2-135M in chunks of 128: a clip of 0.03 saved 0.27 % of nats, 0.01
+    0.12 %, 0.1 0.05 %, and Adam 1e-4 without a clip 0.25 %.
 
     **Fails** with a large ``max_norm`` or rate: a chunk that the model finds strange then
     overwrites what the matrix knew. A norm of 1e-5 with gradient steps changes nothing that one
@@ -71,11 +74,11 @@ def in_place(
       The authors' update needs no backward pass, and chunks are of 4,096 tokens and more.
     """
     if max_norm is not None:
-        optimizer = optax.chain(optimizer, _clip_matrices(max_norm))
+        optimizer = optax.chain(optimizer, clip_matrices(max_norm))
     return document_ttt(read, optimizer=optimizer, select=select, num_steps=num_steps, bos=bos)
 
 
-def _clip_matrices(max_norm: float | jax.Array) -> optax.GradientTransformation:
+def clip_matrices(max_norm: float | jax.Array) -> optax.GradientTransformation:
     """Scales the update of each matrix, the last two axes of a leaf, to a norm of at most this."""
 
     def clip(leaf: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from ttt_jax.models.linen import from_linen, linen_statistics
 from ttt_jax.models.low_rank import low_rank, pad_rank
 from ttt_jax.models.nnx import from_nnx, nnx_statistics
 from ttt_jax.models.pretrained import Pretrained, load_gguf, load_hugging_face
-from ttt_jax.models.reader import decoder_function, reader
+from ttt_jax.models.reader import decoder_function, hidden_reader, reader
 from ttt_jax.models.resnet import ResNet
 from ttt_jax.models.vit import ViT, patchify, unpatchify
 
@@ -24,6 +24,7 @@ __all__ = [
     "demo",
     "from_linen",
     "from_nnx",
+    "hidden_reader",
     "init",
     "linen_activations",
     "linen_statistics",

@@ -164,7 +164,10 @@ class GatedMLP(nn.Module):
         gate = Linear(width, dtype=dtype, name="gate")(x)
         up = Linear(width, dtype=dtype, name="up")(x)
         activation = ACTIVATIONS[self.sizes.activation]
-        return Linear(x.shape[-1], dtype=dtype, name="down")(activation(gate) * up)
+        hidden = activation(gate) * up
+        # Kept where it is asked for (models.hidden_reader), and else no operation.
+        self.sow("intermediates", "hidden", hidden)
+        return Linear(x.shape[-1], dtype=dtype, name="down")(hidden)
 
 
 def _chosen(local: jax.Array, shared: Shared) -> View:

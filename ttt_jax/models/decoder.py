@@ -199,7 +199,7 @@ class Decoder(nn.Module):
         layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
         return nn.scan(
             layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),
             length=count,

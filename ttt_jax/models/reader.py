@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from ttt_jax import _arguments, readers
 from ttt_jax.base import Params
@@ -23,6 +24,28 @@ def reader(module: Decoder) -> readers.Reader:
         return module.apply(narrow_factors(params, module.dtype), inputs, memory)
 
     return readers.Reader(module.empty_cache, read)
+
+
+@_arguments.checked()
+def hidden_reader(module: Decoder) -> readers.HiddenReader:
+    """The reader of :func:`reader` that also gives the inputs of every ``mlp/down/kernel``.
+
+    Args:
+      module: as for :func:`reader`.
+    """
+
+    def read(params: Params, memory: Any, inputs: Any) -> Any:
+        (logits, memory), kept = module.apply(
+            narrow_factors(params, module.dtype), inputs, memory, mutable=["intermediates"]
+        )
+        flat = traverse_util.flatten_dict(kept["intermediates"], sep="/")
+        hidden = {
+            "params/" + path.removesuffix("hidden") + "down/kernel": leaf
+            for path, (leaf,) in flat.items()
+        }
+        return logits, memory, hidden
+
+    return readers.HiddenReader(module.empty_cache, read)
 
 
 @_arguments.checked()

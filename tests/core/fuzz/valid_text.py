@@ -9,7 +9,7 @@ import numpy as np
 from tests.core.fuzz import things, use
 from tests.core.fuzz.calls import Table
 from tests.methods import tiny_decoder as tiny
-from ttt_jax import audit, losses, methods, passages, predictors, readers
+from ttt_jax import audit, losses, methods, models, passages, predictors, readers
 
 TABLE = Table()
 add = TABLE.add
@@ -47,6 +47,23 @@ def scored(params, x, key):
     return x["tokens"].astype(np.float32).cumsum().reshape(x["tokens"].shape), predictors.no_steps()
 
 
+def read_with_hidden(params, memory, inputs):
+    logits, hidden = tiny.decode_with_hidden(params, inputs["tokens"])
+    return logits, memory, {"params/down/kernel": hidden}
+
+
+def aims(params, x):
+    return params["params"]["embedding"][x["targets"]]
+
+
+HIDDEN = readers.HiddenReader(lambda batch, tokens, chunk: (), read_with_hidden)
+
+
+def of_decoder(result):
+    inputs = {name: np.array([[0, 1]], np.int32) for name in ("tokens", "positions")}
+    return result.read(tiny.MODULE_PARAMS, result.init(1, 4, 2), inputs)[0]
+
+
 of_tokens = functools.partial(
     use.loss, arguments=(tiny.PARAMS, DOCUMENT["tokens"].reshape(-1), things.KEY)
 )
@@ -63,6 +80,23 @@ add("readers.isolated", readers.isolated, chunk, apply=tiny.decode)
 add("readers.recomputed", readers.recomputed, chunk, apply=tiny.decode, context=3)
 add("methods.document_ttt", methods.document_ttt, document, **READ, **CHOSEN, ranges={"bos": -1})
 add("methods.in_place", methods.in_place, document, **READ, **CHOSEN, ranges={"max_norm": -1.0})
+add(
+    "methods.in_place_targets",
+    methods.in_place_targets,
+    document,
+    read=HIDDEN,
+    targets=aims,
+    select=tiny.DOWN,
+    ranges={"rate": -1.0, "max_norm": -1.0, "bos": -1},
+    kinds={"targets": "function"},
+)
+add(
+    "models.hidden_reader",
+    models.hidden_reader,
+    of_decoder,
+    module=tiny.MODULE,
+    kinds={"module": "record"},
+)
 add(
     "methods.neighbors_ttt",
     methods.neighbors_ttt,
