@@ -106,8 +106,8 @@ def merged_adapters(
 
     **Published:** hundreds to thousands of clusters by bisecting k-means, one low-rank adapter for
     each, merged in weights and not in outputs; near the gain of training on neighbors at next to
-    its cost of nothing. There weights under a threshold are left out; here all but the k largest, and
-    the defaults of ``k`` and ``temperature`` are ours.
+    its cost of nothing. There weights under a threshold are left out; here all but the k largest.
+    The defaults of ``k`` and ``temperature`` are ours.
 
     **Fails** where no cluster is like the document: the softmax has to choose, and the mean of
     strange adapters is worse than none. A low temperature takes the nearest alone, a high one the
