@@ -121,8 +121,7 @@ def task(config: ml_collections.ConfigDict) -> Task:
             return {"score": score, "bos": vocabulary.bos, "text": vocabulary.decode}
         read = models.reader(seen)
         if cache == "recomputed":
-            # Without the module's window: what is read anew begins with a token that all the
-            # others see, in place of the sinks.
+            # Without the module's window: all see what is read anew first, as they see sinks.
             apply = models.from_linen(module)
             read = ttt.readers.recomputed(apply, context=max(width - chunk, 1))
         still = ttt.methods.document_ttt(read, num_steps=0, bos=vocabulary.bos)
