@@ -52,6 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
             "warmup_steps": 20,
             "momentum": 0.9,
             "weight_decay": 0.01,
+            "steps_per_call": 10,
             "log_every": 50,
             "save_every": 150,
         }
@@ -69,16 +70,18 @@ def methods(window: int) -> ml_collections.ConfigDict:
     """
     low_rank = {"optimizer": "adam", "b2": 0.95, "eps": 1e-10, "select": "lora"}
     everything = {"optimizer": "sgd", "select": "all"}
-    rates = {"learning_rate": (0.03, 0.1, 0.3)}
     return ml_collections.ConfigDict(
         {
             "source": {},
             "isolated": {"method": "source", "cache": "isolated"},
             "longer": {"method": "source", "window": 3 * window},
             "still": {"method": "document_ttt", **everything, "learning_rate": 0.0},
-            "document_ttt": {**everything, **rates},
+            "document_ttt": {**everything, "learning_rate": (0.03, 0.1, 0.3)},
             "low_rank": {"method": "document_ttt", **low_rank, "learning_rate": (3e-3, 1e-2)},
-            "shared": {"method": f"{CONTROLS}:shared", **everything, **rates},
+            "shared": {
+                **{"method": f"{CONTROLS}:shared", **everything},
+                "learning_rate": (0.1, 0.3),
+            },
             "crossed": {"method": f"{CONTROLS}:crossed", **everything, "learning_rate": 0.1},
         },
         convert_dict=True,

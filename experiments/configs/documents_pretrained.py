@@ -41,7 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
         {"name": "pretrained", "source": ("data/weights/smollm2-135m.gguf",), "dtype": "bfloat16"}
         | {"rank": 8, "alpha": 16.0, "paths": (".*/query", ".*/value", ".*/down")}
     )
-    config.train.update({"num_steps": 0, "warmup_steps": 0})
+    config.train.update({"num_steps": 0, "warmup_steps": 0, "steps_per_call": 1})
     config.adapt.batch_size = 32
     methods = documents.methods(config.data.window)
     del methods["low_rank"]
