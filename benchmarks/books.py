@@ -276,11 +276,14 @@ def choose(model: Model, settings: Any, sizes: np.ndarray) -> list[dict[str, Any
 
 def report(
     model: Model, chosen: dict[str, Any], settings: Any, sizes: np.ndarray
-) -> list[dict[str, Any]]:
-    """A row per document: bits per byte of each way to read it, and along its positions."""
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]]]:
+    """A row per document: bits per byte of each way to read it, and along its positions.
+
+    And tokens per second by role and way.
+    """
     setting = SETTINGS[chosen["setting"]]
     adapted = factors(model, setting)
-    rows = []
+    rows, speeds = [], {}
     for role in settings.roles:
         documents = read_tokens(settings.tokens, role)
         if settings.smoke:
@@ -299,17 +302,17 @@ def report(
             "longer": (control(model.module.clone(window=3 * settings.window)), model.params, 256),
             "adapted": (adapting(adapted, setting), adapted.params, setting.chunk),
         }
-        found = {}
+        found, speeds[role] = {}, {}
         for way, (predict, params, chunk) in ways.items():
             packed = pack(documents, count, chunk)
             nats, seconds, compilation = run(predict, params, packed, (chosen["rate"],))
             found[way] = unpacked(packed, nats[0], documents)
-            total = sum(len(row) for row in documents)
+            speeds[role][way] = round(sum(len(row) for row in documents) / seconds)
             bits = np.mean(
                 [bits_per_byte(a, b, sizes) for a, b in zip(found[way], documents, strict=True)]
             )
             print(
-                f"{role} {way}: {bits:.4f} bits per byte, {total / seconds:.0f} tokens/s, "
+                f"{role} {way}: {bits:.4f} bits per byte, {speeds[role][way]} tokens/s, "
                 f"{seconds:.0f} s, compilation {compilation:.0f} s",
                 flush=True,
             )
@@ -332,7 +335,7 @@ def report(
                     },
                 }
             )
-    return rows
+    return rows, speeds
 
 
 def _curve(nats: np.ndarray, step: int) -> list[float]:
@@ -349,7 +352,8 @@ def main(argv: Sequence[str]) -> None:
         return
     path = launch.new_file(settings.out)
     settings.weights = tuple(settings.weights)
-    record = provenance.of(settings) | {"choices": [], "documents": []}
+    kept = {name: settings[name] for name in ("window", "validation", "curve")}
+    record = provenance.of(settings) | kept | {"sinks": SINKS, "documents": [], "speeds": {}}
     with np.load(settings.tokens) as arrays:
         sizes = arrays["sizes"]
     model = load(settings)
@@ -359,11 +363,13 @@ def main(argv: Sequence[str]) -> None:
     launch.write_json(path, record)
     for role in settings.roles:
         one = ml_collections.ConfigDict(settings.to_dict() | {"roles": (role,)})
-        record["documents"] += report(model, record["chosen"], one, sizes)
+        rows, speeds = report(model, record["chosen"], one, sizes)
+        record["documents"] += rows
+        record["speeds"] |= speeds
         launch.write_json(path, record)
     for role in settings.roles:
-        kept = [row for row in record["documents"] if row["role"] == role]
-        saved = np.array([1 - r["adapted"] / min(r["isolated"], r["sliding"]) for r in kept])
+        rows = [row for row in record["documents"] if row["role"] == role]
+        saved = np.array([1 - r["adapted"] / min(r["isolated"], r["sliding"]) for r in rows])
         print(
             f"{role}: saved {100 * saved.mean():.2f} % (median {100 * np.median(saved):.2f}), "
             f"worse on {100 * (saved < 0).mean():.1f} % of {len(saved)}"

@@ -58,12 +58,15 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
 
     with jax.default_matmul_precision("highest"):
         nats = [float(score(made.params, window)) for window in windows]
-    record = provenance.of(settings) | {
+    row = {
         "model": made.name,
+        "window": length,
         "scored_tokens": windows.shape[1] - 1,
         "bos": bos,
+        "title": settings.title,
         "nats_per_token": nats,
     }
+    record = provenance.of(settings) | {"rows": [row]}
     launch.write_json(path, record)
     for index, value in enumerate(nats):
         print(f"window {index}: {value:.4f} nats per token")

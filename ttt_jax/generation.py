@@ -126,7 +126,7 @@ def generate(
 
     Returns:
       A :class:`~ttt_jax.Predictor` with output :class:`Generated`. ``ok`` is False where logits
-      were not finite.
+      were not finite, and where the mask leaves nothing of a prompt.
 
     Raises:
       ValueError: an argument out of range; when called: an empty prompt, tokens of another rank
@@ -270,10 +270,11 @@ def continued(
     sampler: Sampler,
     stop: tuple[int, ...],
 ) -> tuple[Generated, Info]:
-    """The continuation of a sequence, and whether all its logits were finite."""
+    """The continuation of a sequence, and whether it began and all its logits were finite."""
 
     def body(row: Row, _: Any) -> tuple[Row, Generated]:
         return advance(read, params, row, key, sampler, stop)
 
     _, made = _varying.scan(body, row, jnp.arange(num_tokens))
-    return made, no_steps()._replace(ok=jnp.isfinite(made.nats).all())
+    # A sequence without any token has no position.
+    return made, no_steps()._replace(ok=jnp.isfinite(made.nats).all() & (row.position >= 0))

@@ -83,7 +83,13 @@ def recomputed(apply: Callable[[Params, Any], jax.Array], *, context: int) -> Re
 
     It costs ``(context + L) / L`` times what a cache does, and its keys are never those of older
     parameters. The gradient of a chunk goes through the tokens before it, too, which a cache holds
-    fixed: at step size 0 the two give the same scores, and otherwise other ones.
+    fixed: at step size 0 the two give the same scores where all of a document is seen, and
+    otherwise other ones.
+
+    Give it a module **without** a window of its own: the first token that is read again is seen by
+    all others and takes the place of the sinks. Under a window it is not, and no sinks are there
+    (SmolLM2-135M, 768 tokens of a book, C = 128, chunks of 32: 3.70 nats per token under a window
+    of 128, and 2.93 without, as much as a cache with that window and 4 sinks).
 
     Args:
       apply: model function ``(params, inputs) -> logits[N, C + L, V]``, ``inputs`` a mapping of

@@ -22,9 +22,9 @@ def of(vocabulary: Vocabulary) -> dict[str, Metric]:
 
     ``bits_per_byte`` is the mean over documents, ``pooled_bits_per_byte`` that over bytes;
     ``saved`` the mean share of the source's bits; ``harmed`` the share of the documents that need
-    more bits than with the source; ``agreement`` that of those whose every token has the source's
-    score; ``padding`` that of the tokens of a batch that are of no document. The curves are along
-    the position in a document.
+    more bits than with the source, by more than rounding; ``agreement`` that of those whose every
+    token has the source's score to 0.001 nats; ``padding`` that of the tokens of a batch that are
+    of no document. The curves are along the position in a document.
     """
 
     def per_byte(output: Any, source: Any, examples: Examples) -> np.ndarray:

@@ -121,9 +121,9 @@ def task(config: ml_collections.ConfigDict) -> Task:
             return {"score": score, "bos": vocabulary.bos, "text": vocabulary.decode}
         read = models.reader(seen)
         if cache == "recomputed":
-            # Its mask is that of the positions it is given, whatever the module's own window.
-            apply = models.from_linen(seen)
-            read = ttt.readers.recomputed(apply, context=width)
+            # Without the module's window: all see what is read anew first, as they see sinks.
+            apply = models.from_linen(module)
+            read = ttt.readers.recomputed(apply, context=max(width - chunk, 1))
         still = ttt.methods.document_ttt(read, num_steps=0, bos=vocabulary.bos)
 
         def score(params: Any, documents: Any) -> jax.Array:

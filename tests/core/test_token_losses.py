@@ -96,6 +96,15 @@ class TestNextToken:
         np.testing.assert_allclose(values, expected, rtol=1e-5)
         assert seen[0] == ["segments", "tokens"], "the mask is the loss's own"
 
+    def test_padding_before_a_text_predicts_nothing(self):
+        positions = np.array([-1, -1, 0, 1, 2, 3], np.int32)
+        mask = (positions >= 0).astype(np.float32)
+        value = quickly(
+            lambda x: losses.next_token(model)(PARAMS, x, KEY),
+            {"tokens": TOKENS[0], "mask": mask, "positions": positions},
+        )
+        np.testing.assert_allclose(value, nats_of_next(TOKENS[0])[2:].mean(), rtol=1e-5)
+
     def test_a_batch_counts_by_its_tokens(self):
         batch = {"tokens": TOKENS, "mask": WEIGHTS}
         value = quickly(lambda x: losses.next_token(model, batch=True)(PARAMS, x, KEY), batch)

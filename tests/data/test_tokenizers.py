@@ -226,13 +226,32 @@ def test_a_tokenizer_json_reads_alike(kind, tmp_path):
     alone = tokenizers.from_file(tmp_path / "tokenizer.json")
     assert (alone.bos, alone.eos) == (None, None)
     names = {"bos_token": {"content": pieces[1]}, "eos_token": pieces[2], "pad_token": None}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
-    read = tokenizers.from_file(tmp_path / "tokenizer.json")
-    assert (read.bos, read.eos) == (1, 2)
+    # Named alone it begins no text; the file beside or the tokenizer itself may say that it does.
+    for more, bos in (({}, None), ({"add_bos_token": False}, None), ({"add_bos_token": True}, 1)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | more))
+        read = tokenizers.from_file(tmp_path / "tokenizer.json")
+        assert (read.bos, read.eos) == (bos, 2)
     np.testing.assert_array_equal(read.sizes, tokenizer.sizes)
     for text in TEXTS:
         assert read.encode(text) == tokenizer.encode(text)
         assert read.decode(read.encode(text)) == text
+
+
+def test_a_tokenizer_json_that_puts_bos_before_a_text_has_one(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    tokenizer, pieces = TOKENIZERS["by score"], FIELDS["by score"]["tokenizer.ggml.tokens"]
+    tokenizer.inner.post_processor = library.processors.TemplateProcessing(
+        single=f"{pieces[1]} $A", special_tokens=[(pieces[1], 1)]
+    )
+    try:
+        tokenizer.inner.save(str(tmp_path / "tokenizer.json"))
+    finally:
+        tokenizer.inner.post_processor = library.processors.Sequence([])
+    names = {"bos_token": pieces[1]}
+    for more, bos in (({}, 1), ({"add_bos_token": False}, None)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | more))
+        read = tokenizers.from_file(tmp_path / "tokenizer.json")
+        assert read.bos == bos and read.encode("ab") == tokenizer.encode("ab")
 
 
 def refusal(fields):

@@ -109,6 +109,20 @@ def test_chunks_with_a_cache_score_as_one_call_does(held):
         np.testing.assert_allclose(nats[row][document["mask"]], due, atol=1e-4)
 
 
+def test_keys_made_anew_are_those_of_a_sequence_that_fills_the_window(held):
+    config, task, params, batches = held
+    tokens = batches[1].x["tokens"][1]
+    nats = jax.jit(task.heads(cache="recomputed")["score"])(params, batches[1].x)[1]
+    _, module, _ = documents._model(config)
+    apply = jax.jit(module.apply)
+    inputs = np.concatenate([[0], tokens.reshape(-1)[:-1]])
+    for chunk in range(len(tokens)):
+        first, end = max(8 * (chunk + 1) - config.data.window, 0), 8 * (chunk + 1)
+        logits = apply(params, inputs[None, first:end])[0, -8:]
+        due = -jax.nn.log_softmax(logits)[jnp.arange(8), tokens[chunk]]
+        np.testing.assert_allclose(nats[chunk], due, atol=1e-4)
+
+
 def test_isolated_windows_see_nothing_else(held):
     _, task, params, batches = held
     score = jax.jit(task.heads(cache="isolated")["score"])

@@ -76,6 +76,16 @@ def test_packed_documents_do_not_see_each_other(whole, name):
         assert (np.asarray(again[:, own]) != np.asarray(packed[:, own])).all(-1).any()
 
 
+def test_a_number_that_comes_again_is_another_segment():
+    again = logits_of(
+        "llama", {"tokens": DOCUMENT, "segments": np.arange(TOKENS) % 8 // 4 + 0 * DOCUMENT}
+    )
+    apart = logits_of(
+        "llama", {"tokens": DOCUMENT, "segments": np.arange(TOKENS) // 4 + 0 * DOCUMENT}
+    )
+    np.testing.assert_array_equal(again, apart)
+
+
 @EVERY
 @pytest.mark.parametrize("before", [0, 5])
 def test_padding_changes_nothing(whole, name, before):

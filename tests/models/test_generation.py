@@ -217,6 +217,14 @@ def test_prompts_that_are_none(x, sentence):
         predict(small.base(), x, KEYS[0])
 
 
+def test_a_prompt_of_which_the_mask_leaves_nothing_is_not_ok():
+    predict = jax.jit(ttt.batched(generation.generate(models.reader(small.NET), num_tokens=2)))
+    prompts = {"tokens": PROMPTS[:2], "mask": np.zeros_like(PROMPTS[:2], bool)}
+    prompts["mask"][1, -1] = True
+    _, info = predict(small.base(), prompts, KEYS[:2])
+    assert info.ok.tolist() == [False, True]
+
+
 def test_arguments_out_of_range():
     read = models.reader(small.NET)
     for settings, sentence in (

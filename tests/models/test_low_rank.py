@@ -108,3 +108,9 @@ def test_paths_that_match_no_module_are_named(narrow):
         models.low_rank(
             small.NET, small.base(), KEY, TOKENS, rank=2, alpha=2.0, paths="no/such/module"
         )
+
+
+def test_factors_beside_factors_are_refused(narrow):
+    net, params = narrow
+    with pytest.raises(ValueError, match=r"without low-rank leaves.*lora_a'?: name all paths"):
+        models.low_rank(net, params, KEY, TOKENS, rank=2, alpha=2.0, paths=".*/up")

@@ -129,6 +129,11 @@ def test_scaled_positions_are_refused(copy):
         assert f"scaling {name!r}" in message and "without" in message
     plain = {"rope_type": "default", "rope_theta": 30.0}
     scaled = {"rope_type": "linear", "rope_theta": 3000.0, "factor": 8.0}
+    for place in (
+        {"partial_rotary_factor": 0.5},
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+    ):
+        assert "turns 0.5 of them" in refusal(copy("llama", **place))
     rope = {"full_attention": scaled, "sliding_attention": plain}
     assert "scaling 'linear'" in refusal(copy("gemma3", rope_parameters=rope))
 

@@ -232,6 +232,7 @@ def test_other_forms_are_refused(tmp_path):
 
     scaling = gguf.RopeScalingType.YARN
     assert "scaling 'yarn'" in refused(lambda writer: writer.add_rope_scaling_type(scaling))
+    assert "turns 0.5 of them" in refused(lambda writer: writer.add_rope_dimension_count(4))
     factors = np.linspace(1, 8, 4, dtype=np.float32)
     assert "scaling 'rope_freqs'" in refused(**{"rope_freqs.weight": factors})
     more = np.ones((8, WIDTH), np.float32)

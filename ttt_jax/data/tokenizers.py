@@ -59,6 +59,9 @@ def from_file(path: str | pathlib.Path) -> Tokenizer:
 
     Args:
       path: of ``tokenizer.json``; ``tokenizer_config.json`` beside it names ``bos`` and ``eos``.
+        Many name a ``bos`` that no text of the training began with: it is None unless
+        ``add_bos_token`` is true there or, where that is left out, ``tokenizer.json`` puts it
+        before a text.
 
     Raises:
       ImportError: ``tokenizers`` is missing.
@@ -83,13 +86,18 @@ def from_file(path: str | pathlib.Path) -> Tokenizer:
         return None if token is None else inner.token_to_id(token)
 
     bos = id_of("bos_token")
+    begins = names.get("add_bos_token")
+    if begins is None:
+        begins = inner.encode("", add_special_tokens=True).ids[:1] == [bos]
     added = inner.get_added_tokens_decoder()
     control = {index for index, token in added.items() if token.special}
     bytewise = "ByteLevel" in str(inner.decoder)
     size = inner.get_vocab_size(with_added_tokens=True)
     pieces = [inner.id_to_token(index) or "" for index in range(size)]
     whole = {index for index in added if index not in control}
-    return Tokenizer(inner, bos, id_of("eos_token"), _sizes(pieces, control, whole, bytewise))
+    return Tokenizer(
+        inner, bos if begins else None, id_of("eos_token"), _sizes(pieces, control, whole, bytewise)
+    )
 
 
 @_arguments.checked()

@@ -37,7 +37,9 @@ def next_token(
     """Mean nats of every token given those before it, over the tokens of a mask.
 
     ``sum_t mask[t] * -log p(token[t] | token[<t]) / max(sum_t mask[t], 1)`` for t >= 1; with
-    ``segments``, the first token of a segment is no target. Padding and prompts have mask 0.
+    ``segments``, the first token of a segment is no target, and with ``positions`` none is after a
+    negative one. Padding and prompts have mask 0. That leaves them out of the sum, not out of what
+    the model sees: padding before a text needs ``positions`` of -1, or a segment of its own.
 
     Args:
       apply: model function ``(params, tokens[N, T]) -> logits[N, T, V]``, causal: logits at t are
@@ -67,6 +69,8 @@ def next_token(
         if isinstance(inputs, Mapping) and "segments" in inputs:
             segments = inputs["segments"]
             mask = jnp.where(segments[:, 1:] == segments[:, :-1], mask, 0)
+        if isinstance(inputs, Mapping) and "positions" in inputs:
+            mask = jnp.where(inputs["positions"][:, :-1] >= 0, mask, 0)
         return masked_mean(token_nats(logits[:, :-1], tokens[:, 1:]), mask)
 
     return _inputs.over_batch(loss, batch)

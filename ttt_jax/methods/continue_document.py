@@ -46,7 +46,7 @@ def document_adapter(
 
     Returns:
       A :class:`~ttt_jax.Predictor` over ``x``, a document as in :func:`document_ttt`: ``tokens``
-      and, where wanted, ``mask`` ``[T, L]``; what comes after its last token is padding.
+      and, where wanted, ``mask`` ``[T, L]``; what comes after its last token of mask 1 is padding.
 
     Raises:
       ValueError: ``num_steps`` is no integer of at least 1; when called: ``x`` of other shapes.
@@ -110,9 +110,10 @@ def continue_document(
     Returns:
       A :class:`~ttt_jax.Predictor` with output :class:`~ttt_jax.generation.Generated`, over ``x``:
       a document as in :func:`document_ttt`, ``tokens`` and, where wanted, ``mask`` ``[T, L]`` (what
-      comes after its last token is padding), and, where wanted, ``prompt``: tokens ``[P]``, or a
-      mapping of ``tokens`` and ``mask``. ``Info`` has the steps on the document; ``ok`` is False
-      where one was not finite and not taken, or the continuation's logits were not.
+      comes after its last token of mask 1 is padding: an unscored end belongs in the prompt), and,
+      where wanted, ``prompt``: tokens ``[P]``, or a mapping of ``tokens`` and ``mask``. ``Info``
+      has the steps on the document; ``ok`` is False where one was not finite and not taken, where
+      the continuation's logits were not, or where there is nothing to continue.
 
     Raises:
       ValueError: an argument out of range, or another ``cache``; when called: ``x`` of other

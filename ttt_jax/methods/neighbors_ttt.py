@@ -87,7 +87,7 @@ def neighbors_ttt(
         ``[N, P]`` of any length P; ``None`` for :func:`ttt_jax.passages.token_counts`.
       choose: ``choose(features[D], bank[M, D], k) -> indices[k]`` in the order of learning;
         ``None`` for the nearest by cosine.
-      k: how many passages, static, at most the corpus.
+      k: how many passages, static, at most the corpus where they are the nearest.
       optimizer: an optax transformation, fresh for every document.
       select: the parameters that adapt.
       query_chunks: chunks that the passages are sought by, static; ``None`` for all.
@@ -103,8 +103,9 @@ def neighbors_ttt(
 
     Raises:
       TypeError: ``read`` is no reader.
-      ValueError: an argument out of range; when called: a k larger than the corpus, a document of
-        no more than ``query_chunks`` chunks, or what document_ttt refuses.
+      ValueError: an argument out of range; when called: a k larger than the corpus (but with
+        :func:`ttt_jax.passages.sift`, which may take a passage again), a document of no more than
+        ``query_chunks`` chunks, or what document_ttt refuses.
 
     References:
       Hardt and Sun, `Test-Time Training on Nearest Neighbors for Large Language Models

@@ -38,13 +38,15 @@ def of_gguf(fields: Mapping[str, Any], tied: bool, options: Mapping[str, Any]) -
     if scaling != "none":
         refuse_scaling(scaling)
     width, heads = need("embedding_length"), need("attention.head_count")
+    head_size = get("attention.key_length", width // heads)
+    _check_turned(get("rope.dimension_count", head_size) / head_size)
     sizes: dict[str, Any] = {
         "vocabulary": len(_required(fields, "tokenizer.ggml.tokens")),
         "width": width,
         "depth": need("block_count"),
         "heads": heads,
         "kv_heads": get("attention.head_count_kv", heads),
-        "head_size": get("attention.key_length", width // heads),
+        "head_size": head_size,
         "mlp_width": need("feed_forward_length"),
         "epsilon": need("attention.layer_norm_rms_epsilon"),
         "rope_base": get("rope.freq_base", 1e4),
@@ -101,12 +103,22 @@ def refuse_scaling(kind: str) -> None:
     )
 
 
+def _check_turned(share: float) -> None:
+    if share != 1:
+        raise ValueError(
+            f"A Decoder turns all pairs of a head; got a model that turns {share:g} of them: "
+            "choose another model."
+        )
+
+
 def _rope_bases(config: Mapping[str, Any], gemma: bool) -> tuple[float, float]:
     """The bases of global and of local layers."""
     # transformers 5 writes rope_parameters, which Gemma 3 has by kind of layer.
     rope = config.get("rope_parameters") or {}
     everywhere, nearby = rope.get("full_attention", rope), rope.get("sliding_attention", {})
+    _check_turned(config.get("partial_rotary_factor") or 1.0)
     for part in (config.get("rope_scaling") or {}, everywhere, nearby):
+        _check_turned(part.get("partial_rotary_factor", 1.0))
         kind = part.get("rope_type", part.get("type", "default"))
         if kind != "default":
             refuse_scaling(kind)

@@ -55,6 +55,9 @@ class Decoder(nn.Module):
         compile.
       dtype: the compute dtype; parameters are float32, logits too.
 
+    Logits have a rule of their own for reverse mode alone: ``jax.jvp`` and ``jax.hessian`` are
+    refused by JAX.
+
     Raises:
       ValueError: when built: sizes that do not fit, or an attribute out of range.
 
@@ -105,8 +108,8 @@ class Decoder(nn.Module):
           inputs: token ids ``[N, T]``, or a mapping with ``tokens`` and, where wanted,
             ``segments`` ``[N, T]`` (packed sequences: a token sees its own segment alone, and
             positions begin anew with each; not beside a cache) and ``positions`` ``[N, T]``
-            (int32; a negative one is padding, which nothing sees). Without
-            positions they follow those of the cache.
+            (int32; a negative one is padding, which nothing sees). Without positions they follow
+            those of the cache, and a segment is a run: a number that comes again is another one.
           cache: of :func:`empty_cache`; None for tokens that begin a sequence.
 
         Returns:
@@ -274,6 +277,7 @@ def _parts(inputs: Any, cache: Cache | None) -> tuple[jax.Array, jax.Array, jax.
                 [jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], 1
             )
             index = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+            segments = jnp.cumsum(begins, axis=1)
         elif cache is not None:
             index = index + cache.length[:, None]
         positions = index

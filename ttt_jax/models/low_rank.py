@@ -60,12 +60,19 @@ def low_rank(
 
     Raises:
       ImportError: ``qwix`` is missing.
-      ValueError: an argument out of range, or no module with a path that matches.
+      ValueError: an argument out of range, no module with a path that matches, or variables that
+        have low-rank leaves already.
 
     References:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, Eq. 3.
     """
     qwix = _extras.load("qwix", "lora")
+    given = traverse_util.flatten_dict(params, sep="/")
+    if held := [path for path in given if re.search("_lora_[ab]$", path)]:
+        raise ValueError(
+            "low_rank needs variables without low-rank leaves, as a second call takes the first "
+            f"one's out of the model; got {held[0]!r}: name all paths in one call."
+        )
     pattern = paths if isinstance(paths, str) else "|".join(f"(?:{path})" for path in paths)
     provider = qwix.LoraProvider(module_path=pattern, rank=rank, alpha=alpha)
     widened = qwix.apply_lora_to_model(module, provider)
@@ -79,15 +86,14 @@ def low_rank(
     if not made:
         known = sorted(
             path.removesuffix("/kernel").partition("/")[2]
-            for path in traverse_util.flatten_dict(params, sep="/")
+            for path in given
             if path.endswith("/kernel")
         )
         raise ValueError(
             f"low_rank needs paths that match a module with a kernel; got {paths!r}. Modules: "
             f"{', '.join(known)}."
         )
-    flat = traverse_util.flatten_dict(params, sep="/") | made
-    return widened, traverse_util.unflatten_dict(flat, sep="/")
+    return widened, traverse_util.unflatten_dict(given | made, sep="/")
 
 
 def narrow_factors(params: Any, dtype: Any) -> Any:
