@@ -353,7 +353,7 @@ def main(argv: Sequence[str]) -> None:
     path = launch.new_file(settings.out)
     settings.weights = tuple(settings.weights)
     kept = {name: settings[name] for name in ("window", "validation", "curve")}
-    record = provenance.of(settings) | kept | {"sinks": SINKS, "documents": [], "speeds": {}}
+    record = provenance.of(settings) | kept | {"sinks": SINKS, "rows": [], "speeds": {}}
     with np.load(settings.tokens) as arrays:
         sizes = arrays["sizes"]
     model = load(settings)
@@ -364,11 +364,11 @@ def main(argv: Sequence[str]) -> None:
     for role in settings.roles:
         one = ml_collections.ConfigDict(settings.to_dict() | {"roles": (role,)})
         rows, speeds = report(model, record["chosen"], one, sizes)
-        record["documents"] += rows
+        record["rows"] += rows
         record["speeds"] |= speeds
         launch.write_json(path, record)
     for role in settings.roles:
-        rows = [row for row in record["documents"] if row["role"] == role]
+        rows = [row for row in record["rows"] if row["role"] == role]
         saved = np.array([1 - r["adapted"] / min(r["isolated"], r["sliding"]) for r in rows])
         print(
             f"{role}: saved {100 * saved.mean():.2f} % (median {100 * np.median(saved):.2f}), "

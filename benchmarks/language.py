@@ -262,7 +262,7 @@ if __name__ == "__main__":
             ["ttt_jax", "bound", "stacked", "stacked_graph", "peft", "peft_compiled"],
             "Which ways.",
         ),
-        "tasks_at_once": flags.DEFINE_list("tasks_at_once", ["1", "8", "32", "128"], "N."),
+        "tasks_at_once": flags.DEFINE_list("tasks_at_once", ["1", "8", "32", "128", "512"], "N."),
         "steps": flags.DEFINE_integer("steps", 6, "Steps of a timed call.", 1),
         "unroll": flags.DEFINE_string("unroll", "tasks", "The work whose layers are unrolled."),
         "repeats": flags.DEFINE_integer("repeats", 3, "Timed calls per row.", 1),

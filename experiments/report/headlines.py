@@ -115,7 +115,7 @@ def document_savings(record: Record, *roles: str) -> list[float]:
     """Returns the percent of bits saved per document over its best control of the same window."""
     return [
         100 * (1 - row["adapted"] / min(row["isolated"], row["sliding"]))
-        for row in record["documents"]
+        for row in record["rows"]
         if not roles or row["role"] in roles
     ]
 

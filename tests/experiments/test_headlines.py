@@ -12,7 +12,8 @@ from experiments.report import headlines
 HEADLINES = json.loads(pathlib.Path("experiments/results/headlines.json").read_text())
 README = pathlib.Path("README.md").read_text()
 PAGES = README + "".join(
-    pathlib.Path("docs", f"{name}.md").read_text() for name in ("index", "results", "speed")
+    pathlib.Path("docs", f"{name}.md").read_text()
+    for name in ("index", "results", "results_text", "speed")
 )
 
 
