@@ -153,6 +153,14 @@ def read_tokens(path: str, role: str) -> list[np.ndarray]:
         return np.split(arrays[f"{role}_tokens"], ends[:-1])
 
 
+class Way(NamedTuple):
+    """A way to read documents: step size -> predictor, its parameters, tokens of a chunk."""
+
+    predict: Callable[[Any], Any]
+    params: Any
+    chunk: int
+
+
 class Model(NamedTuple):
     """A pretrained decoder, and how it reads."""
 
@@ -274,67 +282,59 @@ def choose(model: Model, settings: Any, sizes: np.ndarray) -> list[dict[str, Any
     return rows
 
 
-def report(
-    model: Model, chosen: dict[str, Any], settings: Any, sizes: np.ndarray
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]]]:
-    """A row per document: bits per byte of each way to read it, and along its positions.
-
-    And tokens per second by role and way.
-    """
+def ways_of(model: Model, chosen: dict[str, Any], window: int) -> dict[str, Way]:
+    """The ways to read a document: three controls, and learning from it as chosen."""
     setting = SETTINGS[chosen["setting"]]
     adapted = factors(model, setting)
-    rows, speeds = [], {}
-    for role in settings.roles:
-        documents = read_tokens(settings.tokens, role)
-        if settings.smoke:
-            documents = [row[:300] for row in documents[:3]]
-        count = settings.rows if role == "books" else 2 * settings.rows
-        count = min(count, len(documents))
-        ways: dict[str, tuple[Any, Any, int]] = {
-            "isolated": (
-                lambda rate: methods.document_ttt(
-                    ttt.readers.isolated(models.from_linen(model.module)), num_steps=0
-                ),
-                model.params,
-                settings.window,
-            ),
-            "sliding": (control(model.module), model.params, 256),
-            "longer": (control(model.module.clone(window=3 * settings.window)), model.params, 256),
-            "adapted": (adapting(adapted, setting), adapted.params, setting.chunk),
+    isolated = ttt.readers.isolated(models.from_linen(model.module))
+    longer = control(model.module.clone(window=3 * window))
+    return {
+        "isolated": Way(
+            lambda rate: methods.document_ttt(isolated, num_steps=0), model.params, window
+        ),
+        "sliding": Way(control(model.module), model.params, 256),
+        "longer": Way(longer, model.params, 256),
+        "adapted": Way(adapting(adapted, setting), adapted.params, setting.chunk),
+    }
+
+
+def report(
+    ways: dict[str, Way], role: str, rate: float, settings: Any, sizes: np.ndarray
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """A row per document of a role: bits per byte of each way, and along its positions.
+
+    And tokens per second by way.
+    """
+    documents = read_tokens(settings.tokens, role)
+    if settings.smoke:
+        documents = [row[:300] for row in documents[:3]]
+    count = min(settings.rows if role == "books" else 2 * settings.rows, len(documents))
+    scores, speeds = {}, {}
+    for name, way in ways.items():
+        packed = pack(documents, count, way.chunk)
+        nats, seconds, compilation = run(way.predict, way.params, packed, (rate,))
+        scores[name] = unpacked(packed, nats[0], documents)
+        speeds[name] = round(sum(len(row) for row in documents) / seconds)
+        bits = np.mean(
+            [bits_per_byte(a, b, sizes) for a, b in zip(scores[name], documents, strict=True)]
+        )
+        print(
+            f"{role} {name}: {bits:.4f} bits per byte, {speeds[name]} tokens/s, "
+            f"{seconds:.0f} s, compilation {compilation:.0f} s",
+            flush=True,
+        )
+    with np.load(settings.tokens) as arrays:
+        titles = arrays[f"{role}_titles"]
+    rows = []
+    for index, tokens in enumerate(documents):
+        bits_of = {
+            name: round(bits_per_byte(nats[index], tokens, sizes), 5)
+            for name, nats in scores.items()
         }
-        found, speeds[role] = {}, {}
-        for way, (predict, params, chunk) in ways.items():
-            packed = pack(documents, count, chunk)
-            nats, seconds, compilation = run(predict, params, packed, (chosen["rate"],))
-            found[way] = unpacked(packed, nats[0], documents)
-            speeds[role][way] = round(sum(len(row) for row in documents) / seconds)
-            bits = np.mean(
-                [bits_per_byte(a, b, sizes) for a, b in zip(found[way], documents, strict=True)]
-            )
-            print(
-                f"{role} {way}: {bits:.4f} bits per byte, {speeds[role][way]} tokens/s, "
-                f"{seconds:.0f} s, compilation {compilation:.0f} s",
-                flush=True,
-            )
-        with np.load(settings.tokens) as arrays:
-            titles = arrays[f"{role}_titles"]
-        for index, tokens in enumerate(documents):
-            rows.append(
-                {
-                    "role": role,
-                    "title": str(titles[index]),
-                    "tokens": len(tokens),
-                    "bytes": int(sizes[tokens].sum()),
-                    **{
-                        way: round(bits_per_byte(nats[index], tokens, sizes), 5)
-                        for way, nats in found.items()
-                    },
-                    "curve": {
-                        way: _curve(found[way][index], settings.curve)
-                        for way in ("sliding", "adapted")
-                    },
-                }
-            )
+        curve = {n: _curve(scores[n][index], settings.curve) for n in ("sliding", "adapted")}
+        about = {"role": role, "title": str(titles[index]), "tokens": len(tokens)}
+        about["bytes"] = int(sizes[tokens].sum())
+        rows.append(about | bits_of | {"curve": curve})
     return rows, speeds
 
 
@@ -361,11 +361,11 @@ def main(argv: Sequence[str]) -> None:
     record["chosen"] = min(record["choices"], key=lambda row: row["late_bits_per_byte"])
     print(f"chosen: {record['chosen']}", flush=True)
     launch.write_json(path, record)
+    ways = ways_of(model, record["chosen"], settings.window)
     for role in settings.roles:
-        one = ml_collections.ConfigDict(settings.to_dict() | {"roles": (role,)})
-        rows, speeds = report(model, record["chosen"], one, sizes)
+        rows, speeds = report(ways, role, record["chosen"]["rate"], settings, sizes)
         record["rows"] += rows
-        record["speeds"] |= speeds
+        record["speeds"][role] = speeds
         launch.write_json(path, record)
     for role in settings.roles:
         rows = [row for row in record["rows"] if row["role"] == role]

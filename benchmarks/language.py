@@ -35,7 +35,7 @@ NORMS = ttt.select.paths(r".*norm/scale")
 
 
 class Sizes(NamedTuple):
-    """A decoder of Llama's form, and its adapters."""
+    """A decoder of Llama's form with tied embeddings, and its adapters."""
 
     vocabulary: int
     width: int
@@ -45,6 +45,11 @@ class Sizes(NamedTuple):
     mlp_width: int
     rank: int
     targets: tuple[str, ...]
+
+    @property
+    def head_size(self) -> int:
+        """D."""
+        return self.width // self.heads
 
 
 class Work(NamedTuple):
@@ -165,7 +170,6 @@ def time_jax(name: str, work: Work, tasks: int, settings: Any, bound: bool) -> d
 
 def time_torch(work: Work, tasks: int, settings: Any, way: str) -> dict[str, Any]:
     """A row of a form in PyTorch; one that fails says why."""
-    options = {"sequences": work.sequences, "rank": work.sizes.rank, "targets": work.sizes.targets}
     context = work.window - 1 if work.window else 0
     # An even number of keys suits the kernels.
     context += context % 2
@@ -174,12 +178,11 @@ def time_torch(work: Work, tasks: int, settings: Any, way: str) -> dict[str, Any
     try:
         from benchmarks import torch_language as peers
 
-        sizes = peers.Sizes(*work.sizes[:6])
         start = time.perf_counter()
         if way.startswith("peft"):
             call = peers.peft_call(
-                sizes,
-                **options,
+                work.sizes,
+                sequences=work.sequences,
                 length=work.length,
                 context=work.window - work.length if work.window else 0,
                 steps=count,
@@ -187,7 +190,9 @@ def time_torch(work: Work, tasks: int, settings: Any, way: str) -> dict[str, Any
             )
         else:
             graph = way.endswith("graph")
-            model = peers.Stacked(sizes, tasks, **options, context=context, compile=graph)
+            model = peers.Stacked(
+                work.sizes, tasks, sequences=work.sequences, context=context, compile=graph
+            )
             call = peers.stacked_call(model, work.length, count, graph=graph)
         call()
         row["compile_seconds"] = time.perf_counter() - start

@@ -8,43 +8,32 @@ after another, as the library's users write it.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.language import Sizes
+
 LEARNING_RATE, BETAS, EPSILON = 3e-3, (0.9, 0.95), 1e-10
 
 
-class Sizes(NamedTuple):
-    """A decoder of Llama's form with tied embeddings."""
+ROPE_BASE = 1e4
 
-    vocabulary: int
-    width: int
-    depth: int
-    heads: int
-    kv_heads: int
-    mlp_width: int
-    rope_base: float = 1e4
 
-    @property
-    def head_size(self) -> int:
-        """D."""
-        return self.width // self.heads
-
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of every matrix of a layer."""
-        narrow = self.kv_heads * self.head_size
-        return {
-            "query": (self.width, self.width),
-            "key": (self.width, narrow),
-            "value": (self.width, narrow),
-            "out": (self.width, self.width),
-            "gate": (self.width, self.mlp_width),
-            "up": (self.width, self.mlp_width),
-            "down": (self.mlp_width, self.width),
-        }
+def shapes_of(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of every matrix of a layer."""
+    narrow = sizes.kv_heads * sizes.head_size
+    return {
+        "query": (sizes.width, sizes.width),
+        "key": (sizes.width, narrow),
+        "value": (sizes.width, narrow),
+        "out": (sizes.width, sizes.width),
+        "gate": (sizes.width, sizes.mlp_width),
+        "up": (sizes.width, sizes.mlp_width),
+        "down": (sizes.mlp_width, sizes.width),
+    }
 
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -110,8 +99,6 @@ class Stacked:
       sizes: of the decoder.
       tasks: N.
       sequences: of each task.
-      rank: of the factors.
-      targets: which matrices have factors.
       context: tokens that the cache holds; 0 for sequences without.
       compile: whether a layer and the head are compiled.
     """
@@ -122,8 +109,6 @@ class Stacked:
         tasks: int,
         *,
         sequences: int = 1,
-        rank: int,
-        targets: Sequence[str],
         context: int = 0,
         compile: bool = True,
     ):
@@ -136,12 +121,12 @@ class Stacked:
         ones = torch.ones(sizes.width, device=self.device, dtype=dtype)
         self.norm = ones
         self.layers = [
-            {name: 0.02 * make(*shape) for name, shape in sizes.shapes().items()}
+            {name: 0.02 * make(*shape) for name, shape in shapes_of(sizes).items()}
             | {"norm1": ones, "norm2": ones}
             for _ in range(sizes.depth)
         ]
         self.factors: list[Factors] = [
-            {name: self._pair(*sizes.shapes()[name], rank) for name in targets}
+            {name: self._pair(*shapes_of(sizes)[name], sizes.rank) for name in sizes.targets}
             for _ in range(sizes.depth)
         ]
         self.cache = [
@@ -170,7 +155,7 @@ class Stacked:
         half = self.sizes.head_size // 2
         powers = torch.arange(half, device=device, dtype=torch.float32) / half
         places = torch.arange(context, context + length, device=device, dtype=torch.float32)
-        angle = places[:, None] * self.sizes.rope_base**-powers
+        angle = places[:, None] * ROPE_BASE**-powers
         turn = angle.cos(), angle.sin()
         mask = None
         if context:
@@ -236,8 +221,6 @@ def peft_call(
     sizes: Sizes,
     *,
     sequences: int = 1,
-    rank: int,
-    targets: Sequence[str],
     length: int,
     context: int = 0,
     steps: int,
@@ -261,7 +244,7 @@ def peft_call(
     model = transformers.LlamaForCausalLM(config)
     model = model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     names = {"query": "q_proj", "value": "v_proj", "up": "up_proj", "down": "down_proj"}
-    lora = peft.LoraConfig(r=rank, target_modules=[names[target] for target in targets])
+    lora = peft.LoraConfig(r=sizes.rank, target_modules=[names[target] for target in sizes.targets])
     model = peft.get_peft_model(model, lora).train()
     leaves = [leaf for leaf in model.parameters() if leaf.requires_grad]
     optimizer = torch.optim.Adam(leaves, LEARNING_RATE, BETAS, EPSILON, fused=device == "cuda")

@@ -38,9 +38,8 @@ def in_place(
     continued training of the model (20 billion tokens), clipped to a norm of 1e-5:
     :func:`~ttt_jax.methods.in_place_targets`. A stock decoder has no such targets. What remains is
     the place, the order and the clip; gradient steps on the same matrix are those of ETT, which
-    found it better than training all weights. Rate and clip are our own choice, by 1,280 tokens of
-    one held-out book and SmolLM2-135M in chunks of 128: a clip of 0.03 saved 0.27 % of nats, 0.01
-    0.12 %, 0.1 0.05 %, and Adam 1e-4 without a clip 0.25 %.
+    found it better than training all weights. Rate and clip are our own
+    choice, by the first tokens of one held-out book: choose them on documents of your own.
 
     **Fails** with a large ``max_norm`` or rate: a chunk that the model finds strange then
     overwrites what the matrix knew. A norm of 1e-5 with gradient steps changes nothing that one
