@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,27 +27,30 @@ def shown(candidates: Mapping[str, Sequence[settings.Candidate]]) -> str | None:
     return next((candidate.label for candidate in [*alone, *steps]), None)
 
 
+class Keeper(NamedTuple):
+    """What is kept in a ``file``, from ``metrics`` that are no figures of a row, by ``add``."""
+
+    file: str
+    metrics: Mapping[str, Metric]
+    add: Callable[[evaluation.Evaluation, evaluation.Row, pathlib.Path], None]
+
+
 class KeptEvaluation(evaluation.Evaluation):
-    """An evaluation that keeps something of one method's instances; its rows are the same.
+    """An evaluation that keeps something of one method's instances; its rows are the same."""
 
-    Attributes:
-      read: metrics that are no figures of a row, from which ``_add(row)`` writes what is kept.
-    """
-
-    read: ClassVar[Mapping[str, Metric]] = {}
-
-    def __init__(self, task: Task, *args: Any, label: str, path: pathlib.Path, **options: Any):
-        """As :class:`ttt_jax.evaluation.Evaluation`.
-
-        Args:
-          task: any.
-          *args: of the evaluation.
-          label: the method that is shown.
-          path: the file, written before the rows are returned.
-          **options: of the evaluation.
-        """
-        super().__init__(task._replace(metrics={**task.metrics, **self.read}), *args, **options)
-        self._label, self._path = label, path
+    def __init__(
+        self,
+        task: Task,
+        *args: Any,
+        label: str,
+        folder: pathlib.Path,
+        keeper: Keeper,
+        **options: Any,
+    ):
+        """As :class:`ttt_jax.evaluation.Evaluation`, with what is kept of the method ``label``."""
+        metrics = {**task.metrics, **keeper.metrics}
+        super().__init__(task._replace(metrics=metrics), *args, **options)
+        self._label, self._path, self._keeper = label, folder / keeper.file, keeper
 
     def rows(
         self, label: str, method: evaluation.Method, streams: Sequence[str]
@@ -55,19 +58,16 @@ class KeptEvaluation(evaluation.Evaluation):
         """The rows, and on the way what is kept."""
         rows = super().rows(label, method, streams)
         for row in rows:
-            if label == self._label and {*self.read} <= {*row.each}:
-                self._add(row)
+            if label == self._label and {*self._keeper.metrics} <= {*row.each}:
+                self._keeper.add(self, row, self._path)
         return [self._without(row) for row in rows]
 
     def _without(self, row: evaluation.Row) -> evaluation.Row:
         kept = {
-            field: {k: v for k, v in getattr(row, field).items() if k not in self.read}
+            field: {k: v for k, v in getattr(row, field).items() if k not in self._keeper.metrics}
             for field in ("sums", "values", "each")
         }
         return row._replace(**kept)
-
-    def _add(self, row: evaluation.Row) -> None:
-        raise NotImplementedError
 
 
 def _classes(pick: Callable[[Any, Any], Any]) -> Metric:
@@ -87,50 +87,33 @@ def _classes(pick: Callable[[Any, Any], Any]) -> Metric:
     return Metric(of, lambda sums: 0.0)
 
 
-class PicturedEvaluation(KeptEvaluation):
-    """Keeps what one method predicts of a few images.
-
-    The k-th stream gives its k-th image, so that no label decides which are shown. Tasks of other
-    kinds than the classification of images have no pictures, nor have streams whose images are
-    not in the first batch of the stream ``clean``. The file has ``clean`` and ``shifted``
-    [K, H, W, C] in [0, 1], and ``label``, ``before``, ``after`` and ``domain`` [K].
-    """
-
-    read: ClassVar = {
-        "picture_before": _classes(lambda output, source: source),
-        "picture_after": _classes(lambda output, source: output),
+def _add_picture(source: evaluation.Evaluation, row: evaluation.Row, path: pathlib.Path) -> None:
+    domain = row.tags.get("domain", _CLEAN)
+    arrays: dict[str, np.ndarray] = {}
+    # A damaged file is made anew from here on.
+    with contextlib.suppress(launch.UserError):
+        arrays = launch.read_npz(path, "") if path.exists() else {}
+    domains = arrays.get("domain", np.array([], str))
+    if domain == _CLEAN or domain in domains or len(domains) >= _MOST:
+        return
+    number = source.streams.index(row.stream) % len(row.id)
+    instance = row.id[number]
+    shifted = _image(source.batches(row.stream), instance, row.tags)
+    # The first batch alone: a part of a run need not read all clean images.
+    first = source.batches(_CLEAN) if _CLEAN in source.streams else ()
+    clean = _image(itertools.islice(first, 1), instance, {})
+    if shifted is None or clean is None:
+        return
+    new = {
+        "clean": clean[0].astype(np.float16),
+        "shifted": shifted[0].astype(np.float16),
+        "label": shifted[1],
+        "before": row.each["picture_before"][number],
+        "after": row.each["picture_after"][number],
+        "domain": domain,
     }
-
-    def __init__(self, task: Task, *args: Any, **options: Any):
-        super().__init__(task, *args, **options)
-        self._clean = task.streams(options["role"], options["seed"]).get(_CLEAN, ())
-
-    def _add(self, row: evaluation.Row) -> None:
-        domain = row.tags.get("domain", _CLEAN)
-        arrays: dict[str, np.ndarray] = {}
-        # A damaged file is made anew from here on.
-        with contextlib.suppress(launch.UserError):
-            arrays = launch.read_npz(self._path, "") if self._path.exists() else {}
-        domains = arrays.get("domain", np.array([], str))
-        if domain == _CLEAN or domain in domains or len(domains) >= _MOST:
-            return
-        number = self.streams.index(row.stream) % len(row.id)
-        instance = row.id[number]
-        shifted = _image(self.batches(row.stream), instance, row.tags)
-        # The first batch alone: a part of a run need not read all clean images.
-        clean = _image(itertools.islice(self._clean, 1), instance, {})
-        if shifted is None or clean is None:
-            return
-        new = {
-            "clean": clean[0].astype(np.float16),
-            "shifted": shifted[0].astype(np.float16),
-            "label": shifted[1],
-            "before": row.each["picture_before"][number],
-            "after": row.each["picture_after"][number],
-            "domain": domain,
-        }
-        joined = {k: np.stack([*arrays.get(k, ()), np.asarray(v)]) for k, v in new.items()}
-        launch.write_npz(self._path, joined, compressed=True)
+    joined = {k: np.stack([*arrays.get(k, ()), np.asarray(v)]) for k, v in new.items()}
+    launch.write_npz(path, joined, compressed=True)
 
 
 def _image(
@@ -145,3 +128,20 @@ def _image(
             index = int(mask.argmax())
             return np.asarray(batch.x[index]), np.asarray(batch.y[index])
     return None
+
+
+PICTURES = Keeper(
+    "examples.npz",
+    {
+        "picture_before": _classes(lambda output, source: source),
+        "picture_after": _classes(lambda output, source: output),
+    },
+    _add_picture,
+)
+"""What is predicted of a few images.
+
+The k-th stream gives its k-th image, so that no label decides which are shown. Tasks of other kinds
+than the classification of images have no pictures, nor have streams whose images are not in the
+first batch of the stream ``clean``. The file has ``clean`` and ``shifted`` [K, H, W, C] in [0, 1],
+and ``label``, ``before``, ``after`` and ``domain`` [K].
+"""

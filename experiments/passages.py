@@ -2,13 +2,13 @@
 
 import json
 import pathlib
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from experiments import examples, launch
 from ttt_jax import evaluation
-from ttt_jax.task import Examples, Metric
+from ttt_jax.task import Examples, Metric, Task
 
 FILE = "passages.json"
 _MOST_DOCUMENTS = 100
@@ -32,20 +32,18 @@ def _extremes(output: Any, source: Any, examples: Examples) -> Any:
     return {"at": at, "before": before[rows, at], "after": after[rows, at], "whole": whole}
 
 
-class PassagesEvaluation(examples.KeptEvaluation):
-    """An evaluation that keeps the passages of one method; its rows are the same.
+def keeper(task: Task) -> examples.Keeper:
+    """Keeps the passages of one method's documents; ``task`` has a head ``text``, ids to text.
 
     ``passages.json`` has an object per document: ``stream``, ``name``, the bits ``before`` and
     ``after`` of the whole, and ``passages``, each with its chunk ``at``, its bits and its text.
     """
+    decode = task.heads()["text"]
 
-    read: ClassVar = {"passages": Metric(_extremes, lambda sums: 0.0)}
-
-    def _add(self, row: evaluation.Row) -> None:
+    def add(source: evaluation.Evaluation, row: evaluation.Row, path: pathlib.Path) -> None:
         each = row.each["passages"]
-        decode = self._task.heads()["text"]
         texts = {}
-        for batch in self.batches(row.stream):
+        for batch in source.batches(row.stream):
             for number, identity in enumerate(batch.id.tolist()):
                 texts[identity] = (batch, number)
         made = []
@@ -65,10 +63,11 @@ class PassagesEvaluation(examples.KeptEvaluation):
                         {"at": at, "before": bits[0], "after": bits[1], "text": text}
                     )
             made.append(held)
-        path = pathlib.Path(self._path).with_name(FILE)
         try:
             earlier = json.loads(path.read_text("utf-8")) if path.exists() else []
         except ValueError:
             earlier = []  # a damaged file is made anew
         kept = [document for document in earlier if document["stream"] != row.stream]
         launch.write_json(path, [*kept, *made])
+
+    return examples.Keeper(FILE, {"passages": Metric(_extremes, lambda sums: 0.0)}, add)

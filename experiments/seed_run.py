@@ -104,9 +104,9 @@ class SeedRun:
         label = examples.shown(candidates)
         if label and self.seed == self._config.seeds[0]:
             documents = "text" in self.task.heads()
-            kind = passages.PassagesEvaluation if documents else examples.PicturedEvaluation
-            pictured = functools.partial(kind, label=label)
-            self._pictured = functools.partial(pictured, path=path.parent / "examples.npz")
+            keeper = passages.keeper(self.task) if documents else examples.PICTURES
+            kept = functools.partial(examples.KeptEvaluation, label=label, keeper=keeper)
+            self._pictured = functools.partial(kept, folder=path.parent)
         return choice.choose(path, candidates, self.task, self, self.shard)
 
     def evaluate(

@@ -65,8 +65,9 @@ def test_what_is_kept_was_predicted_by_the_method_that_is_shown(run, tmp_path):
     assert examples.shown({"source": candidates["source"]}) is None
     params = checkpoint.load(run / "checkpoints" / "seed_0", like=None).params
     options = {"role": "reported", "seed": 0, "chunk_size": config.adapt.chunk_size}
-    kept = examples.PicturedEvaluation(
-        task, params, label="memo", path=tmp_path / "examples.npz", **options
+    keeper = examples.PICTURES
+    kept = examples.KeptEvaluation(
+        task, params, label="memo", folder=tmp_path, keeper=keeper, **options
     )
     plain = evaluation.Evaluation(task, params, **options)
     method = candidates["memo"][0].bind(params, 0)
