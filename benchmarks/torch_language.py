@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.language import Sizes
 
@@ -61,7 +62,6 @@ def _layer(
     factors: Factors,
     held: tuple[torch.Tensor, torch.Tensor] | None,
     turn: tuple[torch.Tensor, torch.Tensor],
-    mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One layer over ``[N, T, width]``, and the rotated keys and the values of its tokens."""
     batch, tokens, _ = x.shape
@@ -78,8 +78,10 @@ def _layer(
         every_key, every_value = (
             torch.cat([old, new], 2) for old, new in zip(held, (key, value), strict=True)
         )
+    # Flash attention without a mask in memory: the last query sees every key.
+    mask = None if held is None else causal_lower_right(tokens, every_key.shape[2])
     mixed = F.scaled_dot_product_attention(
-        query, every_key, every_value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        query, every_key, every_value, attn_mask=mask, is_causal=held is None, enable_gqa=True
     )
     x = x + _linear("out", mixed.transpose(1, 2).reshape(batch, tokens, -1), layer, factors)
     y = F.rms_norm(x, x.shape[-1:], layer["norm2"], 1e-5)
@@ -157,14 +159,10 @@ class Stacked:
         places = torch.arange(context, context + length, device=device, dtype=torch.float32)
         angle = places[:, None] * ROPE_BASE**-powers
         turn = angle.cos(), angle.sin()
-        mask = None
-        if context:
-            mask = torch.ones(length, context + length, dtype=torch.bool, device=device)
-            mask = mask.tril(context)
         x = self.embedding[tokens]
         for index, (layer, factors) in enumerate(zip(self.layers, self.factors, strict=True)):
             held = self.cache[index] if self.cache else None
-            x, *rows = self._run(x, layer, factors, held, turn, mask)
+            x, *rows = self._run(x, layer, factors, held, turn)
             if held is not None:
                 with torch.no_grad():
                     for old, new in zip(held, rows, strict=True):

@@ -14,10 +14,16 @@ from ttt_jax.losses import _inputs
 def token_nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Nats of each target, ``logits[..., V], targets[...] -> float32 [...]``.
 
-    ``logsumexp`` less the target's logit: no array of log-probabilities is written.
+    ``logsumexp`` less the target's logit: no array of log-probabilities is written. The logit is
+    picked by comparison, not by an index: the gradient of an index is a scatter into an array of
+    zeros as large as the logits, which no compiler fuses with the softmax's own. A target outside
+    the vocabulary has NaN.
     """
     logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    size = logits.shape[-1]
+    places = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    chosen = jnp.where(places == targets[..., None], logits, 0.0).sum(-1)
+    chosen = jnp.where((targets >= 0) & (targets < size), chosen, jnp.nan)
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 

@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.kernels.attention.cached import Reach, attend_cached
 from ttt_jax.kernels.attention.masked import attend_masked
-from ttt_jax.models import cache as caches, rotary
+from ttt_jax.models import rotary
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": nn.silu, "gelu": nn.gelu}
 """Gates of the MLP: SwiGLU, and GeGLU in its tanh form."""
@@ -35,14 +36,18 @@ class View(NamedTuple):
     """What the tokens of a call see in a kind of layer, and how far they turn.
 
     Attributes:
-      mask: bool ``[N, T, S]``, or None for causal attention to the tokens of the call.
-      query: cosine and sine of the queries' angles, each ``[N, T, D / 2]``.
-      key: of the keys' angles, ``[N, S, D / 2]``.
+      mask: bool ``[N, T, T]`` without a cache; None beside one, and for causal attention.
+      own: cosine and sine of the angles of the call's tokens, each ``[N, T, D / 2]``.
+      held: of the tokens in the cache, ``[N, S, D / 2]``; None without one.
+      window: int32 scalar, how many tokens, itself among them, a token sees beside a cache.
+      sinks: int32 scalar, how many first tokens it sees for ever.
     """
 
     mask: jax.Array | None
-    query: tuple[jax.Array, jax.Array]
-    key: tuple[jax.Array, jax.Array]
+    own: tuple[jax.Array, jax.Array]
+    held: tuple[jax.Array, jax.Array] | None
+    window: jax.Array
+    sinks: jax.Array
 
 
 class Shared(NamedTuple):
@@ -51,12 +56,15 @@ class Shared(NamedTuple):
     Attributes:
       everywhere: the view of a global layer.
       nearby: the view of a local layer; None in a decoder without.
-      slots: int32 ``[N, T]``, where the tokens go in the cache; None without a cache.
+      positions: int32 ``[N, T]``, of the call's tokens.
+      held: int32 ``[N, S]``, of the tokens in the cache, negative for those of the call; None
+        without a cache.
     """
 
     everywhere: View
     nearby: View | None
-    slots: jax.Array | None
+    positions: jax.Array
+    held: jax.Array | None
 
 
 class Linear(nn.Module):
@@ -137,17 +145,20 @@ class Attention(nn.Module):
         if sizes.query_key_norm:
             query = nn.RMSNorm(sizes.epsilon, dtype=sizes.dtype, name="query_norm")(query)
             key = nn.RMSNorm(sizes.epsilon, dtype=sizes.dtype, name="key_norm")(key)
-        rows = None
-        if held is not None and shared.slots is not None:
-            rows = (key, value)
-            key, value = (
-                caches.write(jax.lax.stop_gradient(whole), shared.slots, new)
-                for whole, new in zip(held, rows, strict=True)
-            )
         view = _chosen(local, shared)
-        query = rotary.rotate(query, view.query, interleaved=sizes.interleaved)
-        key = rotary.rotate(key.astype(query.dtype), view.key, interleaved=sizes.interleaved)
-        mixed = attend_masked(query, key, value.astype(query.dtype), view.mask, form=sizes.form)
+        rows = None if held is None else (key, value)
+        query, key = (
+            rotary.rotate(x, view.own, interleaved=sizes.interleaved) for x in (query, key)
+        )
+        if held is None or shared.held is None or view.held is None:
+            mixed = attend_masked(query, key, value, view.mask, form=sizes.form)
+        else:
+            held_key, held_value = (leaf.astype(query.dtype) for leaf in held)
+            held_key = rotary.rotate(held_key, view.held, interleaved=sizes.interleaved)
+            reach = Reach(shared.positions, shared.held, view.window, view.sinks)
+            mixed = attend_cached(
+                query, key, value, (held_key, held_value), reach, form=sizes.form
+            )
         out = Linear(width, dtype=sizes.dtype, name="out")
         return out(mixed.reshape(batch, tokens, -1)), rows
 

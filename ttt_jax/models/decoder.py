@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.kernels.attention import form_of
+from ttt_jax.kernels.attention.cached import sees
 from ttt_jax.models import _decoder_checks, cache as caches, rotary
 from ttt_jax.models._decoder_layer import DecoderLayer, Shared, Sizes, View
 from ttt_jax.models.cache import Cache
+
+# A window wider than any text.
+_EVERYTHING = 1 << 30
 
 
 class Decoder(nn.Module):
@@ -126,7 +130,7 @@ class Decoder(nn.Module):
         x = embedding.astype(self.dtype)[tokens]
         if self.scaled_embedding:
             x = x * jnp.asarray(self.width**0.5, self.dtype)
-        shared, held_positions = self._shared(
+        shared, slots, after = self._shared(
             positions, segments, cache, causal=cache is None and segments is None and not given
         )
         rows = []
@@ -145,17 +149,17 @@ class Decoder(nn.Module):
         x = nn.RMSNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
         head = embedding if self.tied else self._head()
         logits = _logits(x, head.astype(self.dtype))
-        if cache is None or shared.slots is None:
+        if cache is None or slots is None:
             return logits
         keys, values = (
             jax.vmap(caches.write, (0, None, 0))(
-                whole, shared.slots, jax.lax.stop_gradient(jnp.concatenate(parts))
+                whole, slots, jax.lax.stop_gradient(jnp.concatenate(parts))
             )
             for whole, parts in zip(
                 (cache.keys, cache.values), zip(*rows, strict=True), strict=True
             )
         )
-        return logits, Cache(keys, values, held_positions)
+        return logits, Cache(keys, values, after)
 
     def empty_cache(self, batch: int, tokens: int, chunk: int = 1) -> Cache:
         """A cache without tokens, of the compute dtype; needs no parameters.
@@ -223,37 +227,38 @@ class Decoder(nn.Module):
         cache: Cache | None,
         *,
         causal: bool,
-    ) -> tuple[Shared, jax.Array]:
-        """What layers share, and the positions of the keys."""
-        slots, keys, same = None, positions, None
+    ) -> tuple[Shared, jax.Array | None, jax.Array]:
+        """What layers share, the slots of the tokens, and the positions in the cache after them."""
+        slots, held, after = None, None, positions
         if cache is not None:
             slots = caches.slots_of(positions, self.sinks, cache.slots)
-            keys = caches.write(cache.positions, slots, positions)
-        elif segments is not None:
-            same = segments[:, :, None] == segments[:, None]
-            same &= jnp.tril(jnp.ones((1, *same.shape[1:]), bool))
+            after = caches.write(cache.positions, slots, positions)
+            held = caches.write(cache.positions, slots, jnp.full_like(positions, caches.EMPTY))
         shift = jnp.maximum(positions.max(-1, keepdims=True) + 1 - self.context, 0)
 
-        def view(window: int | None, sinks: int, base: float) -> View:
-            turned = [
+        def view(window: int | None, sinks: int, base: float, causal: bool) -> View:
+            own, turned = (
                 rotary.angles(
                     jnp.where(where < self.sinks, where, where - shift), self._head_size, base
                 )
-                for where in (positions, keys)
-            ]
-            everything = causal and window is None
-            mask = None if everything else _mask(positions, keys, window, sinks, same)
-            return View(mask, *turned)
+                for where in (positions, positions if held is None else held)
+            )
+            width = jnp.int32(_EVERYTHING if window is None else window)
+            mask = None
+            if held is None and not (causal and window is None):
+                mask = sees(positions[:, :, None], positions[:, None], width, sinks)
+                if segments is not None:
+                    mask &= segments[:, :, None] == segments[:, None]
+                    mask &= jnp.tril(jnp.ones((1, *mask.shape[1:]), bool))
+            return View(mask, own, None if held is None else turned, width, jnp.int32(sinks))
 
-        everywhere = view(self.window, self.sinks, self.rope_base)
         nearby = None
         if self.local_window is not None:
             near = min(self.local_window, self.window or self.local_window)
-            nearby = view(near, 0, self.local_rope_base)
-            if everywhere.mask is None:
-                mask = _mask(positions, keys, None, 0, same)
-                everywhere = everywhere._replace(mask=mask)
-        return Shared(everywhere, nearby, slots), keys
+            nearby = view(near, 0, self.local_rope_base, causal)
+        # A layer chooses between the two, so both have a mask.
+        everywhere = view(self.window, self.sinks, self.rope_base, causal and nearby is None)
+        return Shared(everywhere, nearby, positions, held), slots, after
 
 
 def _parts(inputs: Any, cache: Cache | None) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -282,17 +287,6 @@ def _parts(inputs: Any, cache: Cache | None) -> tuple[jax.Array, jax.Array, jax.
             index = index + cache.length[:, None]
         positions = index
     return tokens, positions, segments
-
-
-def _mask(
-    queries: jax.Array, keys: jax.Array, window: int | None, sinks: int, same: jax.Array | None
-) -> jax.Array:
-    """Bool ``[N, T, S]``: which keys each query sees, by their positions."""
-    query, key = queries[:, :, None], keys[:, None]
-    seen = (key >= 0) & (key <= query)
-    if window is not None:
-        seen &= (query - key < window) | (key < sinks)
-    return seen if same is None else seen & same
 
 
 @jax.custom_vjp

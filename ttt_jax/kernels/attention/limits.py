@@ -1,4 +1,4 @@
-"""Sizes that the kernel of :mod:`ttt_jax.kernels.attention.kernel` takes.
+"""Sizes that the kernels of attention take: of few tokens, and of a chunk beside a cache.
 
 Free of Pallas: a machine without its Triton backend may ask as well.
 """
@@ -6,14 +6,23 @@ Free of Pallas: a machine without its Triton backend may ask as well.
 from ttt_jax.kernels import _arguments
 
 MOST_TOKENS = 64
-"""The most tokens that the kernel takes."""
+"""The most tokens that the kernel of few tokens takes."""
 
 HEAD_SIZES = (16, 32, 64, 128)
-"""The features per head that the kernel takes: tiles of the matrix units."""
+"""The features per head that the kernels take: tiles of the matrix units."""
+
+_CHUNK_MULTIPLE = 16
 
 
 def fits(tokens: int, head_size: int) -> bool:
-    """Whether the kernel takes sequences of that length with so many features per head."""
+    """Whether the kernel of few tokens takes sequences of that length with so many features per head."""
     _arguments.integer("tokens", tokens)
     _arguments.integer("head_size", head_size)
     return tokens <= MOST_TOKENS and head_size in HEAD_SIZES
+
+
+def fits_cached(tokens: int, head_size: int) -> bool:
+    """Whether the kernel beside a cache takes chunks of that length with so many features."""
+    _arguments.integer("tokens", tokens)
+    _arguments.integer("head_size", head_size)
+    return tokens % _CHUNK_MULTIPLE == 0 and head_size in HEAD_SIZES
