@@ -14,17 +14,29 @@ from ttt_jax.losses import _inputs
 def token_nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Nats of each target, ``logits[..., V], targets[...] -> float32 [...]``.
 
-    ``logsumexp`` less the target's logit: no array of log-probabilities is written. The logit is
-    picked by comparison, not by an index: the gradient of an index is a scatter into an array of
-    zeros as large as the logits, which no compiler fuses with the softmax's own. A target outside
-    the vocabulary has NaN.
+    ``logsumexp`` less the target's logit: no array of log-probabilities is written. A target
+    outside the vocabulary has NaN.
     """
     logits = logits.astype(jnp.float32)
-    size = logits.shape[-1]
+    inside = (targets >= 0) & (targets < logits.shape[-1])
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(
+        inside, _chosen(logits, targets), jnp.nan
+    )
+
+
+@jax.custom_jvp
+def _chosen(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
+
+
+@_chosen.defjvp
+def _chosen_derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # By comparison: the transpose of an index is a scatter into zeros as large as the logits, which
+    # no compiler fuses with the gradient of the softmax.
+    logits, targets = primals
     places = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-    chosen = jnp.where(places == targets[..., None], logits, 0.0).sum(-1)
-    chosen = jnp.where((targets >= 0) & (targets < size), chosen, jnp.nan)
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    tangent = jnp.where(places == targets[..., None], tangents[0], 0.0).sum(-1)
+    return _chosen(logits, targets), tangent
 
 
 def masked_mean(nats: jax.Array, mask: jax.Array) -> jax.Array:

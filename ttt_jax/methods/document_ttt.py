@@ -21,7 +21,7 @@ from ttt_jax.base import (
 )
 from ttt_jax.losses.tokens import masked_mean, token_nats
 from ttt_jax.online import unroll
-from ttt_jax.readers import Reader
+from ttt_jax.readers import Parts, Reader
 
 
 @_arguments.checked(read=readers.rule, bos=_arguments.count(0))
@@ -193,13 +193,16 @@ def chunks_of(
     return chunks if start is None else chunks | {"start": begins}
 
 
-def _score(read: Reader, params: Params, memory: Any, chunk: Any) -> Any:
-    """The mean over a chunk, with what is remembered and the nats of every token."""
-    inputs = {"tokens": chunk["inputs"][None], "positions": chunk["positions"][None]}
-    logits, memory = read.read(params, memory, inputs)
+def _inputs(chunk: Any) -> dict[str, jax.Array]:
+    return {"tokens": chunk["inputs"][None], "positions": chunk["positions"][None]}
+
+
+def _score(read: Parts, params: Params, memory: Any, chunk: Any) -> Any:
+    """The mean over a chunk, the nats of every token, and what is to be remembered."""
+    logits, rows = read.ahead(params, memory, _inputs(chunk))
     nats = token_nats(logits[0], chunk["targets"])
     nats_of_mask = jnp.where(chunk["mask"] != 0, nats, 0.0)
-    return (masked_mean(nats, chunk["mask"]), {"nats": nats_of_mask}), memory
+    return (masked_mean(nats, chunk["mask"]), {"nats": nats_of_mask}), rows
 
 
 def learning_stream(
@@ -219,18 +222,30 @@ def learning_stream(
       num_steps: updates per chunk; without any the carry is the reader's memory alone, else an
         ``AdapterState`` that has it.
     """
+    parts = read.parts()
+    # The adapter's memory is what the chunk is to leave, and the sample what came before it, too:
+    # a guard reads a chunk's rows, not a whole cache.
     loss = StatefulLoss(
-        init=lambda params: read.init(1, *room),
-        value=lambda params, memory, chunk, key: _score(read, params, memory, chunk),
-        after=lambda adapted, memory: memory,
+        init=lambda params: (),
+        value=lambda params, rows, x, key: _score(parts, params, *x),
+        after=lambda adapted, rows: rows,
     )
     adapter = inner.guarded(gradient_adapter(loss, optimizer, select=select, has_aux=True))
     loop = inner.inner_loop(adapter, num_steps)
 
+    def memory_of(params: Params) -> Any:
+        return read.init(1, *room)
+
+    def init(params: Params) -> Any:
+        return adapter.init(params)._replace(memory=memory_of(params))
+
     def step(params: Params, carry: Any, chunk: Any, key: Key) -> Any:
         if "start" in chunk:
-            carry = _trees.where(chunk["start"], adapter.init(params), carry)
-        state, infos = loop(params, carry, chunk, key)
+            carry = _trees.where(chunk["start"], init(params), carry)
+        memory = carry.memory
+        nothing = parts.nothing(params, memory, _inputs(chunk))
+        state, infos = loop(params, carry._replace(memory=nothing), (memory, chunk), key)
+        state = state._replace(memory=parts.keep(memory, state.memory, infos.finite.any()))
         output = infos.aux["nats"][0]
         info = StreamInfo(
             loss=infos.loss,
@@ -243,12 +258,13 @@ def learning_stream(
 
     def score(params: Params, memory: Any, chunk: Any, key: Key) -> Any:
         if "start" in chunk:
-            memory = _trees.where(chunk["start"], loss.init(params), memory)
-        (value, aux), read = loss.value(params, memory, chunk, key)
-        ok = jnp.isfinite(value) & ~_trees.spoiled(memory, read)
+            memory = _trees.where(chunk["start"], memory_of(params), memory)
+        nothing = parts.nothing(params, memory, _inputs(chunk))
+        (value, aux), rows = _score(parts, params, memory, chunk)
+        ok = jnp.isfinite(value) & ~_trees.spoiled(nothing, rows)
         empty = jnp.zeros((0,), jnp.float32)
         false = jnp.zeros((), bool)
         info = StreamInfo(empty, empty, ok, false, false)
-        return _trees.where(ok, read, memory), (aux["nats"], info)
+        return parts.keep(memory, _trees.where(ok, rows, nothing), ok), (aux["nats"], info)
 
-    return Stream(loss.init, score) if num_steps == 0 else Stream(adapter.init, step)
+    return Stream(memory_of, score) if num_steps == 0 else Stream(init, step)

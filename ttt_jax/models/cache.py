@@ -36,6 +36,45 @@ class Cache(NamedTuple):
         return self.positions.max(-1) + 1
 
 
+class Rows(NamedTuple):
+    """What a call read, on its way into a cache.
+
+    Attributes:
+      keys: ``[L, N, T, K, D]``, before rotation.
+      values: ``[L, N, T, K, D]``.
+      positions: int32 ``[N, T]``.
+      slots: int32 ``[N, T]``, where they go.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    slots: jax.Array
+
+
+def put(cache: Cache, rows: Rows, kept: jax.Array | bool = True) -> Cache:
+    """The cache with the rows, or as it was.
+
+    The choice is made of slots, so that nothing as large as the cache is read for it.
+
+    Args:
+      cache: what is held.
+      rows: what was read beside it.
+      kept: bool scalar, whether the rows are taken in.
+    """
+    slots = jnp.where(kept, rows.slots, _outside(cache.slots, rows.slots.shape[-1]))
+    keys, values = (
+        jax.vmap(write, (0, None, 0))(held, slots, new)
+        for held, new in ((cache.keys, rows.keys), (cache.values, rows.values))
+    )
+    return Cache(keys, values, write(cache.positions, slots, rows.positions))
+
+
+def _outside(slots: int, count: int) -> jax.Array:
+    # Distinct, as scatter's promise asks, and out of bounds, so that they are dropped.
+    return slots + jnp.arange(count, dtype=jnp.int32)
+
+
 def slots_of(positions: jax.Array, sinks: int, slots: int) -> jax.Array:
     """The slot of each position, and one past the end (never written) for a negative one.
 
@@ -46,9 +85,7 @@ def slots_of(positions: jax.Array, sinks: int, slots: int) -> jax.Array:
     """
     ring = sinks + (positions - sinks) % (slots - sinks)
     places = jnp.where(positions < sinks, positions, ring)
-    # Distinct, as scatter's promise asks, and out of bounds, so that they are dropped.
-    outside = slots + jnp.arange(positions.shape[-1])
-    return jnp.where(positions < 0, outside, places)
+    return jnp.where(positions < 0, _outside(slots, positions.shape[-1]), places)
 
 
 def write(held: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:

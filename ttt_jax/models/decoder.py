@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, inputs: Any, cache: Cache | None = None) -> Any:
+    def __call__(self, inputs: Any, cache: Cache | None = None, *, write: bool = True) -> Any:
         """Logits of the next token after each.
 
         Args:
@@ -115,9 +115,11 @@ class Decoder(nn.Module):
             (int32; a negative one is padding, which nothing sees). Without positions they follow
             those of the cache, and a segment is a run: a number that comes again is another one.
           cache: of :func:`empty_cache`; None for tokens that begin a sequence.
+          write: whether the tokens are put into the cache.
 
         Returns:
-          float32 ``[N, T, V]``; with a cache, the pair of them and the cache with the tokens.
+          float32 ``[N, T, V]``; with a cache, the pair of them and the cache with the tokens, or
+          without ``write`` the :class:`~ttt_jax.models.cache.Rows` that are to be put into it.
 
         Raises:
           ValueError: tokens without two axes or of no integers, or segments beside a cache.
@@ -130,7 +132,7 @@ class Decoder(nn.Module):
         x = embedding.astype(self.dtype)[tokens]
         if self.scaled_embedding:
             x = x * jnp.asarray(self.width**0.5, self.dtype)
-        shared, slots, after = self._shared(
+        shared, slots = self._shared(
             positions, segments, cache, causal=cache is None and segments is None and not given
         )
         rows = []
@@ -152,14 +154,10 @@ class Decoder(nn.Module):
         if cache is None or slots is None:
             return logits
         keys, values = (
-            jax.vmap(caches.write, (0, None, 0))(
-                whole, slots, jax.lax.stop_gradient(jnp.concatenate(parts))
-            )
-            for whole, parts in zip(
-                (cache.keys, cache.values), zip(*rows, strict=True), strict=True
-            )
+            jax.lax.stop_gradient(jnp.concatenate(parts)) for parts in zip(*rows, strict=True)
         )
-        return logits, Cache(keys, values, after)
+        new = caches.Rows(keys, values, positions, slots)
+        return logits, caches.put(cache, new) if write else new
 
     def empty_cache(self, batch: int, tokens: int, chunk: int = 1) -> Cache:
         """A cache without tokens, of the compute dtype; needs no parameters.
@@ -227,12 +225,11 @@ class Decoder(nn.Module):
         cache: Cache | None,
         *,
         causal: bool,
-    ) -> tuple[Shared, jax.Array | None, jax.Array]:
-        """What layers share, the slots of the tokens, and the positions in the cache after them."""
-        slots, held, after = None, None, positions
+    ) -> tuple[Shared, jax.Array | None]:
+        """What layers share, and the slots of the tokens in the cache."""
+        slots, held = None, None
         if cache is not None:
             slots = caches.slots_of(positions, self.sinks, cache.slots)
-            after = caches.write(cache.positions, slots, positions)
             held = caches.write(cache.positions, slots, jnp.full_like(positions, caches.EMPTY))
         shift = jnp.maximum(positions.max(-1, keepdims=True) + 1 - self.context, 0)
 
@@ -258,7 +255,7 @@ class Decoder(nn.Module):
             nearby = view(near, 0, self.local_rope_base, causal)
         # A layer chooses between the two, so both have a mask.
         everywhere = view(self.window, self.sinks, self.rope_base, causal and nearby is None)
-        return Shared(everywhere, nearby, positions, held), slots, after
+        return Shared(everywhere, nearby, positions, held), slots
 
 
 def _parts(inputs: Any, cache: Cache | None) -> tuple[jax.Array, jax.Array, jax.Array | None]:

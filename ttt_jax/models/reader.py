@@ -8,6 +8,7 @@ from flax import traverse_util
 
 from ttt_jax import _arguments, readers
 from ttt_jax.base import Params
+from ttt_jax.models.cache import put
 from ttt_jax.models.decoder import Decoder
 from ttt_jax.models.low_rank import narrow_factors
 
@@ -20,10 +21,14 @@ def reader(module: Decoder) -> readers.Reader:
       module: a decoder, or one with leaves of ``qwix``; ``window`` and ``sinks`` are its own.
     """
 
-    def read(params: Params, memory: Any, inputs: Any) -> tuple[jax.Array, Any]:
-        return module.apply(narrow_factors(params, module.dtype), inputs, memory)
+    def ahead(params: Params, memory: Any, inputs: Any) -> tuple[jax.Array, Any]:
+        return module.apply(narrow_factors(params, module.dtype), inputs, memory, write=False)
 
-    return readers.Reader(module.empty_cache, read)
+    def read(params: Params, memory: Any, inputs: Any) -> tuple[jax.Array, Any]:
+        logits, rows = ahead(params, memory, inputs)
+        return logits, put(memory, rows)
+
+    return readers.Reader(module.empty_cache, read, ahead, put)
 
 
 @_arguments.checked()

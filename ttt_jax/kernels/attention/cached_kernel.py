@@ -41,25 +41,34 @@ BACKWARD_KEY = Tiles(queries=64, keys=64, warps=4, stages=2)
 
 
 class Blocks(NamedTuple):
-    """Which blocks of keys a block of queries reads, and the other way round.
+    """Which blocks of keys a block of queries reads.
 
     Attributes:
-      order: int32 ``[N, T / queries, ceil(S / keys)]``, blocks of the cache, those to read first.
-      held: int32 ``[N, T / queries]``, how many of them.
-      own: int32 ``[N, T / queries]``, how many blocks of the chunk, from its first.
+      order: int32 ``[N, T / queries, ceil(S / keys)]``, blocks of the cache: first those that all
+        queries see wholly, then those that they see in part.
+      whole: int32 ``[N, T / queries]``, how many are seen wholly, and need no mask.
+      held: int32 ``[N, T / queries]``, how many are read.
+      own: int32 ``[N, T / queries]``, how many blocks of the chunk are, from its first.
     """
 
     order: jax.Array
+    whole: jax.Array
     held: jax.Array
     own: jax.Array
 
 
-def _block_pairs(reach: Reach, keys: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Bool ``[N, T / rows, ceil(S / columns)]``: where a query of a block sees a key of one."""
+def _block_pairs(
+    reach: Reach, keys: jax.Array, rows: int, columns: int
+) -> tuple[jax.Array, jax.Array]:
+    """Where queries of a block see a key of another, and where all see all.
+
+    Two of bool ``[N, T / rows, ceil(S / columns)]``.
+    """
     seen = sees(reach.queries[:, :, None], keys[:, None], reach.window, reach.sinks)
     batch, tokens, slots = seen.shape
     seen = jnp.pad(seen, ((0, 0), (0, 0), (0, -slots % columns)))
-    return seen.reshape(batch, tokens // rows, rows, -1, columns).any((2, 4))
+    seen = seen.reshape(batch, tokens // rows, rows, -1, columns)
+    return seen.any((2, 4)), seen.all((2, 4))
 
 
 def _last(pairs: jax.Array) -> jax.Array:
@@ -69,10 +78,11 @@ def _last(pairs: jax.Array) -> jax.Array:
 
 
 def _blocks(reach: Reach, tiles: Tiles) -> Blocks:
-    held = _block_pairs(reach, reach.held, tiles.queries, tiles.keys)
-    own = _block_pairs(reach, reach.queries, tiles.queries, tiles.keys)
-    order = jnp.argsort(~held, axis=-1, stable=True).astype(jnp.int32)
-    return Blocks(order, held.sum(-1, dtype=jnp.int32), _last(own))
+    held, whole = _block_pairs(reach, reach.held, tiles.queries, tiles.keys)
+    own, _ = _block_pairs(reach, reach.queries, tiles.queries, tiles.keys)
+    rank = jnp.where(whole, 0, jnp.where(held, 1, 2))
+    order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
+    return Blocks(order, *(each.sum(-1, dtype=jnp.int32) for each in (whole, held)), _last(own))
 
 
 def _fitting(tiles: Tiles, tokens: int) -> Tiles:
@@ -86,43 +96,53 @@ def _product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Arr
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _rows(ref: Any, start: Any, count: int, *, whole: bool, other: int = 0) -> jax.Array:
-    """``count`` rows from ``start``; beyond the end ``other``, where ``whole`` is false."""
-    place = ref.at[pl.ds(start, count)]
-    if whole:
+def _rows(ref: Any, index: Any, count: int, other: int | None = None) -> jax.Array:
+    """``count`` rows of a block; those beyond the end are ``other``, None where none is."""
+    place = ref.at[pl.ds(index * count, count)]
+    if other is None or ref.shape[0] % count == 0:
         return plgpu.load(place)
-    inside = start + jnp.arange(count) < ref.shape[0]
+    inside = index * count + jnp.arange(count) < ref.shape[0]
     inside = inside.reshape(-1, *[1] * (len(ref.shape) - 1))
     return plgpu.load(place, mask=jnp.broadcast_to(inside, (count, *ref.shape[1:])), other=other)
 
 
-class _Keys(NamedTuple):
-    """References to keys, values and their positions, and whether blocks divide them."""
-
-    key: Any
-    value: Any
-    positions: Any
-    whole: bool
-
-    def block(self, index: Any, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        start = index * count
-        load = functools.partial(_rows, start=start, count=count, whole=self.whole)
-        return load(self.key), load(self.value), load(self.positions, other=-1)
+def _bounds(columns: jax.Array, sinks: Any) -> tuple[jax.Array, jax.Array]:
+    """Positions of keys to be at most a query's, and later than its window's begin."""
+    never = jnp.iinfo(jnp.int32).max
+    return jnp.where(columns < 0, never, columns), jnp.where(columns < sinks, never, columns)
 
 
-def _over_blocks(refs: Any, tiles: Tiles, body: Any, carry: Any) -> Any:
-    """Folds ``body(carry, key, value, positions)`` over the blocks that are read."""
-    key, value, held_key, held_value, positions, held_positions, order, held, own = refs
-    cache = _Keys(held_key, held_value, held_positions, held_key.shape[0] % tiles.keys == 0)
-    chunk = _Keys(key, value, positions, True)
+class _Reach:
+    """Which keys of a block the queries of another see, in two comparisons per pair."""
 
-    def of_cache(index: Any, carry: Any) -> Any:
-        return body(carry, *cache.block(order[index], tiles.keys))
+    def __init__(self, rows: jax.Array, limits: Any):
+        self._rows, self._begin, self._sinks = rows, rows - limits[0], limits[1]
+
+    def __call__(self, columns: jax.Array) -> jax.Array:
+        newest, oldest = _bounds(columns, self._sinks)
+        return (newest[None] <= self._rows[:, None]) & (oldest[None] > self._begin[:, None])
+
+
+def _over_blocks(refs: Any, tiles: Tiles, reach: _Reach, body: Any, carry: Any) -> Any:
+    """Folds ``body(carry, key, value, seen)`` over the blocks that are read."""
+    key, value, held_key, held_value, positions, held_positions, order, whole, held, own = refs
+    count = tiles.keys
+
+    def seen_wholly(place: Any, carry: Any) -> Any:
+        index = order[place]
+        return body(carry, _rows(held_key, index, count), _rows(held_value, index, count), None)
+
+    def seen_in_part(place: Any, carry: Any) -> Any:
+        index = order[place]
+        block = (_rows(ref, index, count, 0) for ref in (held_key, held_value))
+        return body(carry, *block, reach(_rows(held_positions, index, count, -1)))
 
     def of_chunk(index: Any, carry: Any) -> Any:
-        return body(carry, *chunk.block(index, tiles.keys))
+        block = (_rows(ref, index, count) for ref in (key, value))
+        return body(carry, *block, reach(_rows(positions, index, count)))
 
-    carry = jax.lax.fori_loop(0, held[...], of_cache, carry)
+    carry = jax.lax.fori_loop(0, whole[...], seen_wholly, carry)
+    carry = jax.lax.fori_loop(whole[...], held[...], seen_in_part, carry)
     return jax.lax.fori_loop(0, own[...], of_chunk, carry)
 
 
@@ -135,26 +155,31 @@ def _forward_kernel(
     tiles: Tiles,
 ) -> None:
     *refs, out_ref, log_sum_ref = refs
-    query, rows = query_ref[...], rows_ref[...]
-    window, sinks = limits_ref[0], limits_ref[1]
+    query = query_ref[...]
 
-    def body(carry: Any, key: Any, value: Any, columns: Any) -> Any:
+    def body(carry: Any, key: Any, value: Any, seen: Any) -> Any:
         mixed, total, most = carry
-        seen = sees(rows[:, None], columns[None], window, sinks)
-        scores = jnp.where(seen, _product(query, key, (1, 1)) * (scale * _LOG2_E), _LOWEST)
+        scores = _product(query, key, (1, 1))
+        if seen is not None:
+            scores = jnp.where(seen, scores, _LOWEST)
         highest = jnp.maximum(most, scores.max(1))
-        weights = jnp.where(seen, jnp.exp2(scores - highest[:, None]), 0.0)
-        shrunk = jnp.exp2(most - highest)
+        # A row that has seen nothing has weights of zero, not a difference of two huge numbers.
+        shift = jnp.where(highest > _LOWEST, highest * powers, 0.0)
+        weights = jnp.exp2(scores * powers - shift[:, None])
+        shrunk = jnp.exp2((most - highest) * powers)
         mixed = mixed * shrunk[:, None] + _product(weights.astype(value.dtype), value, (1, 0))
         return mixed, total * shrunk + weights.sum(1), highest
 
     count, size = query.shape
+    powers = scale * _LOG2_E
     zeros = jnp.zeros((count, size), jnp.float32)
     start = zeros, jnp.zeros(count, jnp.float32), jnp.full(count, _LOWEST, jnp.float32)
-    mixed, total, most = _over_blocks(refs, tiles, body, start)
+    reach = _Reach(rows_ref[...], limits_ref)
+    mixed, total, most = _over_blocks(refs, tiles, reach, body, start)
+    # A row of padding sees nothing.
     total = jnp.where(total > 0, total, 1.0)
     out_ref[...] = (mixed / total[:, None]).astype(out_ref.dtype)
-    log_sum_ref[...] = most + jnp.log2(total)
+    log_sum_ref[...] = most * powers + jnp.log2(total)
 
 
 def _query_kernel(
@@ -169,18 +194,19 @@ def _query_kernel(
     tiles: Tiles,
 ) -> None:
     *refs, dquery_ref = refs
-    query, rows, dout = query_ref[...], rows_ref[...], dout_ref[...]
+    query, dout = query_ref[...], dout_ref[...]
     log_sum, mean = log_sum_ref[...], mean_ref[...]
-    window, sinks = limits_ref[0], limits_ref[1]
 
-    def body(dquery: Any, key: Any, value: Any, columns: Any) -> Any:
-        seen = sees(rows[:, None], columns[None], window, sinks)
+    def body(dquery: Any, key: Any, value: Any, seen: Any) -> Any:
         scores = _product(query, key, (1, 1)) * (scale * _LOG2_E)
-        weights = jnp.where(seen, jnp.exp2(scores - log_sum[:, None]), 0.0)
+        weights = jnp.exp2(scores - log_sum[:, None])
+        if seen is not None:
+            weights = jnp.where(seen, weights, 0.0)
         dscores = weights * (_product(dout, value, (1, 1)) - mean[:, None])
         return dquery + _product(dscores.astype(key.dtype), key, (1, 0))
 
-    dquery = _over_blocks(refs, tiles, body, jnp.zeros(query.shape, jnp.float32))
+    reach = _Reach(rows_ref[...], limits_ref)
+    dquery = _over_blocks(refs, tiles, reach, body, jnp.zeros(query.shape, jnp.float32))
     dquery_ref[...] = (dquery * scale).astype(dquery_ref.dtype)
 
 
@@ -203,8 +229,9 @@ def _key_kernel(
     tiles: Tiles,
 ) -> None:
     """Gradients of a block of the chunk's keys, summed over the heads that read it."""
-    key, value, columns = key_ref[...], value_ref[...], columns_ref[...]
-    window, sinks = limits_ref[0], limits_ref[1]
+    key, value = key_ref[...], value_ref[...]
+    window = limits_ref[0]
+    newest, oldest = (each[:, None] for each in _bounds(columns_ref[...], limits_ref[1]))
     carry = (jnp.zeros(key.shape, jnp.float32),) * 2
     for head in range(query_ref.shape[1]):
 
@@ -217,7 +244,7 @@ def _key_kernel(
             log_sum = plgpu.load(log_sum_ref.at[head, place])
             mean = plgpu.load(mean_ref.at[head, place])
             rows = plgpu.load(rows_ref.at[place])
-            seen = sees(rows[None], columns[:, None], window, sinks)
+            seen = (newest <= rows[None]) & (oldest > (rows - window)[None])
             scores = _product(key, query, (1, 1)) * (scale * _LOG2_E)
             weights = jnp.where(seen, jnp.exp2(scores - log_sum[None]), 0.0)
             dvalue = dvalue + _product(weights.astype(dout.dtype), dout, (1, 0))
@@ -267,7 +294,7 @@ class _Specs:
 
     def keys(self, refs: Any) -> list[pl.BlockSpec]:
         """Of the keys, values, positions and blocks that :func:`_over_blocks` takes."""
-        key, _, held_key, _, _, _, order, *_ = refs
+        key, _, held_key, _, _, _, order, *counts = refs
         size = key.shape[-1]
         everything = [self.all_keys(array.shape[1], size) for array in (key, key, held_key, held_key)]
         places = [
@@ -276,7 +303,7 @@ class _Specs:
         ]
         block = pl.BlockSpec((None, None), lambda n, h, b: (n, b))
         blocks = pl.BlockSpec((None, None, order.shape[-1]), lambda n, h, b: (n, b, 0))
-        return [*everything, *places, blocks, block, block]
+        return [*everything, *places, blocks, *[block] * len(counts)]
 
 
 LIMITS = pl.BlockSpec((2,), lambda n, h, b: (0,))
@@ -366,7 +393,7 @@ def _key_gradients(
     kv_heads = key.shape[2]
     group = heads // kv_heads
     tiles = _fitting(BACKWARD_KEY, tokens)
-    pairs = _block_pairs(reach, reach.queries, tiles.queries, tiles.keys).swapaxes(1, 2)
+    pairs = _block_pairs(reach, reach.queries, tiles.queries, tiles.keys)[0].swapaxes(1, 2)
     last = _last(pairs)
     first = jnp.where(last > 0, jnp.argmax(pairs, axis=-1), 0).astype(jnp.int32)
     specs = _Specs(1, tiles.keys)
