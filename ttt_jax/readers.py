@@ -37,7 +37,9 @@ class Reader(NamedTuple):
     def parts(self) -> "Parts":
         """How a chunk is read before it is known whether it is to be remembered."""
         if self.ahead is None or self.keep is None:
-            return Parts(self.read, lambda memory, rows, kept: rows, lambda _, memory, inputs: memory)
+            return Parts(
+                self.read, lambda memory, rows, kept: rows, lambda _, memory, inputs: memory
+            )
         ahead = self.ahead
 
         def nothing(params: Params, memory: PyTree, inputs: Any) -> PyTree:

@@ -53,12 +53,8 @@ def results(arrays, positions, held, form, window=WINDOW):
 
         def attend(query, key, value):
             if form == "kernel":
-                return cached_kernel.attend(
-                    scale, query, key, value, held_key, held_value, reach
-                )
-            return cached.attend_cached(
-                query, key, value, (held_key, held_value), reach, form=form
-            )
+                return cached_kernel.attend(scale, query, key, value, held_key, held_value, reach)
+            return cached.attend_cached(query, key, value, (held_key, held_value), reach, form=form)
 
         out, backward = jax.vjp(attend, query, key, value)
         return out, *backward(dout)

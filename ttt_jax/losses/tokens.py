@@ -19,9 +19,7 @@ def token_nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """
     logits = logits.astype(jnp.float32)
     inside = (targets >= 0) & (targets < logits.shape[-1])
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(
-        inside, _chosen(logits, targets), jnp.nan
-    )
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(inside, _chosen(logits, targets), jnp.nan)
 
 
 @jax.custom_jvp

@@ -156,9 +156,7 @@ class Attention(nn.Module):
             held_key, held_value = (leaf.astype(query.dtype) for leaf in held)
             held_key = rotary.rotate(held_key, view.held, interleaved=sizes.interleaved)
             reach = Reach(shared.positions, shared.held, view.window, view.sinks)
-            mixed = attend_cached(
-                query, key, value, (held_key, held_value), reach, form=sizes.form
-            )
+            mixed = attend_cached(query, key, value, (held_key, held_value), reach, form=sizes.form)
         out = Linear(width, dtype=sizes.dtype, name="out")
         return out(mixed.reshape(batch, tokens, -1)), rows
 

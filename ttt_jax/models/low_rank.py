@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from ttt_jax import _arguments, _contract, _extras
+from ttt_jax.kernels import shared_outputs
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -105,11 +106,28 @@ def narrow_factors(params: Any, dtype: Any) -> Any:
     flat = traverse_util.flatten_dict(params, sep="/")
     return traverse_util.unflatten_dict(
         {
-            path: leaf.astype(dtype) if re.search("_lora_[ab]$", path) else leaf
+            path: _written_once(leaf.astype(dtype)) if re.search("_lora_[ab]$", path) else leaf
             for path, leaf in flat.items()
         },
         sep="/",
     )
+
+
+@jax.custom_vjp
+def _written_once(leaf: jax.Array) -> jax.Array:
+    """The leaf; its gradient, which is put together from those of the layers, becomes an array.
+
+    Without a loop over the layers XLA would else put it together anew inside every sum over it:
+    the norm, the test for NaN, both moments.
+    """
+    return leaf
+
+
+_written_once.defvjp(
+    lambda leaf: (leaf, None),
+    lambda _, cotangent: (jax.lax.optimization_barrier(cotangent),),
+    **shared_outputs.DECLARED,
+)
 
 
 @_arguments.checked(rank=_arguments.count(1))

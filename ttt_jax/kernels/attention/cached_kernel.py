@@ -35,7 +35,7 @@ class Tiles(NamedTuple):
     stages: int
 
 
-FORWARD = Tiles(queries=64, keys=64, warps=4, stages=2)
+FORWARD = Tiles(queries=64, keys=64, warps=4, stages=4)
 BACKWARD_QUERY = Tiles(queries=64, keys=64, warps=4, stages=2)
 BACKWARD_KEY = Tiles(queries=64, keys=64, warps=4, stages=2)
 
@@ -82,7 +82,8 @@ def _blocks(reach: Reach, tiles: Tiles) -> Blocks:
     own, _ = _block_pairs(reach, reach.queries, tiles.queries, tiles.keys)
     rank = jnp.where(whole, 0, jnp.where(held, 1, 2))
     order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
-    return Blocks(order, *(each.sum(-1, dtype=jnp.int32) for each in (whole, held)), _last(own))
+    count = functools.partial(jnp.sum, axis=-1, dtype=jnp.int32)
+    return Blocks(order, count(whole), count(held), _last(own))
 
 
 def _fitting(tiles: Tiles, tokens: int) -> Tiles:
@@ -150,11 +151,11 @@ def _forward_kernel(
     query_ref: Any,
     rows_ref: Any,
     limits_ref: Any,
-    *refs: Any,
+    *others: Any,
     scale: float,
     tiles: Tiles,
 ) -> None:
-    *refs, out_ref, log_sum_ref = refs
+    *refs, out_ref, log_sum_ref = others
     query = query_ref[...]
 
     def body(carry: Any, key: Any, value: Any, seen: Any) -> Any:
@@ -189,11 +190,11 @@ def _query_kernel(
     dout_ref: Any,
     log_sum_ref: Any,
     mean_ref: Any,
-    *refs: Any,
+    *others: Any,
     scale: float,
     tiles: Tiles,
 ) -> None:
-    *refs, dquery_ref = refs
+    *refs, dquery_ref = others
     query, dout = query_ref[...], dout_ref[...]
     log_sum, mean = log_sum_ref[...], mean_ref[...]
 
@@ -288,15 +289,15 @@ class _Specs:
 
     def all_keys(self, count: int, size: int) -> pl.BlockSpec:
         """All keys of the head that is read."""
-        return pl.BlockSpec(
-            (None, count, None, size), lambda n, h, b: (n, 0, h // self._group, 0)
-        )
+        return pl.BlockSpec((None, count, None, size), lambda n, h, b: (n, 0, h // self._group, 0))
 
     def keys(self, refs: Any) -> list[pl.BlockSpec]:
         """Of the keys, values, positions and blocks that :func:`_over_blocks` takes."""
         key, _, held_key, _, _, _, order, *counts = refs
         size = key.shape[-1]
-        everything = [self.all_keys(array.shape[1], size) for array in (key, key, held_key, held_key)]
+        everything = [
+            self.all_keys(array.shape[1], size) for array in (key, key, held_key, held_key)
+        ]
         places = [
             pl.BlockSpec((None, count), lambda n, h, b: (n, 0))
             for count in (key.shape[1], held_key.shape[1])

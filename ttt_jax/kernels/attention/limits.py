@@ -9,7 +9,7 @@ MOST_TOKENS = 64
 """The most tokens that the kernel of few tokens takes."""
 
 HEAD_SIZES = (16, 32, 64, 128)
-"""The features per head that the kernels take: tiles of the matrix units."""
+"""Features per head that they take: tiles of the matrix units."""
 
 _CHUNK_MULTIPLE = 16
 
