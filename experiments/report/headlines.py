@@ -20,13 +20,9 @@ Record = Mapping[str, Any]
 _RENAMED = ("python -m experiments.bench ", "python -m benchmarks.vision ")
 
 
-def rate(record: Record, way: str, dtype: str, over: str | None = None) -> float:
-    """Returns the sample-steps per second of rotation, ten steps; ``over`` divides by a way's."""
-    rates = {
-        row["way"]: float(row["sample_steps_per_second"])
-        for row in record["rows"]
-        if (row["work"], row["compute_dtype"], row["num_steps"]) == ("rotation", dtype, 10)
-    }
+def rate(record: Record, way: str, of: str = "rate", over: str = "", **where: Any) -> float:
+    """Returns the rate of a way of doing the rows' work; ``over`` divides by another way's."""
+    rates = {row["way"]: float(row[of]) for row in record["rows"] if where.items() <= row.items()}
     return rates[way] / (rates[over] if over else 1)
 
 
@@ -77,12 +73,16 @@ def alignment_correlation(record: Record) -> float:
     return r
 
 
-rotation_rate_bf16 = partial(rate, way="ttt_jax", dtype="bfloat16")
-rotation_rate_f32 = partial(rate, way="ttt_jax", dtype="float32")
-torch_vmap_rate = partial(rate, way="torch_func_vmap", dtype="bfloat16")
-torch_loop_rate = partial(rate, way="torch_loop", dtype="bfloat16")
+rotation = partial(rate, of="sample_steps_per_second", work="rotation", num_steps=10)
+rotation_rate_bf16 = partial(rotation, way="ttt_jax", compute_dtype="bfloat16")
+rotation_rate_f32 = partial(rotation, way="ttt_jax", compute_dtype="float32")
+torch_vmap_rate = partial(rotation, way="torch_func_vmap", compute_dtype="bfloat16")
+torch_loop_rate = partial(rotation, way="torch_loop", compute_dtype="bfloat16")
 speedup_over_vmap = partial(rotation_rate_bf16, over="torch_func_vmap")
 speedup_over_loop = partial(rotation_rate_bf16, over="torch_loop")
+lora_task_steps = partial(rate, way="ttt_jax", work="tasks", tasks=32)
+document_tokens = partial(rate, way="ttt_jax", work="documents", tasks=32)
+document_tokens_over_stacked = partial(document_tokens, over="stacked_graph")
 memo_resnet50_over_torch = partial(memo_rate, over_torch=True)
 table_minutes = partial(minutes, method="rotation", compute_dtype="bfloat16")
 # The jointly trained model as it is, and one that was trained on the main task alone.

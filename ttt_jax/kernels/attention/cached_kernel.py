@@ -11,7 +11,7 @@ Written in Pallas for its Triton backend. Arrays are ``[N, T, H, D]``; scores ar
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,77 +19,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ttt_jax.kernels import shared_outputs
-from ttt_jax.kernels.attention.cached import Reach, sees
+from ttt_jax.kernels.attention.cached import Reach
+from ttt_jax.kernels.attention.cached_blocks import Tiles, block_pairs, blocks_of, fitting, last_of
 
 # Finite, as of a row whose keys are all unseen.
 _LOWEST = -1e30
 _LOG2_E = math.log2(math.e)
 
 
-class Tiles(NamedTuple):
-    """Rows of queries and of keys per step, warps and pipeline stages; measured on an H200."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
 FORWARD = Tiles(queries=64, keys=64, warps=4, stages=4)
 BACKWARD_QUERY = Tiles(queries=64, keys=64, warps=4, stages=2)
 BACKWARD_KEY = Tiles(queries=64, keys=64, warps=4, stages=2)
-
-
-class Blocks(NamedTuple):
-    """Which blocks of keys a block of queries reads.
-
-    Attributes:
-      order: int32 ``[N, T / queries, ceil(S / keys)]``, blocks of the cache: first those that all
-        queries see wholly, then those that they see in part.
-      whole: int32 ``[N, T / queries]``, how many are seen wholly, and need no mask.
-      held: int32 ``[N, T / queries]``, how many are read.
-      own: int32 ``[N, T / queries]``, how many blocks of the chunk are, from its first.
-    """
-
-    order: jax.Array
-    whole: jax.Array
-    held: jax.Array
-    own: jax.Array
-
-
-def _block_pairs(
-    reach: Reach, keys: jax.Array, rows: int, columns: int
-) -> tuple[jax.Array, jax.Array]:
-    """Where queries of a block see a key of another, and where all see all.
-
-    Two of bool ``[N, T / rows, ceil(S / columns)]``.
-    """
-    seen = sees(reach.queries[:, :, None], keys[:, None], reach.window, reach.sinks)
-    batch, tokens, slots = seen.shape
-    seen = jnp.pad(seen, ((0, 0), (0, 0), (0, -slots % columns)))
-    seen = seen.reshape(batch, tokens // rows, rows, -1, columns)
-    return seen.any((2, 4)), seen.all((2, 4))
-
-
-def _last(pairs: jax.Array) -> jax.Array:
-    """One past the last true place of the last axis; 0 without one."""
-    places = jnp.arange(1, pairs.shape[-1] + 1, dtype=jnp.int32)
-    return jnp.where(pairs, places, 0).max(-1)
-
-
-def _blocks(reach: Reach, tiles: Tiles) -> Blocks:
-    held, whole = _block_pairs(reach, reach.held, tiles.queries, tiles.keys)
-    own, _ = _block_pairs(reach, reach.queries, tiles.queries, tiles.keys)
-    rank = jnp.where(whole, 0, jnp.where(held, 1, 2))
-    order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
-    count = functools.partial(jnp.sum, axis=-1, dtype=jnp.int32)
-    return Blocks(order, count(whole), count(held), _last(own))
-
-
-def _fitting(tiles: Tiles, tokens: int) -> Tiles:
-    """Tiles that divide the chunk: its length is a multiple of 16."""
-    rows = math.gcd(tiles.queries, tokens)
-    return tiles._replace(queries=rows, keys=min(tiles.keys, math.gcd(tiles.keys, tokens)))
 
 
 def _product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
@@ -211,25 +151,10 @@ def _query_kernel(
     dquery_ref[...] = (dquery * scale).astype(dquery_ref.dtype)
 
 
-def _key_kernel(
-    query_ref: Any,
-    rows_ref: Any,
-    limits_ref: Any,
-    dout_ref: Any,
-    log_sum_ref: Any,
-    mean_ref: Any,
-    key_ref: Any,
-    value_ref: Any,
-    columns_ref: Any,
-    first_ref: Any,
-    last_ref: Any,
-    dkey_ref: Any,
-    dvalue_ref: Any,
-    *,
-    scale: float,
-    tiles: Tiles,
-) -> None:
+def _key_kernel(*refs: Any, scale: float, tiles: Tiles) -> None:
     """Gradients of a block of the chunk's keys, summed over the heads that read it."""
+    query_ref, rows_ref, limits_ref, dout_ref, log_sum_ref, mean_ref, *others = refs
+    key_ref, value_ref, columns_ref, first_ref, last_ref, dkey_ref, dvalue_ref = others
     key, value = key_ref[...], value_ref[...]
     window = limits_ref[0]
     newest, oldest = (each[:, None] for each in _bounds(columns_ref[...], limits_ref[1]))
@@ -334,9 +259,9 @@ def _limits(reach: Reach) -> jax.Array:
 def _forward(scale: float, *operands: Any) -> tuple[jax.Array, Any]:
     query, key, value, held_key, held_value, reach = operands
     batch, tokens, heads, size = query.shape
-    tiles = _fitting(FORWARD, tokens)
+    tiles = fitting(FORWARD, tokens)
     specs = _Specs(heads // key.shape[2], tiles.queries)
-    refs = (key, value, held_key, held_value, reach.queries, reach.held, *_blocks(reach, tiles))
+    refs = (key, value, held_key, held_value, reach.queries, reach.held, *blocks_of(reach, tiles))
     out, log_sum = _call(
         functools.partial(_forward_kernel, scale=scale, tiles=tiles),
         "cached_attention_forward",
@@ -365,9 +290,9 @@ def _backward(scale: float, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
 def _query_gradient(scale: float, shared: Any, keys: Any, reach: Reach) -> jax.Array:
     query = shared[0]
     batch, tokens, heads, size = query.shape
-    tiles = _fitting(BACKWARD_QUERY, tokens)
+    tiles = fitting(BACKWARD_QUERY, tokens)
     specs = _Specs(heads // keys[0].shape[2], tiles.queries)
-    refs = (*keys, reach.queries, reach.held, *_blocks(reach, tiles))
+    refs = (*keys, reach.queries, reach.held, *blocks_of(reach, tiles))
     return _call(
         functools.partial(_query_kernel, scale=scale, tiles=tiles),
         "cached_attention_query_gradient",
@@ -393,9 +318,9 @@ def _key_gradients(
     batch, tokens, heads, size = shared[0].shape
     kv_heads = key.shape[2]
     group = heads // kv_heads
-    tiles = _fitting(BACKWARD_KEY, tokens)
-    pairs = _block_pairs(reach, reach.queries, tiles.queries, tiles.keys)[0].swapaxes(1, 2)
-    last = _last(pairs)
+    tiles = fitting(BACKWARD_KEY, tokens)
+    pairs = block_pairs(reach, reach.queries, tiles.queries, tiles.keys)[0].swapaxes(1, 2)
+    last = last_of(pairs)
     first = jnp.where(last > 0, jnp.argmax(pairs, axis=-1), 0).astype(jnp.int32)
     specs = _Specs(1, tiles.keys)
     heads_spec = pl.BlockSpec((None, tokens, group, size), lambda n, h, b: (n, 0, h, 0))

@@ -15,7 +15,7 @@ _CHUNK_MULTIPLE = 16
 
 
 def fits(tokens: int, head_size: int) -> bool:
-    """Whether the kernel of few tokens takes sequences of that length with so many features per head."""
+    """Whether the kernel of few tokens takes such sequences with so many features per head."""
     _arguments.integer("tokens", tokens)
     _arguments.integer("head_size", head_size)
     return tokens <= MOST_TOKENS and head_size in HEAD_SIZES
