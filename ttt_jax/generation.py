@@ -12,7 +12,7 @@ from ttt_jax.losses.tokens import token_nats
 from ttt_jax.predictors import no_steps
 from ttt_jax.readers import Reader
 
-__all__ = ["Generated", "Sampler", "generate", "greedy", "sample"]
+__all__ = ["Generated", "Sampler", "generate", "greedy", "log_probs", "sample"]
 
 Sampler: TypeAlias = Callable[[jax.Array, Key], jax.Array]
 """``(logits[V], key) -> token``, an integer scalar."""
@@ -278,3 +278,48 @@ def continued(
     _, made = _varying.scan(body, row, jnp.arange(num_tokens))
     # A sequence without any token has no position.
     return made, no_steps()._replace(ok=jnp.isfinite(made.nats).all() & (row.position >= 0))
+
+
+@_arguments.checked(read=readers.rule)
+def log_probs(read: Reader) -> Callable[[Params, Any, Generated], jax.Array]:
+    """The log-probabilities of continuations, in one pass that can be differentiated.
+
+    Args:
+      read: as for :func:`generate`.
+
+    Returns:
+      ``(params, x, generated) -> float32 [G, T]`` of G continuations of one prompt ``x``, whose
+      leaves have a leading axis G; 0 outside their masks. ``generate`` has the same as ``-nats``.
+
+    Raises:
+      ValueError: when called: what ``generate`` refuses, or tokens that are not ``[G, T]``.
+    """
+
+    def score(params: Params, x: Any, generated: Generated) -> jax.Array:
+        prompt, mask = prompt_of("generation.log_probs", x)
+        if jnp.ndim(generated.tokens) != 2 or jnp.shape(generated.mask) != generated.tokens.shape:
+            raise ValueError(
+                "generation.log_probs needs continuations [G, T] of one prompt; got tokens "
+                f"{jnp.shape(generated.tokens)} and mask {jnp.shape(generated.mask)}."
+            )
+        count, length = generated.tokens.shape
+        places = jnp.where(mask, jnp.cumsum(mask.astype(jnp.int32)) - 1, -1)
+        after = jnp.where(generated.mask, places.max() + 1 + jnp.arange(length), -1)
+        inputs = {
+            "tokens": _joined(prompt, generated.tokens),
+            "positions": _joined(places, after),
+        }
+        total = prompt.size + length
+        logits, _ = read.read(params, read.init(count, total, total), inputs)
+        # The prompt's last token, wherever its padding puts it, and all but the last one drawn.
+        index = jnp.arange(prompt.size - 1, total - 1).at[0].set(jnp.argmax(places))
+        nats = token_nats(logits[:, index], generated.tokens)
+        return jnp.where(generated.mask, -nats, 0.0)
+
+    return score
+
+
+def _joined(first: jax.Array, rest: jax.Array) -> jax.Array:
+    """``[P], [G, T] -> int32 [G, P + T]``."""
+    repeated = jnp.broadcast_to(first[None], (len(rest), first.size))
+    return jnp.concatenate([repeated, rest], 1).astype(jnp.int32)

@@ -56,6 +56,26 @@ def together(model, adapters, run):
     return run(model[1], (adapters, {"tokens": PROMPTS}), KEYS)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_continuations_are_scored_as_they_were_drawn(model, side):
+    net, params = model
+    read = models.reader(net)
+    pad = ((2, 0) if side == "left" else (0, 2),)
+    prompt = {
+        "tokens": np.pad(PROMPTS[0], pad),
+        "mask": np.pad(np.ones(PROMPT, bool), pad),
+    }
+    draw = generation.generate(
+        read, num_tokens=TOKENS, sampler=generation.sample(), stop=tuple(range(8))
+    )
+    made, _ = jax.jit(jax.vmap(draw, (None, None, 0)))(params, prompt, KEYS)
+    assert made.mask[:, 0].all() and not made.mask.all()
+    log_probs = jax.jit(generation.log_probs(read))(params, prompt, made)
+    np.testing.assert_allclose(log_probs, -made.nats, atol=1e-4)
+    grads = jax.grad(lambda p: generation.log_probs(read)(p, prompt, made).sum())(params)
+    assert any(leaf.any() for leaf in jax.tree.leaves(grads))
+
+
 def test_every_prompt_goes_on_as_without_a_cache_and_alone(model, adapters, together):
     net, params = model
     made, info = together

@@ -19,6 +19,7 @@ from ttt_jax.losses.matching import (
     feature_moments as feature_moments,
     moment_matching as moment_matching,
 )
+from ttt_jax.losses.policy import policy_gradient as policy_gradient
 from ttt_jax.losses.reconstruction import masked_reconstruction as masked_reconstruction
 from ttt_jax.losses.reliable import (
     reliable_entropy as reliable_entropy,
@@ -41,6 +42,7 @@ __all__ = [
     "moment_matching",
     "next_token",
     "over_batch",
+    "policy_gradient",
     "pseudo_label",
     "reliable_entropy",
     "rotation",

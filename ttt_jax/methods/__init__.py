@@ -15,6 +15,10 @@ A document, chunk by chunk (a :class:`~ttt_jax.Predictor`):
 * :func:`neighbors_ttt`: a :class:`~ttt_jax.FromSource`, with passages of a corpus
 * :func:`merged_adapters`, of clusters of a corpus; :func:`passages_adapter` trains them
 
+A set of prompts (a :class:`~ttt_jax.Predictor`):
+
+* :func:`ttrl`: reinforcement by votes
+
 Streams of instances (a :class:`~ttt_jax.Stream`):
 
 * :func:`ttt_rotation_online`, :func:`rotation_memo_online`
@@ -60,6 +64,7 @@ from ttt_jax.methods.sar import sar
 from ttt_jax.methods.source import source
 from ttt_jax.methods.t3a import t3a
 from ttt_jax.methods.tent import tent
+from ttt_jax.methods.ttrl import ttrl
 from ttt_jax.methods.ttt_denoising import ttt_denoising
 from ttt_jax.methods.ttt_mae import ttt_mae
 from ttt_jax.methods.ttt_plus_plus import ttt_plus_plus
@@ -98,6 +103,7 @@ __all__ = [
     "source",
     "t3a",
     "tent",
+    "ttrl",
     "ttt_denoising",
     "ttt_mae",
     "ttt_plus_plus",

@@ -3,6 +3,7 @@
 import pathlib
 import tempfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,7 +13,17 @@ from tests.core import small_reader
 from tests.core.fuzz import things
 from tests.core.fuzz.calls import Table
 from tests.models import small_decoder
-from ttt_jax import checkpoint, generation, methods, models, optimizers, select, serving
+from ttt_jax import (
+    checkpoint,
+    generation,
+    losses,
+    methods,
+    models,
+    optimizers,
+    rewards,
+    select,
+    serving,
+)
 
 TABLE = Table()
 add = TABLE.add
@@ -58,6 +69,105 @@ add(
     chunk=2,
     kinds=KINDS,
     ranges={"num_tokens": 0, "chunk": 0, "stop": STOP},
+)
+CONTINUED = generation.Generated(
+    np.array([[1, 2], [3, 5]]), np.ones((2, 2), bool), np.zeros((2, 2), np.float32)
+)
+add(
+    "generation.log_probs",
+    generation.log_probs,
+    lambda result: result(PARAMS, PROMPT, CONTINUED),
+    read=READ,
+    kinds=KINDS,
+)
+
+
+def first_token(x, generated):
+    return rewards.Answers(generated.tokens[:, 0], generated.tokens[:, 0] > 0)
+
+
+add(
+    "methods.ttrl",
+    methods.ttrl,
+    lambda result: result(PARAMS, {"tokens": np.array([[1, 2], [3, 4]])}, things.KEY),
+    read=READ,
+    answer=first_token,
+    num_tokens=1,
+    stop=(5,),
+    optimizer=things.SGD,
+    num_steps=1,
+    num_rollouts=4,
+    num_trained=2,
+    temperature=1.0,
+    min_consensus=0.1,
+    rare=0.1,
+    advantages="fixed",
+    kl=0.1,
+    stop_ratio=2.0,
+    num_evaluated=1,
+    evaluation_sampler=DRAW,
+    kinds=KINDS | {"rare": "number", "kl": "number", "evaluation_sampler": "function"},
+    ranges={
+        "num_tokens": 0,
+        "num_steps": -1,
+        "num_rollouts": 0,
+        "num_trained": 0,
+        "temperature": -1.0,
+        "min_consensus": 2.0,
+        "rare": 2.0,
+        "advantages": "none",
+        "kl": -1.0,
+        "stop_ratio": -1.0,
+        "num_evaluated": 0,
+        "stop": STOP,
+    },
+)
+ROLLOUTS = np.array([1, 0, 1, 2])
+
+
+def of_rollouts(result):
+    return result(None, ROLLOUTS, things.KEY)
+
+
+def numbers(x, rollouts):
+    return rewards.Answers(rollouts, rollouts > 0)
+
+
+add(
+    "rewards.majority",
+    rewards.majority,
+    of_rollouts,
+    answer=numbers,
+    first_voter=1,
+    min_consensus=0.1,
+    rare=0.1,
+    kinds={"min_consensus": "number", "rare": "number"},
+    ranges={"first_voter": (-1, 4), "min_consensus": 2.0, "rare": -0.5},
+)
+add(
+    "rewards.verifier",
+    rewards.verifier,
+    of_rollouts,
+    score=lambda x, rollouts: rollouts > 1,
+    invalid=-1.0,
+    kinds={"invalid": "number"},
+)
+add("rewards.answered", rewards.answered, of_rollouts, answer=numbers)
+add("rewards.chance", rewards.chance, of_rollouts, p=0.5, ranges={"p": 2.0})
+LOGITS = np.array([0.1, 0.2, 0.3], np.float32)
+add(
+    "losses.policy_gradient",
+    losses.policy_gradient,
+    lambda result: result({"logits": LOGITS}, None, things.KEY),
+    sample=lambda params, x, key: jax.random.categorical(key, params["logits"], shape=(4,)),
+    log_prob=lambda params, x, arms: jax.nn.log_softmax(params["logits"])[arms],
+    reward=rewards.verifier(lambda x, arms: arms == 1),
+    num_trained=3,
+    advantages="centered",
+    kl=0.1,
+    pristine={"logits": LOGITS},
+    kinds={"kl": "number", "pristine": "params"},
+    ranges={"num_trained": (0, 5), "advantages": "none", "kl": -1.0},
 )
 add(
     "generation.sample",

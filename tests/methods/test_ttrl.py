@@ -1,0 +1,216 @@
+"""Reinforcement by votes on a reader of one layer, whose first token is the answer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ttt_jax as ttt
+from tests.core import small_reader
+from ttt_jax import methods, rewards
+
+READ, STOP, PROMPTS, GROUPS = small_reader.READER, 0, 3, 3
+STEPS = 6
+
+
+def answer(x, generated):
+    """The first token; the stop token is no answer."""
+    first = generated.tokens[:, 0]
+    return rewards.Answers(first, first != STOP)
+
+
+@functools.cache
+def params():
+    """Embeddings small enough that every token has a chance."""
+    drawn = small_reader.draw_params()
+    return jax.tree.map(lambda leaf: 0.5 * leaf, drawn)
+
+
+def groups(count=GROUPS, seed=0):
+    """So many sets of prompts, of unequal length."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, small_reader.VOCABULARY, (count, PROMPTS, 4)).astype(np.int32)
+    mask = np.ones(tokens.shape, bool)
+    mask[:, 1, :2] = False
+    mask[:, 2, 3:] = False
+    truth = rng.integers(1, small_reader.VOCABULARY, (count, PROMPTS)).astype(np.int32)
+    return {"tokens": tokens, "mask": mask, "truth": truth}
+
+
+def predictor(**arguments):
+    settings = {
+        "num_tokens": 2,
+        "stop": (STOP,),
+        "optimizer": optax.adam(0.1),
+        "num_steps": STEPS,
+        "num_rollouts": 16,
+        "num_trained": 8,
+        "num_evaluated": 16,
+        "truth": lambda x: x["truth"],
+    }
+    return methods.ttrl(READ, answer, **settings | arguments)
+
+
+@functools.cache
+def run_of(**arguments):
+    return jax.jit(ttt.batched(predictor(**arguments)))
+
+
+KEYS = ttt.sample_keys(jax.random.key(0), np.arange(GROUPS))
+
+
+@functools.cache
+def trained():
+    return jax.device_get(run_of()(params(), groups(), KEYS))
+
+
+def test_the_vote_becomes_sharper_and_answers_follow():
+    output, info = trained()
+    ratio = info.aux["majority_ratio"]
+    assert ratio.shape == (GROUPS, STEPS)
+    assert ratio[:, -1].mean() > ratio[:, 0].mean() + 0.1
+    agree = []
+    for generated in (output.before, output.after):
+        first = generated.tokens[..., 0]
+        counts = [np.bincount(row).max() for row in first.reshape(-1, first.shape[-1])]
+        agree.append(np.mean(counts) / first.shape[-1])
+    assert agree[1] > agree[0] + 0.1
+    assert info.ok.all() and info.updated.all()
+
+
+def test_the_report_counts_labels():
+    """Labels from rollouts that are drawn again with the same keys."""
+    output, info = trained()
+    for name in ("label_right", "accuracy", "right_to_wrong", "wrong_to_right", "labelled"):
+        assert info.aux[name].shape == (GROUPS, STEPS)
+    changes = info.aux["wrong_to_right"] - info.aux["right_to_wrong"]
+    first = info.aux["label_right"][:, :1]
+    np.testing.assert_allclose(info.aux["label_right"], first + changes, atol=1e-6)
+
+
+def test_groups_at_once_equal_one_after_another_in_any_order():
+    output, info = trained()
+    order = np.array([2, 0, 1])
+    shuffled = jax.tree.map(lambda leaf: leaf[order], groups())
+    others = run_of()(params(), shuffled, KEYS[order])
+    alone = jax.jit(ttt.batched(predictor(), chunk_size=1))(params(), groups(), KEYS)
+    for leaf, mixed, single in zip(
+        jax.tree.leaves((output, info)),
+        jax.tree.leaves(others),
+        jax.tree.leaves(alone),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(leaf[order], mixed)
+        np.testing.assert_allclose(leaf, single, atol=2e-4)
+
+
+def test_no_steps_leave_the_continuations_as_they_were():
+    output, info = run_of(num_steps=0)(params(), groups(), KEYS)
+    for before, after in zip(
+        jax.tree.leaves(output.before), jax.tree.leaves(output.after), strict=True
+    ):
+        np.testing.assert_array_equal(before, after)
+    assert not info.updated.any() and output.held_out_before is None
+    for wanted, leaf in zip(
+        jax.tree.leaves(trained()[0].before), jax.tree.leaves(output.before), strict=True
+    ):
+        np.testing.assert_array_equal(wanted, leaf)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "labelled"),
+    [
+        ({"answer": lambda x, g: rewards.Answers(g.tokens[:, 0], g.tokens[:, 0] < 0)}, 0.0),
+        ({"reward": rewards.verifier(lambda x, g: jnp.ones(len(g.tokens)))}, None),
+    ],
+)
+def test_without_an_answer_or_with_equal_rewards_nothing_moves(arguments, labelled):
+    """No parsable answer makes no label (L16), equal rewards no step (L17)."""
+    given = dict(arguments)
+    predict = methods.ttrl(
+        READ,
+        given.pop("answer", answer),
+        num_tokens=2,
+        optimizer=optax.adamw(0.1, weight_decay=0.1),
+        num_steps=2,
+        num_rollouts=4,
+        num_trained=None,
+        num_evaluated=4,
+        **given,
+    )
+    output, info = jax.jit(ttt.batched(predict))(params(), groups(), KEYS)
+    assert info.ok.all() and not info.updated.any() and not info.loss.any()
+    for before, after in zip(
+        jax.tree.leaves(output.before), jax.tree.leaves(output.after), strict=True
+    ):
+        np.testing.assert_array_equal(before, after)
+    if labelled is not None:
+        np.testing.assert_array_equal(info.aux["labelled"], labelled)
+
+
+def test_held_out_prompts_are_continued_and_not_learned_from():
+    """Transductive and held-out continuations stand apart (L18)."""
+    others = groups(seed=1)
+    x = groups() | {"held_out": others}
+    output, _ = run_of()(params(), x, KEYS)
+    plain = trained()[0]
+    for name in ("before", "after"):
+        for leaf, wanted in zip(
+            jax.tree.leaves(getattr(output, name)),
+            jax.tree.leaves(getattr(plain, name)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(leaf, wanted)
+    assert output.held_out_after.tokens.shape == (GROUPS, PROMPTS, 16, 2)
+    assert (output.held_out_after.tokens != output.held_out_before.tokens).any()
+
+
+def test_the_rule_stops_for_good():
+    ratio = trained()[1].aux["majority_ratio"]
+    limit = float(np.median(ratio))
+    output, info = run_of(stop_ratio=limit)(params(), groups(), KEYS)
+    stopped = np.asarray(info.aux["stopped"]) > 0
+    for row in range(GROUPS):
+        reached = np.flatnonzero(np.asarray(info.aux["majority_ratio"][row]) >= limit)
+        first = reached[0] if reached.size else STEPS
+        np.testing.assert_array_equal(stopped[row], np.arange(STEPS) >= first)
+        np.testing.assert_array_equal(np.asarray(info.loss)[row, first:], 0)
+    assert stopped.any()
+
+
+def test_a_group_that_diverges_harms_no_other():
+    bad = 1
+
+    def reward(x, rollouts, key):
+        value = jnp.where(x["truth"] < 0, jnp.nan, rollouts.tokens[:, 0].astype(jnp.float32))
+        return rewards.Reward(value, jnp.ones(value.shape, bool), {})
+
+    run = run_of(reward=reward)
+    clean = groups()
+    spoiled = jax.tree.map(np.copy, clean)
+    spoiled["truth"][bad] = -1
+    (right, ok), (made, info) = (run(params(), x, KEYS) for x in (clean, spoiled))
+    assert ok.ok.all()
+    np.testing.assert_array_equal(info.ok, np.arange(GROUPS) != bad)
+    rest = np.arange(GROUPS) != bad
+    for wanted, leaf in zip(jax.tree.leaves(right), jax.tree.leaves(made), strict=True):
+        np.testing.assert_array_equal(wanted[rest], leaf[rest])
+    np.testing.assert_array_equal(made.after.tokens[bad], made.before.tokens[bad])
+
+
+def test_labels_may_come_from_rollouts_that_are_not_learned_from():
+    _, info = run_of(held_out_votes=True)(params(), groups(), KEYS)
+    # Eight voters: the ratio is a multiple of an eighth for each of the three prompts.
+    eighths = np.asarray(info.aux["majority_ratio"][:, 0]) * 8 * PROMPTS
+    np.testing.assert_allclose(eighths, np.round(eighths), atol=1e-5)
+    assert info.updated.all()
+    with pytest.raises(ValueError, match="num_trained=16 of num_rollouts=16"):
+        predictor(held_out_votes=True, num_trained=None)
+
+
+def test_other_instances_are_refused():
+    with pytest.raises(ValueError, match=r"the tokens of P prompts, \[P, L\]; got \(4,\)"):
+        predictor()(params(), np.ones(4, np.int32), KEYS[0])

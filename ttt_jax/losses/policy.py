@@ -1,0 +1,158 @@
+"""The policy-gradient loss: a reward in place of a label, on rollouts that the loss itself draws."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax import _arguments, _checks, _contract
+from ttt_jax.base import AuxLoss, Key, Params
+from ttt_jax.rewards import Reward, RewardFunction
+
+ADVANTAGES = ("group", "centered", "fixed")
+"""How rewards become advantages."""
+
+
+def advantages_of(reward: Reward, kind: str) -> jax.Array:
+    """Advantages ``[G]``, 0 for what is not used.
+
+    Args:
+      reward: of the G rollouts.
+      kind: one of ``ADVANTAGES``.
+    """
+    used, value = reward.used, reward.value
+    count = jnp.maximum(used.sum(), 1)
+    if kind == "fixed":
+        return jnp.where(used, 2.0 * value - 1.0, 0.0)
+    mean = jnp.where(used, value, 0.0).sum() / count
+    centered = jnp.where(used, value - mean, 0.0)
+    # Equal rewards say nothing; a mean that is rounded would leave a remainder, and 0 / 0 a NaN.
+    unequal = jnp.where(used, value, -jnp.inf).max() > jnp.where(used, value, jnp.inf).min()
+    centered = jnp.where(unequal, centered, 0.0)
+    if kind == "centered":
+        return centered
+    deviation = jnp.sqrt(jnp.square(centered).sum() / count)
+    return jnp.where(unequal, centered / jnp.where(unequal, deviation, 1.0), 0.0)
+
+
+@_arguments.checked(kl=_arguments.number(0.0))
+def policy_gradient(
+    sample: Callable[[Params, Any, Key], Any],
+    log_prob: Callable[[Params, Any, Any], Any],
+    reward: RewardFunction,
+    *,
+    num_trained: int | None = None,
+    advantages: Literal["group", "centered", "fixed"] = "group",
+    kl: float | jax.Array = 0.0,
+    pristine: Params | None = None,
+    report: bool = False,
+) -> AuxLoss:
+    """A loss whose gradient is that of the expected reward, by rollouts drawn with its key.
+
+    For G rollouts ``y[g]`` drawn from the parameters as they are, with rewards r and advantages A::
+
+        loss = -1/n sum_g A[g] log_prob(y[g]) + kl * 1/n sum_g (exp(d[g]) - d[g] - 1)
+        A[g] = (r[g] - mean r) / std r      "group";   without the division "centered"
+        A[g] = 2 r[g] - 1                   "fixed", for rewards in [0, 1]
+        d[g] = log_prob of the pristine parameters - log_prob
+
+    over the n rollouts that the reward uses. Rollouts, rewards and advantages are constants of the
+    gradient; every step draws new ones, so there is no ratio to an older policy and no clip. For
+    rollouts of several tokens ``log_prob`` and the divergence are means over the tokens of each.
+    Where the rewards are all equal, or none is used, loss and gradient are exactly zero, the
+    divergence's too, and :func:`~ttt_jax.gradient_adapter` makes no step ("fixed" knows no equal
+    rewards: it learns from any). A reward that is not finite makes the loss NaN.
+
+    **Fails** with few rollouts: a group of equal rewards teaches nothing. ``"group"`` weighs rare
+    rewards most, right or wrong (DDRL); ``"fixed"`` does not.
+
+    Args:
+      sample: ``sample(params, x, key) -> rollouts``, every leaf with a leading axis G.
+      log_prob: ``log_prob(params, x, rollouts) -> [G]``, or the pair of log-probabilities
+        ``[G, T]`` and the mask ``[G, T]`` of the rollouts' tokens; differentiable.
+      reward: of :mod:`ttt_jax.rewards`, or a function of your own.
+      num_trained: the first so many rollouts are learned from; the others only take part in the
+        reward (TTRL: 32 of 64). None for all.
+      advantages: see above.
+      kl: weight of the divergence from the pristine parameters (the estimator that is never
+        negative); may be traced. Needs ``pristine`` unless it is the number 0.
+      pristine: parameters that the divergence is measured from: the ``params`` of a predictor.
+      report: whether the loss returns ``(scalar, aux)``, for an adapter with ``has_aux=True``;
+        ``aux`` has ``reward``, the mean value, and what the reward reports.
+
+    Returns:
+      An ``AuxLoss`` over one instance.
+
+    Raises:
+      ValueError: an argument out of range, or ``kl`` without ``pristine``; when called: a log-
+        probability of another shape, or more rollouts to learn from than were drawn.
+
+    References:
+      Shao et al., `DeepSeekMath <https://arxiv.org/abs/2402.03300>`_, 2024, Eq. 3 and 4 (GRPO, with
+      one update per group); Liu et al., `Understanding R1-Zero-Like Training
+      <https://arxiv.org/abs/2503.20783>`_, 2025, for "centered"; `DDRL
+      <https://arxiv.org/abs/2604.21327>`_, 2026, for "fixed".
+    """
+    _contract.require_function("sample", sample, "(params, x, key) -> rollouts")
+    _contract.require_function("log_prob", log_prob, "(params, x, rollouts) -> [G]")
+    _contract.require_function("reward", reward, "(x, rollouts, key) -> rewards.Reward")
+    if advantages not in ADVANTAGES:
+        raise ValueError(f"advantages must be one of {ADVANTAGES}; got {advantages!r}.")
+    if num_trained is not None:
+        _checks.check_count("num_trained, unless None,", num_trained)
+    regularized = not (isinstance(kl, int | float) and kl == 0)
+    if regularized and pristine is None:
+        raise ValueError(
+            f"policy_gradient with kl={kl} needs pristine, the parameters that the divergence is "
+            "measured from; got None: pass the params of the predictor, or leave kl out."
+        )
+
+    def loss(params: Params, x: Any, key: Key) -> Any:
+        sample_key, reward_key = jax.random.split(key)
+        rollouts = jax.lax.stop_gradient(sample(params, x, sample_key))
+        count = _checks.leading_size("losses.policy_gradient", rollouts)
+        kept = count if num_trained is None else num_trained
+        if kept > count:
+            raise ValueError(
+                f"num_trained must be at most the {count} rollouts that sample draws; got {kept}."
+            )
+        full = jax.tree.map(jax.lax.stop_gradient, reward(x, rollouts, reward_key))
+        made = Reward(full.value[:kept], full.used[:kept], full.aux)
+        weights = advantages_of(made, advantages)
+        trained = jax.tree.map(lambda leaf: leaf[:kept], rollouts)
+        log_probs, mask = _pair(log_prob(params, x, trained), made.used)
+        terms = -weights[:, None] * log_probs
+        if regularized:
+            reference, _ = _pair(log_prob(pristine, x, trained), made.used)
+            d = jax.lax.stop_gradient(reference) - log_probs
+            terms = terms + kl * (jnp.exp(d) - d - 1.0)
+        means = terms.sum(1) / jnp.maximum(mask.sum(1), 1)
+        value = means.sum() / jnp.maximum(made.used.sum(), 1)
+        value = jnp.where((weights != 0).any(), value, 0.0)
+        # No step for want of a difference, and a reward that is not finite, are two things.
+        known = jnp.isfinite(jnp.where(made.used, made.value, 0.0)).all()
+        value = jnp.where(known, value, jnp.nan)
+        if not report:
+            return value
+        return value, {"reward": full.value.mean(), **full.aux}
+
+    return loss
+
+
+def _pair(made: Any, used: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities ``[G, T]``, 0 outside the mask, and the mask: tokens of used rollouts."""
+    count = len(used)
+    if isinstance(made, tuple):
+        log_probs, mask = made
+    else:
+        log_probs, mask = made[..., None], jnp.ones((count, 1), bool)
+    if log_probs.ndim != 2 or len(log_probs) != count or mask.shape != log_probs.shape:
+        raise ValueError(
+            f"losses.policy_gradient needs log_prob(params, x, rollouts) to return [{count}], or "
+            f"log-probabilities and mask [{count}, T]; got shapes {log_probs.shape} and "
+            f"{mask.shape}."
+        )
+    mask = mask & used[:, None]
+    # Before they are multiplied: what is outside may be anything, and 0 * inf is NaN.
+    return jnp.where(mask, log_probs, 0.0), mask

@@ -1,0 +1,265 @@
+"""Test-time reinforcement learning: the majority answer is the label of a policy gradient."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ttt_jax import _arguments, _checks, _trees, generation, inner, readers, rewards, select
+from ttt_jax.adapters import gradient_adapter
+from ttt_jax.base import Info, Key, Params, Predictor, Selection, StatefulLoss
+from ttt_jax.generation import Generated
+from ttt_jax.losses.policy import policy_gradient
+from ttt_jax.readers import Reader
+
+
+class Reinforced(NamedTuple):
+    """Continuations before and after adapting, E of each prompt.
+
+    Attributes:
+      before: of the prompts that are learned from, leaves ``[P, E, T]``.
+      after: the same prompts and keys, by the adapted weights.
+      held_out_before: of ``x["held_out"]``, ``[H, E, T]``; None without.
+      held_out_after: by the adapted weights.
+    """
+
+    before: Generated
+    after: Generated
+    held_out_before: Generated | None
+    held_out_after: Generated | None
+
+
+@_arguments.checked(
+    read=readers.rule,
+    num_tokens=_arguments.count(1),
+    num_rollouts=_arguments.count(1),
+    num_evaluated=_arguments.count(1),
+    min_consensus=_arguments.number(0.0, 1.0),
+    stop_ratio=_arguments.number(0.0),
+)
+def ttrl(
+    read: Reader,
+    answer: rewards.AnswerFunction,
+    *,
+    num_tokens: int,
+    stop: Sequence[int] = (),
+    optimizer: optax.GradientTransformation = optax.adam(1e-3),
+    select: Selection = select.lora(),
+    num_steps: int = 30,
+    num_rollouts: int = 64,
+    num_trained: int | None = 32,
+    temperature: float | jax.Array = 1.0,
+    min_consensus: float | jax.Array = 0.0,
+    rare: float | jax.Array | None = None,
+    held_out_votes: bool = False,
+    advantages: Literal["group", "centered", "fixed"] = "group",
+    kl: float | jax.Array = 0.0,
+    stop_ratio: float | jax.Array = 2.0,
+    truth: Callable[[Any], jax.Array] | None = None,
+    reward: rewards.RewardFunction | None = None,
+    num_evaluated: int = 16,
+    evaluation_sampler: generation.Sampler | None = None,
+) -> Predictor:
+    """A predictor that trains on its own test prompts, with votes in place of labels.
+
+    An instance is a **set** of prompts, all of one task, and gets one private adapter. At every
+    step each prompt is continued ``num_rollouts`` times by the weights as they are; the most
+    frequent answer is its label, and the first ``num_trained`` rollouts are learned from with
+    reward 1 where they agree with it (:func:`ttt_jax.rewards.majority`,
+    :func:`ttt_jax.losses.policy_gradient`), averaged over the prompts that have a label::
+
+        y[p, g] ~ p(. | prompt p; w),   label[p] = most frequent answer,   r = (answer = label)
+        w <- optimizer(w, grad of mean_p policy_gradient(p))
+
+    Then all prompts are continued ``num_evaluated`` times, by the pristine weights and by the
+    adapted ones with the same keys. Prompts under ``held_out`` are only continued: what was learned
+    from its own test prompts and what carries over to others are two numbers.
+
+    **Published:** 64 rollouts, 32 of them learned from, 8 prompts per step, all weights with AdamW
+    5e-7, no divergence, rollouts at temperature 1, evaluation at 0.6 with top-p 0.95 and 16 samples:
+    Qwen2.5-Math-7B on AIME 2024 from 12.9 to 40.2. Here every step has all prompts, low-rank leaves
+    and a step size for them.
+
+    **Fails** where the majority is wrong: it becomes more so. The majority ratio rises either way
+    until all rollouts agree and nothing more is learned; accuracy may fall long before
+    (``stop_ratio``). What it gains is what a vote before it has already, or little more: compare
+    with the vote of as many samples, with a label by held-out votes, and with random and format
+    rewards.
+
+    **Cost** of a step: ``P * num_rollouts`` continuations, and one forward and backward pass over
+    ``P * num_trained`` of them. A prompt is read again for each of its continuations.
+
+    Args:
+      read: as for :func:`ttt_jax.generation.generate`.
+      answer: ``answer(x, generated) -> rewards.Answers`` of G continuations ``[G, T]`` of one
+        prompt.
+      num_tokens: T at most, static.
+      stop: tokens that end a continuation.
+      optimizer: an optax transformation.
+      select: the parameters that adapt.
+      num_steps: S, static; 0 is the control.
+      num_rollouts: drawn per prompt and step, static.
+      num_trained: how many of them are learned from; None for all.
+      temperature: of the rollouts.
+      min_consensus: of the votes; below it a prompt has no label.
+      rare: see :func:`ttt_jax.rewards.majority`; with ``advantages="fixed"``.
+      held_out_votes: whether only those that are not learned from vote.
+      advantages: see :func:`ttt_jax.losses.policy_gradient`.
+      kl: weight of the divergence from the pristine weights.
+      stop_ratio: no step is taken once the majority ratio, a mean over the prompts, has reached it;
+        the default is never reached. May be traced.
+      truth: ``truth(x) -> value`` of the right answer of a prompt, for the report alone.
+      reward: another reward, in place of the vote; the arguments of the vote then do nothing.
+      num_evaluated: E, static.
+      evaluation_sampler: None for the published one.
+
+    Returns:
+      A :class:`~ttt_jax.Predictor` over ``x``: a mapping of ``tokens`` int ``[P, L]``, where wanted
+      ``mask`` ``[P, L]`` and what ``answer`` and ``truth`` read, each with a leading axis P; and
+      where wanted ``held_out``, such a mapping of other prompts. Output :class:`Reinforced`.
+      ``Info.aux``, each ``[S]``, means over the prompts: ``reward``, ``majority_ratio``,
+      ``labelled``, ``stopped``; with ``truth`` also ``label_right``, ``accuracy``,
+      ``right_to_wrong`` and ``wrong_to_right``, the shares of prompts whose label was right, or
+      wrong, at the first step and is not any more. An instance with a step that is not finite
+      returns the pristine continuations in both places, ``ok`` False.
+
+    Raises:
+      TypeError: ``read`` is no reader.
+      ValueError: an argument out of range, or no rollout left to vote; when called: ``x`` without
+        ``tokens`` ``[P, L]``.
+
+    References:
+      Zuo et al., `TTRL <https://arxiv.org/abs/2504.16084>`_, 2025, Section 3 (github.com/
+      PRIME-RL/TTRL).
+    """
+    inner.check_num_steps(num_steps)
+    if num_trained is not None:
+        _checks.check_count("num_trained, unless None,", num_trained)
+    trained = num_rollouts if num_trained is None else min(num_trained, num_rollouts)
+    if held_out_votes and trained == num_rollouts:
+        raise ValueError(
+            f"held_out_votes needs rollouts that are not learned from; got num_trained={trained} "
+            f"of num_rollouts={num_rollouts}."
+        )
+    vote = reward or rewards.majority(
+        answer,
+        first_voter=trained if held_out_votes else 0,
+        min_consensus=min_consensus,
+        rare=rare,
+        truth=truth,
+    )
+    draw = generation.generate(
+        read, num_tokens=num_tokens, sampler=generation.sample(temperature), stop=stop
+    )
+    evaluate = generation.generate(
+        read,
+        num_tokens=num_tokens,
+        sampler=evaluation_sampler or generation.sample(0.6, 0.95),
+        stop=stop,
+    )
+    score = generation.log_probs(read)
+
+    def log_prob(params: Params, x: Any, generated: Generated) -> Any:
+        return score(params, x, generated), generated.mask
+
+    def predict(params: Params, x: Any, key: Key) -> tuple[Reinforced, Info]:
+        prompts, held_out = _prompts(x)
+        loss = policy_gradient(
+            _several(draw, num_rollouts),
+            log_prob,
+            vote,
+            num_trained=trained,
+            advantages=advantages,
+            kl=kl,
+            pristine=params,
+            report=True,
+        )
+        adapter = gradient_adapter(
+            _over_prompts(loss, stop_ratio), optimizer, select=select, has_aux=True
+        )
+        train_key, evaluation_key = jax.random.split(key)
+        state = adapter.init(params)
+        steps, infos = inner.inner_loop(adapter, num_steps)(params, state, prompts, train_key)
+        ok = infos.finite.all()
+        adapted = adapter.merge(params, _trees.where(ok, steps, state))
+        many = _each_prompt(_several(evaluate, num_evaluated))
+        pairs = [
+            None if part is None else many(weights, part, jax.random.fold_in(evaluation_key, place))
+            for place, part in enumerate((prompts, held_out))
+            for weights in (params, adapted)
+        ]
+        updated = ok & (steps.count > 0)
+        aux = _of_all_prompts(infos.aux)
+        return Reinforced(*pairs), Info(infos.loss, infos.grad_norm, ok, updated, aux)
+
+    return predict
+
+
+def _several(predictor: Predictor, count: int) -> Callable[[Params, Any, Key], Any]:
+    """So many outputs of one instance, each with a key of its own."""
+
+    def run(params: Params, x: Any, key: Key) -> Any:
+        keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(jnp.arange(count))
+        return jax.vmap(lambda each: predictor(params, x, each)[0])(keys)
+
+    return run
+
+
+def _each_prompt(call: Callable[[Params, Any, Key], Any]) -> Callable[[Params, Any, Key], Any]:
+    """``call`` over the leading axis of the prompts; a prompt's key follows its place."""
+
+    def run(params: Params, prompts: Any, key: Key) -> Any:
+        places = jnp.arange(len(prompts["tokens"]))
+        keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
+        return jax.vmap(call, (None, 0, 0))(params, prompts, keys)
+
+    return run
+
+
+def _prompts(x: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The prompts that are learned from, and those that are held out."""
+    leaves = dict(x) if isinstance(x, Mapping) else {"tokens": x}
+    held_out = leaves.pop("held_out", None)
+    for name, part in (("x", leaves), ("x['held_out']", held_out)):
+        if part is None:
+            continue
+        if not isinstance(part, Mapping) or jnp.ndim(part.get("tokens", 0)) != 2:
+            shape = jnp.shape(part.get("tokens")) if isinstance(part, Mapping) else type(part)
+            raise ValueError(
+                f"methods.ttrl needs {name} with the tokens of P prompts, [P, L]; got {shape}: an "
+                "instance is a set of prompts, padded to one length and with a mask."
+            )
+        _checks.leading_size(f"methods.ttrl, {name}", part)
+    return leaves, held_out
+
+
+def _over_prompts(loss: Any, stop_ratio: float | jax.Array) -> StatefulLoss:
+    """The mean over prompts with a label, zero for good once the vote is as one."""
+    each = _each_prompt(loss)
+
+    def value(params: Params, stopped: jax.Array, prompts: Any, key: Key) -> Any:
+        values, aux = each(params, prompts, key)
+        labelled = aux.get("labelled", jnp.ones_like(values))
+        if "majority_ratio" in aux:
+            stopped = stopped | (aux["majority_ratio"].mean() >= stop_ratio)
+        mean = values.sum() / jnp.maximum(labelled.sum(), 1.0)
+        aux = aux | {"stopped": jnp.broadcast_to(stopped.astype(jnp.float32), values.shape)}
+        return (jnp.where(stopped, 0.0, mean), aux), stopped
+
+    return StatefulLoss(
+        init=lambda params: jnp.zeros((), bool),
+        value=value,
+        after=lambda adapted, stopped: stopped,
+    )
+
+
+def _of_all_prompts(aux: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Means over the prompts ``[S]``, and how many labels changed sides since the first step."""
+    means = {name: leaf.mean(1) for name, leaf in aux.items()}
+    if "label_right" in aux and len(aux["label_right"]):
+        right = aux["label_right"] > 0
+        means["right_to_wrong"] = (right[:1] & ~right).mean(1, dtype=jnp.float32)
+        means["wrong_to_right"] = (~right[:1] & right).mean(1, dtype=jnp.float32)
+    return means
