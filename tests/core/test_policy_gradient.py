@@ -145,7 +145,7 @@ def test_only_the_first_rollouts_are_learned_from():
     loss = losses.policy_gradient(
         sample(8), counted, rewards.verifier(pays), num_trained=3, report=True
     )
-    value, aux = loss(PARAMS, 0, jax.random.key(0))
+    _value, aux = loss(PARAMS, 0, jax.random.key(0))
     assert counts == [(3,)]
     arms = sample(8)(PARAMS, 0, jax.random.split(jax.random.key(0))[0])
     assert float(aux["reward"]) == pytest.approx(float(PAYS[arms].mean()))

@@ -83,7 +83,7 @@ def test_the_vote_becomes_sharper_and_answers_follow():
 
 def test_the_report_counts_labels():
     """Labels from rollouts that are drawn again with the same keys."""
-    output, info = trained()
+    _output, info = trained()
     for name in ("label_right", "accuracy", "right_to_wrong", "wrong_to_right", "labelled"):
         assert info.aux[name].shape == (GROUPS, STEPS)
     changes = info.aux["wrong_to_right"] - info.aux["right_to_wrong"]
@@ -171,7 +171,7 @@ def test_held_out_prompts_are_continued_and_not_learned_from():
 def test_the_rule_stops_for_good():
     ratio = trained()[1].aux["majority_ratio"]
     limit = float(np.median(ratio))
-    output, info = run_of(stop_ratio=limit)(params(), groups(), KEYS)
+    _output, info = run_of(stop_ratio=limit)(params(), groups(), KEYS)
     stopped = np.asarray(info.aux["stopped"]) > 0
     for row in range(GROUPS):
         reached = np.flatnonzero(np.asarray(info.aux["majority_ratio"][row]) >= limit)

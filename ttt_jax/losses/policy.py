@@ -1,4 +1,4 @@
-"""The policy-gradient loss: a reward in place of a label, on rollouts that the loss itself draws."""
+"""The policy gradient: a reward in place of a label, on rollouts that the loss draws."""
 
 from collections.abc import Callable
 from typing import Any, Literal
