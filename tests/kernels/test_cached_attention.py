@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_jax.kernels.attention import cached, cached_kernel, limits
+from ttt_jax.kernels.attention import cached, limits, sparse_kernel
 
 WINDOW, SINKS = 40, 3
 
@@ -53,7 +53,8 @@ def results(arrays, positions, held, form, window=WINDOW):
 
         def attend(query, key, value):
             if form == "kernel":
-                return cached_kernel.attend(scale, query, key, value, held_key, held_value, reach)
+                sight = cached.sight_of(reach)
+                return sparse_kernel.attend(scale, query, key, value, held_key, held_value, sight)
             return cached.attend_cached(query, key, value, (held_key, held_value), reach, form=form)
 
         out, backward = jax.vjp(attend, query, key, value)
@@ -71,7 +72,7 @@ def seen_rows(positions):
     ("tokens", "slots", "begin"), [(16, 60, 0), (32, 70, 96), (96, 140, 200), (64, 128, 64)]
 )
 def test_the_kernel_is_attention_under_the_mask(tokens, slots, begin):
-    assert limits.fits_cached(tokens, 16)
+    assert limits.fits_sparse(tokens, 16)
     arrays = operands(tokens, slots)
     positions, held = reach_of(tokens, slots, begin=begin)
     # The cotangent of a token that sees nothing is zero, as its loss has no weight.
@@ -129,7 +130,7 @@ def test_no_gradient_goes_to_the_cache():
         def total(held, form=form):
             call = cached.attend_cached
             if form == "kernel":
-                call = functools.partial(_as_attend_cached, cached_kernel.attend)
+                call = functools.partial(_as_attend_cached, sparse_kernel.attend)
             return call(*arrays[:3], held, reach, form="xla").sum()
 
         for leaf in jax.grad(total)(tuple(arrays[3:5])):
@@ -138,4 +139,4 @@ def test_no_gradient_goes_to_the_cache():
 
 def _as_attend_cached(kernel, query, key, value, held, reach, form):
     del form
-    return kernel(query.shape[-1] ** -0.5, query, key, value, *held, reach)
+    return kernel(query.shape[-1] ** -0.5, query, key, value, *held, cached.sight_of(reach))

@@ -73,12 +73,13 @@ class Linear(nn.Module):
     features: int
     bias: bool = False
     dtype: Any = jnp.float32
+    initializer: Any = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[..., inputs] -> [..., features]``."""
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, jnp.float32)
+        kernel = self.param("kernel", self.initializer, shape, jnp.float32)
         # The kernel goes in as it is, but for its dtype: qwix finds it so. Rows, because a weight
         # gradient sums over one axis without a transposed copy.
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)

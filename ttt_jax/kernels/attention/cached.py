@@ -1,15 +1,15 @@
 """Attention of a chunk's tokens to the keys of a cache and to each other."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ttt_jax.kernels import _arguments
-from ttt_jax.kernels.attention.forms import FORMS
-from ttt_jax.kernels.attention.limits import fits_cached
+from ttt_jax.kernels.attention.forms import FORMS, sparse_kernel
+from ttt_jax.kernels.attention.limits import fits_sparse
 from ttt_jax.kernels.attention.masked import attend_masked
+from ttt_jax.kernels.attention.sight import NEVER, Sight
 
 
 class Reach(NamedTuple):
@@ -32,6 +32,17 @@ class Reach(NamedTuple):
 def sees(queries: jax.Array, keys: jax.Array, window: Any, sinks: Any) -> jax.Array:
     """Whether a query sees a key, by their positions; the arrays are broadcast."""
     return (keys >= 0) & (keys <= queries) & ((queries - keys < window) | (keys < sinks))
+
+
+def sight_of(reach: Reach) -> Sight:
+    """The same in two comparisons: a sink, and a query's own window, know no lower bound."""
+
+    def bounds(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        newest = jnp.where(positions < 0, NEVER, positions)
+        return newest, jnp.where(positions < reach.sinks, NEVER, positions)
+
+    rows = reach.queries, reach.queries - reach.window
+    return Sight(rows, bounds(reach.queries), bounds(reach.held))
 
 
 def attend_cached(
@@ -71,9 +82,11 @@ def attend_cached(
     held_key, held_value = (_arguments.array("held", each, 4) for each in held)
     _arguments.choice("form", form, FORMS)
     tokens, size = query.shape[1], query.shape[-1]
-    if form == "fused" and fits_cached(tokens, size) and _kernel() is not None:
+    if form == "fused" and fits_sparse(tokens, size) and sparse_kernel() is not None:
         scale = size**-0.5 if scale is None else scale
-        return _kernel().attend(scale, query, key, value, held_key, held_value, reach)
+        return sparse_kernel().attend(
+            scale, query, key, value, held_key, held_value, sight_of(reach)
+        )
     held_key, held_value = map(jax.lax.stop_gradient, (held_key, held_value))
     keys = jnp.concatenate([reach.held, reach.queries], 1)
     return attend_masked(
@@ -84,13 +97,3 @@ def attend_cached(
         form=form,
         scale=scale,
     )
-
-
-@functools.cache
-def _kernel() -> Any:
-    """The module of the kernel; None on a jax whose Pallas has no Triton backend."""
-    try:
-        from ttt_jax.kernels.attention import cached_kernel
-    except ImportError:
-        return None
-    return cached_kernel

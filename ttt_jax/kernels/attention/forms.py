@@ -72,6 +72,16 @@ def _kernel() -> Any:
     return kernel
 
 
+@functools.cache
+def sparse_kernel() -> Any:
+    """The module of the kernel over blocks that are seen; None as for the other kernel."""
+    try:
+        from ttt_jax.kernels.attention import sparse_kernel as module
+    except ImportError:
+        return None
+    return module
+
+
 def products(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """:func:`attend` in two products of the arguments' dtype, forward and backward.
 

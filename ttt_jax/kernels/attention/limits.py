@@ -1,4 +1,4 @@
-"""Sizes that the kernels of attention take: of few tokens, and of a chunk beside a cache.
+"""Sizes that the kernels of attention take: of few tokens, and of seen blocks.
 
 Free of Pallas: a machine without its Triton backend may ask as well.
 """
@@ -21,8 +21,8 @@ def fits(tokens: int, head_size: int) -> bool:
     return tokens <= MOST_TOKENS and head_size in HEAD_SIZES
 
 
-def fits_cached(tokens: int, head_size: int) -> bool:
-    """Whether the kernel beside a cache takes chunks of that length with so many features."""
+def fits_sparse(tokens: int, head_size: int) -> bool:
+    """Whether the kernel of seen blocks takes so many tokens with so many features per head."""
     _arguments.integer("tokens", tokens)
     _arguments.integer("head_size", head_size)
     return tokens % _CHUNK_MULTIPLE == 0 and head_size in HEAD_SIZES

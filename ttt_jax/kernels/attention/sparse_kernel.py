@@ -1,10 +1,10 @@
-"""Attention to a cache and to the chunk itself in one kernel, forward and backward, for a GPU.
+"""Attention to a cache and to the tokens themselves in one kernel, for a GPU, with its derivative.
 
 The form of FlashAttention 2 (Dao, 2023) with three differences. Which keys a query sees is worked
-out from positions on chip. The keys come in two arrays, and gradients are summed for the chunk's
-own alone. And lists of the blocks in which some query sees some key, made once per call, say what
-is read: slots of the cache that are empty, older than the window or of the chunk itself cost
-nothing.
+out on chip from two numbers of each (:class:`~ttt_jax.kernels.attention.sight.Sight`). The keys
+come in two arrays, and gradients are summed for the tokens' own alone. And lists of the blocks in
+which a query sees a key, made once per call, say what is read: slots of a cache that are empty or
+older than the window, and other sequences of a packed row, cost nothing.
 
 Written in Pallas for its Triton backend. Arrays are ``[N, T, H, D]``; scores are in powers of two.
 """
@@ -19,11 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from ttt_jax.kernels import shared_outputs
-from ttt_jax.kernels.attention.cached import Reach
-from ttt_jax.kernels.attention.cached_blocks import Tiles, block_pairs, blocks_of, fitting, last_of
+from ttt_jax.kernels.attention.sight import Sight, Tiles, block_pairs, blocks_of, fitting, range_of
 
 # Finite, as of a row whose keys are all unseen.
 _LOWEST = -1e30
+_NEVER = jnp.iinfo(jnp.int32).max
 _LOG2_E = math.log2(math.e)
 
 
@@ -47,26 +47,16 @@ def _rows(ref: Any, index: Any, count: int, other: int | None = None) -> jax.Arr
     return plgpu.load(place, mask=jnp.broadcast_to(inside, (count, *ref.shape[1:])), other=other)
 
 
-def _bounds(columns: jax.Array, sinks: Any) -> tuple[jax.Array, jax.Array]:
-    """Positions of keys to be at most a query's, and later than its window's begin."""
-    never = jnp.iinfo(jnp.int32).max
-    return jnp.where(columns < 0, never, columns), jnp.where(columns < sinks, never, columns)
+def _seen(rows: Any, keys: Any) -> jax.Array:
+    """Bool ``[rows, columns]``."""
+    (upper, lower), (newest, oldest) = rows, keys
+    return (newest[None] <= upper[:, None]) & (oldest[None] > lower[:, None])
 
 
-class _Reach:
-    """Which keys of a block the queries of another see, in two comparisons per pair."""
-
-    def __init__(self, rows: jax.Array, limits: Any):
-        self._rows, self._begin, self._sinks = rows, rows - limits[0], limits[1]
-
-    def __call__(self, columns: jax.Array) -> jax.Array:
-        newest, oldest = _bounds(columns, self._sinks)
-        return (newest[None] <= self._rows[:, None]) & (oldest[None] > self._begin[:, None])
-
-
-def _over_blocks(refs: Any, tiles: Tiles, reach: _Reach, body: Any, carry: Any) -> Any:
+def _over_blocks(refs: Any, tiles: Tiles, rows: Any, body: Any, carry: Any) -> Any:
     """Folds ``body(carry, key, value, seen)`` over the blocks that are read."""
-    key, value, held_key, held_value, positions, held_positions, order, whole, held, own = refs
+    key, value, newest, oldest, held_key, held_value, held_newest, held_oldest, *blocks = refs
+    order, whole, held, begin, end = blocks
     count = tiles.keys
 
     def seen_wholly(place: Any, carry: Any) -> Any:
@@ -76,21 +66,23 @@ def _over_blocks(refs: Any, tiles: Tiles, reach: _Reach, body: Any, carry: Any) 
     def seen_in_part(place: Any, carry: Any) -> Any:
         index = order[place]
         block = (_rows(ref, index, count, 0) for ref in (held_key, held_value))
-        return body(carry, *block, reach(_rows(held_positions, index, count, -1)))
+        bounds = _rows(held_newest, index, count, _NEVER), _rows(held_oldest, index, count, 0)
+        return body(carry, *block, _seen(rows, bounds))
 
-    def of_chunk(index: Any, carry: Any) -> Any:
+    def of_tokens(index: Any, carry: Any) -> Any:
         block = (_rows(ref, index, count) for ref in (key, value))
-        return body(carry, *block, reach(_rows(positions, index, count)))
+        bounds = _rows(newest, index, count), _rows(oldest, index, count)
+        return body(carry, *block, _seen(rows, bounds))
 
     carry = jax.lax.fori_loop(0, whole[...], seen_wholly, carry)
     carry = jax.lax.fori_loop(whole[...], held[...], seen_in_part, carry)
-    return jax.lax.fori_loop(0, own[...], of_chunk, carry)
+    return jax.lax.fori_loop(begin[...], end[...], of_tokens, carry)
 
 
 def _forward_kernel(
     query_ref: Any,
-    rows_ref: Any,
-    limits_ref: Any,
+    upper_ref: Any,
+    lower_ref: Any,
     *others: Any,
     scale: float,
     tiles: Tiles,
@@ -115,8 +107,8 @@ def _forward_kernel(
     powers = scale * _LOG2_E
     zeros = jnp.zeros((count, size), jnp.float32)
     start = zeros, jnp.zeros(count, jnp.float32), jnp.full(count, _LOWEST, jnp.float32)
-    reach = _Reach(rows_ref[...], limits_ref)
-    mixed, total, most = _over_blocks(refs, tiles, reach, body, start)
+    rows = upper_ref[...], lower_ref[...]
+    mixed, total, most = _over_blocks(refs, tiles, rows, body, start)
     # A row of padding sees nothing.
     total = jnp.where(total > 0, total, 1.0)
     out_ref[...] = (mixed / total[:, None]).astype(out_ref.dtype)
@@ -125,8 +117,8 @@ def _forward_kernel(
 
 def _query_kernel(
     query_ref: Any,
-    rows_ref: Any,
-    limits_ref: Any,
+    upper_ref: Any,
+    lower_ref: Any,
     dout_ref: Any,
     log_sum_ref: Any,
     mean_ref: Any,
@@ -146,18 +138,17 @@ def _query_kernel(
         dscores = weights * (_product(dout, value, (1, 1)) - mean[:, None])
         return dquery + _product(dscores.astype(key.dtype), key, (1, 0))
 
-    reach = _Reach(rows_ref[...], limits_ref)
-    dquery = _over_blocks(refs, tiles, reach, body, jnp.zeros(query.shape, jnp.float32))
+    rows = upper_ref[...], lower_ref[...]
+    dquery = _over_blocks(refs, tiles, rows, body, jnp.zeros(query.shape, jnp.float32))
     dquery_ref[...] = (dquery * scale).astype(dquery_ref.dtype)
 
 
 def _key_kernel(*refs: Any, scale: float, tiles: Tiles) -> None:
-    """Gradients of a block of the chunk's keys, summed over the heads that read it."""
-    query_ref, rows_ref, limits_ref, dout_ref, log_sum_ref, mean_ref, *others = refs
-    key_ref, value_ref, columns_ref, first_ref, last_ref, dkey_ref, dvalue_ref = others
+    """Gradients of a block of the tokens' keys, summed over the heads that read it."""
+    query_ref, upper_ref, lower_ref, dout_ref, log_sum_ref, mean_ref, *others = refs
+    key_ref, value_ref, newest_ref, oldest_ref, begin_ref, end_ref, dkey_ref, dvalue_ref = others
     key, value = key_ref[...], value_ref[...]
-    window = limits_ref[0]
-    newest, oldest = (each[:, None] for each in _bounds(columns_ref[...], limits_ref[1]))
+    newest, oldest = newest_ref[...], oldest_ref[...]
     carry = (jnp.zeros(key.shape, jnp.float32),) * 2
     for head in range(query_ref.shape[1]):
 
@@ -169,15 +160,15 @@ def _key_kernel(*refs: Any, scale: float, tiles: Tiles) -> None:
             dout = plgpu.load(dout_ref.at[place, head])
             log_sum = plgpu.load(log_sum_ref.at[head, place])
             mean = plgpu.load(mean_ref.at[head, place])
-            rows = plgpu.load(rows_ref.at[place])
-            seen = (newest <= rows[None]) & (oldest > (rows - window)[None])
+            upper, lower = plgpu.load(upper_ref.at[place]), plgpu.load(lower_ref.at[place])
+            seen = (newest[:, None] <= upper[None]) & (oldest[:, None] > lower[None])
             scores = _product(key, query, (1, 1)) * (scale * _LOG2_E)
             weights = jnp.where(seen, jnp.exp2(scores - log_sum[None]), 0.0)
             dvalue = dvalue + _product(weights.astype(dout.dtype), dout, (1, 0))
             dscores = weights * (_product(value, dout, (1, 1)) - mean[None])
             return dkey + _product(dscores.astype(query.dtype), query, (1, 0)), dvalue
 
-        carry = jax.lax.fori_loop(first_ref[...], last_ref[...], body, carry)
+        carry = jax.lax.fori_loop(begin_ref[...], end_ref[...], body, carry)
     dkey, dvalue = carry
     dkey_ref[...] = (dkey * scale).astype(dkey_ref.dtype)
     dvalue_ref[...] = dvalue.astype(dvalue_ref.dtype)
@@ -208,8 +199,8 @@ class _Specs:
         """A number per row, ``[N, H, T]``."""
         return pl.BlockSpec((None, None, self._rows), lambda n, h, b: (n, h, b))
 
-    def positions(self) -> pl.BlockSpec:
-        """Positions of the rows, ``[N, T]``."""
+    def bounds(self) -> pl.BlockSpec:
+        """A number per row, ``[N, T]``."""
         return pl.BlockSpec((None, self._rows), lambda n, h, b: (n, b))
 
     def all_keys(self, count: int, size: int) -> pl.BlockSpec:
@@ -217,22 +208,16 @@ class _Specs:
         return pl.BlockSpec((None, count, None, size), lambda n, h, b: (n, 0, h // self._group, 0))
 
     def keys(self, refs: Any) -> list[pl.BlockSpec]:
-        """Of the keys, values, positions and blocks that :func:`_over_blocks` takes."""
-        key, _, held_key, _, _, _, order, *counts = refs
-        size = key.shape[-1]
-        everything = [
-            self.all_keys(array.shape[1], size) for array in (key, key, held_key, held_key)
-        ]
-        places = [
-            pl.BlockSpec((None, count), lambda n, h, b: (n, 0))
-            for count in (key.shape[1], held_key.shape[1])
-        ]
+        """Of the keys, values, bounds and blocks that :func:`_over_blocks` takes."""
+        key, held_key, order, counts = refs[0], refs[4], refs[8], refs[9:]
+        specs = []
+        for array in (key, held_key):
+            count = array.shape[1]
+            bounds = pl.BlockSpec((None, count), lambda n, h, b: (n, 0))
+            specs += [self.all_keys(count, key.shape[-1])] * 2 + [bounds] * 2
         block = pl.BlockSpec((None, None), lambda n, h, b: (n, b))
         blocks = pl.BlockSpec((None, None, order.shape[-1]), lambda n, h, b: (n, b, 0))
-        return [*everything, *places, blocks, *[block] * len(counts)]
-
-
-LIMITS = pl.BlockSpec((2,), lambda n, h, b: (0,))
+        return [*specs, blocks, *[block] * len(counts)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -243,56 +228,67 @@ def attend(
     value: jax.Array,
     held_key: jax.Array,
     held_value: jax.Array,
-    reach: Reach,
+    sight: Sight,
 ) -> jax.Array:
-    """:func:`ttt_jax.kernels.attention.cached.attend_cached`, over a multiple of 16 tokens.
+    """Returns ``softmax(scale query [held key, key]^T, where seen) [held value, value]``.
 
-    Differentiable once, in reverse mode, in query, key and value.
+    Differentiable once, in reverse mode, in query, key and value. A query that sees nothing gets 0.
+
+    Args:
+      scale: of the scores; a Python number.
+      query: ``[N, T, H, D]``, T a multiple of 16.
+      key: ``[N, T, K, D]`` of the same tokens; K divides H.
+      value: as ``key``.
+      held_key: ``[N, S, K, D]``.
+      held_value: as ``held_key``.
+      sight: which keys are seen.
     """
-    return _forward(scale, query, key, value, held_key, held_value, reach)[0]
+    return _forward(scale, query, key, value, held_key, held_value, sight)[0]
 
 
-def _limits(reach: Reach) -> jax.Array:
-    return jnp.stack([jnp.asarray(reach.window, jnp.int32), jnp.asarray(reach.sinks, jnp.int32)])
+def _refs(keys: Any, sight: Sight, tiles: Tiles) -> tuple[Any, ...]:
+    key, value, held_key, held_value = keys
+    own, held = (key, value, *sight.own), (held_key, held_value, *sight.held)
+    return (*own, *held, *blocks_of(sight, tiles))
 
 
 def _forward(scale: float, *operands: Any) -> tuple[jax.Array, Any]:
-    query, key, value, held_key, held_value, reach = operands
+    query, *keys, sight = operands
     batch, tokens, heads, size = query.shape
     tiles = fitting(FORWARD, tokens)
-    specs = _Specs(heads // key.shape[2], tiles.queries)
-    refs = (key, value, held_key, held_value, reach.queries, reach.held, *blocks_of(reach, tiles))
+    specs = _Specs(heads // keys[0].shape[2], tiles.queries)
+    refs = _refs(keys, sight, tiles)
     out, log_sum = _call(
         functools.partial(_forward_kernel, scale=scale, tiles=tiles),
         "cached_attention_forward",
         tiles,
         grid=(batch, heads, tokens // tiles.queries),
-        in_specs=[specs.head(size), specs.positions(), LIMITS, *specs.keys(refs)],
+        in_specs=[specs.head(size), specs.bounds(), specs.bounds(), *specs.keys(refs)],
         out_specs=[specs.head(size), specs.sums()],
         out_shape=[
-            jax.ShapeDtypeStruct(query.shape, value.dtype),
+            jax.ShapeDtypeStruct(query.shape, keys[1].dtype),
             jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32),
         ],
-    )(query, reach.queries, _limits(reach), *refs)
+    )(query, *sight.rows, *refs)
     return out, (*operands, out, log_sum)
 
 
 def _backward(scale: float, saved: Any, dout: jax.Array) -> tuple[Any, ...]:
-    query, key, value, held_key, held_value, reach, out, log_sum = saved
+    query, key, value, held_key, held_value, sight, out, log_sum = saved
     dout = dout.astype(value.dtype)
     mean = jnp.einsum("nthd,nthd->nht", dout, out, preferred_element_type=jnp.float32)
-    shared = (query, reach.queries, _limits(reach), dout, log_sum, mean)
-    dquery = _query_gradient(scale, shared, (key, value, held_key, held_value), reach)
-    dkey, dvalue = _key_gradients(scale, shared, key, value, reach)
+    shared = (query, *sight.rows, dout, log_sum, mean)
+    dquery = _query_gradient(scale, shared, (key, value, held_key, held_value), sight)
+    dkey, dvalue = _key_gradients(scale, shared, key, value, sight)
     return dquery, dkey, dvalue, None, None, None
 
 
-def _query_gradient(scale: float, shared: Any, keys: Any, reach: Reach) -> jax.Array:
+def _query_gradient(scale: float, shared: Any, keys: Any, sight: Sight) -> jax.Array:
     query = shared[0]
     batch, tokens, heads, size = query.shape
     tiles = fitting(BACKWARD_QUERY, tokens)
     specs = _Specs(heads // keys[0].shape[2], tiles.queries)
-    refs = (*keys, reach.queries, reach.held, *blocks_of(reach, tiles))
+    refs = _refs(keys, sight, tiles)
     return _call(
         functools.partial(_query_kernel, scale=scale, tiles=tiles),
         "cached_attention_query_gradient",
@@ -300,8 +296,8 @@ def _query_gradient(scale: float, shared: Any, keys: Any, reach: Reach) -> jax.A
         grid=(batch, heads, tokens // tiles.queries),
         in_specs=[
             specs.head(size),
-            specs.positions(),
-            LIMITS,
+            specs.bounds(),
+            specs.bounds(),
             specs.head(size),
             specs.sums(),
             specs.sums(),
@@ -313,15 +309,14 @@ def _query_gradient(scale: float, shared: Any, keys: Any, reach: Reach) -> jax.A
 
 
 def _key_gradients(
-    scale: float, shared: Any, key: jax.Array, value: jax.Array, reach: Reach
+    scale: float, shared: Any, key: jax.Array, value: jax.Array, sight: Sight
 ) -> tuple[jax.Array, jax.Array]:
     batch, tokens, heads, size = shared[0].shape
     kv_heads = key.shape[2]
     group = heads // kv_heads
     tiles = fitting(BACKWARD_KEY, tokens)
-    pairs = block_pairs(reach, reach.queries, tiles.queries, tiles.keys)[0].swapaxes(1, 2)
-    last = last_of(pairs)
-    first = jnp.where(last > 0, jnp.argmax(pairs, axis=-1), 0).astype(jnp.int32)
+    pairs, _ = block_pairs(sight.rows, sight.own, tiles)
+    begin, end = range_of(pairs.swapaxes(1, 2))
     specs = _Specs(1, tiles.keys)
     heads_spec = pl.BlockSpec((None, tokens, group, size), lambda n, h, b: (n, 0, h, 0))
     sums = pl.BlockSpec((None, group, tokens), lambda n, h, b: (n, h, 0))
@@ -335,19 +330,20 @@ def _key_gradients(
         in_specs=[
             heads_spec,
             rows,
-            LIMITS,
+            rows,
             heads_spec,
             sums,
             sums,
             specs.head(size),
             specs.head(size),
-            specs.positions(),
+            specs.bounds(),
+            specs.bounds(),
             block,
             block,
         ],
         out_specs=[specs.head(size)] * 2,
         out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (key, value)],
-    )(*shared, key, value, reach.queries, first, last)
+    )(*shared, key, value, *sight.own, begin, end)
 
 
 attend.defvjp(_forward, _backward, **shared_outputs.DECLARED)
