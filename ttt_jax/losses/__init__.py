@@ -19,6 +19,10 @@ from ttt_jax.losses.matching import (
     feature_moments as feature_moments,
     moment_matching as moment_matching,
 )
+from ttt_jax.losses.packed import (
+    packed_sequences as packed_sequences,
+    sequence_sums as sequence_sums,
+)
 from ttt_jax.losses.policy import policy_gradient as policy_gradient
 from ttt_jax.losses.reconstruction import masked_reconstruction as masked_reconstruction
 from ttt_jax.losses.reliable import (
@@ -42,10 +46,12 @@ __all__ = [
     "moment_matching",
     "next_token",
     "over_batch",
+    "packed_sequences",
     "policy_gradient",
     "pseudo_label",
     "reliable_entropy",
     "rotation",
     "sample_adaptive_entropy",
+    "sequence_sums",
     "weighted",
 ]

@@ -4,6 +4,8 @@ from ttt_jax.models._instance_norm import InstanceAware
 from ttt_jax.models.activations import linen_activations
 from ttt_jax.models.decoder import Decoder
 from ttt_jax.models.demo import demo
+from ttt_jax.models.grid_completion import GridCompletion, complete_grids
+from ttt_jax.models.grid_decoder import GridDecoder
 from ttt_jax.models.importers import load_resnet26_npz
 from ttt_jax.models.initialize import init
 from ttt_jax.models.linen import from_linen, linen_statistics
@@ -16,10 +18,13 @@ from ttt_jax.models.vit import ViT, patchify, unpatchify
 
 __all__ = [
     "Decoder",
+    "GridCompletion",
+    "GridDecoder",
     "InstanceAware",
     "Pretrained",
     "ResNet",
     "ViT",
+    "complete_grids",
     "decoder_function",
     "demo",
     "from_linen",

@@ -186,7 +186,9 @@ class _GridLayer(nn.Module):
             return made.reshape(*x.shape[:2], self.heads, -1)
 
         query, key, value = map(heads, ("query", "key", "value"))
-        query = rotate(_normalized(query), shared.angles) * gain.astype(self.dtype)[:, None]
+        query = (
+            rotate(_normalized(query), shared.angles) * gain.astype(self.dtype)[None, None, :, None]
+        )
         key = rotate(_normalized(key), shared.angles)
         mixed, rows = self._attend(query, key, value, held, shared)
         x = x + self._linear("out", width, zeros=True)(mixed.reshape(x.shape))
@@ -241,7 +243,7 @@ def _angles(size: int, given: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.A
     parts = jnp.geomspace(2.0, 0.25, half - 2 * share)
     angle = jnp.concatenate(
         [
-            given[name].astype(jnp.float32)[..., None] * frequencies
+            jnp.multiply.outer(given[name].astype(jnp.float32), frequencies)
             for name, frequencies in (("row", cells), ("column", cells), ("part", parts))
         ],
         -1,

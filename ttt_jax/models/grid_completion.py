@@ -1,0 +1,111 @@
+"""Greedy outputs of a :class:`ttt_jax.models.GridDecoder`, token by token with a cache."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax import _arguments, _checks
+from ttt_jax.base import Params
+from ttt_jax.data.grid_sequences import BEGIN, END, MOST_CELLS, NEWLINE, OUTPUT
+from ttt_jax.models.grid_decoder import GridCache, GridDecoder
+
+_LAST_PLACE = MOST_CELLS + 1
+
+
+class GridCompletion(NamedTuple):
+    """Outputs.
+
+    Attributes:
+      tokens: int32 ``[N, T]``, of ``CLASSES``; ``END`` after the first end. One without an end has
+        spelled no grid.
+      log_prob: float32 ``[N]``, of the tokens up to the end.
+    """
+
+    tokens: jax.Array
+    log_prob: jax.Array
+
+
+@_arguments.checked(
+    module=_arguments.instance(GridDecoder),
+    slots=_arguments.count(1),
+    num_tokens=_arguments.count(1),
+)
+def complete_grids(
+    module: GridDecoder,
+    params: Params,
+    inputs: Mapping[str, Any],
+    *,
+    slots: int,
+    num_tokens: int,
+) -> GridCompletion:
+    """The most probable token after each, until the end of every output.
+
+    The loop ends when all outputs have: sort sequences by the length that is expected of them.
+
+    Args:
+      module: the decoder.
+      params: of the module.
+      inputs: legends and inputs, ``token``, ``row``, ``column`` and ``part`` integers ``[N, P]``,
+        padded at the end; ``length`` ``[N]``, how many tokens each has (0 for no sequence);
+        ``task`` and ``view`` ``[N]``.
+      slots: S, what the cache holds: input and output; at least P.
+      num_tokens: T, of an output at most.
+
+    Raises:
+      ValueError: fewer slots than tokens of an input, or leaves of another shape.
+    """
+    given = {name: jnp.asarray(leaf) for name, leaf in inputs.items()}
+    count, width = given["token"].shape
+    if slots < width:
+        raise ValueError(f"slots must be at least the {width} tokens of an input; got {slots}.")
+    _checks.leading_size("models.complete_grids", given)
+    length, state = given["length"], _begun(module, params, given, slots)
+
+    def unfinished(state: Any) -> jax.Array:
+        step, *_, done = state
+        return (step < num_tokens) & ~done.all()
+
+    def body(state: Any) -> Any:
+        step, token, row, column, cache, made, log_prob, done = state
+        slot = jnp.minimum(length + step, slots - 1)
+        inputs = {"token": token, "row": row, "column": column, "part": jnp.full(count, OUTPUT)}
+        inputs = {name: leaf[:, None] for name, leaf in inputs.items()}
+        zeros = jnp.zeros((count, 1), jnp.int32)
+        inputs |= {"segment": zeros, "first": zeros, "last": slot[:, None], "slot": slot}
+        inputs |= {name: given[name][:, None] for name in ("task", "view")}
+        logits, cache = module.apply(params, inputs, cache)
+        logs = jax.nn.log_softmax(logits[:, 0])
+        token = logs.argmax(-1).astype(jnp.int32)
+        log_prob = log_prob + jnp.where(done, 0.0, logs.max(-1))
+        made = made.at[:, step].set(jnp.where(done, END, token))
+        ended = token == NEWLINE
+        row = jnp.where(ended, row + 1, row)
+        column = jnp.where(ended, 0, column + 1)
+        outside = (row > MOST_CELLS) | (column > MOST_CELLS) | (length + step >= slots - 1)
+        done = done | (token == END) | outside
+        row, column = (jnp.minimum(place, _LAST_PLACE) for place in (row, column))
+        return step + 1, token, row, column, cache, made, log_prob, done
+
+    zeros = jnp.zeros(count, jnp.int32)
+    made = jnp.zeros((count, num_tokens), jnp.int32)
+    start = (0, zeros + BEGIN, zeros, zeros, state, made, jnp.zeros(count), length <= 0)
+    *_, made, log_prob, _ = jax.lax.while_loop(unfinished, body, start)
+    return GridCompletion(made, log_prob)
+
+
+def _begun(
+    module: GridDecoder, params: Params, given: Mapping[str, jax.Array], slots: int
+) -> GridCache:
+    """The cache after legends and inputs."""
+    place = jnp.arange(given["token"].shape[1], dtype=jnp.int32)[None]
+    inside = place < given["length"][:, None]
+    inputs = {name: given[name] for name in ("token", "row", "column", "part")}
+    inputs |= {name: given[name][:, None] for name in ("task", "view")}
+    inputs["segment"] = jnp.where(inside, 0, -1)
+    inputs["first"] = jnp.zeros_like(inputs["segment"])
+    inputs["last"] = jnp.where(inside, given["length"][:, None] - 1, -1)
+    cache: GridCache = module.apply(params, inputs, keep=True)[1]  # type: ignore[assignment]
+    room = [(0, 0), (0, 0), (0, slots - place.size), (0, 0), (0, 0)]
+    return GridCache(jnp.pad(cache.keys, room), jnp.pad(cache.values, room))
