@@ -5,6 +5,7 @@
   :func:`long_tailed` takes a part of one whose classes are of unequal size.
 * :mod:`~ttt_jax.data.corruptions`: the 15 + 4 common corruptions as seeded functions.
 * :mod:`~ttt_jax.data.streams`: plans that say which example comes when and how corrupted.
+* :mod:`~ttt_jax.data.grid_sequences`: pairs of colored grids as tokens, packed into rows.
 * :mod:`~ttt_jax.data.tokenizers`: text to token ids and back, as a decoder's files have it.
 * :class:`Loader` turns a source and a plan into batches; :func:`training_batches` is the
   endless shuffled iterator of a training run, :func:`training_places` its order. All resume from
@@ -13,7 +14,7 @@
 Everything is NumPy; nothing needs TensorFlow.
 """
 
-from ttt_jax.data import corruptions, streams, tokenizers
+from ttt_jax.data import corruptions, grid_sequences, streams, tokenizers
 from ttt_jax.data.demo import DemoDigits, demo
 from ttt_jax.data.loader import DomainBatch, Loader, training_batches, training_places
 from ttt_jax.data.long_tail import long_tailed
@@ -28,6 +29,7 @@ __all__ = [
     "Source",
     "corruptions",
     "demo",
+    "grid_sequences",
     "load",
     "long_tailed",
     "streams",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax import _arguments, _checks
+from ttt_jax import _arguments, _contract
 
 COLORS = 10
 NEWLINE, END, BEGIN = 10, 11, 12
@@ -77,7 +77,8 @@ def _places(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 @_arguments.checked()
 def length_of(input: np.ndarray, output: np.ndarray | None = None) -> int:
     """Tokens of a sequence: ``9 + (h + 1) w + ...``, without making it."""
-    sides = [np.shape(grid) for grid in (input, output) if grid is not None]
+    grids = [_grid("input", input)] + ([] if output is None else [_grid("output", output)])
+    sides = [grid.shape for grid in grids]
     return COLORS - 1 + sum(rows * (columns + 1) + 1 for rows, columns in sides)
 
 
@@ -127,6 +128,11 @@ def decode(tokens: np.ndarray) -> np.ndarray | None:
       tokens: integers ``[T]``, of ``CLASSES``; what follows the first end is left out.
     """
     tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"tokens must be integers [T] of one output; got shape {tokens.shape} and dtype "
+            f"{tokens.dtype}: decode one row of predictions at a time."
+        )
     ends = np.flatnonzero(tokens == END)
     if not len(ends):
         return None
@@ -205,14 +211,24 @@ def pack(
       most: M, sequences of a row, at most 127.
       patience: a batch is done once so many sequences found no room; they begin the next one.
 
-    Yields:
-      Batches, and for every sequence the row, its place in the row and its tag.
+    Returns:
+      An iterator over batches, and for every sequence the row, its place in the row and its tag.
 
     Raises:
-      ValueError: an argument out of range, or a sequence longer than a row.
+      TypeError: ``items`` is no iterable of items.
+      ValueError: an argument out of range; at the batch: a sequence longer than a row.
     """
-    _checks.check_count("rows", rows)
-    source = iter(items)
+    if isinstance(items, str) or not hasattr(items, "__iter__"):
+        raise TypeError(
+            f"items must be an iterable of grid_sequences.Item; got {_contract.described(items)}."
+        )
+    return _packed(iter(items), (rows, length, most), patience)
+
+
+def _packed(
+    source: Iterator[Item], sizes: tuple[int, int, int], patience: int
+) -> Iterator[tuple[Packed, list[tuple[int, int, Any]]]]:
+    rows, length, most = sizes
     waiting: list[Item] = []
     exhausted = False
     while not (exhausted and not waiting):
@@ -224,6 +240,11 @@ def pack(
             if item is None:
                 exhausted = True
                 break
+            if not isinstance(item, Item):
+                raise TypeError(
+                    "items must be an iterable of grid_sequences.Item; got among them "
+                    f"{_contract.described(item)}."
+                )
             size = len(item.sequence.token)
             if size > length:
                 raise ValueError(

@@ -1,6 +1,6 @@
 """The loss of sequences that are packed into rows, each with a weight of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -34,14 +34,33 @@ def sequence_sums(logits: jax.Array, batch: Any) -> SequenceSums:
       batch: a mapping of ``label`` ``[R, T]`` (-1 where there is none), ``segment`` ``[R, T]`` (-1
         for none) and ``task`` ``[R, M]``.
     """
-    label, segment = (jnp.asarray(batch[name]).astype(jnp.int32) for name in ("label", "segment"))
+    label, segment, task = _leaves(batch, jnp.shape(logits))
     labeled = label >= 0
     nats = token_nats(logits, jnp.maximum(label, 0))
     leaves = jnp.stack([nats, logits.argmax(-1) != label, jnp.ones_like(nats)], -1)
     leaves = jnp.where(labeled[..., None], leaves, 0.0)
-    own = jax.nn.one_hot(segment, jnp.shape(batch["task"])[1], dtype=jnp.float32)
+    own = jax.nn.one_hot(segment, task.shape[1], dtype=jnp.float32)
     sums = jnp.einsum("rtk,rtm->krm", leaves, own, precision="highest")
     return SequenceSums(*sums)
+
+
+def _leaves(batch: Any, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Labels, segments and tasks of a packed batch whose logits have this shape."""
+    names = ("label", "segment", "task")
+    if not isinstance(batch, Mapping) or any(name not in batch for name in names):
+        known = sorted(batch) if isinstance(batch, Mapping) else _contract.described(batch)
+        raise ValueError(
+            f"batch must be a mapping with the leaves {', '.join(names)}; got {known}: pass "
+            "grid_sequences.Packed._asdict()."
+        )
+    label, segment, task = (jnp.asarray(batch[name]) for name in names)
+    rows = label.shape
+    if len(shape) != 3 or shape[:2] != rows or segment.shape != rows or task.ndim != 2:
+        raise ValueError(
+            f"batch must have label and segment [R, T] and task [R, M] for logits [R, T, V]; got "
+            f"{rows}, {segment.shape} and {task.shape} for {shape}."
+        )
+    return label.astype(jnp.int32), segment.astype(jnp.int32), task
 
 
 @_arguments.checked(power=_arguments.number(0.0, 1.0))

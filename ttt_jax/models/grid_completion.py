@@ -56,11 +56,10 @@ def complete_grids(
     Raises:
       ValueError: fewer slots than tokens of an input, or leaves of another shape.
     """
-    given = {name: jnp.asarray(leaf) for name, leaf in inputs.items()}
+    given = _given(inputs)
     count, width = given["token"].shape
     if slots < width:
         raise ValueError(f"slots must be at least the {width} tokens of an input; got {slots}.")
-    _checks.leading_size("models.complete_grids", given)
     length, state = given["length"], _begun(module, params, given, slots)
 
     def unfinished(state: Any) -> jax.Array:
@@ -93,6 +92,27 @@ def complete_grids(
     start = (0, zeros + BEGIN, zeros, zeros, state, made, jnp.zeros(count), length <= 0)
     *_, made, log_prob, _ = jax.lax.while_loop(unfinished, body, start)
     return GridCompletion(made, log_prob)
+
+
+def _given(inputs: Any) -> dict[str, jax.Array]:
+    """The leaves of what is to be completed, checked."""
+    ranks = {name: 2 for name in ("token", "row", "column", "part")}
+    ranks |= {name: 1 for name in ("length", "task", "view")}
+    if not isinstance(inputs, Mapping) or set(inputs) != set(ranks):
+        known = sorted(map(str, inputs)) if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise ValueError(
+            f"inputs of models.complete_grids must be a mapping with the leaves {sorted(ranks)}; "
+            f"got {known}."
+        )
+    given = {name: jnp.asarray(leaf) for name, leaf in inputs.items()}
+    _checks.leading_size("inputs of models.complete_grids", given)
+    for name, leaf in given.items():
+        if leaf.ndim != ranks[name] or not jnp.issubdtype(leaf.dtype, jnp.integer):
+            raise ValueError(
+                f"inputs of models.complete_grids must have integers of {ranks[name]} axes as "
+                f"{name}; got shape {leaf.shape} and dtype {leaf.dtype}."
+            )
+    return given
 
 
 def _begun(

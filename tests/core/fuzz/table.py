@@ -13,6 +13,7 @@ from tests.core.fuzz import (
     valid_core,
     valid_data,
     valid_generation,
+    valid_grids,
     valid_measures,
     valid_methods,
     valid_text,
@@ -25,6 +26,7 @@ PATH = pathlib.Path(__file__).resolve().parents[3] / "experiments" / "results" /
 COLUMNS = ("calls", "clear", "right", "unclear", "silent")
 _PARTS = (
     *(valid_core, valid_methods, valid_measures, valid_arrays, valid_data, valid_generation),
+    valid_grids,
     valid_text,
 )
 CALLS: dict[str, Call] = {name: call for part in _PARTS for name, call in part.TABLE.items()}
