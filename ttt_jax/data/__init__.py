@@ -6,6 +6,8 @@
 * :mod:`~ttt_jax.data.corruptions`: the 15 + 4 common corruptions as seeded functions.
 * :mod:`~ttt_jax.data.streams`: plans that say which example comes when and how corrupted.
 * :mod:`~ttt_jax.data.tokenizers`: text to token ids and back, as a decoder's files have it.
+* :mod:`~ttt_jax.data.few_shot`: tasks of a few demonstrations and queries;
+  :mod:`~ttt_jax.data.isomorphism`: whether their answers were trained on.
 * :class:`Loader` turns a source and a plan into batches; :func:`training_batches` is the
   endless shuffled iterator of a training run, :func:`training_places` its order. All resume from
   a saved position.
@@ -13,7 +15,7 @@
 Everything is NumPy; nothing needs TensorFlow.
 """
 
-from ttt_jax.data import corruptions, streams, tokenizers
+from ttt_jax.data import corruptions, few_shot, isomorphism, streams, tokenizers
 from ttt_jax.data.demo import DemoDigits, demo
 from ttt_jax.data.loader import DomainBatch, Loader, training_batches, training_places
 from ttt_jax.data.long_tail import long_tailed
@@ -28,6 +30,8 @@ __all__ = [
     "Source",
     "corruptions",
     "demo",
+    "few_shot",
+    "isomorphism",
     "load",
     "long_tailed",
     "streams",
