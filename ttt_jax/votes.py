@@ -254,7 +254,7 @@ def product_of_experts(
       they found another one. The 3 that it adds in views that score every candidate rank nothing.
 
     Examples:
-      >>> print(product_of_experts(np.log([[0.9, 0.1], [0.5, 0.4], [0.6, 0.0]])))
+      >>> print(product_of_experts(np.log([[0.9, 0.1], [0.5, 0.4], [0.6, 0.01]])))
       [1 0 2]
     """
     log_probs = np.asarray(log_probs, np.float64)
@@ -308,7 +308,8 @@ def prefer(clone: np.ndarray, source: np.ndarray, margin: float = 0.0) -> np.nda
     clone, source = np.asarray(clone, np.float64), np.asarray(source, np.float64)
     if len(clone) != len(source):
         raise ValueError(
-            f"source must have one loss for each row of clone, {len(clone)}; got {len(source)}."
+            f"source must have a loss for each of the {len(clone)} rows of clone; got the shape "
+            f"{source.shape}."
         )
     if not clone.shape[1]:
         return np.zeros(len(source), np.int64)
