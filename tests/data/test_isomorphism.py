@@ -107,6 +107,16 @@ def test_leaks_are_named_with_their_kind():
         isomorphism.leaks(training, [unknown])
 
 
+def test_every_form_of_a_query_is_found():
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        pair = draw(rng)
+        known = [example(form) for form in set(forms(pair, range(3)))]
+        found = isomorphism.leaks([FewShotTask("forms", tuple(known), ())], [task("a", [], [pair])])
+        assert [leak.example for leak in found] == list(range(len(known)))
+        assert sum(leak.exact for leak in found) == 1
+
+
 def test_equal_cells_of_other_types_are_exact_and_text_is_compared_as_it_is():
     small = FewShotTask("small", (Example(*(np.array(g, np.uint8) for g in A)),), ())
     assert isomorphism.leaks([small], [task("asked", [], [A])]) == [("small", 0, "asked", 0, True)]
