@@ -64,7 +64,7 @@ class _Tally:
         self.answers: dict[Hashable, Any] = {}
         self.counts: Counter[Hashable] = Counter()
         for answer in answers:
-            key = _grids.content("votes", answer)
+            key = _grids.content("votes' answer", answer)
             self.answers.setdefault(key, answer)
             self.counts[key] += 1
 
@@ -171,17 +171,17 @@ def hierarchical(
     for vote in answered:
         name = _grids.content("group", group(vote.view))
         groups.setdefault(name, []).append(vote.answer)
-    own = groups.pop(_grids.content("identity", identity), [])
+    unturned = groups.pop(_grids.content("identity", identity), [])
     pool = [
         grid
-        for grids in ([vote.answer for vote in answered], own, *groups.values())
+        for grids in ([vote.answer for vote in answered], unturned, *groups.values())
         for grid in _top_three(grids)
     ]
-    tally, unchanged = _Tally(pool), _Tally(own)
-    finalists = {_grids.content("votes", grid): grid for grid in _top_three(pool)}
+    tally, of_identity = _Tally(pool), _Tally(unturned)
+    finalists = {_grids.content("votes' answer", grid): grid for grid in _top_three(pool)}
     best = list(finalists)
     if len(best) == _CANDIDATES and tally.counts[best[1]] == tally.counts[best[2]]:
-        best[1:] = sorted(best[1:], key=lambda key: -unchanged.counts[key])
+        best[1:] = sorted(best[1:], key=lambda key: -of_identity.counts[key])
     best = best[:attempts]
     return Ranking(
         tuple(finalists[key] for key in best),

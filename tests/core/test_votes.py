@@ -39,9 +39,11 @@ def test_answers_are_equal_by_shape_and_values():
     assert cells(ranking) == [[[1, 2]], [[1], [2]]] and ranking.counts == (3, 2)
     # Text of a grid is no grid, and floats have no content here.
     assert votes.majority(of([flat, str(flat)])).counts == (1, 1)
-    with pytest.raises(TypeError, match=r"votes must be an array of integers or .* got an array"):
+    with pytest.raises(
+        TypeError, match=r"votes' answer must be an array of integers or .* got an array"
+    ):
         votes.majority(of([flat + 0.5]))
-    with pytest.raises(TypeError, match=r"votes must be .* got a list of 1"):
+    with pytest.raises(TypeError, match=r"votes' answer must be .* got a list of 1"):
         votes.majority(of([[1]]))
 
 
@@ -54,8 +56,8 @@ def test_majorities_are_those_of_a_counter():
         ranking = votes.majority(of(answers), attempts=9)
         assert list(zip(ranking.answers, ranking.counts, strict=True)) == expected
         assert ranking.missing == answers.count(None)
-        found = votes.shares(of(answers))
-        assert [(a, round(s * len(answers), 9)) for a, s in found] == expected
+        parts = votes.shares(of(answers))
+        assert [(a, round(s * len(answers), 9)) for a, s in parts] == expected
 
 
 def test_shares_are_of_all_votes():
@@ -177,12 +179,12 @@ def test_two_rounds_over_random_grids_are_those_of_text():
             rows = rng.integers(2, size=shape) * (rng.random(shape) < 0.4)
             pairs.append((text(rows), int(rng.choice([0, 3, 4]))))
         expected, pool = oracle(pairs)
-        found, counts, _ = hierarchical(pairs)
-        assert found == expected
+        answers, counts, _ = hierarchical(pairs)
+        assert answers == expected
         assert list(counts) == [pool.count(t) for t in expected]
         made_up += not set(pool) <= {t for t, _ in pairs}
         by_count = sorted(dict.fromkeys(pool), key=lambda t: -pool.count(t))
-        swapped += len(by_count) > 2 and found[1] not in by_count[:2]
+        swapped += len(by_count) > 2 and answers[1] not in by_count[:2]
     # The cases that make it interesting do come up.
     assert made_up > 10 and swapped > 3
 

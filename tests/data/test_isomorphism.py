@@ -112,9 +112,11 @@ def test_every_form_of_a_query_is_found():
     for _ in range(10):
         pair = draw(rng)
         known = [example(form) for form in set(forms(pair, range(3)))]
-        found = isomorphism.leaks([FewShotTask("forms", tuple(known), ())], [task("a", [], [pair])])
-        assert [leak.example for leak in found] == list(range(len(known)))
-        assert sum(leak.exact for leak in found) == 1
+        listed = isomorphism.leaks(
+            [FewShotTask("forms", tuple(known), ())], [task("a", [], [pair])]
+        )
+        assert [leak.example for leak in listed] == list(range(len(known)))
+        assert sum(leak.exact for leak in listed) == 1
 
 
 def test_equal_cells_of_other_types_are_exact_and_text_is_compared_as_it_is():
@@ -134,10 +136,10 @@ def test_the_leaks_of_the_published_sets():
         ("40853293", 2, "070dd51e", 0, True),
         ("caa06a1f", 2, "50a16a69", 0, False),
     ]
-    shown = isomorphism.leaks([one._replace(queries=()) for one in evaluation], evaluation)
+    shown = isomorphism.leaks([asked._replace(queries=()) for asked in evaluation], evaluation)
     assert {leak.training for leak in shown} == {
         *("00576224", "3979b1a8", "66e6c45b", "94414823", "992798f6", "ca8de6ea", "f3e62deb")
     }
     assert all(leak.training == leak.evaluation and not leak.exact for leak in shown)
-    names = {one.name for one in few_shot.load_arc("arcagi2", "training")}
-    assert sum(one.name in names for one in evaluation) == 376
+    names = {trained.name for trained in few_shot.load_arc("arcagi2", "training")}
+    assert sum(asked.name in names for asked in evaluation) == 376

@@ -194,8 +194,8 @@ def generated(
         if wrong is not None:
             refused[wrong] += 1
             continue
-        question = _grids.content("input", example.input)
-        answer = _grids.content("output", example.output)
+        question = _grids.content("generator's input", example.input)
+        answer = _grids.content("generator's output", example.output)
         if kept.setdefault(question, (answer, example))[0] != answer:
             ambiguous.add(question)
         if len(kept) - len(ambiguous) == count:
