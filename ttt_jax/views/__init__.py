@@ -1,12 +1,16 @@
-"""Random views of one test instance, as pure functions ``(x, key) -> x``.
+"""Views of one test instance.
+
+Random ones, as pure functions ``(x, key) -> x``:
 
 * :mod:`image`: shift, flip, crop, color, and fixed sets of views
 * :mod:`augmix`: mixtures of chains of Pillow's operations (MEMO)
 
 They are the ``augment`` of :mod:`ttt_jax.methods`, :mod:`ttt_jax.losses` and
-:func:`ttt_jax.augmented`, and cost jax alone.
+:func:`ttt_jax.augmented`, and cost jax alone. Views with an inverse, on the host:
+
+* :mod:`grid`: symmetries and colors of grids and of few-shot tasks
 """
 
-from ttt_jax.views import augmix, image
+from ttt_jax.views import augmix, grid, image
 
-__all__ = ["augmix", "image"]
+__all__ = ["augmix", "grid", "image"]

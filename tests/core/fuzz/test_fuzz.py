@@ -13,6 +13,8 @@ MODULES = (
     *("", "adapters", "audit", "batching", "budget", "checkpoint", "data", "data.corruptions"),
     *(
         "data.streams",
+        "data.few_shot",
+        "data.isomorphism",
         "data.tokenizers",
         "diagnostics",
         "evaluation",
@@ -23,6 +25,7 @@ MODULES = (
     *("generation", "losses", "methods", "metrics", "models", "neighbors", "online"),
     *("optimizers", "passages", "predictors", "readers", "resets", "serving"),
     *("running_statistics", "select", "task", "training", "tuning", "views.augmix", "views.image"),
+    *("views.grid", "votes"),
 )
 LEAST_SLIPS = 6
 

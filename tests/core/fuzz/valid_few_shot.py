@@ -1,0 +1,148 @@
+"""Right calls of few-shot tasks, views of grids, and votes."""
+
+import numpy as np
+
+from tests.core.fuzz.calls import Table
+from ttt_jax import votes
+from ttt_jax.data import few_shot, isomorphism
+from ttt_jax.data.few_shot import Example, FewShotTask
+from ttt_jax.views import grid as views
+from ttt_jax.votes import Vote
+
+TABLE = Table()
+add = TABLE.add
+GRID = np.array([[0, 1, 2], [3, 4, 5]])
+EXAMPLE = Example(GRID, GRID[:1])
+TASK = FewShotTask("task", (EXAMPLE, EXAMPLE._replace(input=GRID.T)), (Example(GRID, GRID[:, 1:]),))
+VIEW = views.GridView(5, (0, 3, 2, 1, 4, 5, 6, 7, 8, 9))
+NO_VIEWS = (VIEW._replace(symmetry=8), VIEW._replace(colors=(1, 1)))
+VOTES = [Vote(GRID, 0), Vote(None, 1), Vote(GRID.T, 1)]
+TABLES = {"log_probs": np.log([[0.5, 0.25], [0.75, 0.125]])}
+
+
+def generator(rng):
+    return Example(int(rng.integers(9)), 0)
+
+
+def accept(example):
+    return bool(example.input)
+
+
+def group(view):
+    return view
+
+
+add("data.few_shot.leave_one_out", few_shot.leave_one_out, task=TASK)
+add("data.few_shot.leave_out", few_shot.leave_out, task=TASK, count=1, ranges={"count": (0, 2)})
+add(
+    "data.few_shot.orders",
+    few_shot.orders,
+    task=TASK,
+    count=2,
+    rng=np.random.default_rng(0),
+    ranges={"count": (0, 3)},
+    only_refusals=True,
+)
+add(
+    "data.few_shot.generated",
+    few_shot.generated,
+    generator=generator,
+    count=3,
+    seed=0,
+    accept=(accept,),
+    most_draws=50,
+    ranges={"count": (0, 9), "accept": [0.5], "most_draws": 0},
+)
+add(
+    "data.few_shot.load_arc",
+    few_shot.load_arc,
+    version="arcagi1",
+    split="training",
+    ranges={"version": "latest", "split": "test"},
+    only_refusals=True,
+)
+add(
+    "data.few_shot.load_bbh",
+    few_shot.load_bbh,
+    folder="nothing",
+    task="word_sorting",
+    kinds={"folder": "path"},
+    only_refusals=True,
+)
+add(
+    "data.isomorphism.canonical",
+    isomorphism.canonical,
+    example=EXAMPLE,
+    ranges={"example": (Example("a", GRID), Example(GRID, None), Example(GRID[:0], GRID))},
+)
+add(
+    "data.isomorphism.leaks",
+    isomorphism.leaks,
+    training=[TASK],
+    evaluation=[TASK],
+    kinds={"evaluation": "record"},
+    ranges={
+        "training": [EXAMPLE],
+        "evaluation": [TASK._replace(queries=(Example(GRID, None),))],
+    },
+)
+add(
+    "views.grid.apply",
+    views.apply,
+    view=VIEW,
+    grid=GRID,
+    ranges={"view": NO_VIEWS, "grid": (GRID + 5, GRID - 1, GRID[:0])},
+)
+add("views.grid.inverse", views.inverse, view=VIEW, ranges={"view": NO_VIEWS})
+add(
+    "views.grid.compose",
+    views.compose,
+    first=VIEW,
+    second=VIEW,
+    ranges={"first": NO_VIEWS, "second": NO_VIEWS},
+)
+add(
+    "views.grid.draw",
+    views.draw,
+    rng=np.random.default_rng(0),
+    count=3,
+    ranges={"count": (0, 10**9), "keep_colors": ((0, 0), (10,), (-1,), (0.5,))},
+    only_refusals=True,
+)
+add(
+    "views.grid.view_task",
+    views.view_task,
+    view=VIEW,
+    task=TASK,
+    ranges={"view": NO_VIEWS, "task": FewShotTask("text", (Example("a", "b"),), ())},
+)
+add("votes.majority", votes.majority, votes=VOTES, ranges={"votes": [GRID], "attempts": 0})
+add("votes.shares", votes.shares, votes=VOTES, ranges={"votes": [Vote([1], 0)]})
+add(
+    "votes.hierarchical",
+    votes.hierarchical,
+    votes=VOTES,
+    group=group,
+    kinds={"identity": None},
+    ranges={"votes": ([GRID], [Vote("a", 0)]), "attempts": (0, 4), "identity": [0]},
+)
+add(
+    "votes.product_of_experts",
+    votes.product_of_experts,
+    **TABLES,
+    bonus=3.0,
+    found=np.array([[True, False], [False, False]]),
+    ranges={"bonus": -1.0, "found": np.ones((3, 2), bool), "log_probs": np.ones((2, 0))},
+    # NaN candidates come last by rule.
+    allowed="log_probs: nan",
+)
+add(
+    "votes.prefer",
+    votes.prefer,
+    clone=np.array([[0.5, 0.25], [2.0, 3.0]]),
+    source=np.ones(2),
+    ranges={"margin": -1.0, "source": np.ones(3)},
+    # By rule NaN is no reason to leave the source.
+    allowed="clone: nan, source: nan",
+)
+NOTHING_TO_SLIP = ("views.grid.identity", "views.grid.all_symmetries")
