@@ -184,7 +184,15 @@ class Item(NamedTuple):
     tag: Any = None
 
 
-def _empty(rows: int, length: int, most: int) -> Packed:
+@_arguments.checked(rows=_arguments.count(1), length=_arguments.count(1), most=_arguments.count(1))
+def empty(rows: int, length: int, most: int) -> Packed:
+    """Rows without a sequence, to build a model's parameters from.
+
+    Args:
+      rows: R.
+      length: T.
+      most: M.
+    """
     flat = (rows, length)
     small = {name: np.zeros(flat, np.int8) for name in ("token", "row", "column", "part")}
     absent = {name: np.full(flat, -1, np.int8) for name in ("label", "segment")}
@@ -232,7 +240,7 @@ def _packed(
     waiting: list[Item] = []
     exhausted = False
     while not (exhausted and not waiting):
-        batch, used = _empty(rows, length, most), np.zeros((rows, 2), np.int64)
+        batch, used = empty(rows, length, most), np.zeros((rows, 2), np.int64)
         tags: list[tuple[int, int, Any]] = []
         left: list[Item] = []
         while len(left) < patience:

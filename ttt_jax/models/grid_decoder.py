@@ -139,7 +139,15 @@ class GridDecoder(nn.Module):
             (((2,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
-        return (logits, GridCache(*rows)) if keep or cache is not None else logits
+        if cache is None:
+            return (logits, GridCache(*rows)) if keep else logits
+        place = jnp.arange(out.shape[0])
+        return logits, GridCache(
+            *(
+                whole.at[:, place, given["slot"]].set(new[:, :, 0])
+                for whole, new in zip(cache, rows, strict=True)
+            )
+        )
 
     def _embed(self, given: Mapping[str, jax.Array]) -> jax.Array:
         """``[N, T, width]``, by products with one-hot rows: their gradient is no scatter."""
@@ -212,17 +220,21 @@ class _GridLayer(nn.Module):
                 query, key, value, shared.first, shared.last, form=self.form, scale=scale
             )
             return mixed, (key, value)
-        place = jnp.arange(query.shape[0])
-        keys, values = (
-            whole.at[place, shared.slot].set(new[:, 0])
-            for whole, new in zip(held, (key, value), strict=True)
-        )
-        scores = jnp.einsum("nhd,nshd->nhs", query[:, 0], keys, preferred_element_type=jnp.float32)
+        # The token itself is no part of the cache yet: a cache that every layer returned would be
+        # copied as a whole with every token.
+        keys, values = held
         slots = jnp.arange(keys.shape[1])[None]
-        seen = (slots >= shared.first) & (slots <= shared.last)
-        weights = jax.nn.softmax(jnp.where(seen[:, None], scores * scale, -1e30))
-        mixed = jnp.einsum("nhs,nshd->nhd", weights.astype(values.dtype), values)
-        return mixed[:, None], (keys, values)
+        seen = (slots >= shared.first) & (slots <= shared.last) & (slots != shared.slot[:, None])
+        before = jnp.einsum("nhd,nshd->nhs", query[:, 0], keys, preferred_element_type=jnp.float32)
+        itself = jnp.einsum(
+            "nhd,nhd->nh", query[:, 0], key[:, 0], preferred_element_type=jnp.float32
+        )
+        scores = jnp.where(seen[:, None], before * scale, -1e30)
+        weights = jax.nn.softmax(jnp.concatenate([scores, (itself * scale)[..., None]], -1))
+        weights = weights.astype(values.dtype)
+        mixed = jnp.einsum("nhs,nshd->nhd", weights[..., :-1], values)
+        mixed = mixed + weights[..., -1:] * value[:, 0]
+        return mixed[:, None], (key, value)
 
 
 def _first_of_two(key: Any, shape: Any, dtype: Any) -> jax.Array:

@@ -78,3 +78,11 @@ add(
     kinds={"items": "record"},
     ranges={"rows": 0, "length": (0, 16), "most": 0, "patience": 0},
 )
+add(
+    "data.grid_sequences.empty",
+    grid_sequences.empty,
+    rows=1,
+    length=32,
+    most=2,
+    ranges={"rows": 0, "length": 0, "most": 0},
+)

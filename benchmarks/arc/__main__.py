@@ -1,0 +1,171 @@
+"""How many tasks of ARC-AGI does a decoder solve that learns all their demonstrations at once?
+
+``python -m benchmarks.arc --version=arcagi1 --generated=rearc.jsonl.xz --out=FILE`` trains one
+decoder from scratch on the training tasks, generated examples of them and the **demonstrations** of
+the evaluation tasks, decodes every test input under many views, and chooses two answers by votes
+and by the product of experts. Test outputs are read for the score, and to leave pairs out that hold
+them; nowhere else. ``--state=FOLDER`` keeps the training, ``--stop_at=STEP`` ends it early; the
+command without it goes on from there.
+"""
+
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+
+from benchmarks.arc import answers, joint, sources
+from experiments import launch, provenance
+from ttt_jax import checkpoint, models
+
+SMALL = {"width": 64, "depth": 2, "heads": 4, "mlp_width": 96}
+
+
+def network(settings: Any, tasks: int) -> models.GridDecoder:
+    """The decoder: 57 million weights in matrices; a tiny one for a smoke run."""
+    if settings.smoke:
+        return models.GridDecoder(tasks=tasks, **SMALL)
+    return models.GridDecoder(
+        tasks=tasks, heads=settings.heads, dtype=jax.numpy.bfloat16, unroll=settings.unroll
+    )
+
+
+def trained(
+    net: models.GridDecoder, found: sources.Sources, rows: sources.Rows, settings: Any
+) -> tuple[joint.State, list[dict[str, float]]]:
+    """Trains from the kept state, if there is one, and keeps the new one."""
+    training = joint.Training(num_steps=settings.num_steps, warmup=settings.warmup)
+    state = joint.begin(net, training, rows, settings.seed)
+    folder = pathlib.Path(settings.state) if settings.state else None
+    if folder and (steps := sorted(folder.glob("step_*"))):
+        kept = checkpoint.load(steps[-1], like=_tree(state)).params
+        state = joint.State(**kept)._replace(step=int(kept["step"]))
+    stop_at = min(settings.stop_at or training.num_steps, training.num_steps)
+    batches = sources.batches(
+        found, rows, settings.seed, joint.shares_of(training), state.step, settings.workers
+    )
+    state, curve = joint.train(net, training, state, batches, stop_at, print, settings.log_every)
+    place = folder / f"step_{state.step:07d}" if folder else None
+    if place and not place.exists():
+        checkpoint.save(place, _tree(state))
+    return state, curve
+
+
+def _tree(state: joint.State) -> dict[str, Any]:
+    return state._asdict() | {"step": np.asarray(state.step, np.int32)}
+
+
+def row_of(query: answers.Query, given: answers.Answers, names: Sequence[str]) -> dict[str, Any]:
+    """What the file keeps of a query: enough to choose anew."""
+    return {
+        "task": names[query.task],
+        "query": query.place,
+        "votes": list(given.counts),
+        "missing": sum(vote.answer is None for vote in given.votes),
+        "right": answers.correct(query, given),
+        "log_probs": np.round(given.log_probs, 3).tolist(),
+    }
+
+
+def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Trains, answers, scores, and writes the record.
+
+    Raises:
+      UserError: an ``out`` that is there.
+    """
+    path, start = launch.new_file(out), time.perf_counter()
+    rows = sources.Rows(settings.rows, settings.length, settings.most)
+    generated = pathlib.Path(settings.generated) if settings.generated else None
+    found, tasks = sources.load(
+        settings.version, generated, rows.length, most=settings.tasks or None
+    )
+    print(f"left out, as they hold an answer: {found.dropped}", flush=True)
+    net = network(settings, len(found.names))
+    seconds = {"data": time.perf_counter() - start}
+    begin = time.perf_counter()
+    state, curve = trained(net, found, rows, settings)
+    seconds["training"] = time.perf_counter() - begin
+    record = provenance.of(settings) | {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "pairs": [len(pool.pairs) for pool in found.pools],
+        "dropped": [list(entry) for entry in found.dropped],
+        "curve": curve,
+        "rows": [],
+    }
+    if state.step < settings.num_steps:
+        launch.write_json(path, record | {"seconds": seconds})
+        return record
+    queries = answers.queries_of(tasks)
+    begin = time.perf_counter()
+    cast = answers.decode(
+        net,
+        state.params,
+        queries,
+        num_views=settings.views,
+        cache_tokens=settings.cache_tokens,
+        seed=settings.seed,
+        log=print,
+    )
+    seconds["decoding"] = time.perf_counter() - begin
+    begin = time.perf_counter()
+    given = answers.score(
+        net,
+        state.params,
+        queries,
+        answers.candidates(cast),
+        rows=rows,
+        num_views=settings.score_views,
+        keep=settings.keep,
+        seed=settings.seed,
+    )
+    seconds |= {"scoring": time.perf_counter() - begin, "all": time.perf_counter() - start}
+    table = answers.solved(queries, given)
+    record["solved"] = {rule: sum(each.values()) for rule, each in table.items()}
+    record["tasks"] = len(tasks)
+    record["seconds"] = seconds
+    names = [task.name for task in tasks]
+    record["rows"] = [row_of(*pair, names) for pair in zip(queries, given, strict=True)]
+    launch.write_json(path, record)
+    print(f"solved of {len(tasks)}: {json.dumps(record['solved'])}; seconds {seconds}", flush=True)
+    return record
+
+
+def main(argv: Sequence[str]) -> None:
+    """The program."""
+    del argv
+    values = {name: holder.value for name, holder in _FLAGS.items()}
+    out = values.pop("out")
+    run(out, ml_collections.ConfigDict(values))
+
+
+if __name__ == "__main__":
+    _FLAGS = {
+        "out": flags.DEFINE_string("out", None, "The JSON file to write."),
+        "version": flags.DEFINE_enum("version", None, ["arcagi1", "arcagi2"], "Which set."),
+        "generated": flags.DEFINE_string("generated", "", "Generated examples (RE-ARC)."),
+        "state": flags.DEFINE_string("state", "", "A folder that keeps the training."),
+        "stop_at": flags.DEFINE_integer("stop_at", 0, "End before this step; 0 for none.", 0),
+        "seed": flags.DEFINE_integer("seed", 0, "Of weights, batches and views.", 0),
+        "num_steps": flags.DEFINE_integer("num_steps", 9500, "Steps of the training.", 1),
+        "warmup": flags.DEFINE_integer("warmup", 150, "Steps in which step sizes rise.", 1),
+        "rows": flags.DEFINE_integer("rows", 16, "Rows of a batch.", 1),
+        "length": flags.DEFINE_integer("length", 2048, "Tokens of a row.", 16),
+        "most": flags.DEFINE_integer("most", 32, "Sequences of a row.", 1, 127),
+        "heads": flags.DEFINE_integer("heads", 12, "Heads of the decoder.", 1),
+        "unroll": flags.DEFINE_integer("unroll", 8, "Layers per step of their loop.", 1),
+        "views": flags.DEFINE_integer("views", 32, "Views that are decoded.", 1),
+        "score_views": flags.DEFINE_integer("score_views", 8, "Views that score.", 1),
+        "keep": flags.DEFINE_integer("keep", 12, "Candidates that are scored.", 1),
+        "cache_tokens": flags.DEFINE_integer("cache_tokens", 1 << 20, "Slots at once.", 1),
+        "workers": flags.DEFINE_integer("workers", 8, "Processes that make batches.", 0),
+        "log_every": flags.DEFINE_integer("log_every", 200, "Steps of a line.", 1),
+        "tasks": flags.DEFINE_integer("tasks", 0, "So many tasks of a kind; 0 for all.", 0),
+        "smoke": flags.DEFINE_bool("smoke", False, "A tiny decoder, for a CPU."),
+    }
+    flags.mark_flags_as_required(["out", "version"])
+    launch.run(main)

