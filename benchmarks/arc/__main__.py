@@ -4,8 +4,10 @@
 decoder from scratch on the training tasks, generated examples of them and the **demonstrations** of
 the evaluation tasks, decodes every test input under many views, and chooses two answers by votes
 and by the product of experts. Test outputs are read for the score, and to leave pairs out that hold
-them; nowhere else. ``--state=FOLDER`` keeps the training, ``--stop_at=STEP`` ends it early; the
-command without it goes on from there.
+them; nowhere else. With ``--isolated`` the demonstrations are left out of the training, too.
+``--private_steps=S`` adapts a private copy per task to its demonstrations afterwards.
+``--state=FOLDER`` keeps the training, ``--stop_at=STEP`` ends it early; the command without it goes
+on from there.
 """
 
 import json
@@ -19,7 +21,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from benchmarks.arc import answers, joint, sources
+from benchmarks.arc import answers, joint, private, sources
 from experiments import launch, provenance
 from ttt_jax import checkpoint, models
 
@@ -39,7 +41,8 @@ def trained(
     net: models.GridDecoder, found: sources.Sources, rows: sources.Rows, settings: Any
 ) -> tuple[joint.State, list[dict[str, float]]]:
     """Trains from the kept state, if there is one, and keeps the new one."""
-    training = joint.Training(num_steps=settings.num_steps, warmup=settings.warmup)
+    shares = {"first_share": 0.0, "last_share": 0.0} if settings.isolated else {}
+    training = joint.Training(num_steps=settings.num_steps, warmup=settings.warmup, **shares)
     state = joint.begin(net, training, rows, settings.seed)
     folder = pathlib.Path(settings.state) if settings.state else None
     if folder and (steps := sorted(folder.glob("step_*"))):
@@ -70,6 +73,47 @@ def row_of(query: answers.Query, given: answers.Answers, names: Sequence[str]) -
         "right": answers.correct(query, given),
         "log_probs": np.round(given.log_probs, 3).tolist(),
     }
+
+
+def add_private(
+    record: dict[str, Any],
+    net: models.GridDecoder,
+    params: Any,
+    tasks: Sequence[Any],
+    queries: Sequence[answers.Query],
+    settings: Any,
+) -> None:
+    """What private copies on top solve by votes, beside the source's votes of as many views."""
+    begin = time.perf_counter()
+    chosen = private.Settings(
+        rate=settings.private_rate,
+        num_steps=settings.private_steps,
+        every=max(settings.private_steps // 6, 1),
+        length=settings.length,
+        most=settings.most,
+        tasks_at_once=settings.private_at_once,
+    )
+    copies = private.copies_of(net, params, chosen, settings.seed)
+    slots = min(settings.length, answers.BUCKETS[-1])
+    cast, taken = private.answer(
+        copies,
+        tasks,
+        settings=chosen,
+        num_views=settings.views,
+        slots=slots,
+        seed=settings.seed,
+    )
+    asked = [query for query in queries if query.task in cast]
+    own = answers.candidates([cast[query.task][query.place] for query in asked])
+    names = [task.name for task in tasks]
+    record["private"] = {
+        "settings": chosen._asdict(),
+        "steps": {names[number]: steps for number, steps in taken.items()},
+        "solved": sum(answers.solved(asked, own)["votes"].values()),
+        "rows": [row_of(*pair, names) for pair in zip(asked, own, strict=True)],
+        "seconds": time.perf_counter() - begin,
+    }
+    print(f"private copies: {record['private']['solved']} of {len(taken)} by votes", flush=True)
 
 
 def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -131,6 +175,10 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     names = [task.name for task in tasks]
     record["rows"] = [row_of(*pair, names) for pair in zip(queries, given, strict=True)]
     launch.write_json(path, record)
+    if settings.private_steps:
+        add_private(record, net, state.params, tasks, queries, settings)
+        record["seconds"] |= {"all": time.perf_counter() - start}
+        launch.write_json(path, record)
     print(f"solved of {len(tasks)}: {json.dumps(record['solved'])}; seconds {seconds}", flush=True)
     return record
 
@@ -164,6 +212,10 @@ if __name__ == "__main__":
         "cache_tokens": flags.DEFINE_integer("cache_tokens", 1 << 20, "Slots at once.", 1),
         "workers": flags.DEFINE_integer("workers", 8, "Processes that make batches.", 0),
         "log_every": flags.DEFINE_integer("log_every", 200, "Steps of a line.", 1),
+        "isolated": flags.DEFINE_bool("isolated", False, "Leave out the tasks to be solved."),
+        "private_steps": flags.DEFINE_integer("private_steps", 0, "Of private copies; 0: none.", 0),
+        "private_rate": flags.DEFINE_float("private_rate", 1e-3, "Their step size.", 0.0),
+        "private_at_once": flags.DEFINE_integer("private_at_once", 32, "Copies at once.", 1),
         "tasks": flags.DEFINE_integer("tasks", 0, "So many tasks of a kind; 0 for all.", 0),
         "smoke": flags.DEFINE_bool("smoke", False, "A tiny decoder, for a CPU."),
     }

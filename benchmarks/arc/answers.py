@@ -105,15 +105,18 @@ def decode(
         run = _completion(net, slots)
         for begin in range(0, len(mine), count):
             part = [job[2] for job in mine[begin : begin + count]]
-            tokens = np.asarray(run(params, _prefixes(part, count, slots)).tokens)
+            tokens = np.asarray(run(params, prefixes(part, count, slots)).tokens)
             for item, row in zip(part, tokens, strict=False):
                 number, place, view = item.tag
-                answer = grid_sequences.decode(row)
-                if answer is not None:
-                    answer = grid.apply(grid.inverse(view), answer)
-                made[number][place] = votes.Vote(answer, view)
+                made[number][place] = vote_of(row, view)
         log(f"decoded {len(mine)} sequences of at most {slots} tokens")
     return made
+
+
+def vote_of(tokens: np.ndarray, view: grid.GridView) -> votes.Vote:
+    """What predicted tokens spell, in the frame of the task."""
+    answer = grid_sequences.decode(tokens)
+    return votes.Vote(None if answer is None else grid.apply(grid.inverse(view), answer), view)
 
 
 def _completion(net: models.GridDecoder, slots: int) -> Callable[[Any, Any], Any]:
@@ -124,7 +127,7 @@ def _completion(net: models.GridDecoder, slots: int) -> Callable[[Any, Any], Any
     return run
 
 
-def _prefixes(part: Sequence[sources.Item], count: int, slots: int) -> dict[str, np.ndarray]:
+def prefixes(part: Sequence[sources.Item], count: int, slots: int) -> dict[str, np.ndarray]:
     """Inputs of a batch; rows that are left over have length 0."""
     inputs = {
         name: np.zeros((count, slots), np.int8) for name in ("token", "row", "column", "part")

@@ -127,10 +127,30 @@ def settings(**changes):
         "cache_tokens": 512,
         "workers": 0,
         "log_every": 20,
+        "isolated": False,
+        "private_steps": 0,
+        "private_rate": 1e-2,
+        "private_at_once": 2,
         "tasks": 0,
         "smoke": True,
     }
     return ml_collections.ConfigDict(values | changes)
+
+
+def test_private_copies_on_a_decoder_that_never_saw_the_tasks(toy_sets, tmp_path, monkeypatch):
+    pytest.importorskip("qwix", reason="low-rank adaptation needs qwix")
+    monkeypatch.setattr(program, "SMALL", {"width": 32, "depth": 1, "heads": 2, "mlp_width": 32})
+    monkeypatch.setattr(answers, "BUCKETS", (64,))
+    drawn = []
+    monkeypatch.setattr(
+        sources, "batches", lambda *a: drawn.append(a[3]) or iter([sources.batch_of(*a[:3], 0, 0)])
+    )
+    asked = settings(isolated=True, num_steps=1, private_steps=2)
+    record = program.run(str(tmp_path / "a.json"), asked)
+    assert drawn == [[0.0]]
+    kept = json.loads((tmp_path / "a.json").read_text())["private"]
+    assert kept["steps"].keys() == {"add1", "add2"} and len(kept["rows"]) == 2
+    assert kept["solved"] == record["private"]["solved"] == 0
 
 
 def test_a_training_in_two_commands_is_the_training_in_one(toy_sets, tmp_path, monkeypatch):
