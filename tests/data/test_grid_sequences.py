@@ -21,7 +21,7 @@ def test_an_output_spells_its_grid(shape):
     made = sequences.encode(grid((2, 2)), answer)
     label = made.label[made.label >= 0]
     np.testing.assert_array_equal(sequences.decode(label), answer)
-    assert len(made.token) == sequences.length_of(np.zeros((2, 2)), answer)
+    assert len(made.token) == sequences.length_of(np.zeros((2, 2), int), answer)
     np.testing.assert_array_equal(sequences.decode(np.append(label, [3, 3])), answer)
 
 

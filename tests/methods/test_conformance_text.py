@@ -97,5 +97,7 @@ def test_every_method_over_documents_has_a_row():
         for name in methods.__all__
         if "read" in getattr(methods, name).__wrapped__.__code__.co_varnames
     }
-    # What continues a document has its own tests (tests/methods/test_continue_document.py).
-    assert over_documents - {"continue_document", "document_adapter"} == set(METHODS)
+    # What continues a document, and what takes prompts, have their own tests
+    # (tests/methods/test_continue_document.py and test_ttrl.py).
+    others = {"continue_document", "document_adapter", "ttrl"}
+    assert over_documents - others == set(METHODS)

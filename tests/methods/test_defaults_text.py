@@ -1,4 +1,4 @@
-"""Every default of the methods over documents: as published, or as their docstrings say."""
+"""Every default of the methods over text: as published, or as their docstrings say."""
 
 import inspect
 
@@ -58,6 +58,28 @@ PUBLISHED = {
         "bos": None,
     },
 }
+# Zuo et al., 2025: 64 rollouts, 32 of them learned from, at temperature 1; 16 to evaluate. The step
+# size is one for low-rank leaves, and the number of steps is not published for sets of all sizes.
+PUBLISHED["ttrl"] = {
+    "num_tokens": inspect.Parameter.empty,
+    "stop": (),
+    "optimizer": optax.adam(1e-3),
+    "select": select.lora(),
+    "num_steps": 30,
+    "num_rollouts": 64,
+    "num_trained": 32,
+    "temperature": 1.0,
+    "min_consensus": 0.0,
+    "rare": None,
+    "held_out_votes": False,
+    "advantages": "group",
+    "kl": 0.0,
+    "stop_ratio": 2.0,
+    "truth": None,
+    "reward": None,
+    "num_evaluated": 16,
+    "evaluation_sampler": None,
+}
 # Of every kind of leaf that a selection above names.
 TREE = {
     "params": {
@@ -103,7 +125,7 @@ def test_defaults(name):
 def test_a_reader_comes_first_and_settings_by_keyword(name):
     parameters = list(inspect.signature(getattr(methods, name)).parameters.values())
     heads = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    assert heads[0] == "read" and set(heads) <= {"read", "targets", "adapters", "centers"}
+    assert heads[0] == "read" and set(heads) <= {"read", "targets", "adapters", "centers", "answer"}
 
 
 def test_the_default_optimizers_differ():
