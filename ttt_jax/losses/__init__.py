@@ -23,7 +23,10 @@ from ttt_jax.losses.packed import (
     packed_sequences as packed_sequences,
     sequence_sums as sequence_sums,
 )
-from ttt_jax.losses.policy import policy_gradient as policy_gradient
+from ttt_jax.losses.policy import (
+    entropic_advantages as entropic_advantages,
+    policy_gradient as policy_gradient,
+)
 from ttt_jax.losses.reconstruction import masked_reconstruction as masked_reconstruction
 from ttt_jax.losses.reliable import (
     reliable_entropy as reliable_entropy,
@@ -37,6 +40,7 @@ __all__ = [
     "activation_moments",
     "contrastive",
     "denoising",
+    "entropic_advantages",
     "entropy",
     "feature_moments",
     "fisher_diagonal",

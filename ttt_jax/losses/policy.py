@@ -1,27 +1,77 @@
 """The policy gradient: a reward in place of a label, on rollouts that the loss draws."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _arguments, _checks, _contract
+from ttt_jax import _arguments, _checks, _contract, _varying
 from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.rewards import Reward, RewardFunction
 
 ADVANTAGES = ("group", "centered", "fixed")
 """How rewards become advantages."""
 
+# Of the logarithm of beta, from -7 to 7.
+_HALVINGS = 24
 
-def advantages_of(reward: Reward, kind: str) -> jax.Array:
+
+AdvantageFunction: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+"""``(rewards[G], used[G]) -> advantages[G]``."""
+
+
+@_arguments.checked(budget=_arguments.number(0.0, above=True))
+def entropic_advantages(budget: float | jax.Array = 0.6931471805599453) -> AdvantageFunction:
+    """Advantages of ``log E[exp(beta r)]``, which rewards the best rollouts and not the mean.
+
+    ``A[g] = exp(beta r[g]) / mean_g exp(beta r[g]) - 1`` with the largest beta at which the tilted
+    weights are no further than ``budget`` from equal ones, in nats. Equal rewards have advantages
+    of zero.
+
+    Args:
+      budget: of the divergence; log 2 is the published one. May be traced.
+
+    References:
+      `Learning to Discover at Test Time <https://arxiv.org/abs/2601.16175>`_, 2026.
+    """
+
+    def advantages(value: jax.Array, used: jax.Array) -> jax.Array:
+        count = jnp.maximum(used.sum(), 1)
+        top = jnp.where(used, value, -jnp.inf).max()
+        spread = top - jnp.where(used, value, jnp.inf).min()
+        below = jnp.where(used, (value - top) / jnp.where(spread > 0, spread, 1.0), 0.0)
+
+        def tilted(beta: jax.Array) -> tuple[jax.Array, jax.Array]:
+            weights = jnp.where(used, jnp.exp(beta * below), 0.0)
+            weights = weights / weights.sum()
+            logs = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0) * count), 0)
+            return weights, (weights * logs).sum()
+
+        def halve(ends: Any, _: Any) -> Any:
+            low, high = ends
+            middle = (low + high) / 2
+            within = tilted(jnp.exp(middle))[1] <= budget
+            return (jnp.where(within, middle, low), jnp.where(within, high, middle)), None
+
+        ends = (jnp.float32(-7.0), jnp.float32(7.0))
+        (low, _), _ = _varying.scan(halve, ends, jnp.arange(_HALVINGS))
+        made = tilted(jnp.exp(low))[0] * count - 1.0
+        return jnp.where(used & (spread > 0), made, 0.0)
+
+    return advantages
+
+
+def advantages_of(reward: Reward, kind: str | AdvantageFunction) -> jax.Array:
     """Advantages ``[G]``, 0 for what is not used.
 
     Args:
       reward: of the G rollouts.
-      kind: one of ``ADVANTAGES``.
+      kind: one of ``ADVANTAGES``, or a function.
     """
     used, value = reward.used, reward.value
+    if not isinstance(kind, str):
+        return jnp.where(used, kind(value, used), 0.0)
     count = jnp.maximum(used.sum(), 1)
     if kind == "fixed":
         return jnp.where(used, 2.0 * value - 1.0, 0.0)
@@ -43,7 +93,7 @@ def policy_gradient(
     reward: RewardFunction,
     *,
     num_trained: int | None = None,
-    advantages: Literal["group", "centered", "fixed"] = "group",
+    advantages: Literal["group", "centered", "fixed"] | AdvantageFunction = "group",
     kl: float | jax.Array = 0.0,
     pristine: Params | None = None,
     report: bool = False,
@@ -74,7 +124,8 @@ def policy_gradient(
       reward: of :mod:`ttt_jax.rewards`, or a function of your own.
       num_trained: the first so many rollouts are learned from; the others only take part in the
         reward (TTRL: 32 of 64). None for all.
-      advantages: see above.
+      advantages: see above; or a function ``(rewards[G], used[G]) -> [G]``, such as
+        ``losses.entropic_advantages()``.
       kl: weight of the divergence from the pristine parameters (the estimator that is never
         negative); may be traced. Needs ``pristine`` unless it is the number 0.
       pristine: parameters that the divergence is measured from: the ``params`` of a predictor.
@@ -97,7 +148,7 @@ def policy_gradient(
     _contract.require_function("sample", sample, "(params, x, key) -> rollouts")
     _contract.require_function("log_prob", log_prob, "(params, x, rollouts) -> [G]")
     _contract.require_function("reward", reward, "(x, rollouts, key) -> rewards.Reward")
-    if advantages not in ADVANTAGES:
+    if not callable(advantages) and advantages not in ADVANTAGES:
         raise ValueError(f"advantages must be one of {ADVANTAGES}; got {advantages!r}.")
     if num_trained is not None:
         _checks.check_count("num_trained, unless None,", num_trained)

@@ -19,6 +19,10 @@ A set of prompts (a :class:`~ttt_jax.Predictor`):
 
 * :func:`ttrl`: reinforcement by votes
 
+A problem whose solutions a program scores (a :class:`~ttt_jax.Predictor`):
+
+* :func:`discover`: search and reinforcement for the best solution
+
 Streams of instances (a :class:`~ttt_jax.Stream`):
 
 * :func:`ttt_rotation_online`, :func:`rotation_memo_online`
@@ -44,6 +48,7 @@ from ttt_jax.methods.bn_adapt import bn_adapt
 from ttt_jax.methods.continue_document import continue_document, document_adapter
 from ttt_jax.methods.cotta import cotta
 from ttt_jax.methods.deyo import deyo
+from ttt_jax.methods.discover import discover
 from ttt_jax.methods.document_ttt import document_ttt
 from ttt_jax.methods.dua import dua
 from ttt_jax.methods.eata import eata
@@ -78,6 +83,7 @@ __all__ = [
     "continue_document",
     "cotta",
     "deyo",
+    "discover",
     "document_adapter",
     "document_ttt",
     "dua",
