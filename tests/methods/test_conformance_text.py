@@ -98,6 +98,6 @@ def test_every_method_over_documents_has_a_row():
         if "read" in getattr(methods, name).__wrapped__.__code__.co_varnames
     }
     # What continues a document, and what takes prompts, have their own tests
-    # (tests/methods/test_continue_document.py and test_ttrl.py).
-    others = {"continue_document", "document_adapter", "ttrl"}
+    # (tests/methods/test_continue_document.py, test_ttrl.py and test_discover.py).
+    others = {"continue_document", "document_adapter", "ttrl", "discover"}
     assert over_documents - others == set(METHODS)

@@ -80,6 +80,22 @@ PUBLISHED["ttrl"] = {
     "num_evaluated": 16,
     "evaluation_sampler": None,
 }
+# TTT-Discover, 2026: 50 steps of 8 starts and 64 rollouts.
+PUBLISHED["discover"] = {
+    "num_tokens": inspect.Parameter.empty,
+    "stop": (),
+    "optimizer": optax.adam(1e-3),
+    "select": select.lora(),
+    "num_steps": 50,
+    "num_starts": 8,
+    "num_rollouts": 64,
+    "pool_size": 64,
+    "exploration": 1.0,
+    "reuse": True,
+    "advantages": None,
+    "temperature": 1.0,
+    "kl": 0.0,
+}
 # Of every kind of leaf that a selection above names.
 TREE = {
     "params": {
@@ -125,7 +141,9 @@ def test_defaults(name):
 def test_a_reader_comes_first_and_settings_by_keyword(name):
     parameters = list(inspect.signature(getattr(methods, name)).parameters.values())
     heads = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    assert heads[0] == "read" and set(heads) <= {"read", "targets", "adapters", "centers", "answer"}
+    others = {"targets", "adapters", "centers", "answer"}
+    others |= {"starts", "prompt", "solution", "score"}
+    assert heads[0] == "read" and set(heads[1:]) <= others
 
 
 def test_the_default_optimizers_differ():

@@ -1,6 +1,7 @@
 """Reinforcement by votes on a reader of one layer, whose first token is the answer."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import pytest
 
 import ttt_jax as ttt
 from tests.core import small_reader
-from ttt_jax import methods, rewards
+from ttt_jax import generation, methods, rewards
 
+MODULE = sys.modules["ttt_jax.methods.ttrl"]
 READ, STOP, PROMPTS, GROUPS = small_reader.READER, 0, 3, 3
 STEPS = 6
 
@@ -81,14 +83,48 @@ def test_the_vote_becomes_sharper_and_answers_follow():
     assert info.ok.all() and info.updated.all()
 
 
-def test_the_report_counts_labels():
-    """Labels from rollouts that are drawn again with the same keys."""
-    _output, info = trained()
-    for name in ("label_right", "accuracy", "right_to_wrong", "wrong_to_right", "labelled"):
-        assert info.aux[name].shape == (GROUPS, STEPS)
-    changes = info.aux["wrong_to_right"] - info.aux["right_to_wrong"]
-    first = info.aux["label_right"][:, :1]
-    np.testing.assert_allclose(info.aux["label_right"], first + changes, atol=1e-6)
+def test_the_report_counts_the_labels_of_the_rollouts():
+    """The rollouts of the first step, drawn again with the same keys."""
+    _, info = trained()
+    draw = generation.generate(READ, num_tokens=2, sampler=generation.sample(1.0), stop=(STOP,))
+    x, group = groups(), 1
+    first_step = jax.random.fold_in(jax.random.split(KEYS[group])[0], 0)
+    right, ratios, accuracy = [], [], []
+    for place in range(PROMPTS):
+        prompt = {name: x[name][group, place] for name in ("tokens", "mask")}
+        key = jax.random.split(jax.random.fold_in(first_step, place))[0]
+        keys = jax.vmap(lambda g, key=key: jax.random.fold_in(key, g))(jnp.arange(16))
+        made = jax.jit(jax.vmap(lambda k, prompt=prompt: draw(params(), prompt, k)[0]))(keys)
+        tokens = np.asarray(made.tokens)[:, 0]
+        counts = np.bincount(tokens[tokens != STOP], minlength=small_reader.VOCABULARY)
+        label = next(t for t in tokens if t != STOP and counts[t] == counts.max())
+        truth = x["truth"][group, place]
+        right.append(label == truth)
+        ratios.append(counts.max() / 16)
+        accuracy.append(np.mean(tokens == truth))
+    for name, values in (
+        ("label_right", right),
+        ("majority_ratio", ratios),
+        ("accuracy", accuracy),
+    ):
+        assert info.aux[name][group, 0] == pytest.approx(np.mean(values), abs=1e-6)
+
+
+def test_wrong_answers_alone_are_learned_from_below_the_consensus():
+    """The mean is over prompts that are learned from, with a label or without."""
+
+    def loss(params, x, key):
+        used = (x["weight"] > 0).astype(jnp.float32)
+        return x["weight"] * params, {"used": used, "labelled": jnp.zeros(())}
+
+    mean = MODULE._over_prompts(loss, 2.0)
+    x = {"tokens": np.zeros((4, 1), np.int32), "weight": np.array([3.0, 0.0, 1.0, 0.0])}
+    (value, aux), _ = mean.value(jnp.float32(1.0), mean.init(None), x, KEYS[0])
+    assert float(value) == 2.0 and aux["stopped"].shape == (4,)
+    strict = {"min_consensus": 0.99, "rare": 0.2, "advantages": "fixed"}
+    _, info = run_of(**strict)(params(), groups(), KEYS)
+    assert not info.aux["labelled"][:, 0].any() and (info.aux["used"][:, 0] > 0).all()
+    assert info.updated.all()
 
 
 def test_groups_at_once_equal_one_after_another_in_any_order():

@@ -112,6 +112,23 @@ def test_decoding_with_a_cache_is_the_argmax_of_the_taught(params, apply):
     assert float(made.log_prob[0]) == pytest.approx(logs.max(-1).sum(), abs=1e-3)
 
 
+def test_an_output_does_not_depend_on_its_company(params):
+    """A row without room is cut and has no end, alone and beside rows that go on."""
+    width, slots = 40, 44
+    run = jax.jit(lambda p, x: models.complete_grids(NET, p, x, slots=slots, num_tokens=24))
+    cut = inputs_of(0, 0, np.ones((3, 5), int), width)
+    long = inputs_of(1, 1, np.zeros((1, 1), int), width)
+    both = {name: np.concatenate([cut[name], long[name]]) for name in cut}
+    together = run(params, both)
+    for row, inputs in enumerate((cut, long)):
+        alone = run(params, inputs)
+        np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
+    tokens = np.asarray(together.tokens[0])
+    room = slots - int(cut["length"][0])
+    if sequences.END not in tokens[:room]:
+        assert not tokens[room:].any() and sequences.decode(tokens) is None
+
+
 def test_it_learns_a_rule_and_completes_with_it():
     """Add one to every color: all of five tasks share it, on grids that were not trained on."""
     batches = [packed(6)[0] for _ in range(1)]

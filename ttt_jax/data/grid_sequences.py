@@ -23,6 +23,8 @@ LEGEND, INPUT, OUTPUT = 0, 1, 2
 """Parts of a sequence."""
 MOST_CELLS = 30
 """Cells along a side, at most."""
+# The numbers of sequences are int8.
+_MOST_SEQUENCES = 127
 
 
 class GridSequence(NamedTuple):
@@ -76,7 +78,7 @@ def _places(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 @_arguments.checked()
 def length_of(input: np.ndarray, output: np.ndarray | None = None) -> int:
-    """Tokens of a sequence: ``9 + (h + 1) w + ...``, without making it."""
+    """Tokens of a sequence, without making it: 9, and ``h (w + 1) + 1`` for each grid."""
     grids = [_grid("input", input)] + ([] if output is None else [_grid("output", output)])
     sides = [grid.shape for grid in grids]
     return COLORS - 1 + sum(rows * (columns + 1) + 1 for rows, columns in sides)
@@ -226,6 +228,8 @@ def pack(
       TypeError: ``items`` is no iterable of items.
       ValueError: an argument out of range; at the batch: a sequence longer than a row.
     """
+    if most > _MOST_SEQUENCES:
+        raise ValueError(f"most must be at most {_MOST_SEQUENCES}; got {most}.")
     if isinstance(items, str) or not hasattr(items, "__iter__"):
         raise TypeError(
             f"items must be an iterable of grid_sequences.Item; got {_contract.described(items)}."

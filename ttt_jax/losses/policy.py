@@ -130,7 +130,8 @@ def policy_gradient(
         negative); may be traced. Needs ``pristine`` unless it is the number 0.
       pristine: parameters that the divergence is measured from: the ``params`` of a predictor.
       report: whether the loss returns ``(scalar, aux)``, for an adapter with ``has_aux=True``;
-        ``aux`` has ``reward``, the mean value, and what the reward reports.
+        ``aux`` has ``reward``, the mean value, ``used``, whether a rollout is learned from, and
+        what the reward reports.
 
     Returns:
       An ``AuxLoss`` over one instance.
@@ -148,7 +149,10 @@ def policy_gradient(
     _contract.require_function("sample", sample, "(params, x, key) -> rollouts")
     _contract.require_function("log_prob", log_prob, "(params, x, rollouts) -> [G]")
     _contract.require_function("reward", reward, "(x, rollouts, key) -> rewards.Reward")
-    if not callable(advantages) and advantages not in ADVANTAGES:
+    if not isinstance(advantages, str):
+        form = f"(rewards[G], used[G]) -> [G], or one of {ADVANTAGES}"
+        _contract.require_function("advantages", advantages, form)
+    elif advantages not in ADVANTAGES:
         raise ValueError(f"advantages must be one of {ADVANTAGES}; got {advantages!r}.")
     if num_trained is not None:
         _checks.check_count("num_trained, unless None,", num_trained)
@@ -186,7 +190,8 @@ def policy_gradient(
         value = jnp.where(known, value, jnp.nan)
         if not report:
             return value
-        return value, {"reward": full.value.mean(), **full.aux}
+        used = made.used.any().astype(jnp.float32)
+        return value, {"reward": full.value.mean(), "used": used, **full.aux}
 
     return loss
 

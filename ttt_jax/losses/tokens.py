@@ -17,7 +17,8 @@ def token_nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
     ``logsumexp`` less the target's logit: no array of log-probabilities is written. A target
     outside the vocabulary has NaN.
     """
-    logits = logits.astype(jnp.float32)
+    # Narrow integers of a text's own dtype would wrap at the size of the vocabulary.
+    logits, targets = logits.astype(jnp.float32), targets.astype(jnp.int32)
     inside = (targets >= 0) & (targets < logits.shape[-1])
     return jax.nn.logsumexp(logits, axis=-1) - jnp.where(inside, _chosen(logits, targets), jnp.nan)
 

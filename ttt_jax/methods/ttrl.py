@@ -69,7 +69,7 @@ def ttrl(
     step each prompt is continued ``num_rollouts`` times by the weights as they are; the most
     frequent answer is its label, and the first ``num_trained`` rollouts are learned from with
     reward 1 where they agree with it (:func:`ttt_jax.rewards.majority`,
-    :func:`ttt_jax.losses.policy_gradient`), averaged over the prompts that have a label::
+    :func:`ttt_jax.losses.policy_gradient`), averaged over the prompts that are learned from::
 
         y[p, g] ~ p(. | prompt p; w),   label[p] = most frequent answer,   r = (answer = label)
         w <- optimizer(w, grad of mean_p policy_gradient(p))
@@ -120,11 +120,12 @@ def ttrl(
       A :class:`~ttt_jax.Predictor` over ``x``: a mapping of ``tokens`` int ``[P, L]``, where wanted
       ``mask`` ``[P, L]`` and what ``answer`` and ``truth`` read, each with a leading axis P; and
       where wanted ``held_out``, such a mapping of other prompts. Output :class:`Reinforced`.
-      ``Info.aux``, each ``[S]``, means over the prompts: ``reward``, ``majority_ratio``,
-      ``labelled``, ``stopped``; with ``truth`` also ``label_right``, ``accuracy``,
-      ``right_to_wrong`` and ``wrong_to_right``, the shares of prompts whose label was right, or
-      wrong, at the first step and is not any more. An instance with a step that is not finite
-      returns the pristine continuations in both places, ``ok`` False.
+      ``Info.aux``, each ``[S]``, means over the prompts: ``reward``, ``used`` (whether a prompt is
+      learned from), ``majority_ratio``, ``labelled``, ``stopped``; with ``truth`` also
+      ``label_right``, ``accuracy``, ``right_to_wrong`` and ``wrong_to_right``, the shares of
+      prompts whose label was right, or wrong, at the first step and is not any more. An instance
+      with a step that is not finite returns the pristine continuations in both places, ``ok``
+      False.
 
     Raises:
       TypeError: ``read`` is no reader.
@@ -252,15 +253,14 @@ def _prompts(x: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 
 def _over_prompts(loss: Any, stop_ratio: float | jax.Array) -> StatefulLoss:
-    """The mean over prompts with a label, zero for good once the vote is as one."""
+    """The mean over prompts that are learned from, zero for good once the vote is as one."""
     each = _each_prompt(loss)
 
     def value(params: Params, stopped: jax.Array, prompts: Any, key: Key) -> Any:
         values, aux = each(params, prompts, key)
-        labelled = aux.get("labelled", jnp.ones_like(values))
         if "majority_ratio" in aux:
             stopped = stopped | (aux["majority_ratio"].mean() >= stop_ratio)
-        mean = values.sum() / jnp.maximum(labelled.sum(), 1.0)
+        mean = values.sum() / jnp.maximum(aux["used"].sum(), 1.0)
         aux = aux | {"stopped": jnp.broadcast_to(stopped.astype(jnp.float32), values.shape)}
         return (jnp.where(stopped, 0.0, mean), aux), stopped
 

@@ -18,9 +18,9 @@ class GridCompletion(NamedTuple):
     """Outputs.
 
     Attributes:
-      tokens: int32 ``[N, T]``, of ``CLASSES``; ``END`` after the first end. One without an end has
-        spelled no grid.
-      log_prob: float32 ``[N]``, of the tokens up to the end.
+      tokens: int32 ``[N, T]``, of ``CLASSES``; ``END`` from the first end on. An output that was
+        cut, as it had no more room, has 0 from there on and no end: it spells no grid.
+      log_prob: float32 ``[N]``, of the tokens up to the end, or to the cut.
     """
 
     tokens: jax.Array
@@ -67,7 +67,7 @@ def complete_grids(
         return (step < num_tokens) & ~done.all()
 
     def body(state: Any) -> Any:
-        step, token, row, column, cache, made, log_prob, done = state
+        step, token, row, column, cache, made, log_prob, closed, done = state
         slot = jnp.minimum(length + step, slots - 1)
         inputs = {"token": token, "row": row, "column": column, "part": jnp.full(count, OUTPUT)}
         inputs = {name: leaf[:, None] for name, leaf in inputs.items()}
@@ -78,20 +78,24 @@ def complete_grids(
         logs = jax.nn.log_softmax(logits[:, 0])
         token = logs.argmax(-1).astype(jnp.int32)
         log_prob = log_prob + jnp.where(done, 0.0, logs.max(-1))
-        made = made.at[:, step].set(jnp.where(done, END, token))
+        made = made.at[:, step].set(jnp.where(done, jnp.where(closed, END, 0), token))
         ended = token == NEWLINE
         row = jnp.where(ended, row + 1, row)
         column = jnp.where(ended, 0, column + 1)
         outside = (row > MOST_CELLS) | (column > MOST_CELLS) | (length + step >= slots - 1)
-        done = done | (token == END) | outside
+        closed = closed | (~done & (token == END))
+        done = done | closed | outside
         row, column = (jnp.minimum(place, _LAST_PLACE) for place in (row, column))
-        return step + 1, token, row, column, cache, made, log_prob, done
+        return step + 1, token, row, column, cache, made, log_prob, closed, done
 
     zeros = jnp.zeros(count, jnp.int32)
     made = jnp.zeros((count, num_tokens), jnp.int32)
-    start = (0, zeros + BEGIN, zeros, zeros, state, made, jnp.zeros(count), length <= 0)
-    *_, made, log_prob, _ = jax.lax.while_loop(unfinished, body, start)
-    return GridCompletion(made, log_prob)
+    none = jnp.zeros(count, bool)
+    start = (0, zeros + BEGIN, zeros, zeros, state, made, jnp.zeros(count), none, length <= 0)
+    steps, *_, made, log_prob, closed, _ = jax.lax.while_loop(unfinished, body, start)
+    # What the loop did not reach depends on what else was decoded, and must not.
+    later = (jnp.arange(num_tokens)[None] >= steps) & closed[:, None]
+    return GridCompletion(jnp.where(later, END, made), log_prob)
 
 
 def _given(inputs: Any) -> dict[str, jax.Array]:

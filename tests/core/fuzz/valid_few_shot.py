@@ -131,8 +131,8 @@ add(
     votes.product_of_experts,
     **TABLES,
     bonus=3.0,
-    found=np.array([[True, False], [False, False]]),
-    ranges={"bonus": -1.0, "found": np.ones((3, 2), bool), "log_probs": np.ones((2, 0))},
+    proposed=np.array([[True, False], [False, False]]),
+    ranges={"bonus": -1.0, "proposed": np.ones((3, 2), bool), "log_probs": np.ones((2, 0))},
     # NaN candidates come last by rule.
     allowed="log_probs: nan",
 )

@@ -122,6 +122,49 @@ add(
         "stop": STOP,
     },
 )
+add(
+    "methods.discover",
+    methods.discover,
+    lambda result: result(PARAMS, {"target": np.array([1])}, things.KEY),
+    read=READ,
+    starts=lambda x: jnp.zeros((1, 1), jnp.int32),
+    prompt=lambda x, state: jnp.concatenate([jnp.array([1], jnp.int32), state]),
+    solution=lambda x, generated: generated.tokens,
+    score=lambda x, states: -jnp.abs(states[:, 0] - x["target"][0]).astype(jnp.float32),
+    num_tokens=1,
+    stop=(5,),
+    optimizer=things.SGD,
+    num_steps=1,
+    num_starts=1,
+    num_rollouts=4,
+    pool_size=2,
+    exploration=1.0,
+    reuse=False,
+    advantages=losses.entropic_advantages(),
+    temperature=1.0,
+    kl=0.1,
+    kinds=KINDS | {"exploration": "number", "kl": "number"},
+    ranges={
+        "num_tokens": 0,
+        "num_steps": -1,
+        "num_starts": (0, 3),
+        "num_rollouts": 1,
+        "pool_size": 0,
+        "exploration": -1.0,
+        "temperature": -1.0,
+        "kl": -1.0,
+        "stop": STOP,
+    },
+)
+REWARDS, USED = np.array([0.1, 0.5, 1.0], np.float32), np.ones(3, bool)
+add(
+    "losses.entropic_advantages",
+    losses.entropic_advantages,
+    lambda result: result(REWARDS, USED),
+    budget=0.3,
+    kinds={"budget": "number"},
+    ranges={"budget": 0.0},
+)
 ROLLOUTS = np.array([1, 0, 1, 2])
 
 
