@@ -1,5 +1,6 @@
 """Discovery at test time: search and reinforcement for the best solution of one problem."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -164,13 +165,46 @@ def discover(
         keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(jnp.arange(num_rollouts))
         return jax.vmap(lambda each: draw(params, x["prompt"], each)[0])(keys)
 
+    policy = functools.partial(
+        policy_gradient,
+        sample,
+        lambda params, x, made: (log_probs(params, x["prompt"], made), made.mask),
+        _reward(solution, score, num_rollouts),
+        advantages=advantages or entropic_advantages(),
+        kl=kl,
+        report=True,
+    )
+    adapter_of = functools.partial(
+        gradient_adapter, optimizer=optimizer, select=select, has_aux=True
+    )
+    plan = _Plan(starts, prompt, score, num_starts, pool_size, exploration, reuse)
+    return _searching(plan, policy, adapter_of, num_steps)
+
+
+class _Plan(NamedTuple):
+    """Arguments of :func:`discover` that say how it searches."""
+
+    starts: Callable[[Any], jax.Array]
+    prompt: Callable[[Any, jax.Array], Any]
+    score: Callable[[Any, jax.Array], jax.Array]
+    num_starts: int
+    pool_size: int
+    exploration: float | jax.Array
+    reuse: bool
+
+
+def _reward(
+    solution: Callable[..., jax.Array], score: Callable[..., jax.Array], count: int
+) -> rewards.RewardFunction:
+    """The scores of what continuations propose, with the proposals in ``aux``."""
+
     def reward(x: Any, generated: Generated, key: Key) -> rewards.Reward:
         states = solution(x["problem"], generated).astype(jnp.int32)
         values = score(x["problem"], states).astype(jnp.float32)
-        if states.ndim != 2 or values.shape != (num_rollouts,) or len(states) != num_rollouts:
+        if states.ndim != 2 or values.shape != (count,) or len(states) != count:
             raise ValueError(
-                f"methods.discover needs solutions [{num_rollouts}, A] and a score for each; got "
-                f"shapes {states.shape} and {values.shape}."
+                f"methods.discover needs solutions [{count}, A] and a score for each; got shapes "
+                f"{states.shape} and {values.shape}."
             )
         finite = jnp.isfinite(values)
         worst = jnp.where(finite, values, jnp.inf).min()
@@ -178,35 +212,17 @@ def discover(
         aux = {"states": states, "scores": jnp.where(finite, values, _NONE)}
         return rewards.Reward(value, jnp.ones_like(finite), aux)
 
+    return reward
+
+
+def _searching(
+    plan: _Plan, policy: Callable[..., Any], adapter_of: Callable[..., Any], num_steps: int
+) -> Predictor:
     def predict(params: Params, x: Any, key: Key) -> tuple[Discovery, Info]:
-        policy = policy_gradient(
-            sample,
-            lambda params, x, made: (log_probs(params, x["prompt"], made), made.mask),
-            reward,
-            advantages=advantages or entropic_advantages(),
-            kl=kl,
-            pristine=params,
-            report=True,
-        )
-        start = _begun(starts(x), lambda states: score(x, states), pool_size)
-
-        def value(params: Params, search: _Search, problem: Any, key: Key) -> Any:
-            chosen = _promising(search.pool, num_starts, exploration)
-            prompts = jax.vmap(lambda state: prompt(problem, state))(search.pool.states[chosen])
-            keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(jnp.arange(num_starts))
-            each = lambda prompt, key: policy(  # noqa: E731
-                params, {"problem": problem, "prompt": prompt}, key
-            )
-            losses, aux = jax.vmap(each)(prompts, keys)
-            scores = aux["scores"]
-            after = _after(search, chosen, aux["states"], scores, reuse)
-            scored = scores > _NONE
-            mean = jnp.where(scored, scores, 0.0).sum() / jnp.maximum(scored.sum(), 1)
-            share = scored.mean(dtype=jnp.float32)
-            return (losses.mean(), {"best": after.score, "mean": mean, "scored": share}), after
-
+        start = _begun(plan.starts(x), lambda states: plan.score(x, states), plan.pool_size)
+        value = _step_of(plan, policy(pristine=params))
         loss = StatefulLoss(lambda params: start, value, lambda adapted, search: search)
-        adapter = inner.guarded(gradient_adapter(loss, optimizer, select=select, has_aux=True))
+        adapter = inner.guarded(adapter_of(loss))
         state, infos = inner.inner_loop(adapter, num_steps)(params, adapter.init(params), x, key)
         found = Discovery(state.memory.state, _shown(state.memory.score), _shown(start.score))
         ok, updated = infos.finite.all(), state.count > 0
@@ -216,6 +232,29 @@ def discover(
         return found, Info(infos.loss, infos.grad_norm, ok, updated, aux)
 
     return predict
+
+
+def _step_of(plan: _Plan, policy: Any) -> Callable[[Params, _Search, Any, Key], Any]:
+    """The loss over the starts of a step, and where the search stands after it."""
+
+    def value(params: Params, search: _Search, problem: Any, key: Key) -> Any:
+        chosen = _promising(search.pool, plan.num_starts, plan.exploration)
+        prompts = jax.vmap(lambda state: plan.prompt(problem, state))(search.pool.states[chosen])
+        places = jnp.arange(plan.num_starts)
+        keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
+
+        def each(prompt: Any, key: Key) -> Any:
+            return policy(params, {"problem": problem, "prompt": prompt}, key)
+
+        losses, aux = jax.vmap(each)(prompts, keys)
+        scores = aux["scores"]
+        after = _after(search, chosen, aux["states"], scores, plan.reuse)
+        scored = scores > _NONE
+        mean = jnp.where(scored, scores, 0.0).sum() / jnp.maximum(scored.sum(), 1)
+        share = scored.mean(dtype=jnp.float32)
+        return (losses.mean(), {"best": after.score, "mean": mean, "scored": share}), after
+
+    return value
 
 
 def _shown(score: jax.Array) -> jax.Array:
