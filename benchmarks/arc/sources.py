@@ -104,21 +104,22 @@ def load(
       most: so many tasks of each kind, and pairs of a generated one; None for all.
 
     Raises:
-      ValueError: a generated task that is none of the training tasks.
+      ValueError: a generated task that is one of those to be solved.
     """
     to_solve = few_shot.load_arc(version, "evaluation")[:most]
     original = few_shot.load_arc(version, "training")[:most]
     made = generated_tasks(generated, most) if generated else []
-    names = [task.name for task in to_solve] + [task.name for task in original]
-    number = {task.name: len(to_solve) + place for place, task in enumerate(original)}
-    strange = [task.name for task in made if task.name not in number]
-    # With part of the tasks, the file has others.
-    if strange and most is None:
-        raise ValueError(
-            f"generated tasks must be among the training tasks; got {strange[0]!r}: a task to be "
-            "solved may not be trained on under another name for it."
-        )
-    made = [task for task in made if task.name in number]
+    solved = {task.name for task in to_solve}
+    for task in made:
+        if task.name in solved:
+            raise ValueError(
+                f"generated tasks must not be among those to be solved; got {task.name!r}: leave "
+                "its line out of the file."
+            )
+    # A set may lack tasks that examples were generated of: they are tasks of their own.
+    others = dict.fromkeys(task.name for task in [*original, *made])
+    names = [task.name for task in to_solve] + list(others)
+    number = {name: len(to_solve) + place for place, name in enumerate(others)}
     dropped: list[tuple[str, int, str]] = []
 
     def kept(tasks: Sequence[FewShotTask]) -> list[tuple[int, Sequence[Example]]]:

@@ -52,18 +52,20 @@ def test_a_pair_that_holds_an_answer_is_not_trained_on(toy_sets):
         assert ours is wanted
 
 
-def test_generated_examples_are_of_training_tasks_alone(toy_sets, tmp_path, monkeypatch):
+def test_generated_examples_are_of_no_task_to_be_solved(toy_sets, tmp_path, monkeypatch):
     leaked = added(3)._replace(demonstrations=seen_again(added(2)).demonstrations)
-    for tasks, wrong in (([leaked], None), ([added(1)], "add1")):
+    for tasks, wrong in (([leaked, added(5)], None), ([added(1)], "add1")):
         monkeypatch.setattr(sources, "generated_tasks", lambda path, most, made=tasks: made)
         if wrong:
-            with pytest.raises(ValueError, match="among the training tasks; got 'add1'"):
+            with pytest.raises(ValueError, match="not be among those to be solved; got 'add1'"):
                 sources.load("arcagi1", tmp_path, ROWS.length)
             continue
         found, _ = sources.load("arcagi1", tmp_path, ROWS.length)
         assert found.dropped == (("leak", 2, "add2"), ("add3", 2, "add2"))
         # The pair of the original task in the same place stays.
-        assert [len(pool.pairs) for pool in found.pools] == [4, 6, 3]
+        assert [len(pool.pairs) for pool in found.pools] == [4, 6, 6]
+        assert found.names == ("add1", "add2", "add3", "leak", "add5")
+        assert set(found.pools[2].tasks) == {2, 4}
 
 
 def test_the_share_decides_which_tasks_are_drawn(toy_sets):
