@@ -172,7 +172,7 @@ def prompt_of(place: str, x: Any) -> tuple[jax.Array, jax.Array]:
         raise ValueError(
             f"{place} needs a mask of the tokens' shape {tokens.shape}; got shape {mask.shape}."
         )
-    return tokens.astype(jnp.int32), mask != 0
+    return tokens.astype(jnp.int32), mask.astype(bool)
 
 
 def read_in_chunks(

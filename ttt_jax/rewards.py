@@ -130,9 +130,9 @@ def majority(
             )
         same = agreement(answers)
         voters = jnp.arange(count) >= first_voter
-        votes = (same & voters[None]).sum(1)
-        winner = jnp.argmax(jnp.where(voters, votes, -1))
-        shares = votes / voters.sum()
+        votes = (same & voters[None]).sum(1, dtype=jnp.float32)
+        winner = jnp.argmax(jnp.where(voters, votes, -1.0))
+        shares = votes / voters.sum(dtype=jnp.float32)
         ratio = shares[winner]
         labelled = answers.valid[winner] & (ratio >= min_consensus)
         used = jnp.broadcast_to(labelled, (count,))

@@ -37,7 +37,8 @@ def sequence_sums(logits: jax.Array, batch: Any) -> SequenceSums:
     label, segment, task = _leaves(batch, jnp.shape(logits))
     labeled = label >= 0
     nats = token_nats(logits, jnp.maximum(label, 0))
-    leaves = jnp.stack([nats, logits.argmax(-1) != label, jnp.ones_like(nats)], -1)
+    wrong = (logits.argmax(-1) != label).astype(jnp.float32)
+    leaves = jnp.stack([nats, wrong, jnp.ones_like(nats)], -1)
     leaves = jnp.where(labeled[..., None], leaves, 0.0)
     own = jax.nn.one_hot(segment, task.shape[1], dtype=jnp.float32)
     sums = jnp.einsum("rtk,rtm->krm", leaves, own, precision="highest")
@@ -93,8 +94,9 @@ def packed_sequences(
         value = (weights * sums.nats).sum() / jnp.maximum((weights * sums.labels).sum(), 1e-9)
         if not report:
             return value
-        sequences = jnp.maximum((sums.labels > 0).sum(), 1)
-        exact = ((sums.wrong == 0) & (sums.labels > 0)).sum() / sequences
+        known = sums.labels > 0
+        right = (known & (sums.wrong == 0)).sum(dtype=jnp.float32)
+        exact = right / jnp.maximum(known.sum(dtype=jnp.float32), 1.0)
         return value, {
             "exact": exact,
             "nats": sums.nats.sum() / jnp.maximum(sums.labels.sum(), 1.0),

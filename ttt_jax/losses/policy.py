@@ -37,7 +37,7 @@ def entropic_advantages(budget: float | jax.Array = 0.6931471805599453) -> Advan
     """
 
     def advantages(value: jax.Array, used: jax.Array) -> jax.Array:
-        count = jnp.maximum(used.sum(), 1)
+        count = jnp.maximum(used.sum(dtype=jnp.float32), 1.0)
         top = jnp.where(used, value, -jnp.inf).max()
         spread = top - jnp.where(used, value, jnp.inf).min()
         below = jnp.where(used, (value - top) / jnp.where(spread > 0, spread, 1.0), 0.0)
@@ -45,7 +45,9 @@ def entropic_advantages(budget: float | jax.Array = 0.6931471805599453) -> Advan
         def tilted(beta: jax.Array) -> tuple[jax.Array, jax.Array]:
             weights = jnp.where(used, jnp.exp(beta * below), 0.0)
             weights = weights / weights.sum()
-            logs = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0) * count), 0)
+            logs = jnp.where(
+                weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0) * count), 0.0
+            )
             return weights, (weights * logs).sum()
 
         def halve(ends: Any, _: Any) -> Any:
@@ -72,7 +74,7 @@ def advantages_of(reward: Reward, kind: str | AdvantageFunction) -> jax.Array:
     used, value = reward.used, reward.value
     if not isinstance(kind, str):
         return jnp.where(used, kind(value, used), 0.0)
-    count = jnp.maximum(used.sum(), 1)
+    count = jnp.maximum(used.sum(dtype=jnp.float32), 1.0)
     if kind == "fixed":
         return jnp.where(used, 2.0 * value - 1.0, 0.0)
     mean = jnp.where(used, value, 0.0).sum() / count
@@ -182,8 +184,8 @@ def policy_gradient(
             reference, _ = _pair(log_prob(pristine, x, trained), made.used)
             d = jax.lax.stop_gradient(reference) - log_probs
             terms = terms + kl * (jnp.exp(d) - d - 1.0)
-        means = terms.sum(1) / jnp.maximum(mask.sum(1), 1)
-        value = means.sum() / jnp.maximum(made.used.sum(), 1)
+        means = terms.sum(1) / jnp.maximum(mask.sum(1, dtype=jnp.float32), 1.0)
+        value = means.sum() / jnp.maximum(made.used.sum(dtype=jnp.float32), 1.0)
         value = jnp.where((weights != 0).any(), value, 0.0)
         # No step for want of a difference, and a reward that is not finite, are two things.
         known = jnp.isfinite(jnp.where(made.used, made.value, 0.0)).all()

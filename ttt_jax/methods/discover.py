@@ -250,7 +250,8 @@ def _step_of(plan: _Plan, policy: Any) -> Callable[[Params, _Search, Any, Key], 
         scores = aux["scores"]
         after = _after(search, chosen, aux["states"], scores, plan.reuse)
         scored = scores > _NONE
-        mean = jnp.where(scored, scores, 0.0).sum() / jnp.maximum(scored.sum(), 1)
+        mean = jnp.where(scored, scores, 0.0).sum()
+        mean = mean / jnp.maximum(scored.sum(dtype=jnp.float32), 1.0)
         share = scored.mean(dtype=jnp.float32)
         return (losses.mean(), {"best": after.score, "mean": mean, "scored": share}), after
 

@@ -91,7 +91,17 @@ def complete_grids(
     zeros = jnp.zeros(count, jnp.int32)
     made = jnp.zeros((count, num_tokens), jnp.int32)
     none = jnp.zeros(count, bool)
-    start = (0, zeros + BEGIN, zeros, zeros, state, made, jnp.zeros(count), none, length <= 0)
+    start = (
+        0,
+        zeros + BEGIN,
+        zeros,
+        zeros,
+        state,
+        made,
+        jnp.zeros(count, jnp.float32),
+        none,
+        length <= 0,
+    )
     steps, *_, made, log_prob, closed, _ = jax.lax.while_loop(unfinished, body, start)
     # What the loop did not reach depends on what else was decoded, and must not.
     later = (jnp.arange(num_tokens)[None] >= steps) & closed[:, None]
