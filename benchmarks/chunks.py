@@ -19,7 +19,7 @@ import ml_collections
 from absl import flags
 
 import ttt_jax as ttt
-from benchmarks import imagenet, works
+from benchmarks import imagenet, options, works
 from benchmarks.vision import median_seconds
 from experiments import launch, provenance
 from ttt_jax import tuning
@@ -155,9 +155,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     """The program."""
     del argv
-    values = {name: holder.value for name, holder in _FLAGS.items()}
-    out = values.pop("out")
-    run(out, ml_collections.ConfigDict(values | {"works": tuple(values["works"])}))
+    run(*options.chosen(_FLAGS))
 
 
 if __name__ == "__main__":

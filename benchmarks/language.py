@@ -27,6 +27,7 @@ import optax
 from absl import flags
 
 import ttt_jax as ttt
+from benchmarks import options
 from benchmarks.vision import median_seconds
 from experiments import launch, provenance
 from ttt_jax import losses, methods, models
@@ -263,11 +264,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     """The program."""
     del argv
-    values = {name: holder.value for name, holder in _FLAGS.items()}
-    out = values.pop("out")
-    for name in ("works", "ways", "tasks_at_once"):
-        values[name] = tuple(values[name])
-    record = run(out, ml_collections.ConfigDict(values))
+    record = run(*options.chosen(_FLAGS))
     print(f"agreement with one at a time: {record['agreement']:.1e}")
 
 

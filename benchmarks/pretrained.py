@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 from absl import flags
 
+from benchmarks import options
 from experiments import launch, provenance
 from ttt_jax import models
 from ttt_jax.losses.tokens import token_nats
@@ -76,9 +77,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     """The program."""
     del argv
-    values = {name: holder.value for name, holder in _FLAGS.items()}
-    out = values.pop("out")
-    run(out, ml_collections.ConfigDict(values | {"weights": tuple(values["weights"])}))
+    run(*options.chosen(_FLAGS))
 
 
 if __name__ == "__main__":

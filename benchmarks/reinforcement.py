@@ -21,6 +21,7 @@ import optax
 from absl import flags
 
 import ttt_jax as ttt
+from benchmarks import options
 from experiments import launch, provenance
 from ttt_jax import generation, losses, methods, models, rewards
 
@@ -232,9 +233,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     """The program."""
     del argv
-    values = {name: holder.value for name, holder in _FLAGS.items()}
-    out = values.pop("out")
-    run(out, ml_collections.ConfigDict(values | {"ways": tuple(values["ways"])}))
+    run(*options.chosen(_FLAGS))
 
 
 if __name__ == "__main__":

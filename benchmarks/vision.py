@@ -26,7 +26,7 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 import ttt_jax as ttt
-from benchmarks import record as record_lib, trace as trace_lib
+from benchmarks import options, record as record_lib, trace as trace_lib
 from benchmarks.works import WORKS, ViTSizes
 from experiments import adapt, launch, provenance
 from ttt_jax.kernels import attention as attention_lib
@@ -349,16 +349,13 @@ def run(out: str | os.PathLike[str], settings: ml_collections.ConfigDict) -> dic
 def main(argv: Sequence[str]) -> int:
     """The program."""
     del argv
-    values = {name: holder.value for name, holder in _FLAGS.items()}
-    out = values.pop("out")
+    out, settings = options.chosen(_FLAGS)
     for name in ("num_steps", "samples", "devices"):
         try:
-            values[name] = tuple(map(int, values[name]))
+            settings[name] = tuple(map(int, settings[name]))
         except ValueError as error:
             raise launch.UserError(f"--{name} takes integers: {error}.") from error
-    for name in ("works", "ways", "dtypes", "attention", "compiler_options"):
-        values[name] = tuple(values[name])
-    return 1 if run(out, ml_collections.ConfigDict(values))["failed"] else 0
+    return 1 if run(out, settings)["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -319,6 +319,16 @@ def log_probs(read: Reader) -> Callable[[Params, Any, Generated], jax.Array]:
     return score
 
 
+def several(predictor: Predictor, count: int) -> Callable[[Params, Any, Key], Any]:
+    """So many outputs of one instance, with keys ``fold_in(key, 0)``, ``fold_in(key, 1)``, ..."""
+
+    def run(params: Params, x: Any, key: Key) -> Any:
+        keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(jnp.arange(count))
+        return jax.vmap(lambda each: predictor(params, x, each)[0])(keys)
+
+    return run
+
+
 def _joined(first: jax.Array, rest: jax.Array) -> jax.Array:
     """``[P], [G, T] -> int32 [G, P + T]``."""
     repeated = jnp.broadcast_to(first[None], (len(rest), first.size))

@@ -9,7 +9,27 @@ import jax.numpy as jnp
 from ttt_jax import _arguments, _contract
 from ttt_jax.base import Params, PyTree
 
-__all__ = ["HiddenReader", "Reader", "isolated", "recomputed"]
+__all__ = ["HiddenReader", "Parts", "Reader", "isolated", "recomputed"]
+
+
+class Parts(NamedTuple):
+    """A reading in parts, for a memory that is much larger than a chunk.
+
+    Whether a chunk is to be remembered is known after it was read, and is then a choice of its rows
+    alone, not of the whole memory.
+
+    Attributes:
+      ahead: ``ahead(params, memory, inputs) -> (logits[N, L, V], rows)``: what is read, with what
+        is to be remembered of it apart.
+      keep: ``keep(memory, rows, kept) -> memory``, with the rows where the bool scalar ``kept`` is
+        true; else the rows may be those of ``nothing``.
+      nothing: ``nothing(memory, inputs) -> rows`` of a chunk that was not read: finite, of the
+        shapes and dtypes that ``ahead`` gives.
+    """
+
+    ahead: Callable[[Params, PyTree, Any], tuple[jax.Array, PyTree]]
+    keep: Callable[[PyTree, PyTree, jax.Array], PyTree]
+    nothing: Callable[[PyTree, Any], PyTree]
 
 
 class Reader(NamedTuple):
@@ -22,46 +42,12 @@ class Reader(NamedTuple):
         of ``tokens`` and ``positions``, int32 ``[N, L]``. Logits at a token are those of the next
         one. Position -1 is padding, which no token sees. Reading a chunk again, at the same
         positions, replaces what is remembered of it.
-      ahead: ``ahead(params, memory, inputs) -> (logits[N, L, V], rows)``, the same reading with
-        what is to be remembered apart; for a memory much larger than a chunk, and None for one
-        that ``read`` may replace as a whole.
-      keep: ``keep(memory, rows, kept) -> memory``, with the rows where the bool scalar ``kept`` is
-        true; given with ``ahead``.
+      parts: the same reading in parts; None for a memory that ``read`` may replace as a whole.
     """
 
     init: Callable[[int, int, int], PyTree]
     read: Callable[[Params, PyTree, Any], tuple[jax.Array, PyTree]]
-    ahead: Callable[[Params, PyTree, Any], tuple[jax.Array, PyTree]] | None = None
-    keep: Callable[[PyTree, PyTree, jax.Array], PyTree] | None = None
-
-    def parts(self) -> "Parts":
-        """How a chunk is read before it is known whether it is to be remembered."""
-        if self.ahead is None or self.keep is None:
-            return Parts(
-                self.read, lambda memory, rows, kept: rows, lambda _, memory, inputs: memory
-            )
-        ahead = self.ahead
-
-        def nothing(params: Params, memory: PyTree, inputs: Any) -> PyTree:
-            rows = jax.eval_shape(ahead, params, memory, inputs)[1]
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rows)
-
-        return Parts(ahead, self.keep, nothing)
-
-
-class Parts(NamedTuple):
-    """A reading in parts.
-
-    Attributes:
-      ahead: ``ahead(params, memory, inputs) -> (logits[N, L, V], rows)``.
-      keep: ``keep(memory, rows, kept) -> memory``; where ``kept`` is false the rows are those of
-        ``nothing``.
-      nothing: ``nothing(params, memory, inputs) -> rows`` before a chunk was read.
-    """
-
-    ahead: Callable[[Params, PyTree, Any], tuple[jax.Array, PyTree]]
-    keep: Callable[[PyTree, PyTree, jax.Array], PyTree]
-    nothing: Callable[[Params, PyTree, Any], PyTree]
+    parts: Parts | None = None
 
 
 class HiddenReader(NamedTuple):
@@ -85,12 +71,13 @@ def rule(place: str, name: str, value: Any) -> Reader:
             "models.reader(module), readers.recomputed(apply, context=...) or "
             "readers.isolated(apply)."
         )
-    if (value.ahead is None) != (value.keep is None):
-        raise ValueError(
-            f"{name} must be a Reader with both of ahead and keep, or neither; got ahead="
-            f"{value.ahead!r} and keep={value.keep!r}."
-        )
     return value
+
+
+def parts_of(read: Reader) -> Parts:
+    """How a reader reads before it is known whether a chunk is to be remembered."""
+    whole = Parts(read.read, lambda memory, rows, kept: rows, lambda memory, inputs: memory)
+    return read.parts or whole
 
 
 @_arguments.checked()

@@ -21,6 +21,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 
+from benchmarks import options
 from benchmarks.arc import answers, joint, private, sources
 from experiments import launch, provenance
 from ttt_jax import checkpoint, models
@@ -225,9 +226,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     """The program."""
     del argv
-    values = {name: holder.value for name, holder in _FLAGS.items()}
-    out = values.pop("out")
-    run(out, ml_collections.ConfigDict(values))
+    run(*options.chosen(_FLAGS))
 
 
 if __name__ == "__main__":

@@ -265,3 +265,25 @@ def test_bad_inputs_are_refused():
         with pytest.raises(ValueError) as error:
             LLAMA.clone(**changes)
         assert words in str(error.value)
+
+
+def test_rows_that_were_not_read_are_shaped_as_those_that_were():
+    """The guard of a document chooses between the two."""
+    net = models.Decoder(
+        vocabulary=8, width=16, depth=3, heads=2, kv_heads=1, mlp_width=8, window=6, sinks=1
+    )
+    tokens = jnp.zeros((2, 4), jnp.int32)
+    params = jax.jit(net.init)(jax.random.key(0), tokens)
+    read = models.reader(net)
+    memory = read.init(2, 12, 4)
+    inputs = {"tokens": tokens, "positions": jnp.broadcast_to(jnp.arange(4)[None], (2, 4))}
+    _, rows = jax.jit(read.parts.ahead)(params, memory, inputs)
+    nothing = read.parts.nothing(memory, inputs)
+    for made, none in zip(rows, nothing, strict=True):
+        assert (made.shape, made.dtype) == (none.shape, none.dtype)
+        assert not none.any()
+    kept = read.parts.keep(memory, rows, jnp.bool_(False))
+    jax.tree.map(np.testing.assert_array_equal, kept, memory)
+    whole = jax.jit(read.read)(params, memory, inputs)[1]
+    taken = jax.jit(read.parts.keep)(memory, rows, jnp.bool_(True))
+    jax.tree.map(np.testing.assert_array_equal, taken, whole)

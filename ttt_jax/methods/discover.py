@@ -159,15 +159,10 @@ def discover(
     draw = generation.generate(
         read, num_tokens=num_tokens, sampler=generation.sample(temperature), stop=stop
     )
-    log_probs = generation.log_probs(read)
-
-    def sample(params: Params, x: Any, key: Key) -> Generated:
-        keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(jnp.arange(num_rollouts))
-        return jax.vmap(lambda each: draw(params, x["prompt"], each)[0])(keys)
-
+    log_probs, rollouts = generation.log_probs(read), generation.several(draw, num_rollouts)
     policy = functools.partial(
         policy_gradient,
-        sample,
+        lambda params, x, key: rollouts(params, x["prompt"], key),
         lambda params, x, made: (log_probs(params, x["prompt"], made), made.mask),
         _reward(solution, score, num_rollouts),
         advantages=advantages or entropic_advantages(),

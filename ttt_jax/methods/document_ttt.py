@@ -222,7 +222,7 @@ def learning_stream(
       num_steps: updates per chunk; without any the carry is the reader's memory alone, else an
         ``AdapterState`` that has it.
     """
-    parts = read.parts()
+    parts = readers.parts_of(read)
     # The adapter's memory is what the chunk is to leave, and the sample what came before it, too:
     # a guard reads a chunk's rows, not a whole cache.
     loss = StatefulLoss(
@@ -243,7 +243,7 @@ def learning_stream(
         if "start" in chunk:
             carry = _trees.where(chunk["start"], init(params), carry)
         memory = carry.memory
-        nothing = parts.nothing(params, memory, _inputs(chunk))
+        nothing = parts.nothing(memory, _inputs(chunk))
         state, infos = loop(params, carry._replace(memory=nothing), (memory, chunk), key)
         state = state._replace(memory=parts.keep(memory, state.memory, infos.finite.any()))
         output = infos.aux["nats"][0]
@@ -259,7 +259,7 @@ def learning_stream(
     def score(params: Params, memory: Any, chunk: Any, key: Key) -> Any:
         if "start" in chunk:
             memory = _trees.where(chunk["start"], memory_of(params), memory)
-        nothing = parts.nothing(params, memory, _inputs(chunk))
+        nothing = parts.nothing(memory, _inputs(chunk))
         (value, aux), rows = _score(parts, params, memory, chunk)
         ok = jnp.isfinite(value) & ~_trees.spoiled(nothing, rows)
         empty = jnp.zeros((0,), jnp.float32)

@@ -168,7 +168,7 @@ def ttrl(
 
     policy = functools.partial(
         policy_gradient,
-        _several(draw, num_rollouts),
+        generation.several(draw, num_rollouts),
         log_prob,
         vote,
         num_trained=trained,
@@ -181,7 +181,7 @@ def ttrl(
         loss = _over_prompts(policy(pristine=params), stop_ratio)
         return gradient_adapter(loss, optimizer, select=select, has_aux=True)
 
-    return _before_and_after(adapter_of, num_steps, _several(evaluate, num_evaluated))
+    return _before_and_after(adapter_of, num_steps, generation.several(evaluate, num_evaluated))
 
 
 def _before_and_after(
@@ -211,16 +211,6 @@ def _before_and_after(
         return Reinforced(before, after, *others), info
 
     return predict
-
-
-def _several(predictor: Predictor, count: int) -> Callable[[Params, Any, Key], Any]:
-    """So many outputs of one instance, each with a key of its own."""
-
-    def run(params: Params, x: Any, key: Key) -> Any:
-        keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(jnp.arange(count))
-        return jax.vmap(lambda each: predictor(params, x, each)[0])(keys)
-
-    return run
 
 
 def _each_prompt(call: Callable[[Params, Any, Key], Any]) -> Callable[[Params, Any, Key], Any]:

@@ -1,6 +1,7 @@
 """The keys and values that a decoder keeps of the tokens it has read."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,22 @@ def put(cache: Cache, rows: Rows, kept: jax.Array | bool = True) -> Cache:
         for held, new in ((cache.keys, rows.keys), (cache.values, rows.values))
     )
     return Cache(keys, values, write(cache.positions, slots, rows.positions))
+
+
+def no_rows(cache: Cache, inputs: Mapping[str, Any]) -> Rows:
+    """Rows of tokens ``[N, T]`` that were not read; they are not to be put anywhere.
+
+    Args:
+      cache: of which they would become part.
+      inputs: with the leaf ``tokens``.
+    """
+    batch, tokens = jnp.shape(inputs["tokens"])
+
+    def empty(held: jax.Array) -> jax.Array:
+        return jnp.zeros((held.shape[0], batch, tokens, *held.shape[3:]), held.dtype)
+
+    none = jnp.zeros((batch, tokens), jnp.int32)
+    return Rows(empty(cache.keys), empty(cache.values), none, none)
 
 
 def _outside(slots: int, count: int) -> jax.Array:

@@ -8,7 +8,7 @@ from flax import traverse_util
 
 from ttt_jax import _arguments, readers
 from ttt_jax.base import Params
-from ttt_jax.models.cache import put
+from ttt_jax.models.cache import no_rows, put
 from ttt_jax.models.decoder import Decoder
 from ttt_jax.models.low_rank import narrow_factors
 
@@ -28,7 +28,8 @@ def reader(module: Decoder) -> readers.Reader:
         logits, rows = ahead(params, memory, inputs)
         return logits, put(memory, rows)
 
-    return readers.Reader(module.empty_cache, read, ahead, put)
+    parts = readers.Parts(ahead, put, no_rows)
+    return readers.Reader(module.empty_cache, read, parts)
 
 
 @_arguments.checked()
