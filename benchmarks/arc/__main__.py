@@ -63,10 +63,16 @@ def trained(
     """
     shares = {"first_share": 0.0, "last_share": 0.0} if settings.isolated else {}
     training = joint.Training(num_steps=settings.num_steps, warmup=settings.warmup, **shares)
-    state, before = joint.begin(net, training, rows, settings.seed), []
     folder = pathlib.Path(settings.state) if settings.state else None
     same = {name: settings[name] for name in _SAME}
-    if folder and (steps := sorted(folder.glob("step_*"))):
+    steps = sorted(folder.glob("step_*")) if folder else []
+    begun = int(steps[-1].name.removeprefix("step_")) if steps else 0
+    # First, so that batches are made while programs are compiled.
+    batches = sources.batches(
+        data, rows, settings.seed, joint.shares_of(training), begun, settings.workers
+    )
+    state, before = joint.begin(net, training, rows, settings.seed), []
+    if steps:
         kept = checkpoint.load(steps[-1], like=_tree(state))
         for name, value in same.items():
             if kept.metadata["settings"][name] != value:
@@ -77,9 +83,6 @@ def trained(
         state = joint.State(**kept.params)._replace(step=int(kept.params["step"]))
         before = kept.metadata["curve"]
     stop_at = min(settings.stop_at or training.num_steps, training.num_steps)
-    batches = sources.batches(
-        data, rows, settings.seed, joint.shares_of(training), state.step, settings.workers
-    )
     state, curve = joint.train(net, training, state, batches, stop_at, print, settings.log_every)
     curve = before + curve
     place = folder / f"step_{state.step:07d}" if folder else None
@@ -186,8 +189,9 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
         return record
     queries = answers.queries_of(tasks)
     begin = time.perf_counter()
+    # A loop over layers is compiled sooner, and hardly slower token by token.
     cast = answers.decode(
-        net,
+        net.clone(unroll=1),
         state.params,
         queries,
         num_views=settings.views,

@@ -208,6 +208,8 @@ def batches(
 ) -> Iterator[dict[str, Any]]:
     """The batches of steps ``start, start + 1, ...``, made by other processes in their order.
 
+    The processes begin with the call.
+
     Args:
       sources: what they are drawn from.
       rows: sizes of a batch.
@@ -218,9 +220,7 @@ def batches(
     """
     steps = list(enumerate(shares))[start:]
     if not workers:
-        for step, share in steps:
-            yield batch_of(sources, rows, seed, step, share)
-        return
+        return (batch_of(sources, rows, seed, step, share) for step, share in steps)
     context = multiprocessing.get_context("spawn")
     queues = [context.Queue(_QUEUED) for _ in range(workers)]
     processes = [
@@ -231,9 +231,13 @@ def batches(
     ]
     for process in processes:
         process.start()
+    return _in_order(queues, processes, len(steps))
+
+
+def _in_order(queues: Any, processes: Any, count: int) -> Iterator[dict[str, Any]]:
     try:
-        for place in range(len(steps)):
-            yield _from(queues[place % workers], processes[place % workers])
+        for place in range(count):
+            yield _from(queues[place % len(queues)], processes[place % len(queues)])
     finally:
         for process in processes:
             process.terminate()
