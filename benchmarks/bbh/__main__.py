@@ -161,6 +161,8 @@ def main(argv: Sequence[str]) -> None:
         settings.steps = tuple(int(each) for each in settings.steps)
     except ValueError as error:
         raise launch.UserError(f"--rates and --steps must be numbers: {error}.") from error
+    if settings.smoke:
+        settings.update(smoke.SETTINGS)
     run(out, settings)
 
 
@@ -187,7 +189,7 @@ if __name__ == "__main__":
         "dtype": flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of weights and compute."),
         "remat": flags.DEFINE_bool("remat", True, "Compute activations again."),
         "unroll": flags.DEFINE_integer("unroll", 1, "Layers per step of their loop.", 1),
-        "smoke": flags.DEFINE_bool("smoke", False, "A tiny random decoder and tiny tasks."),
+        "smoke": flags.DEFINE_bool("smoke", False, "A tiny random decoder, tiny tasks, few steps."),
     }
     flags.mark_flag_as_required("out")
     launch.run(main)

@@ -43,13 +43,17 @@ class Writer:
             up to the first one that differs, what greedy decoding writes.
         """
         for wanted, chosen in zip(answer, written, strict=True):
-            text, own = self._tokenizer.decode([wanted]), self._tokenizer.decode([chosen])
-            if "\n" in text:
-                ended = "\n" in own or chosen == self._tokenizer.eos
-                return ended and own.partition("\n")[0] == text.partition("\n")[0]
+            (text, ends, _), (own, ended, _) = self._split(wanted), self._split(chosen)
+            if ends:
+                return bool(ended) and own == text
             if wanted != chosen:
                 return False
         return False
+
+    def _split(self, token: int) -> tuple[str, str, str]:
+        """A token's text before the end of the line, and that end; the end of a text is one."""
+        text = "\n" if token == self._tokenizer.eos else self._tokenizer.decode([token])
+        return text.partition("\n")
 
 
 class Row(NamedTuple):

@@ -9,6 +9,9 @@ import numpy as np
 from ttt_jax import models
 from ttt_jax.data.few_shot import Example
 
+SETTINGS = {"shots": 4, "context": 512, "rank": 2, "steps": (2,), "every": 1, "rows": 2}
+SETTINGS |= {"tasks_at_once": 3, "batch": 4}
+
 
 class Bytes:
     """A tokenizer whose tokens are the bytes of UTF-8."""
@@ -30,7 +33,7 @@ def model() -> tuple[models.Decoder, dict]:
     module = models.Decoder(
         vocabulary=256, width=32, depth=2, heads=2, kv_heads=1, mlp_width=32, attention="xla"
     )
-    return module, module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    return module, jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
 
 
 def tasks(count: int = 12) -> dict[str, list[Example]]:
