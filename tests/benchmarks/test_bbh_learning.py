@@ -69,24 +69,29 @@ def log_probs(bench):
     return read
 
 
-def test_the_most_probable_answer_is_that_of_whole_sequences(bench, log_probs):
+def test_the_most_probable_answer_is_that_of_whole_sequences(bench, log_probs, monkeypatch):
     """Behind one prompt, in a batch that is not full, with unequal numbers of answers."""
-    queries = bench.asked[0]
+    queries, seen, judge = bench.asked[0], [], bench.scorer._is_right
     assert {len(each.answers) for each in queries} == {2, 3}
     assert len(queries) < bench.scorer.batch
+
+    def watched(query, nats, written):
+        seen.append((query, nats))
+        return judge(query, nats, written)
+
+    monkeypatch.setattr(bench.scorer, "_is_right", watched)
     for prompt in (bench.prefixes[0], []):
-        chosen = []
-        for query in queries:
+        seen.clear()
+        found = bench.scorer.right(bench.base.params, queries, prompt)
+        for query, nats in seen:
             before = [*prompt, *query.question, query.last]
-            nats = []
+            wanted = []
             for answer in query.answers:
                 rows = log_probs(before + answer)[len(before) - 1 : -1]
-                nats.append(-rows[np.arange(len(answer)), answer].sum())
-            chosen.append(int(np.argmin(nats)))
-        for place in range(3):
-            asked = [query._replace(right=place) for query in queries]
-            found = bench.scorer.right(bench.base.params, asked, prompt)
-            assert found.tolist() == [each == place for each in chosen]
+                wanted.append(-rows[np.arange(len(answer)), answer].sum())
+            np.testing.assert_allclose(nats, wanted, rtol=1e-5)
+            assert found[queries.index(query)] == (int(np.argmin(wanted)) == query.right)
+        assert len(seen) == len(queries)
 
 
 def test_a_free_answer_is_right_where_greedy_decoding_writes_it(bench, log_probs, monkeypatch):
