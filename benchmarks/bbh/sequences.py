@@ -24,15 +24,22 @@ class Writer:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
+        # The same demonstrations come in many orders.
+        self._known: dict[str, list[int]] = {}
         self.begin: list[int] = [] if tokenizer.bos is None else [tokenizer.bos]
 
     def question(self, text: str) -> list[int]:
         """The tokens of a question, up to where its answer begins."""
-        return list(self._tokenizer.encode(f"Q: {text}\nA:"))
+        return self._tokens(f"Q: {text}\nA:")
 
     def answer(self, text: str) -> list[int]:
         """The tokens of an answer and of its end."""
-        return list(self._tokenizer.encode(f" {text}\n\n"))
+        return self._tokens(f" {text}\n\n")
+
+    def _tokens(self, text: str) -> list[int]:
+        if text not in self._known:
+            self._known[text] = list(self._tokenizer.encode(text))
+        return self._known[text]
 
     def ends_alike(self, answer: Sequence[int], written: Sequence[int]) -> bool:
         """Whether the tokens that a model chooses are those of an answer, up to its line's end.
