@@ -108,7 +108,7 @@ class Learner:
             each = jax.vmap(lambda f, rows: loss(SELECTED.merge(f, frozen), rows, None))
             return each(fast, x)
 
-        self.begin, self.advance, self.score = map(Program, (begin, advance, score))
+        self.begin, self.advance, self.score = Program(begin), Program(advance), Program(score)
 
     def groups(self, rows: Sequence[Sequence[sequences.Row]]) -> list[tuple[list[int], int]]:
         """Tasks of similar length, N at most, and the length of their rows.
