@@ -55,8 +55,8 @@ def draw(
 
 def options(question: str) -> tuple[str, ...]:
     """The answers that a question lists: ``(A)``, ``(B)``, ... or the words behind dashes."""
-    _, found, listed = question.rpartition("Options:")
-    if not found:
+    _, heading, listed = question.rpartition("Options:")
+    if not heading:
         return ()
     return tuple(
         (letter or words).strip() for letter, words in _OPTION.findall(listed.lstrip(" \n"))

@@ -107,7 +107,7 @@ class Scorer:
           queries: of one task.
           shown: the tokens that all of them are read behind; may be none.
         """
-        found = np.zeros(len(queries), bool)
+        answered = np.zeros(len(queries), bool)
         order = sorted(range(len(queries)), key=lambda place: len(queries[place].question))
         waiting = []
         before = _padded([shown], self.prefix, [0])
@@ -128,8 +128,8 @@ class Scorer:
             for column, place in enumerate(places):
                 each = queries[place]
                 nats = [nats[column] for nats, _ in made[: len(each.answers)]]
-                found[place] = self._is_right(each, nats, made[0][1][column])
-        return found
+                answered[place] = self._is_right(each, nats, made[0][1][column])
+        return answered
 
     def _questions(self, part: Sequence[Asked], first: int) -> dict[str, np.ndarray]:
         longest = max(len(each.question) for each in part)

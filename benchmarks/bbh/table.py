@@ -94,11 +94,11 @@ def lines(record: Mapping[str, Any]) -> list[str]:
         own = [accuracy(row["bits"][name]) for row in rows]
         made.append(line(name, [f"{each:.1f}" for each in (100 * about["chance"], *own)]))
     for group, name in (("all", "mean"), ("learned_from", "mean where in-context learns")):
-        found = [row["summary"][group] for row in rows]
-        if found[0]:
-            made.append(line(name, ["", *[f"{each['accuracy'][0]:.1f}" for each in found]]))
-            made.append(line("  gain", ["", *[f"{each['gain'][0]:+.1f}" for each in found]]))
-            harmed = [f"{100 * each['tasks_harmed']:.0f} %" for each in found]
+        parts = [row["summary"][group] for row in rows]
+        if parts[0]:
+            made.append(line(name, ["", *[f"{each['accuracy'][0]:.1f}" for each in parts]]))
+            made.append(line("  gain", ["", *[f"{each['gain'][0]:+.1f}" for each in parts]]))
+            harmed = [f"{100 * each['tasks_harmed']:.0f} %" for each in parts]
             made.append(line("  tasks harmed", ["", *harmed]))
     return made
 

@@ -182,9 +182,9 @@ class Bench:
 
     def _right(self, chosen: Sequence[Any], shown: bool) -> list[np.ndarray]:
         pristine = self.base.params
-        frozen, found = learning.SELECTED.split(pristine)[1], []
+        frozen, right = learning.SELECTED.split(pristine)[1], []
         for fast, queries, tokens in zip(chosen, self.asked, self.prefixes, strict=True):
             params = pristine if fast is None else learning.SELECTED.merge(fast, frozen)
             before = tokens if shown else self.writer.begin
-            found.append(self.scorer.right(params, queries, before))
-        return found
+            right.append(self.scorer.right(params, queries, before))
+        return right
