@@ -115,13 +115,15 @@ def _tree(state: joint.State) -> dict[str, Any]:
 
 def row_of(query: answers.Query, given: answers.Answers, names: Sequence[str]) -> dict[str, Any]:
     """What the file keeps of a query: enough to choose anew."""
+    scores = given.log_probs.tolist()
     return {
         "task": names[query.task],
         "query": query.place,
         "votes": list(given.counts),
         "missing": sum(vote.answer is None for vote in given.votes),
         "right": answers.correct(query, given),
-        "log_probs": np.round(given.log_probs, 3).tolist(),
+        # A candidate that had no room to be scored has none, and JSON no infinity.
+        "log_probs": [[round(v, 3) if np.isfinite(v) else None for v in c] for c in scores],
     }
 
 

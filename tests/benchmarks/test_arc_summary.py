@@ -39,6 +39,8 @@ def test_a_task_is_solved_by_a_rule_where_all_its_queries_are():
 def test_what_was_not_scored_is_chosen_by_votes():
     rows = [row("a", [2, 1, 1], [False, False, True], [[-3.0]])]
     assert summary.order_of(rows[0], "experts") == [0, 1, 2]
+    rows = [row("a", [2, 1, 1], [False, False, True], [[None], [-3.0]])]
+    assert summary.order_of(rows[0], "experts") == [1, 0, 2]
 
 
 def test_differences_are_paired_over_tasks():
