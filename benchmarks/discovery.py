@@ -84,6 +84,25 @@ def training_batch(
     return {"tokens": tokens, "mask": mask}
 
 
+def train(family: Family, settings: Any) -> tuple[models.Decoder, Any, list[float]]:
+    """A decoder of easy problems with low-rank leaves, and the nats per token on the way."""
+    rng = np.random.default_rng((settings.seed, 1))
+    heads, states = easy_searches(family, rng, settings)
+    net, params, curve = reinforcement.fitted(
+        VOCABULARY, lambda: training_batch(rng, heads, states, settings.rows), settings
+    )
+    net, params = models.low_rank(
+        net,
+        params,
+        jax.random.key(settings.seed + 1),
+        jnp.zeros((1, 2), jnp.int32),
+        rank=settings.rank,
+        alpha=float(settings.rank),
+        paths=[".*attention/.*", ".*mlp/.*"],
+    )
+    return net, params, curve
+
+
 def hard_problems(family: Family, settings: Any) -> dict[str, np.ndarray]:
     """Problems larger than any of the training, and solutions to begin with."""
     if family.places <= family.easy[1]:
@@ -152,19 +171,17 @@ def searchers(family: Family, net: models.Decoder, settings: Any) -> dict[str, A
     }
 
 
-def search(
-    family: Family, run: Any, params: Any, problems: Any, settings: Any, way: str
-) -> dict[str, Any]:
+def search(family: Family, run: Any, inputs: Any, way: str) -> dict[str, Any]:
     """Best scores and curves of one way; what it found is scored anew, by one program for all."""
-    keys = ttt.sample_keys(jax.random.key(settings.seed), np.arange(settings.problems))
     begin = time.perf_counter()
-    rate = settings.rate * WAYS[way].learning
-    found, first, curves = jax.device_get(run(params, problems, keys, rate))
+    found, first, curves = jax.device_get(run(*inputs))
     seconds = time.perf_counter() - begin
     scored = jax.vmap(lambda problem, state: discovery_problems.scores(family, problem, state))
-    best = np.asarray(jax.jit(scored)(problems, found[:, None]))[:, 0]
+    best = np.asarray(jax.jit(scored)(inputs[1], found[:, None]))[:, 0]
     return {
         "way": way,
+        "mean": float(best.mean()),
+        "interval": interval(best),
         "best": best.tolist(),
         "first": first.tolist(),
         "solutions": found.tolist(),
@@ -174,17 +191,22 @@ def search(
     }
 
 
+def interval(values: np.ndarray) -> list[float]:
+    """The 95 % interval of the mean over the problems, by a bootstrap."""
+    places = np.random.default_rng(0).integers(len(values), size=(4000, len(values)))
+    ends: list[float] = np.percentile(values[places].mean(1), [2.5, 97.5]).tolist()
+    return ends
+
+
 def against(best: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-    """Wins, ties and losses over the problems, and the mean difference with its 95 % interval."""
+    """Wins, ties and losses over the problems, and the mean difference with its interval."""
     gains = np.array(best) - np.array(other)
-    rng = np.random.default_rng(0)
-    means = gains[rng.integers(len(gains), size=(4000, len(gains)))].mean(1)
     return {
         "wins": int((gains > TIE).sum()),
         "ties": int((abs(gains) <= TIE).sum()),
         "losses": int((gains < -TIE).sum()),
         "mean": float(gains.mean()),
-        "interval": np.percentile(means, [2.5, 97.5]).tolist(),
+        "interval": interval(gains),
     }
 
 
@@ -196,35 +218,28 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     family = FAMILIES[settings.family]
     problems = hard_problems(family, settings)
     path = launch.new_file(out)
-    rng = np.random.default_rng((settings.seed, 1))
-    seen = easy_searches(family, rng, settings)
-    net, params, curve = reinforcement.fitted(
-        VOCABULARY, lambda: training_batch(rng, *seen, settings.rows), settings
-    )
-    net, params = models.low_rank(
-        net,
-        params,
-        jax.random.key(settings.seed + 1),
-        jnp.zeros((1, 2), jnp.int32),
-        rank=settings.rank,
-        alpha=float(settings.rank),
-        paths=[".*attention/.*", ".*mlp/.*"],
-    )
+    net, params, curve = train(family, settings)
     samples = settings.steps * settings.starts * settings.rollouts
-    record = provenance.of(settings) | {"training_nats": curve, "samples": samples, "rows": []}
+    record = provenance.of(settings) | {"training_nats": curve, "samples": samples}
+    record |= {"rows": [], "against": {}}
     print(f"trained: {curve[-1]:.4f} nats; {samples} samples of each problem", flush=True)
-    runs = searchers(family, net, settings)
+    runs, compiled = searchers(family, net, settings), {}
+    keys = ttt.sample_keys(jax.random.key(settings.seed), np.arange(settings.problems))
     for way in settings.ways:
-        run = runs[WAYS[way].searcher]
-        row = search(family, run, params, problems, settings, way)
+        name, learning = WAYS[way]
+        inputs = params, problems, keys, jnp.float32(settings.rate * learning)
+        if name not in compiled:
+            compiled[name] = runs[name].lower(*inputs).compile()
+        row = search(family, compiled[name], inputs, way)
+        first = (record["rows"] or [row])[0]
+        compared = against(first["best"], row["best"])
         record["rows"].append(row)
-        first = record["rows"][0]
-        row["first_against"] = against(first["best"], row["best"])
+        if row is not first:
+            record["against"][way] = compared
         launch.write_json(path, record)
-        counts = "{wins} wins, {ties} ties, {losses} losses".format(**row["first_against"])
         print(
-            f"{way:9} best {np.mean(row['best']):.4f}, {row['seconds']:.1f} s; "
-            f"{first['way']} against it: {counts}",
+            f"{way:9} best {row['mean']:.4f} in {row['seconds']:.1f} s; {first['way']} against it: "
+            f"{compared['wins']} wins, {compared['ties']} ties, {compared['losses']} losses",
             flush=True,
         )
     return record

@@ -153,17 +153,14 @@ def test_the_program_runs_every_way_at_equal_samples(tmp_path, monkeypatch):
         for state, best in zip(row["solutions"], row["best"], strict=True):
             state = np.array(state)
             assert ratio(np.where(state == CLOSED, 0, state)) == pytest.approx(best, abs=1e-6)
-    learned, still = (
-        {row["way"]: row for row in record["rows"]}[way] for way in ("discover", "search")
-    )
-    # What is drawn first is the same; then one of them has learned.
-    assert learned["curve"]["mean"][0] == still["curve"]["mean"][0]
-    assert learned["first_against"] == {
-        "wins": 0,
-        "ties": 2,
-        "losses": 0,
-        "mean": 0,
-        "interval": [0, 0],
-    }
+    rows = {row["way"]: row for row in record["rows"]}
+    # Without learning what is drawn first is the same; the starts are those of every way.
+    assert rows["discover"]["curve"]["mean"][0] == rows["search"]["curve"]["mean"][0]
+    assert rows["learning"]["curve"]["mean"][0] == rows["samples"]["curve"]["mean"][0]
+    for way in ("samples", "search", "learning", "program"):
+        assert rows[way]["first"] == rows["discover"]["first"]
+        wanted = discovery.against(rows["discover"]["best"], rows[way]["best"])
+        assert record["against"][way] == wanted
+        assert wanted["wins"] + wanted["ties"] + wanted["losses"] == 2
     with pytest.raises(launch.UserError, match="unknown way 'x'"):
         discovery.run(str(tmp_path / "b.json"), settings(ways=("x",)))
