@@ -215,6 +215,11 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     launch.chosen("family", (settings.family,), FAMILIES)
     launch.chosen("way", settings.ways, WAYS)
     launch.chosen("role", (settings.role,), discovery_problems.ROLES)
+    if settings.starts > settings.pool:
+        raise launch.UserError(
+            f"starts must be at most pool, where they are kept; got {settings.starts} and "
+            f"{settings.pool}."
+        )
     family = FAMILIES[settings.family]
     problems = hard_problems(family, settings)
     path = launch.new_file(out)

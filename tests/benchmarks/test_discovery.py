@@ -62,14 +62,13 @@ def test_a_flat_function_and_a_good_one():
     assert float(problems.scores(RULERS, problem, ruler)[0]) == pytest.approx((5 - price) / 5)
 
 
-@pytest.mark.parametrize("family", [STEPS, RULERS])
-def test_what_fills_other_places_or_is_no_number_has_no_score(family):
-    made, states = drawn(family, count=2)
+def test_what_fills_other_places_or_is_no_number_has_no_score():
+    made, states = drawn(STEPS, count=2)
     problem, state = {name: leaf[0] for name, leaf in made.items()}, states[0, 0]
     closed, free = np.flatnonzero(~problem["free"])[0], np.flatnonzero(problem["free"])[0]
     wrong = np.repeat(state[None], 4, 0)
-    wrong[0, closed], wrong[1, free], wrong[2, free] = family.high, CLOSED, ASK
-    found = np.asarray(problems.scores(family, problem, jnp.asarray(wrong)))
+    wrong[0, closed], wrong[1, free], wrong[2, free] = STEPS.high, CLOSED, ASK
+    found = np.asarray(problems.scores(STEPS, problem, jnp.asarray(wrong)))
     np.testing.assert_array_equal(np.isfinite(found), [False, False, False, True])
 
 
@@ -164,3 +163,7 @@ def test_the_program_runs_every_way_at_equal_samples(tmp_path, monkeypatch):
         assert wanted["wins"] + wanted["ties"] + wanted["losses"] == 2
     with pytest.raises(launch.UserError, match="unknown way 'x'"):
         discovery.run(str(tmp_path / "b.json"), settings(ways=("x",)))
+    with pytest.raises(launch.UserError, match="at most pool, where they are kept; got 5 and 4"):
+        discovery.run(str(tmp_path / "b.json"), settings(starts=5))
+    with pytest.raises(ValueError, match="must be larger than easy ones"):
+        discovery.hard_problems(STEPS._replace(easy=(6, 16)), settings())
