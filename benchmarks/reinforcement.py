@@ -10,7 +10,7 @@ chains are drawn from the seed; those that are asked are longer than any of the 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -98,18 +98,27 @@ def answer(x: Any, generated: generation.Generated) -> rewards.Answers:
 
 def train(settings: Any) -> tuple[models.Decoder, Any, list[float]]:
     """A decoder of short chains, and the nats per token along its training."""
-    longest = 4 * settings.hard_terms
+    rng = np.random.default_rng((settings.seed, 1))
+    terms = range(2, settings.easy_terms + 1)
+
+    def batch() -> dict[str, np.ndarray]:
+        return training_batch(rng, settings.rows, terms, 4 * settings.hard_terms)
+
+    return fitted(len(ALPHABET), batch, settings)
+
+
+def fitted(
+    vocabulary: int, batch: Callable[[], dict[str, np.ndarray]], settings: Any
+) -> tuple[models.Decoder, Any, list[float]]:
+    """A decoder trained on batches of tokens and mask, and the nats per token on the way."""
     net = models.Decoder(
-        vocabulary=len(ALPHABET),
+        vocabulary=vocabulary,
         width=settings.width,
         depth=settings.depth,
         heads=settings.width // 32,
         attention="xla",
     )
-    rng = np.random.default_rng((settings.seed, 1))
-    terms = range(2, settings.easy_terms + 1)
-    example = training_batch(rng, 1, terms, longest)["tokens"]
-    params = jax.jit(net.init)(jax.random.key(settings.seed), example)
+    params = jax.jit(net.init)(jax.random.key(settings.seed), batch()["tokens"][:1])
     loss = losses.next_token(net.apply, batch=True)
     warmup = min(50, settings.num_steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, warmup, settings.num_steps)
@@ -123,8 +132,7 @@ def train(settings: Any) -> tuple[models.Decoder, Any, list[float]]:
 
     state, curve = optimizer.init(params), []
     for number in range(settings.num_steps):
-        batch = training_batch(rng, settings.rows, terms, longest)
-        params, state, value = step(params, state, batch)
+        params, state, value = step(params, state, batch())
         if number % 100 == 0 or number == settings.num_steps - 1:
             curve.append(float(value))
     return net, params, curve
