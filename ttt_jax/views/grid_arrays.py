@@ -1,0 +1,160 @@
+"""Few-shot tasks of grids as arrays of fixed shapes: what a model learns from, and what it answers.
+
+Everything is NumPy on the host. :func:`demonstrations` fills rows with a task's demonstrations
+under drawn views, :func:`queries` has its inputs under given views, for
+:func:`ttt_jax.models.complete_grids`, and :func:`answers` maps what the model says back into the
+task's own frame, for :mod:`ttt_jax.votes`. Tasks whose arrays have the same shapes go side by side.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ttt_jax import _arguments
+from ttt_jax.data import grid_sequences
+from ttt_jax.data.few_shot import Example, FewShotTask
+from ttt_jax.data.grid_sequences import Item
+from ttt_jax.views.grid import GridView, apply, inverse
+
+__all__ = ["answers", "demonstrations", "item", "queries"]
+
+_FIELDS = ("token", "row", "column", "part")
+_PATIENCE = 4
+
+
+@_arguments.checked(number=_arguments.count(0))
+def item(view: GridView, example: Example, *, number: int = 0, tag: Any = None) -> Item:
+    """The sequence of an example under a view, ready for :func:`ttt_jax.data.grid_sequences.pack`.
+
+    Args:
+      view: of input and output.
+      example: without an output the sequence ends with the input.
+      number: of the task in the tables of :class:`ttt_jax.models.GridDecoder`.
+      tag: comes back from the packing.
+
+    Raises:
+      ValueError: no such view, or no grid of 1 to 30 rows and columns with colors from 0 to 9.
+    """
+    grids = [None if part is None else apply(view, np.asarray(part)) for part in example]
+    sequence = grid_sequences.encode(*grids, colors=view.colors)  # type: ignore[arg-type]
+    return Item(sequence, number, view.symmetry, tag)
+
+
+@_arguments.checked(
+    rows=_arguments.count(),
+    length=_arguments.count(),
+    most=_arguments.count(),
+    number=_arguments.count(0),
+)
+def demonstrations(
+    task: FewShotTask,
+    rng: np.random.Generator,
+    *,
+    rows: int,
+    length: int,
+    most: int,
+    keep_colors: Sequence[int] = (0,),
+    number: int = 0,
+) -> dict[str, np.ndarray]:
+    """Rows of a task's demonstrations, each time under another random view.
+
+    All demonstrations come equally often, one round after the other in random order. A view is one
+    of the eight symmetries and a permutation of the colors that are not kept.
+
+    Args:
+      task: at least one demonstration.
+      rng: draws order and views.
+      rows: R.
+      length: T, tokens of a row, at least those of the longest demonstration.
+      most: M, sequences of a row at most.
+      keep_colors: colors that no view changes; all ten for symmetries alone.
+      number: of the task in the tables of the model.
+
+    Returns:
+      The leaves of :class:`ttt_jax.data.grid_sequences.Packed`, ``[R, T]`` and ``[R, M]``, and
+      ``example``, int32 ``[R, M]``: which demonstration a sequence shows, -1 for none.
+
+    Raises:
+      ValueError: a task without demonstrations, or one with a demonstration that has no room.
+    """
+    if not task.demonstrations:
+        raise ValueError(f"task must have a demonstration to learn from; {task.name!r} has none.")
+    free = [color for color in range(grid_sequences.COLORS) if color not in keep_colors]
+
+    def drawn() -> Iterator[Item]:
+        while True:
+            for place in rng.permutation(len(task.demonstrations)).tolist():
+                colors = np.arange(grid_sequences.COLORS)
+                colors[free] = rng.permutation(free)
+                view = GridView(int(rng.integers(8)), tuple(colors.tolist()))
+                yield item(view, task.demonstrations[place], number=number, tag=place)
+
+    packed, tags = next(grid_sequences.pack(drawn(), rows, length, most, patience=_PATIENCE))
+    example = np.full((rows, most), -1, np.int32)
+    for row, slot, place in tags:
+        example[row, slot] = place
+    return {**packed._asdict(), "example": example}
+
+
+@_arguments.checked(length=_arguments.count(), number=_arguments.count(0))
+def queries(
+    task: FewShotTask, views: Sequence[GridView], *, length: int, number: int = 0
+) -> dict[str, np.ndarray]:
+    """The inputs of a task's Q queries under V views, for :func:`ttt_jax.models.complete_grids`.
+
+    Args:
+      task: its queries' outputs are not read.
+      views: V, such as :func:`ttt_jax.views.grid.draw` gives.
+      length: P, tokens of legend and input, padded at the end.
+      number: of the task in the tables of the model.
+
+    Returns:
+      ``token``, ``row``, ``column`` and ``part``, int8 ``[Q, V, P]``; ``length``, ``task`` and
+      ``view``, int32 ``[Q, V]``.
+
+    Raises:
+      ValueError: no view, or an input that has no room.
+    """
+    if not views:
+        raise ValueError("views must have at least one view; got none.")
+    shape = (len(task.queries), len(views))
+    made = {name: np.zeros((*shape, length), np.int8) for name in _FIELDS}
+    made |= {name: np.zeros(shape, np.int32) for name in ("length", "task", "view")}
+    for place, query in enumerate(task.queries):
+        for column, view in enumerate(views):
+            sequence = item(view, query._replace(output=None), number=number).sequence
+            size = len(sequence.token)
+            if size > length:
+                raise ValueError(
+                    f"length must be at least the {size} tokens of query {place} of "
+                    f"{task.name!r}; got {length}."
+                )
+            for name in _FIELDS:
+                made[name][place, column, :size] = getattr(sequence, name)
+            made["length"][place, column], made["task"][place, column] = size, number
+            made["view"][place, column] = view.symmetry
+    return made
+
+
+@_arguments.checked(tokens=_arguments.array(2, kinds="iu", host=True))
+def answers(tokens: np.ndarray, views: Sequence[GridView]) -> list[np.ndarray | None]:
+    """The grids that predicted tokens spell under V views, in the task's own frame.
+
+    Args:
+      tokens: integers ``[V, T]``, as :func:`ttt_jax.models.complete_grids` gives them.
+      views: V, under which they were predicted.
+
+    Returns:
+      A grid per view; None where the tokens spell none.
+
+    Raises:
+      ValueError: another number of views.
+    """
+    if len(tokens) != len(views):
+        raise ValueError(f"views must be as many as rows of tokens, {len(tokens)}; got {len(views)}.")
+    grids = [grid_sequences.decode(row) for row in np.asarray(tokens)]
+    return [
+        None if grid is None else apply(inverse(view), grid)
+        for grid, view in zip(grids, views, strict=True)
+    ]
