@@ -17,9 +17,7 @@ from ttt_jax.predictors import episodic
 _LEAVES = ("label", "segment", "task", "example")
 
 
-@_arguments.checked(
-    rows=_arguments.count(), held_out=_arguments.count(0), every=_arguments.count()
-)
+@_arguments.checked(rows=_arguments.count(), held_out=_arguments.count(0), every=_arguments.count())
 def few_shot_ttt(
     answer: Callable[[Params, Any], Any],
     logits: Callable[[Params, Any], jax.Array],
@@ -85,7 +83,7 @@ def few_shot_ttt(
 
     References:
       Akyürek et al., `The Surprising Effectiveness of Test-Time Training for Few-Shot Learning
-      <https://arxiv.org/abs/2411.07279>`_, 2025, Section 3. Their code (github.com/ekinakyurek/marc)
+      <https://arxiv.org/abs/2411.07279>`_, 2025, Section 3. Their code, ekinakyurek/marc on GitHub,
       trains one adapter after the other, each on a fixed list of texts in which the other
       demonstrations are context; here views are drawn, N tasks learn at once, and what is in the
       context is up to the model. The guard is not theirs.

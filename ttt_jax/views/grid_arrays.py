@@ -15,9 +15,9 @@ from ttt_jax import _arguments
 from ttt_jax.data import grid_sequences
 from ttt_jax.data.few_shot import Example, FewShotTask
 from ttt_jax.data.grid_sequences import Item
-from ttt_jax.views.grid import GridView, apply, inverse
+from ttt_jax.views.grid import GridView, apply, inverse, random
 
-__all__ = ["answers", "demonstrations", "item", "queries"]
+__all__ = ["answer_length", "answers", "demonstrations", "item", "queries"]
 
 _FIELDS = ("token", "row", "column", "part")
 _PATIENCE = 4
@@ -80,14 +80,11 @@ def demonstrations(
     """
     if not task.demonstrations:
         raise ValueError(f"task must have a demonstration to learn from; {task.name!r} has none.")
-    free = [color for color in range(grid_sequences.COLORS) if color not in keep_colors]
 
     def drawn() -> Iterator[Item]:
         while True:
             for place in rng.permutation(len(task.demonstrations)).tolist():
-                colors = np.arange(grid_sequences.COLORS)
-                colors[free] = rng.permutation(free)
-                view = GridView(int(rng.integers(8)), tuple(colors.tolist()))
+                view = random(rng, keep_colors=keep_colors)
                 yield item(view, task.demonstrations[place], number=number, tag=place)
 
     packed, tags = next(grid_sequences.pack(drawn(), rows, length, most, patience=_PATIENCE))
@@ -137,6 +134,30 @@ def queries(
     return made
 
 
+@_arguments.checked()
+def answer_length(task: FewShotTask) -> int:
+    """Tokens of the longest answer that a task's demonstrations lead to, under any view.
+
+    Answers have the size of a demonstration's output or, where all outputs are larger or smaller
+    than their inputs by one ratio, of the query by that ratio. The queries' outputs are not read.
+
+    Raises:
+      ValueError: a task without demonstrations.
+    """
+    shapes = [(np.shape(pair.input), np.shape(pair.output)) for pair in task.demonstrations]
+    if not shapes:
+        raise ValueError(f"task must have a demonstration to go by; {task.name!r} has none.")
+    ratios = {tuple(b / a for a, b in zip(*pair, strict=True)) for pair in shapes}
+    sizes = [shape for _, shape in shapes]
+    if len(ratios) == 1:
+        (ratio,) = ratios
+        for query in task.queries:
+            sides = zip(np.shape(query.input), ratio, strict=True)
+            most = grid_sequences.MOST_CELLS
+            sizes.append(tuple(int(np.clip(round(side * r), 1, most)) for side, r in sides))
+    return max(max(h * (w + 1), w * (h + 1)) + 1 for h, w in sizes)
+
+
 @_arguments.checked(tokens=_arguments.array(2, kinds="iu", host=True))
 def answers(tokens: np.ndarray, views: Sequence[GridView]) -> list[np.ndarray | None]:
     """The grids that predicted tokens spell under V views, in the task's own frame.
@@ -152,7 +173,9 @@ def answers(tokens: np.ndarray, views: Sequence[GridView]) -> list[np.ndarray | 
       ValueError: another number of views.
     """
     if len(tokens) != len(views):
-        raise ValueError(f"views must be as many as rows of tokens, {len(tokens)}; got {len(views)}.")
+        raise ValueError(
+            f"views must be as many as rows of tokens, {len(tokens)}; got {len(views)}."
+        )
     grids = [grid_sequences.decode(row) for row in np.asarray(tokens)]
     return [
         None if grid is None else apply(inverse(view), grid)
