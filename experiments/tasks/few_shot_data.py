@@ -107,7 +107,10 @@ def _plain(task: FewShotTask) -> list:
 def _of(source: str, role: str, data: ml_collections.ConfigDict) -> dict[str, list[FewShotTask]]:
     """The tasks of a source by the name of their group."""
     if source == "arc":
-        return {data.version: few_shot.load_arc(data.version, _SPLITS[role])}
+        try:
+            return {data.version: few_shot.load_arc(data.version, _SPLITS[role])}
+        except ImportError as error:
+            raise ValueError(f"data.source and data.train: 'arc': {error}") from error
     if source == "generated":
         count = data.tasks if role == "train" else data.reported
         given = {"demonstrations": data.demonstrations, "side": data.side}
