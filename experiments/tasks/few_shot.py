@@ -8,8 +8,8 @@ it to a share of all sequences, and a private copy makes it the task's own.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,14 +92,24 @@ def task(config: ml_collections.ConfigDict) -> Task:
     """
     data = _data(config)
     tasks = few_shot_data.read(data)
-    sizes = _sizes(data, tasks)
-    module, init = _model(config, 1 + len(tasks.train), sizes.length)
+    # Training knows the answers of its own tasks.
+    known = [t._replace(demonstrations=(*t.demonstrations, *t.queries)) for t in tasks.train]
+    tested = [*tasks.validation, *(task for part in tasks.reported.values() for task in part)]
+    sizes = grid_arrays.sizes(tested)
+    length = max(data.length, sizes.pair, grid_arrays.sizes(known).pair)
+    module, init = _model(config, 1 + len(known), length)
+    options = {
+        "rows": config.train.batch_size,
+        "length": length,
+        "keep_colors": _kept(data),
+        "unknown": config.train.get("unknown", KEYS["train.unknown"].default),
+    }
 
     def answer(params: Any, x: Any) -> jax.Array:
         """Tokens of the queries' answers, ``[N, Q, V, T]``."""
         shape = x["queries"]["length"].shape
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), x["queries"])
-        slots = sizes.prefix + sizes.answer
+        slots = sizes.query + sizes.answer
         made = models.complete_grids(module, params, flat, slots=slots, num_tokens=sizes.answer)
         return made.tokens.reshape(*shape, -1)
 
@@ -112,7 +122,7 @@ def task(config: ml_collections.ConfigDict) -> Task:
         held = tasks.reported if role == "reported" else {"held out": tasks.validation}
         made, first = {}, 0 if role == "reported" else 10**6
         for name, part in held.items():
-            every = _examples(part, data, sizes, seed, first)
+            every = _examples(part, data, (length, sizes), (seed, first))
             made[name] = list(ttt.task.in_batches([every], config.adapt.batch_size))
             first += len(part)
         return made
@@ -127,14 +137,7 @@ def task(config: ml_collections.ConfigDict) -> Task:
         },
         augment=None,
         loss=loss,
-        training=lambda seed: _Training(
-            tasks.train,
-            _kept(data),
-            config.train.batch_size,
-            sizes.length,
-            config.train.get("unknown", KEYS["train.unknown"].default),
-            seed,
-        ),
+        training=lambda seed: _Training(known, options, seed),
         streams=streams,
         metrics=few_shot_metrics.of(),
         chooses="error",
@@ -165,57 +168,25 @@ def _model(config: ml_collections.ConfigDict, tasks: int, length: int) -> tuple[
     return made[0], lambda key: widened(key)[1]
 
 
-class _Sizes(NamedTuple):
-    """What all tasks share: tokens of a row, of a query and of an answer at most, and queries."""
-
-    length: int
-    prefix: int
-    answer: int
-    queries: int
-
-
-def _sizes(data: ml_collections.ConfigDict, tasks: few_shot_data.Tasks) -> _Sizes:
-    tested = [*tasks.validation, *(task for part in tasks.reported.values() for task in part)]
-    pairs = [pair for task in tested for pair in task.demonstrations]
-    pairs += [pair for task in tasks.train for pair in (*task.demonstrations, *task.queries)]
-    inputs = [query.input for task in tested for query in task.queries]
-    return _Sizes(
-        length=max(data.length, max(_longest(*pair) for pair in pairs)),
-        prefix=max(_longest(grid) for grid in inputs),
-        answer=max(grid_arrays.answer_length(task) for task in tested),
-        queries=max(len(task.queries) for task in tested),
-    )
-
-
-def _longest(*grids: np.ndarray) -> int:
-    """Tokens of a sequence as it is or with its grids transposed."""
-    sizes = (grid_sequences.length_of(*part) for part in (grids, [grid.T for grid in grids]))
-    return max(sizes)
-
-
 def _examples(
     tasks: Sequence[FewShotTask],
     data: ml_collections.ConfigDict,
-    sizes: _Sizes,
-    seed: int,
-    first: int,
+    shapes: tuple[int, grid_arrays.Sizes],
+    place_of: tuple[int, int],
 ) -> Examples:
     """All tasks of a stream; a task's views follow its id. Scoring takes tasks and views whole."""
+    (length, sizes), (seed, first) = shapes, place_of
     kept, made = _kept(data), []
     y = {name: np.empty(len(tasks), object) for name in ("task", "views")}
     for place, task in enumerate(tasks):
         rng = np.random.default_rng((seed, first + place))
         views = grid.draw(rng, data.views, keep_colors=kept)
-        rows = {"rows": data.rows, "length": sizes.length, "most": _MOST, "keep_colors": kept}
-        asked = grid_arrays.queries(task, views, length=sizes.prefix)
-        # Of no length: nothing is decoded where a task has fewer queries than others.
-        spare = sizes.queries - len(task.queries)
+        rows = {"rows": data.rows, "length": length, "most": _MOST, "keep_colors": kept}
+        asked = {"length": sizes.query, "count": sizes.queries}
         made.append(
             {
                 "demonstrations": grid_arrays.demonstrations(task, rng, **rows),
-                "queries": jax.tree.map(
-                    lambda leaf, n=spare: np.pad(leaf, [(0, n)] + [(0, 0)] * (leaf.ndim - 1)), asked
-                ),
+                "queries": grid_arrays.queries(task, views, **asked),
             }
         )
         y["task"][place], y["views"][place] = task, views
@@ -233,39 +204,17 @@ class _Training:
     """Rows of pairs of training tasks; see :class:`ttt_jax.task.TrainingData`."""
 
     tasks: Sequence[FewShotTask]
-    kept: Sequence[int]
-    rows: int
-    length: int
-    unknown: float
+    options: Mapping[str, Any]
     seed: int
 
     def __iter__(self) -> Iterator[Examples]:
-        plain, first = grid.identity(), 0
-        pairs = (
-            grid_arrays.item(plain, pair, number=1 + place)
-            for place, task in enumerate(self.tasks)
-            for pair in (*task.demonstrations, *task.queries)
-        )
-        for packed, _ in grid_sequences.pack(pairs, self.rows, self.length, _MOST):
-            yield _of_rows(packed, first)
-            first += self.rows
+        """As many batches as tasks."""
+        return itertools.islice(self.steps(0), len(self.tasks))
 
     def steps(self, start: int) -> Iterator[Examples]:
         """Rows under drawn views, the same ones at step k wherever it began."""
         for step in itertools.count(start):
-            drawn = self._drawn(np.random.default_rng((self.seed, step)))
-            yield _of_rows(next(grid_sequences.pack(drawn, self.rows, self.length, _MOST))[0], 0)
-
-    def _drawn(self, rng: np.random.Generator) -> Iterator[Any]:
-        while True:
-            place = int(rng.integers(len(self.tasks)))
-            pairs = (*self.tasks[place].demonstrations, *self.tasks[place].queries)
-            view = grid.random(rng, keep_colors=self.kept)
-            number = 0 if rng.random() < self.unknown else 1 + place
-            yield grid_arrays.item(view, pairs[int(rng.integers(len(pairs)))], number=number)
-
-
-def _of_rows(packed: grid_sequences.Packed, first: int) -> Examples:
-    x = packed._asdict()
-    labels = (x["label"] >= 0).sum(1)
-    return Examples(np.arange(first, first + len(labels)), x, labels, {})
+            rng = np.random.default_rng((self.seed, step))
+            x = grid_arrays.training_rows(self.tasks, rng, most=_MOST, **self.options)
+            labels = (x["label"] >= 0).sum(1)
+            yield Examples(np.arange(len(labels)), x, labels, {})

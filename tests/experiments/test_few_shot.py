@@ -45,8 +45,7 @@ def tiny_config(**data):
     config.methods = ml_collections.ConfigDict(
         {
             "source": {},
-            "few_shot_ttt": everything,
-            "curve": {**everything, "trace": True},
+            "few_shot_ttt": {**everything, "trace": True},
         },
         convert_dict=True,
     )
@@ -68,14 +67,12 @@ def test_a_folder_goes_through_the_programs_and_the_report(tmp_path):
     assert adapt.run(config, folder, devices=1) == 0
     data = table.prepare(read.results(folder))
     lines = report_grids.lines(data)
-    assert [*lines.index] == [("source", 0), ("curve", 2), ("few_shot_ttt", 2)]
+    assert [*lines.index] == [("source", 0), ("few_shot_ttt", 2)]
     assert (lines["tasks"] == "3").all() and {*lines["solved"]} <= {*"0123"}
     rows = data.frame.query("split_role == 'reported'").set_index("method")
-    assert rows.loc["curve", "solved_by_step"][0] == rows.loc["source", "solved"]
-    assert rows.loc["curve", "solved_by_step"][-1] == rows.loc["curve", "solved"]
-    # The two differ in what is shown alone.
-    for name in ("error", "cells", "vote_share"):
-        assert rows.loc["curve", name] == pytest.approx(rows.loc["few_shot_ttt", name])
+    (curve,) = rows.loc[["few_shot_ttt"], "solved_by_step"]
+    assert len(curve) == 3 and curve[0] == rows.loc["source", "solved"]
+    assert curve[-1] == rows.loc["few_shot_ttt", "solved"]
     shown = report_grids.shown_tasks(tmp_path / "run", [])
     assert {task["name"] for task in shown} == {"0", "1", "2"}
     assert [len(task["queries"]) for task in shown if task["name"] == "2"] == [2]

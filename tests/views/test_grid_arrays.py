@@ -78,6 +78,36 @@ def test_the_longest_answer_follows_the_demonstrations():
     assert grid_arrays.answer_length(fixed) == 3 * 2 + 1
 
 
+def test_shapes_hold_every_task_under_every_view():
+    tasks = [grid_rules.draw_task(family, 5, side=5) for family in grid_rules.FAMILIES]
+    tasks[0] = tasks[0]._replace(queries=(*tasks[0].queries, *tasks[1].queries))
+    sizes = grid_arrays.sizes(tasks)
+    views = grid.all_symmetries()
+    made = [
+        grid_arrays.queries(task, views, length=sizes.query, count=sizes.queries) for task in tasks
+    ]
+    assert [each["length"].shape for each in made] == [(2, 8)] * 5
+    lengths = np.stack([each["length"] for each in made])
+    assert lengths.max() == sizes.query and (lengths[1:, 1] == 0).all() and (lengths[0] > 0).all()
+    pairs = [pair for task in tasks for pair in task.demonstrations]
+    longest = max(len(grid_arrays.item(v, p).sequence.token) for p in pairs for v in views)
+    assert longest == sizes.pair and sizes.answer == max(map(grid_arrays.answer_length, tasks))
+
+
+def test_training_rows_name_their_tasks_but_for_a_share():
+    tasks = [grid_rules.draw_task("fill", seed, side=3) for seed in range(4)]
+    rng = np.random.default_rng(0)
+    rows = grid_arrays.training_rows(tasks, rng, rows=30, length=128, most=6, unknown=0.25)
+    filled = (rows["segment"][:, :, None] == np.arange(6)).any(1)
+    numbers = rows["task"][filled]
+    assert set(numbers.tolist()) == {0, 1, 2, 3, 4} and 0.1 < (numbers == 0).mean() < 0.4
+    outputs = {1 + n: {p.output.shape for p in t.demonstrations} for n, t in enumerate(tasks)}
+    for row, place in zip(*np.nonzero(filled & (rows["task"] > 0)), strict=True):
+        shape = spelled(rows, row, place, grid_sequences.OUTPUT).shape
+        known = outputs[rows["task"][row, place]]
+        assert shape in known or shape[::-1] in known
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -96,6 +126,19 @@ def test_the_longest_answer_follows_the_demonstrations():
         (
             lambda: grid_arrays.queries(TASK, [grid.identity()], length=9),
             "length must be at least the .* tokens of query 0 of 'recolor 3'; got 9",
+        ),
+        (
+            lambda: grid_arrays.queries(
+                TASK._replace(queries=TASK.queries * 3), [grid.identity()], length=40, count=2
+            ),
+            "count must be at least the 3 queries of 'recolor 3'; got 2",
+        ),
+        (lambda: grid_arrays.sizes([]), "tasks must have at least one task"),
+        (
+            lambda: grid_arrays.training_rows(
+                [TASK._replace(demonstrations=())], np.random.default_rng(0), **ROWS
+            ),
+            "tasks must have a demonstration each; got 'recolor 3'",
         ),
         (lambda: grid_arrays.queries(TASK, [], length=9), "views must have at least one view"),
         (

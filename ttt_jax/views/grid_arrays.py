@@ -3,11 +3,13 @@
 Everything is NumPy on the host. :func:`demonstrations` fills rows with a task's demonstrations
 under drawn views, :func:`queries` has its inputs under given views, for
 :func:`ttt_jax.models.complete_grids`, and :func:`answers` maps what the model says back into the
-task's own frame, for :mod:`ttt_jax.votes`. Tasks whose arrays have the same shapes go side by side.
+task's own frame, for :mod:`ttt_jax.votes`. Tasks whose arrays have the same shapes go side by side:
+:func:`sizes` says which shapes hold all of them. :func:`training_rows` is a batch to train a model
+with.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,10 +19,58 @@ from ttt_jax.data.few_shot import Example, FewShotTask
 from ttt_jax.data.grid_sequences import Item
 from ttt_jax.views.grid import GridView, apply, inverse, random
 
-__all__ = ["answer_length", "answers", "demonstrations", "item", "queries"]
+__all__ = [
+    "Sizes",
+    "answer_length",
+    "answers",
+    "demonstrations",
+    "item",
+    "queries",
+    "sizes",
+    "training_rows",
+]
 
 _FIELDS = ("token", "row", "column", "part")
 _PATIENCE = 4
+
+
+class Sizes(NamedTuple):
+    """Shapes that hold every task of some, under any view.
+
+    Attributes:
+      pair: tokens of the longest demonstration.
+      query: tokens of legend and input of the longest query; 0 without queries.
+      answer: tokens of the longest answer, as :func:`answer_length` has it.
+      queries: the most queries of a task.
+    """
+
+    pair: int
+    query: int
+    answer: int
+    queries: int
+
+
+@_arguments.checked()
+def sizes(tasks: Sequence[FewShotTask]) -> Sizes:
+    """The shapes that some tasks need; their queries' outputs are not read.
+
+    Raises:
+      ValueError: no task, or one without demonstrations.
+    """
+    if not tasks:
+        raise ValueError("tasks must have at least one task; got none.")
+
+    def longest(*grids: np.ndarray) -> int:
+        turned = [np.transpose(grid) for grid in grids]
+        return max(grid_sequences.length_of(*part) for part in (grids, turned))
+
+    answer = max(answer_length(task) for task in tasks)
+    return Sizes(
+        pair=max(longest(*pair) for task in tasks for pair in task.demonstrations),
+        query=max((longest(query.input) for task in tasks for query in task.queries), default=0),
+        answer=answer,
+        queries=max(len(task.queries) for task in tasks),
+    )
 
 
 @_arguments.checked(number=_arguments.count(0))
@@ -94,9 +144,68 @@ def demonstrations(
     return {**packed._asdict(), "example": example}
 
 
-@_arguments.checked(length=_arguments.count(), number=_arguments.count(0))
+@_arguments.checked(
+    rows=_arguments.count(),
+    length=_arguments.count(),
+    most=_arguments.count(),
+    unknown=_arguments.number(0.0, 1.0),
+)
+def training_rows(
+    tasks: Sequence[FewShotTask],
+    rng: np.random.Generator,
+    *,
+    rows: int,
+    length: int,
+    most: int,
+    keep_colors: Sequence[int] = (0,),
+    unknown: float = 0.2,
+) -> dict[str, np.ndarray]:
+    """A batch to train a decoder of many tasks with: random demonstrations under random views.
+
+    Task k has the number ``k + 1``. A share of all sequences has number 0 instead, so that this
+    number comes to stand for a task that the decoder does not know, from which copies set out.
+
+    Args:
+      tasks: K, drawn evenly; queries are left out.
+      rng: draws.
+      rows: R.
+      length: T, tokens of a row.
+      most: M, sequences of a row at most.
+      keep_colors: colors that no view changes.
+      unknown: that share.
+
+    Returns:
+      The leaves of :class:`ttt_jax.data.grid_sequences.Packed`.
+
+    Raises:
+      ValueError: no task, one without demonstrations, or a demonstration that has no room.
+    """
+    empty = [task.name for task in tasks if not task.demonstrations]
+    if not tasks or empty:
+        raise ValueError(
+            f"tasks must have a demonstration each; got {'none' if not tasks else empty[0]!r}."
+        )
+
+    def drawn() -> Iterator[Item]:
+        while True:
+            place = int(rng.integers(len(tasks)))
+            pairs = tasks[place].demonstrations
+            pair = pairs[int(rng.integers(len(pairs)))]
+            number = 0 if rng.random() < unknown else 1 + place
+            yield item(random(rng, keep_colors=keep_colors), pair, number=number)
+
+    packed, _ = next(grid_sequences.pack(drawn(), rows, length, most, patience=_PATIENCE))
+    return packed._asdict()
+
+
+@_arguments.checked(length=_arguments.count(), count=_arguments.count(), number=_arguments.count(0))
 def queries(
-    task: FewShotTask, views: Sequence[GridView], *, length: int, number: int = 0
+    task: FewShotTask,
+    views: Sequence[GridView],
+    *,
+    length: int,
+    count: int | None = None,
+    number: int = 0,
 ) -> dict[str, np.ndarray]:
     """The inputs of a task's Q queries under V views, for :func:`ttt_jax.models.complete_grids`.
 
@@ -104,6 +213,8 @@ def queries(
       task: its queries' outputs are not read.
       views: V, such as :func:`ttt_jax.views.grid.draw` gives.
       length: P, tokens of legend and input, padded at the end.
+      count: Q, at least the task's queries, the others of length 0, for which nothing is decoded;
+        ``None`` for as many as there are.
       number: of the task in the tables of the model.
 
     Returns:
@@ -111,11 +222,15 @@ def queries(
       ``view``, int32 ``[Q, V]``.
 
     Raises:
-      ValueError: no view, or an input that has no room.
+      ValueError: no view, more queries than ``count``, or an input that has no room.
     """
     if not views:
         raise ValueError("views must have at least one view; got none.")
-    shape = (len(task.queries), len(views))
+    if count is not None and count < len(task.queries):
+        raise ValueError(
+            f"count must be at least the {len(task.queries)} queries of {task.name!r}; got {count}."
+        )
+    shape = (count or len(task.queries), len(views))
     made = {name: np.zeros((*shape, length), np.int8) for name in _FIELDS}
     made |= {name: np.zeros(shape, np.int32) for name in ("length", "task", "view")}
     for place, query in enumerate(task.queries):

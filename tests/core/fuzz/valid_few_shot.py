@@ -177,7 +177,32 @@ add(
     task=TASK,
     views=[VIEW],
     length=40,
-    ranges={"views": ([], list(NO_VIEWS)), "length": (0, 8), "number": -1},
+    count=2,
+    ranges={"views": ([], list(NO_VIEWS)), "length": (0, 8), "count": 0, "number": -1},
+)
+add(
+    "views.grid_arrays.training_rows",
+    grid_arrays.training_rows,
+    tasks=[TASK],
+    rng=np.random.default_rng(0),
+    rows=1,
+    length=64,
+    most=2,
+    ranges={
+        "tasks": ([], [TASK._replace(demonstrations=())]),
+        "rows": 0,
+        "length": (0, 8),
+        "most": 0,
+        "keep_colors": ((0, 0), (10,)),
+        "unknown": (-0.1, 1.1),
+    },
+    only_refusals=True,
+)
+add(
+    "views.grid_arrays.sizes",
+    grid_arrays.sizes,
+    tasks=[TASK],
+    ranges={"tasks": ([], [TASK._replace(demonstrations=())])},
 )
 add(
     "views.grid_arrays.answers",
