@@ -12,7 +12,7 @@ from ttt_jax import evaluation
 from ttt_jax.task import Examples, Metric, Task, take
 
 FILE = "grids.json"
-_MOST_TASKS = 12
+_MOST_TASKS = 8
 _MOST_ANSWERS = 2
 
 

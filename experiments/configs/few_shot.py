@@ -5,10 +5,10 @@ Command: ``make demo-grids``, or ``python -m experiments.train --workdir=W
 ``experiments.report``. For tasks of your own: ``--config.data.source=json:FOLDER
 --config.data.train=generated`` (or ``arc``, with ``--config.data.version``).
 
-Cost: about TODO minutes on two CPU cores; the rules are drawn, nothing is downloaded.
+Cost: about five minutes of one CPU core; the rules are drawn, nothing is downloaded.
 
-Expect: next to nothing solved by the decoder as it is, since a rule is drawn for every task; about
-TODO of the tasks by a private copy, most of those that change colors.
+Expect: nothing solved by the decoder as it is, since a rule is drawn for every task, and about half
+of the tasks by private copies: those that change colors, some that cut, hardly any that move cells.
 """
 
 import ml_collections

@@ -46,7 +46,7 @@ def lines(data: Data) -> pd.DataFrame | None:
 
 
 def shown_tasks(folder: pathlib.Path, said: list[str]) -> list[dict[str, Any]]:
-    """Returns the tasks of ``grids.json`` as pictures, what changed first; [] without the file.
+    """Returns the tasks of ``grids.json`` as pictures, losses and gains first; [] without the file.
 
     Args:
       folder: of a run.
@@ -60,7 +60,9 @@ def shown_tasks(folder: pathlib.Path, said: list[str]) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError, IndexError) as error:
         said.append(f"{path} is damaged ({error!r}); its tasks are not shown; remove it.")
         return []
-    return sorted(made, key=lambda task: (task["before"] == task["after"], not task["after"]))
+    made.sort(key=lambda task: (task["before"] == task["after"], task["after"]))
+    firsts = {task["stream"]: task for task in reversed(made)}
+    return [task | {"open": task is firsts[task["stream"]]} for task in made]
 
 
 def _task(task: dict[str, Any]) -> dict[str, Any]:
