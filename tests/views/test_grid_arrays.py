@@ -138,7 +138,7 @@ def test_training_rows_name_their_tasks_but_for_a_share():
             lambda: grid_arrays.training_rows(
                 [TASK._replace(demonstrations=())], np.random.default_rng(0), **ROWS
             ),
-            "tasks must have a demonstration each; got 'recolor 3'",
+            "tasks must have demonstrations each; 'recolor 3' has none",
         ),
         (lambda: grid_arrays.queries(TASK, [], length=9), "views must have at least one view"),
         (

@@ -109,7 +109,7 @@ def few_shot_ttt(
     limited = episodic(_limited(adapter), unbatched(answer), num_steps=num_steps, trace=trace)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
-        _require_rows(x, rows)
+        x = {**x, "demonstrations": _rows_of(x, rows)}
         if not held_out or not num_steps:
             return plain(params, x, key)
         curves = jax.vmap(
@@ -120,7 +120,8 @@ def few_shot_ttt(
     return predict
 
 
-def _require_rows(x: Any, rows: int) -> None:
+def _rows_of(x: Any, rows: int) -> dict[str, jax.Array]:
+    """The rows of a task, of which there must be so many."""
     held = x.get("demonstrations") if isinstance(x, Mapping) else None
     if not isinstance(held, Mapping) or not {*_LEAVES} <= {*held}:
         known = sorted(map(str, held if isinstance(held, Mapping) else x if x else ()))
@@ -135,6 +136,7 @@ def _require_rows(x: Any, rows: int) -> None:
         raise ValueError(
             f"rows must be at most the {count} rows of the task's demonstrations; got {rows}."
         )
+    return {name: jnp.asarray(leaf) for name, leaf in held.items()}
 
 
 def _limited(adapter: Adapter) -> Adapter:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax import _arguments
+from ttt_jax import _arguments, _grids
 from ttt_jax.data import grid_sequences
 from ttt_jax.data.few_shot import Example, FewShotTask
 from ttt_jax.data.grid_sequences import Item
@@ -57,8 +57,7 @@ def sizes(tasks: Sequence[FewShotTask]) -> Sizes:
     Raises:
       ValueError: no task, or one without demonstrations.
     """
-    if not tasks:
-        raise ValueError("tasks must have at least one task; got none.")
+    _require_demonstrations(tasks)
 
     def longest(*grids: np.ndarray) -> int:
         turned = [np.transpose(grid) for grid in grids]
@@ -73,6 +72,16 @@ def sizes(tasks: Sequence[FewShotTask]) -> Sizes:
     )
 
 
+def _require_demonstrations(tasks: Sequence[FewShotTask]) -> None:
+    if not tasks:
+        raise ValueError("tasks must have at least one task; got [].")
+    for task in tasks:
+        if not task.demonstrations:
+            raise ValueError(
+                f"tasks must have demonstrations each; {task.name!r} has none: got ()."
+            )
+
+
 @_arguments.checked(number=_arguments.count(0))
 def item(view: GridView, example: Example, *, number: int = 0, tag: Any = None) -> Item:
     """The sequence of an example under a view, ready for :func:`ttt_jax.data.grid_sequences.pack`.
@@ -84,10 +93,14 @@ def item(view: GridView, example: Example, *, number: int = 0, tag: Any = None) 
       tag: comes back from the packing.
 
     Raises:
+      TypeError: an input or output that is no grid.
       ValueError: no such view, or no grid of 1 to 30 rows and columns with colors from 0 to 9.
     """
-    grids = [None if part is None else apply(view, np.asarray(part)) for part in example]
-    sequence = grid_sequences.encode(*grids, colors=view.colors)  # type: ignore[arg-type]
+    given, answer = example
+    grids = [apply(view, _grids.require("example's input", given))]
+    if answer is not None:
+        grids.append(apply(view, _grids.require("example's output", answer)))
+    sequence = grid_sequences.encode(*grids, colors=view.colors)
     return Item(sequence, number, view.symmetry, tag)
 
 
@@ -180,11 +193,7 @@ def training_rows(
     Raises:
       ValueError: no task, one without demonstrations, or a demonstration that has no room.
     """
-    empty = [task.name for task in tasks if not task.demonstrations]
-    if not tasks or empty:
-        raise ValueError(
-            f"tasks must have a demonstration each; got {'none' if not tasks else empty[0]!r}."
-        )
+    _require_demonstrations(tasks)
 
     def drawn() -> Iterator[Item]:
         while True:
@@ -225,7 +234,7 @@ def queries(
       ValueError: no view, more queries than ``count``, or an input that has no room.
     """
     if not views:
-        raise ValueError("views must have at least one view; got none.")
+        raise ValueError("views must have at least one view; got [].")
     if count is not None and count < len(task.queries):
         raise ValueError(
             f"count must be at least the {len(task.queries)} queries of {task.name!r}; got {count}."

@@ -148,7 +148,7 @@ add(
     example=EXAMPLE,
     ranges={
         "view": NO_VIEWS,
-        "example": (Example("a", GRID), Example(GRID + 5, None)),
+        "example": Example("a", GRID),
         "number": -1,
     },
     kinds={"tag": None},
@@ -178,7 +178,7 @@ add(
     views=[VIEW],
     length=40,
     count=2,
-    ranges={"views": ([], list(NO_VIEWS)), "length": (0, 8), "count": 0, "number": -1},
+    ranges={"views": [], "length": (0, 8), "count": 0, "number": -1},
 )
 add(
     "views.grid_arrays.training_rows",
@@ -209,7 +209,7 @@ add(
     grid_arrays.answers,
     tokens=np.array([[1, 2, 10, 11]]),
     views=[VIEW],
-    ranges={"views": ([], list(NO_VIEWS))},
+    ranges={"views": [VIEW, VIEW]},
 )
 add(
     "views.grid_arrays.answer_length",

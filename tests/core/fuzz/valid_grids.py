@@ -1,7 +1,6 @@
 """Right calls of what learns pairs of grids."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -54,8 +53,8 @@ ROWS = {**BATCH, "example": np.zeros((1, 2), np.int32)}
 add(
     "methods.few_shot_ttt",
     methods.few_shot_ttt,
-    lambda result: result(PARAMS, {"demonstrations": ROWS, "number": jnp.ones(2)}, KEY)[0],
-    answer=lambda params, x: params["params"]["task"][0] + x["number"][:, :1],
+    lambda result: result(PARAMS, {"demonstrations": ROWS}, KEY)[0],
+    answer=lambda params, x: params["params"]["task"],
     logits=NET.apply,
     optimizer=optax.sgd(0.1),
     select=select.paths("params/task"),
