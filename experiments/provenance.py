@@ -32,10 +32,11 @@ def version(package: str) -> str | None:
 
 def command() -> str:
     """The command that a person typed, so that it can be repeated; paths are as from here."""
-    file, here = pathlib.Path(sys.argv[0]), f"{pathlib.Path.cwd()}/"
-    folder = "benchmarks" if file.parent.name == "benchmarks" else "experiments"
-    arguments = [argument.replace(here, "") for argument in sys.argv[1:]]
-    typed = f"python -m {folder}.{file.stem} {shlex.join(arguments)}".rstrip()
+    names = pathlib.Path(sys.argv[0]).with_suffix("").parts
+    tops = [at for at, name in enumerate(names[:-1]) if name in ("benchmarks", "experiments")]
+    module = ".".join(names[tops[-1] :] if tops else ("experiments", names[-1]))
+    arguments = [argument.replace(f"{pathlib.Path.cwd()}/", "") for argument in sys.argv[1:]]
+    typed = f"python -m {module.removesuffix('.__main__')} {shlex.join(arguments)}".rstrip()
     return os.environ.get(COMMAND, typed)
 
 

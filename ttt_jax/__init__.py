@@ -15,6 +15,8 @@ How it is run over instances:
   documents, chunk by chunk; :mod:`generation` and :mod:`serving`: prompts, token by token
 * :func:`batched`, :func:`unbatched`, :func:`sample_keys`, :func:`inner_loop`, :mod:`budget`
 
+Training so that it helps: :mod:`meta`.
+
 What is asked about it:
 
 * :mod:`audit`, :mod:`diagnostics`, :func:`source_statistics`, :mod:`neighbors`; :mod:`votes`
@@ -35,6 +37,7 @@ from ttt_jax import (
     diagnostics,
     generation,
     losses,
+    meta,
     neighbors,
     optimizers,
     passages,
@@ -119,6 +122,7 @@ __all__ = [
     "inner_loop",
     "kernels",
     "losses",
+    "meta",
     "methods",
     "metrics",
     "models",

@@ -6,12 +6,13 @@ the evaluation tasks, decodes every test input under many views, and chooses two
 and by the product of experts. Test outputs are read for the score, and to leave pairs out that hold
 them; nowhere else. With ``--isolated`` the demonstrations are left out of the training, too.
 ``--private_steps=S`` adapts a private copy per task to its demonstrations afterwards.
-``--state=FOLDER`` keeps the training, ``--stop_at=STEP`` ends it early; the command without it goes
-on from there.
+``--state=FOLDER`` keeps the training, on the way and at its end, ``--stop_at=STEP`` and
+``--stop_after=SECONDS`` end it early; the command without them goes on from there.
 """
 
 import json
 import pathlib
+import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -54,7 +55,11 @@ _SAME += ("heads", "tasks", "smoke")
 
 
 def trained(
-    net: models.GridDecoder, data: sources.Sources, rows: sources.Rows, settings: Any
+    net: models.GridDecoder,
+    data: sources.Sources,
+    rows: sources.Rows,
+    settings: Any,
+    start: float,
 ) -> tuple[joint.State, list[dict[str, float]]]:
     """Trains from the kept state, if there is one, and keeps the new one.
 
@@ -63,10 +68,16 @@ def trained(
     """
     shares = {"first_share": 0.0, "last_share": 0.0} if settings.isolated else {}
     training = joint.Training(num_steps=settings.num_steps, warmup=settings.warmup, **shares)
-    state, before = joint.begin(net, training, rows, settings.seed), []
     folder = pathlib.Path(settings.state) if settings.state else None
     same = {name: settings[name] for name in _SAME}
-    if folder and (steps := sorted(folder.glob("step_*"))):
+    steps = sorted(folder.glob("step_*")) if folder else []
+    begun = int(steps[-1].name.removeprefix("step_")) if steps else 0
+    # First, so that batches are made while programs are compiled.
+    batches = sources.batches(
+        data, rows, settings.seed, joint.shares_of(training), begun, settings.workers
+    )
+    state, before = joint.begin(net, training, rows, settings.seed), []
+    if steps:
         kept = checkpoint.load(steps[-1], like=_tree(state))
         for name, value in same.items():
             if kept.metadata["settings"][name] != value:
@@ -76,16 +87,26 @@ def trained(
                 )
         state = joint.State(**kept.params)._replace(step=int(kept.params["step"]))
         before = kept.metadata["curve"]
-    stop_at = min(settings.stop_at or training.num_steps, training.num_steps)
-    batches = sources.batches(
-        data, rows, settings.seed, joint.shares_of(training), state.step, settings.workers
+    curve: list[dict[str, float]] = []
+
+    def keep(state: joint.State) -> None:
+        """Of several states the newest alone stays."""
+        place = folder / f"step_{state.step:07d}" if folder else None
+        if place and not place.exists():
+            about = {"settings": same, "curve": before + curve}
+            checkpoint.save(place, _tree(state), metadata=about)
+            for older in sorted(folder.glob("step_*"))[:-1]:
+                shutil.rmtree(older)
+
+    stops = joint.Stops(
+        at=min(settings.stop_at or training.num_steps, training.num_steps),
+        seconds=start + settings.stop_after if settings.stop_after else float("inf"),
+        keep_every=settings.keep_every,
+        keep=keep,
     )
-    state, curve = joint.train(net, training, state, batches, stop_at, print, settings.log_every)
-    curve = before + curve
-    place = folder / f"step_{state.step:07d}" if folder else None
-    if place and not place.exists():
-        checkpoint.save(place, _tree(state), metadata={"settings": same, "curve": curve})
-    return state, curve
+    state = joint.train(net, training, state, batches, stops, print, curve, settings.log_every)
+    keep(state)
+    return state, before + curve
 
 
 def _tree(state: joint.State) -> dict[str, Any]:
@@ -94,13 +115,15 @@ def _tree(state: joint.State) -> dict[str, Any]:
 
 def row_of(query: answers.Query, given: answers.Answers, names: Sequence[str]) -> dict[str, Any]:
     """What the file keeps of a query: enough to choose anew."""
+    scores = given.log_probs.tolist()
     return {
         "task": names[query.task],
         "query": query.place,
         "votes": list(given.counts),
         "missing": sum(vote.answer is None for vote in given.votes),
         "right": answers.correct(query, given),
-        "log_probs": np.round(given.log_probs, 3).tolist(),
+        # A candidate that had no room to be scored has none, and JSON no infinity.
+        "log_probs": [[round(v, 3) if np.isfinite(v) else None for v in c] for c in scores],
     }
 
 
@@ -171,7 +194,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     net = network(settings, len(data.names))
     seconds = {"data": time.perf_counter() - start}
     begin = time.perf_counter()
-    state, curve = trained(net, data, rows, settings)
+    state, curve = trained(net, data, rows, settings, start)
     seconds["training"] = time.perf_counter() - begin
     record = provenance.of(settings) | {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -186,8 +209,9 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
         return record
     queries = answers.queries_of(tasks)
     begin = time.perf_counter()
+    # A loop over layers is compiled sooner, and hardly slower token by token.
     cast = answers.decode(
-        net,
+        net.clone(unroll=1),
         state.params,
         queries,
         num_views=settings.views,
@@ -236,6 +260,10 @@ if __name__ == "__main__":
         "generated": flags.DEFINE_string("generated", "", "Generated examples (RE-ARC)."),
         "state": flags.DEFINE_string("state", "", "A folder that keeps the training."),
         "stop_at": flags.DEFINE_integer("stop_at", 0, "End before this step; 0 for none.", 0),
+        "stop_after": flags.DEFINE_float(
+            "stop_after", 0.0, "Seconds after which no step begins; 0 for none.", 0.0
+        ),
+        "keep_every": flags.DEFINE_integer("keep_every", 2500, "Steps of a kept state.", 1),
         "seed": flags.DEFINE_integer("seed", 0, "Of weights, batches and views.", 0),
         "num_steps": flags.DEFINE_integer("num_steps", 9500, "Steps of the training.", 1),
         "warmup": flags.DEFINE_integer("warmup", 150, "Steps in which step sizes rise.", 1),

@@ -100,24 +100,46 @@ def begin(net: models.GridDecoder, training: Training, rows: sources.Rows, seed:
     return State(0, params, optimizer_of(training).init(params))
 
 
+class Stops(NamedTuple):
+    """When a training ends before its last step, and when it is kept.
+
+    Attributes:
+      at: the step before which it ends.
+      seconds: of :func:`time.perf_counter`, after which no step begins.
+      keep_every: steps after which ``keep`` is called.
+      keep: takes the state.
+    """
+
+    at: int
+    seconds: float = float("inf")
+    keep_every: int = 0
+    keep: Callable[[State], None] = lambda state: None
+
+
+# Steps that the host is ahead of the device at most.
+_AHEAD = 16
+
+
 def train(
     net: models.GridDecoder,
     training: Training,
     state: State,
     batches: Any,
-    stop_at: int,
+    stops: Stops,
     log: Callable[[str], None],
+    curve: list[dict[str, float]],
     every: int = 200,
-) -> tuple[State, list[dict[str, float]]]:
-    """Steps until ``stop_at``; the state, and what was measured on the way.
+) -> State:
+    """Steps until a stop.
 
     Args:
       net: the decoder.
       training: settings.
       state: where it begins.
       batches: packed batches of the steps from there on.
-      stop_at: the step before which it ends.
+      stops: when it ends.
       log: takes a line of progress.
+      curve: is given a row per line, what was measured on the way.
       every: steps of a line.
     """
     loss = losses.packed_sequences(net.apply, report=True)
@@ -130,25 +152,28 @@ def train(
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, aux
 
-    params, opt_state, curve, pending = state.params, state.opt_state, [], []
-    last, tokens, number = time.perf_counter(), 0, state.step
+    pending: list[dict[str, jax.Array]] = []
+    last, tokens = time.perf_counter(), 0
     for batch in batches:
-        if number >= stop_at:
+        if state.step >= stops.at or time.perf_counter() > stops.seconds:
             break
         tokens += int((batch["segment"] >= 0).sum())
-        params, opt_state, aux = step(params, opt_state, batch)
+        params, opt_state, aux = step(*state[1:], batch)
+        state = State(state.step + 1, params, opt_state)
         pending.append(aux)
-        number += 1
-        if number % every == 0 or number == stop_at:
+        jax.block_until_ready(pending[-_AHEAD:][0])
+        if state.step % every == 0 or state.step == stops.at:
             values = {name: float(np.mean([each[name] for each in pending])) for name in pending[0]}
             now = time.perf_counter()
-            row = {"step": number, "seconds": now - last, "tokens": tokens, **values}
+            row = {"step": state.step, "seconds": now - last, "tokens": tokens, **values}
             curve.append(row)
             log(
-                f"step {number}: {(now - last) / len(pending) * 1e3:.1f} ms, "
+                f"step {state.step}: {(now - last) / len(pending) * 1e3:.1f} ms, "
                 f"{tokens / (now - last):,.0f} tokens/s, nats {row['nats']:.4f}, "
                 f"exact {row['exact']:.3f}"
             )
             last, tokens, pending = now, 0, []
-    jax.block_until_ready(params)
-    return State(number, params, opt_state), curve
+        if stops.keep_every and state.step % stops.keep_every == 0:
+            stops.keep(state)
+    jax.block_until_ready(state.params)
+    return state

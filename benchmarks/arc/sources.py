@@ -4,7 +4,9 @@ import json
 import lzma
 import multiprocessing
 import pathlib
+import pickle
 import queue
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -82,7 +84,7 @@ def generated_tasks(path: pathlib.Path, most: int | None = None) -> list[FewShot
         for line in lines:
             row = json.loads(line)
             examples = (
-                Example(*(np.array(part, np.int32) for part in pair))
+                Example(*(np.array(part, np.int8) for part in pair))
                 for pair in row["examples"][:most]
             )
             made.append(FewShotTask(row["task"], tuple(examples), ()))
@@ -198,7 +200,8 @@ def _from(maker: Any, process: Any) -> dict[str, Any]:
             return made
 
 
-def _work(sources: Sources, rows: Rows, seed: int, steps: Any, ready: Any) -> None:
+def _work(path: str, rows: Rows, seed: int, steps: Any, ready: Any) -> None:
+    sources = pickle.loads(pathlib.Path(path).read_bytes())
     for step, share in steps:
         ready.put(batch_of(sources, rows, seed, step, share))
 
@@ -207,6 +210,8 @@ def batches(
     sources: Sources, rows: Rows, seed: int, shares: Sequence[float], start: int, workers: int
 ) -> Iterator[dict[str, Any]]:
     """The batches of steps ``start, start + 1, ...``, made by other processes in their order.
+
+    The processes begin with the call.
 
     Args:
       sources: what they are drawn from.
@@ -218,22 +223,29 @@ def batches(
     """
     steps = list(enumerate(shares))[start:]
     if not workers:
-        for step, share in steps:
-            yield batch_of(sources, rows, seed, step, share)
-        return
+        return (batch_of(sources, rows, seed, step, share) for step, share in steps)
+    # Once into a file: a process that starts is given what it needs through a pipe, in turn.
+    handle, path = tempfile.mkstemp(suffix=".pickle")
+    with open(handle, "wb") as file:
+        pickle.dump(sources, file, pickle.HIGHEST_PROTOCOL)
     context = multiprocessing.get_context("spawn")
     queues = [context.Queue(_QUEUED) for _ in range(workers)]
     processes = [
         context.Process(
-            target=_work, args=(sources, rows, seed, steps[place::workers], ready), daemon=True
+            target=_work, args=(path, rows, seed, steps[place::workers], ready), daemon=True
         )
         for place, ready in enumerate(queues)
     ]
     for process in processes:
         process.start()
+    return _in_order(queues, processes, len(steps), path)
+
+
+def _in_order(queues: Any, processes: Any, count: int, path: str) -> Iterator[dict[str, Any]]:
     try:
-        for place in range(len(steps)):
-            yield _from(queues[place % workers], processes[place % workers])
+        for place in range(count):
+            yield _from(queues[place % len(queues)], processes[place % len(queues)])
     finally:
         for process in processes:
             process.terminate()
+        pathlib.Path(path).unlink(missing_ok=True)

@@ -132,6 +132,8 @@ def settings(**changes):
         "generated": "",
         "state": "",
         "stop_at": 0,
+        "stop_after": 0.0,
+        "keep_every": 15,
         "seed": 0,
         "num_steps": 60,
         "heads": 2,
@@ -178,6 +180,9 @@ def test_a_training_in_two_commands_is_the_training_in_one(toy_sets, tmp_path, m
     first = settings(state=str(tmp_path / "parts"), stop_at=20)
     half = program.run(str(tmp_path / "b.json"), first)
     assert half["rows"] == [] and [row["step"] for row in half["curve"]] == [20]
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["step_0000020"]
+    late = settings(state=str(tmp_path / "parts"), stop_after=1e-6)
+    assert program.run(str(tmp_path / "late.json"), late)["curve"] == half["curve"]
     rest = program.run(str(tmp_path / "c.json"), settings(state=str(tmp_path / "parts")))
     assert rest["curve"][:1] == half["curve"]
     for name in ("nats", "exact"):

@@ -66,6 +66,9 @@ def test_a_command_can_be_pasted(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x/benchmarks/vision.py", "--out=F"])
     command = provenance.of(tiny_config.get_config())["command"]
     assert command == "python -m benchmarks.vision --out=F"
+    monkeypatch.setattr("sys.argv", ["x/benchmarks/arc/__main__.py", "--out=F"])
+    command = provenance.of(tiny_config.get_config())["command"]
+    assert command == "python -m benchmarks.arc --out=F"
 
 
 def test_a_command_holds_no_path_of_this_machine(monkeypatch, tmp_path):

@@ -214,27 +214,27 @@ class _GridLayer(nn.Module):
     def _attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, held: Any, shared: _Step
     ) -> tuple[jax.Array, Any]:
-        scale = _SCORE_SCALE * query.shape[-1] ** -0.5
+        scale, rows = _SCORE_SCALE * query.shape[-1] ** -0.5, (key, value)
         if held is None or shared.slot is None:
             mixed = attend_spans(
                 query, key, value, shared.first, shared.last, form=self.form, scale=scale
             )
-            return mixed, (key, value)
+            return mixed, rows
         # The token itself is no part of the cache yet: a cache that every layer returned would be
-        # copied as a whole with every token.
-        keys, values = held
+        # copied as a whole with every token. Sums of products and no dots, whose operands would be
+        # copied into another order of axes: a cache is read once, where it lies.
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        keys, values = (array.astype(wide) for array in held)
+        query, key, value = (array[:, 0].astype(wide) for array in (query, key, value))
         slots = jnp.arange(keys.shape[1])[None]
         seen = (slots >= shared.first) & (slots <= shared.last) & (slots != shared.slot[:, None])
-        before = jnp.einsum("nhd,nshd->nhs", query[:, 0], keys, preferred_element_type=jnp.float32)
-        itself = jnp.einsum(
-            "nhd,nhd->nh", query[:, 0], key[:, 0], preferred_element_type=jnp.float32
-        )
-        scores = jnp.where(seen[:, None], before * scale, -1e30)
-        weights = jax.nn.softmax(jnp.concatenate([scores, (itself * scale)[..., None]], -1))
-        weights = weights.astype(values.dtype)
-        mixed = jnp.einsum("nhs,nshd->nhd", weights[..., :-1], values)
-        mixed = mixed + weights[..., -1:] * value[:, 0]
-        return mixed[:, None], (key, value)
+        before = jnp.where(seen[:, :, None], (query[:, None] * keys).sum(-1) * scale, -1e30)
+        itself = (query * key).sum(-1) * scale
+        most = jnp.maximum(before.max(1), itself)
+        weights, own = jnp.exp(before - most[:, None]), jnp.exp(itself - most)
+        mixed = (weights[..., None] * values).sum(1) + own[..., None] * value
+        mixed = mixed / (weights.sum(1) + own)[..., None]
+        return mixed.astype(self.dtype)[:, None], rows
 
 
 def _first_of_two(key: Any, shape: Any, dtype: Any) -> jax.Array:

@@ -1,0 +1,1 @@
+"""BIG-Bench Hard: a language model that adapts to a task by its demonstrations."""
