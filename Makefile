@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
 CONFIG ?= experiments/configs/digits.py
 
-.PHONY: demo demo-text demo-seeds smoke test lint types unit docs test-full test-faults test-slurm clean
+.PHONY: demo demo-text demo-grids demo-seeds smoke test lint types unit docs test-full test-faults test-slurm clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m experiments.train --workdir=$(WORKDIR) --config=$(CONFIG)
@@ -16,6 +16,11 @@ demo: $(VENV)/.run
 demo-text: WORKDIR = runs/demo-text
 demo-text: CONFIG = experiments/configs/documents.py
 demo-text: demo
+
+# Private copies of a decoder of grids for tasks with drawn rules; nothing is downloaded.
+demo-grids: WORKDIR = runs/demo-grids
+demo-grids: CONFIG = experiments/configs/few_shot.py
+demo-grids: demo
 
 demo-seeds: WORKDIR = runs/demo-seeds
 demo-seeds: $(VENV)/.run

@@ -12,6 +12,7 @@ import tqdm
 from experiments import (
     choice,
     examples,
+    grids,
     journal,
     launch,
     passages,
@@ -103,8 +104,9 @@ class SeedRun:
         """The candidate per method that the validation streams choose."""
         label = examples.shown(candidates)
         if label and self.seed == self._config.seeds[0]:
-            documents = "text" in self.task.heads()
-            keeper = passages.keeper(self.task) if documents else examples.PICTURES
+            heads, keeper = self.task.heads(), examples.PICTURES
+            if "text" in heads or "attempts" in heads:
+                keeper = (passages if "text" in heads else grids).keeper(self.task)
             kept = functools.partial(examples.KeptEvaluation, label=label, keeper=keeper)
             self._pictured = functools.partial(kept, folder=path.parent)
         return choice.choose(path, candidates, self.task, self, self.shard)

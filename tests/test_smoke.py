@@ -43,9 +43,14 @@ TINY = {
     | {"log_every": 1, "save_every": 1, "length": 16},
     "adapt": {"batch_size": 4, "chunk_size": 2},
 }
-DEPTHS = {"resnet": 8, "vit": 1, "byte_decoder": 1}
+DEPTHS = {"resnet": 8, "vit": 1, "byte_decoder": 1, "grid_decoder": 1}
 # Wherever a method has the option.
-TINY_METHOD = {"copies": 2, "num_views": 2, "num_masks": 1, "num_steps": 1}
+TINY_METHOD = {"copies": 2, "num_views": 2, "num_masks": 1, "num_steps": 1, "every": 1}
+# Of grids, whose keys of the same names have other bounds.
+TINY_GRIDS = {
+    "data": {"tasks": 12, "validation": 3, "reported": 5, "side": 3, "views": 2, "rows": 2},
+    "model": {"width": 16, "mlp_width": 16},
+}
 # The configs that committed results of diagnose and feature_shift are of, and the method diagnosed.
 DIAGNOSED = {"digits": "rotation", "cifar10c_level5": "rotation_jump"}
 SHIFTED = "cifar10c_contrastive"
@@ -92,6 +97,9 @@ def tiny(path, folder):
     for section, values in TINY.items():
         known = config.get(section, {})
         known.update({name: value for name, value in values.items() if name in known})
+    if config.model.name == "grid_decoder":
+        for section, values in TINY_GRIDS.items():
+            config[section].update(values)
     tiny_decoder.stand_in(config, folder)
     if config.model.name in DEPTHS and "depth" in config.model:
         config.model.depth = DEPTHS[config.model.name]

@@ -26,6 +26,9 @@ def test_tasks_of_the_programs(name):
         config.data.update({"chunk": 16, "chunks": 3, "most": 6, "least": 48})
         config.model.update({"width": 16, "depth": 1, "rank": 2})
         config.train.length = 48
+    if name == "few_shot":
+        config.data.update({"tasks": 20, "validation": 3, "reported": 5, "views": 2, "rows": 2})
+        config.model.update({"width": 16, "depth": 1, "heads": 1, "mlp_width": 16})
     ttt.audit.check_task(tasks.build(config))
 
 

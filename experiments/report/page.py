@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import vl_convert
 
-from experiments.report import charts, documents, intervals, notes, pictures, table
+from experiments.report import charts, documents, grids, intervals, notes, pictures, table
 from experiments.report.charts import scale_of, title_of
 from experiments.report.table import Data
 
@@ -74,6 +74,8 @@ def render(data: Data, *, name: str) -> str:
         table_style=(pathlib.Path(itables.__file__).parent / "html/dt_bundle.css").read_text(),
         pictures=shown,
         documents=documents.lines(data),
+        few_shot=grids.lines(data),
+        grids=grids.shown_tasks(results.folder, results.notes),
         passages=documents.shown_passages(results.folder, results.notes),
         as_run=table.as_run(data),
         failures=[(r, part.head(_MOST_LISTED), len(part)) for r, part in table.failures(data)],

@@ -216,3 +216,64 @@ def test_big_bench_hard(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match=r"must hold .*; got JSONDecodeError"):
         few_shot.load_bbh(tmp_path, "broken")
+
+
+GRID = [[0, 1], [2, 3]]
+TASK = {"train": [{"input": GRID, "output": [[9]]}], "test": [{"input": GRID}]}
+
+
+def test_a_folder_of_ones_own(tmp_path):
+    other = {"train": TASK["train"], "test": [{"input": [[5]], "output": GRID}]}
+    for name, content in (("b", other), ("a", TASK)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    first, second = few_shot.load_folder(tmp_path)
+    assert (first.name, second.name) == ("a", "b")
+    assert first.queries[0].output is None and first.demonstrations[0].input.dtype == np.int32
+    np.testing.assert_array_equal(second.queries[0].output, GRID)
+
+
+PAIR = {"input": GRID, "output": GRID}
+BAD_FILES = {
+    "must hold JSON; got": "{",
+    r"at least one pair .*; got \['train'\] for 'test'": {"train": [PAIR]},
+    "got none for 'train'": {"train": [], "test": [PAIR]},
+    r"got \[\] for 'train'": [],
+    r"train\[0\] of .* must be \{'input': grid, 'output': grid\}; got \['in'\]": {
+        "train": [{"in": GRID}],
+        "test": [PAIR],
+    },
+    r"train\[1\] of .* must have an output, as a demonstration": {
+        "train": [PAIR, {"input": GRID}],
+        "test": [PAIR],
+    },
+    r"output in test\[0\] .* got 1 by 2 cells with values from 3 to 10": {
+        "train": [PAIR],
+        "test": [{"input": GRID, "output": [[3, 10]]}],
+    },
+    r"input in train\[0\] .* got 1 by 31 cells": {
+        "train": [{"input": [[0] * 31], "output": GRID}],
+        "test": [PAIR],
+    },
+    r"input in train\[0\] .* got rows of unequal length or other values": {
+        "train": [{"input": [[1], [1, 2]], "output": GRID}],
+        "test": [PAIR],
+    },
+    r"output in train\[0\] .* or other values": {
+        "train": [{"input": GRID, "output": [[0.5]]}],
+        "test": [PAIR],
+    },
+}
+
+
+@pytest.mark.parametrize("message", BAD_FILES)
+def test_a_bad_file_is_named_with_its_place(tmp_path, message):
+    content = BAD_FILES[message]
+    (tmp_path / "some.json").write_text(content if content == "{" else json.dumps(content))
+    with pytest.raises(ValueError, match=message) as caught:
+        few_shot.load_folder(tmp_path)
+    assert "some.json" in str(caught.value)
+
+
+def test_a_folder_without_tasks_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"folder must hold a JSON file for each task; got .*none"):
+        few_shot.load_folder(tmp_path / "missing")

@@ -16,6 +16,7 @@ from tests.core.compiling import quickly
 from tests.methods import (
     test_conformance_text as text,
     test_discover as discovery,
+    test_few_shot_ttt as few_shot,
     test_ttrl as reinforcement,
     tiny_decoder as tiny,
 )
@@ -34,7 +35,7 @@ def first(xs):
     return jax.tree.map(lambda leaf: leaf[:2], xs)
 
 
-# What takes prompts: predictor, parameters, instances.
+# What takes prompts or tasks: predictor, parameters, instances.
 OTHERS = {
     "ttrl": lambda: (
         reinforcement.predictor(num_steps=2, optimizer=optax.sgd(0.1)),
@@ -45,6 +46,11 @@ OTHERS = {
         discovery.predictor(num_steps=2, optimizer=optax.sgd(0.1)),
         discovery.params(),
         first(discovery.problems()),
+    ),
+    "few_shot_ttt": lambda: (
+        few_shot.predictor(num_steps=2, held_out=1, every=1, optimizer=optax.sgd(0.1)),
+        few_shot.PARAMS,
+        first(few_shot.XS),
     ),
     "generate": lambda: (
         generation.generate(

@@ -6,6 +6,7 @@ is what arrays for a model are made from.
 
 * :func:`leave_one_out`, :func:`leave_out`, :func:`orders`: new tasks from a task's demonstrations
 * :func:`generated`: examples from a function that draws them
+* :func:`load_folder`: tasks of your own, in ARC's format
 * :func:`load_arc`, :func:`load_bbh`: published sets
 
 Whether an answer was trained on says :mod:`ttt_jax.data.isomorphism`.
@@ -31,6 +32,7 @@ __all__ = [
     "leave_out",
     "load_arc",
     "load_bbh",
+    "load_folder",
     "orders",
 ]
 
@@ -42,6 +44,7 @@ _ARC_SIZES = {
     ("arcagi2", "evaluation"): 120,
 }
 _DRAWS_PER_EXAMPLE = 100
+_MOST_CELLS = 30
 
 
 class Example(NamedTuple):
@@ -215,6 +218,82 @@ def _accepts(rule: Callable[[Example], bool], number: int, example: Example) -> 
             f"accept[{number}] must return True or False; got {_contract.described(verdict)}."
         )
     return bool(verdict)
+
+
+@_arguments.checked(folder=_arguments.path)
+def load_folder(folder: str | pathlib.Path) -> list[FewShotTask]:
+    """The tasks of a folder in the format of ARC, one JSON file for each, by name.
+
+    A file is ``{"train": [{"input": grid, "output": grid}, ...], "test": [...]}``, a grid a list of
+    rows of colors from 0 to 9. A query may come without its output, which is then None.
+
+    Args:
+      folder: its ``*.json`` files are read; a task has the name of its file.
+
+    Returns:
+      Tasks with int32 grids, at most 30 cells along a side.
+
+    Raises:
+      ValueError: a folder without such files; a file that is no JSON or of another form, a task
+        without demonstrations or queries, or a grid that is none: file and place are named.
+    """
+    paths = sorted(pathlib.Path(folder).glob("*.json"))
+    if not paths:
+        raise ValueError(
+            f"folder must hold a JSON file for each task; got {str(folder)!r}, which has none: "
+            "give the folder that the files themselves lie in."
+        )
+    return [_of_file(path) for path in paths]
+
+
+def _of_file(path: pathlib.Path) -> FewShotTask:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} must hold JSON; got {error}.") from error
+    parts = {}
+    for part in ("train", "test"):
+        pairs = held.get(part) if isinstance(held, dict) else None
+        if not isinstance(pairs, list) or not pairs:
+            shown = "none" if pairs == [] else sorted(held) if isinstance(held, dict) else held
+            raise ValueError(
+                f"{str(path)!r} must hold {{'train': [...], 'test': [...]}} with at least one pair "
+                f"of input and output in each; got {shown} for {part!r}."
+            )
+        parts[part] = tuple(
+            _of_entry(f"{part}[{place}] of {str(path)!r}", entry, part == "test")
+            for place, entry in enumerate(pairs)
+        )
+    return FewShotTask(path.stem, parts["train"], parts["test"])
+
+
+def _of_entry(place: str, entry: Any, is_query: bool) -> Example:
+    if not isinstance(entry, dict) or not {"input"} <= {*entry} <= {"input", "output"}:
+        shown = sorted(entry) if isinstance(entry, dict) else entry
+        raise ValueError(f"{place} must be {{'input': grid, 'output': grid}}; got {shown}.")
+    if "output" not in entry and not is_query:
+        raise ValueError(f"{place} must have an output, as a demonstration; got an input alone.")
+    given = [entry["input"], *([entry["output"]] if "output" in entry else [])]
+    grids = []
+    for name, rows in zip(("input", "output"), given, strict=False):
+        try:
+            grid = np.array(rows)
+        except ValueError:
+            grid = np.array(None)
+        whole = grid.ndim == 2 and grid.size > 0 and grid.dtype.kind == "i"
+        if not whole or max(grid.shape) > _MOST_CELLS or grid.min() < 0 or grid.max() > 9:
+            shown = (
+                f"{grid.shape[0]} by {grid.shape[1]} cells with values from {grid.min()} to "
+                f"{grid.max()}"
+                if whole
+                else "rows of unequal length or other values"
+            )
+            raise ValueError(
+                f"{name} in {place} must be 1 to {_MOST_CELLS} rows of equal length, with colors "
+                f"from 0 to 9; got {shown}."
+            )
+        grids.append(grid.astype(np.int32))
+    return Example(grids[0], grids[1] if len(grids) > 1 else None)
 
 
 @_arguments.checked()

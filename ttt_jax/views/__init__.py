@@ -9,8 +9,9 @@ They are the ``augment`` of :mod:`ttt_jax.methods`, :mod:`ttt_jax.losses` and
 :func:`ttt_jax.augmented`, and cost jax alone. Views with an inverse, on the host:
 
 * :mod:`grid`: symmetries and colors of grids and of few-shot tasks
+* :mod:`grid_arrays`: few-shot tasks under views as arrays, and answers mapped back
 """
 
-from ttt_jax.views import augmix, grid, image
+from ttt_jax.views import augmix, grid, grid_arrays, image
 
-__all__ = ["augmix", "grid", "image"]
+__all__ = ["augmix", "grid", "grid_arrays", "image"]

@@ -23,6 +23,7 @@ __all__ = [
     "draw",
     "identity",
     "inverse",
+    "random",
     "view_task",
 ]
 
@@ -126,16 +127,12 @@ def draw(
     Raises:
       ValueError: fewer views exist, or ``keep_colors`` has other than distinct colors.
     """
-    kept = list(keep_colors)
-    if len(set(kept)) < len(kept) or not set(kept) <= set(range(_NUM_COLORS)):
-        raise ValueError(
-            f"keep_colors must be distinct colors from 0 to {_NUM_COLORS - 1}; got {kept}."
-        )
-    free = [color for color in range(_NUM_COLORS) if color not in kept]
+    free = _free(keep_colors)
     total = len(_grids.SYMMETRIES) * math.factorial(len(free)) - (not with_identity)
     if count > total:
         raise ValueError(
-            f"count must be at most {total}, the views that keep_colors {kept} leaves; got {count}."
+            f"count must be at most {total}, the views that keep_colors {list(keep_colors)} leaves"
+            f"; got {count}."
         )
     others = (1 + rng.permutation(len(_grids.SYMMETRIES) - 1)).tolist()
     # Last without the identity, as then one view fewer has this symmetry.
@@ -155,6 +152,30 @@ def _recolored(rng: np.random.Generator, free: list[int]) -> tuple[int, ...]:
     colors = np.arange(_NUM_COLORS)
     colors[free] = rng.permutation(free)
     return tuple(colors.tolist())
+
+
+@_arguments.checked()
+def random(rng: np.random.Generator, *, keep_colors: Sequence[int] = (0,)) -> GridView:
+    """One random view, which may be the identity: any symmetry, any permutation of free colors.
+
+    Args:
+      rng: draws it.
+      keep_colors: colors that stay as they are; all ten for a symmetry alone.
+
+    Raises:
+      ValueError: ``keep_colors`` has other than distinct colors.
+    """
+    return GridView(int(rng.integers(len(_grids.SYMMETRIES))), _recolored(rng, _free(keep_colors)))
+
+
+def _free(keep_colors: Sequence[int]) -> list[int]:
+    """The colors that views may change."""
+    kept = list(keep_colors)
+    if len(set(kept)) < len(kept) or not set(kept) <= set(range(_NUM_COLORS)):
+        raise ValueError(
+            f"keep_colors must be distinct colors from 0 to {_NUM_COLORS - 1}; got {kept}."
+        )
+    return [color for color in range(_NUM_COLORS) if color not in kept]
 
 
 @_arguments.checked()

@@ -14,6 +14,7 @@ MODULES = (
     *(
         "data.streams",
         "data.few_shot",
+        "data.grid_rules",
         "data.isomorphism",
         "data.tokenizers",
         "diagnostics",
@@ -25,7 +26,7 @@ MODULES = (
     *("generation", "losses", "methods", "metrics", "models", "neighbors", "online"),
     *("optimizers", "passages", "predictors", "readers", "resets", "serving"),
     *("running_statistics", "select", "task", "training", "tuning", "views.augmix", "views.image"),
-    *("views.grid", "votes"),
+    *("views.grid", "views.grid_arrays", "votes"),
 )
 LEAST_SLIPS = 6
 

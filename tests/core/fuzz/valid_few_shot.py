@@ -4,9 +4,9 @@ import numpy as np
 
 from tests.core.fuzz.calls import Table
 from ttt_jax import votes
-from ttt_jax.data import few_shot, isomorphism
+from ttt_jax.data import few_shot, grid_rules, isomorphism
 from ttt_jax.data.few_shot import Example, FewShotTask
-from ttt_jax.views import grid as views
+from ttt_jax.views import grid as views, grid_arrays
 from ttt_jax.votes import Vote
 
 TABLE = Table()
@@ -70,6 +70,31 @@ add(
     only_refusals=True,
 )
 add(
+    "data.few_shot.load_folder",
+    few_shot.load_folder,
+    folder="nothing",
+    kinds={"folder": "path"},
+    only_refusals=True,
+)
+add(
+    "data.grid_rules.draw_rule",
+    grid_rules.draw_rule,
+    lambda rule: rule(GRID),
+    family="shift",
+    rng=np.random.default_rng(0),
+    ranges={"family": "turn"},
+    only_refusals=True,
+)
+add(
+    "data.grid_rules.draw_task",
+    grid_rules.draw_task,
+    family="fill",
+    seed=0,
+    demonstrations=2,
+    side=3,
+    ranges={"family": "turn", "seed": -1, "demonstrations": 0, "side": 1},
+)
+add(
     "data.isomorphism.canonical",
     isomorphism.canonical,
     example=EXAMPLE,
@@ -108,6 +133,89 @@ add(
     count=3,
     ranges={"count": (0, 10**9), "keep_colors": ((0, 0), (10,), (-1,), (0.5,))},
     only_refusals=True,
+)
+add(
+    "views.grid.random",
+    views.random,
+    rng=np.random.default_rng(0),
+    ranges={"keep_colors": ((0, 0), (10,), (0.5,))},
+    only_refusals=True,
+)
+add(
+    "views.grid_arrays.item",
+    grid_arrays.item,
+    view=VIEW,
+    example=EXAMPLE,
+    ranges={
+        "view": NO_VIEWS,
+        "example": Example("a", GRID),
+        "number": -1,
+    },
+    kinds={"tag": None},
+)
+add(
+    "views.grid_arrays.demonstrations",
+    grid_arrays.demonstrations,
+    task=TASK,
+    rng=np.random.default_rng(0),
+    rows=1,
+    length=64,
+    most=2,
+    ranges={
+        "task": TASK._replace(demonstrations=()),
+        "rows": 0,
+        "length": (0, 8),
+        "most": 0,
+        "keep_colors": ((0, 0), (10,)),
+        "number": -1,
+    },
+    only_refusals=True,
+)
+add(
+    "views.grid_arrays.queries",
+    grid_arrays.queries,
+    task=TASK,
+    views=[VIEW],
+    length=40,
+    count=2,
+    ranges={"views": [], "length": (0, 8), "count": 0, "number": -1},
+)
+add(
+    "views.grid_arrays.training_rows",
+    grid_arrays.training_rows,
+    tasks=[TASK],
+    rng=np.random.default_rng(0),
+    rows=1,
+    length=64,
+    most=2,
+    ranges={
+        "tasks": ([], [TASK._replace(demonstrations=())]),
+        "rows": 0,
+        "length": (0, 8),
+        "most": 0,
+        "keep_colors": ((0, 0), (10,)),
+        "unknown": (-0.1, 1.1),
+    },
+    only_refusals=True,
+)
+add(
+    "views.grid_arrays.sizes",
+    grid_arrays.sizes,
+    tasks=[TASK],
+    ranges={"tasks": ([], [TASK._replace(demonstrations=())])},
+)
+add(
+    "views.grid_arrays.answers",
+    grid_arrays.answers,
+    tokens=np.array([[1, 2, 10, 11]]),
+    views=[VIEW],
+    ranges={"views": [VIEW, VIEW]},
+)
+add(
+    "views.grid_arrays.answer_length",
+    grid_arrays.answer_length,
+    task=TASK,
+    ranges={"task": TASK._replace(demonstrations=())},
 )
 add(
     "views.grid.view_task",

@@ -2,9 +2,10 @@
 
 import jax
 import numpy as np
+import optax
 
 from tests.core.fuzz.calls import Table
-from ttt_jax import losses, models
+from ttt_jax import losses, methods, models, select
 from ttt_jax.data import grid_sequences
 
 TABLE = Table()
@@ -47,6 +48,22 @@ add(
     num_tokens=2,
     kinds={"inputs": "record", "params": "params"},
     ranges={"slots": (0, 8), "num_tokens": 0},
+)
+ROWS = {**BATCH, "example": np.zeros((1, 2), np.int32)}
+add(
+    "methods.few_shot_ttt",
+    methods.few_shot_ttt,
+    lambda result: result(PARAMS, {"demonstrations": ROWS}, KEY)[0],
+    answer=lambda params, x: params["params"]["task"],
+    logits=NET.apply,
+    optimizer=optax.sgd(0.1),
+    select=select.paths("params/task"),
+    num_steps=2,
+    rows=1,
+    held_out=1,
+    every=1,
+    trace=False,
+    ranges={"num_steps": -1, "rows": (0, 2), "held_out": -1, "every": (0, 3)},
 )
 DECODED = SEQUENCE.label[SEQUENCE.label >= 0]
 add(
