@@ -140,7 +140,7 @@ def add_private(
     queries: Sequence[answers.Query],
     settings: Any,
 ) -> None:
-    """What private copies on top solve by votes of as many views.
+    """What private copies on top solve by votes and experts of as many views.
 
     A decoder that was trained on the demonstrations knows those that the guard holds out, and the
     guard then favors no step: ``guard`` in the record says so.
@@ -150,32 +150,35 @@ def add_private(
         rate=settings.private_rate,
         num_steps=settings.private_steps,
         every=_divisor(settings.private_steps, settings.private_steps // 6),
+        held_out=settings.private_held_out,
         length=settings.length,
         most=settings.most,
         tasks_at_once=settings.private_at_once,
     )
-    copies = private.copies_of(net, params, chosen, settings.seed)
-    slots = min(settings.length, answers.BUCKETS[-1])
-    cast, taken = private.answer(
+    copies = private.learn(net, params, tasks, chosen, settings.seed)
+    asked = [query for query in queries if query.task in copies.places]
+    views = {"num_views": settings.views, "cache_tokens": settings.cache_tokens}
+    cast = private.answer(copies, asked, **views, seed=settings.seed)
+    own = private.score(
         copies,
-        tasks,
+        asked,
+        answers.candidates(cast),
         settings=chosen,
-        num_views=settings.views,
-        slots=slots,
+        num_views=settings.score_views,
+        keep=settings.keep,
         seed=settings.seed,
     )
-    asked = [query for query in queries if query.task in cast]
-    own = answers.candidates([cast[query.task][query.place] for query in asked])
     names = [task.name for task in tasks]
+    table = answers.solved(asked, own)
     record["private"] = {
         "settings": chosen._asdict(),
         "guard": "unseen" if settings.isolated else "trained on by the source",
-        "steps": {names[number]: steps for number, steps in taken.items()},
-        "solved": sum(answers.solved(asked, own)["votes"].values()),
+        "steps": {names[number]: steps for number, steps in copies.steps.items()},
+        "solved": {rule: sum(each.values()) for rule, each in table.items()},
         "rows": [row_of(*pair, names) for pair in zip(asked, own, strict=True)],
         "seconds": time.perf_counter() - begin,
     }
-    print(f"private copies: {record['private']['solved']} of {len(taken)} by votes", flush=True)
+    print(f"private copies: {record['private']['solved']} of {len(copies.steps)}", flush=True)
 
 
 def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -281,6 +284,7 @@ if __name__ == "__main__":
         "isolated": flags.DEFINE_bool("isolated", False, "Leave out the tasks to be solved."),
         "private_steps": flags.DEFINE_integer("private_steps", 0, "Of private copies; 0: none.", 0),
         "private_rate": flags.DEFINE_float("private_rate", 1e-3, "Their step size.", 0.0),
+        "private_held_out": flags.DEFINE_integer("private_held_out", 1, "Of the guard.", 0),
         "private_at_once": flags.DEFINE_integer("private_at_once", 32, "Copies at once.", 1),
         "tasks": flags.DEFINE_integer("tasks", 0, "So many tasks of a kind; 0 for all.", 0),
         "smoke": flags.DEFINE_bool("smoke", False, "A tiny decoder, for a CPU."),

@@ -11,7 +11,7 @@ from benchmarks.arc import sources
 from ttt_jax import losses, models, votes
 from ttt_jax.data import grid_sequences
 from ttt_jax.data.few_shot import Example, FewShotTask
-from ttt_jax.views import grid
+from ttt_jax.views import grid, grid_arrays
 
 BUCKETS = (256, 512, 896, 1408, 1920)
 """Slots of the caches that outputs are decoded with."""
@@ -54,16 +54,8 @@ def queries_of(tasks: Sequence[FewShotTask]) -> list[Query]:
     """All queries, with the size of output that their task's demonstrations lead to."""
     made = []
     for number, task in enumerate(tasks):
-        shapes = [(np.shape(pair.input), np.shape(pair.output)) for pair in task.demonstrations]
-        ratios = {tuple(b / a for a, b in zip(*pair, strict=True)) for pair in shapes}
         for place, example in enumerate(task.queries):
-            sizes = [shape for _, shape in shapes]
-            if len(ratios) == 1:
-                ratio = next(iter(ratios))
-                sides = zip(np.shape(example.input), ratio, strict=True)
-                guess = tuple(int(np.clip(round(side * times), 1, 30)) for side, times in sides)
-                sizes = [guess] if ratio == (1.0, 1.0) else [guess, *sizes]
-            longest = max(max(h * (w + 1), w * (h + 1)) + 1 for h, w in sizes)
+            longest = grid_arrays.answer_length(task._replace(queries=(example,)))
             made.append(Query(number, place, example, longest))
     return made
 
@@ -89,28 +81,46 @@ def decode(
       seed: of the views.
       log: takes a line per bucket.
     """
-    rng = np.random.default_rng((seed, 7))
-    jobs = []
-    for number, query in enumerate(queries):
-        for place, view in enumerate(grid.draw(rng, num_views)):
-            bare = query.example._replace(output=None)
-            item = sources.encoded(bare, view, query.task, (number, place, view))
-            size = len(item.sequence.token)
-            due = min(size + int(_MORE * query.longest) + _SLACK, BUCKETS[-1])
-            jobs.append((due, size, item))
+    every = list(jobs(queries, num_views, seed))
     made: list[list[Any]] = [[None] * num_views for _ in queries]
     for least, slots in zip((0, *BUCKETS), BUCKETS, strict=False):
-        bucket = sorted((job for job in jobs if least < job[0] <= slots), key=lambda job: job[:2])
+        bucket = sorted((job for job in every if least < job.due <= slots), key=lambda job: job[:2])
         count = max(1, cache_tokens // slots)
         run = _completion(net, slots)
         for begin in range(0, len(bucket), count):
-            part = [job[2] for job in bucket[begin : begin + count]]
+            part = [job.item for job in bucket[begin : begin + count]]
             tokens = np.asarray(run(params, prefixes(part, count, slots)).tokens)
             for item, row in zip(part, tokens, strict=False):
                 number, place, view = item.tag
                 made[number][place] = vote_of(row, view)
         log(f"decoded {len(bucket)} sequences of at most {slots} tokens")
     return made
+
+
+class Job(NamedTuple):
+    """A query under a view.
+
+    Attributes:
+      due: slots that its input and output need, as far as the demonstrations tell.
+      size: tokens of the input.
+      item: its sequence; the tag is the place of the query, that of the view, and the view.
+    """
+
+    due: int
+    size: int
+    item: sources.Item
+
+
+def jobs(queries: Sequence[Query], num_views: int, seed: int) -> Iterator[Job]:
+    """Every query under every view, query by query."""
+    rng = np.random.default_rng((seed, 7))
+    for number, query in enumerate(queries):
+        bare = query.example._replace(output=None)
+        for place, view in enumerate(grid.draw(rng, num_views)):
+            item = grid_arrays.item(view, bare, number=query.task, tag=(number, place, view))
+            size = len(item.sequence.token)
+            due = min(size + int(_MORE * query.longest) + _SLACK, BUCKETS[-1])
+            yield Job(due, size, item)
 
 
 def vote_of(tokens: np.ndarray, view: grid.GridView) -> votes.Vote:
@@ -164,27 +174,52 @@ def score(
     seed: int,
 ) -> list[Answers]:
     """The answers with the log-probabilities of their most voted candidates under fresh views."""
-    rng = np.random.default_rng((seed, 11))
-    views = grid.draw(rng, num_views)
+    views = scoring_views(num_views, seed)
 
     def everything() -> Iterator[sources.Item]:
-        for number, (query, given) in enumerate(zip(queries, answers, strict=True)):
-            for candidate, output in enumerate(given.candidates[:keep]):
-                pair = Example(query.example.input, output)
-                length = grid_sequences.length_of(*pair)
-                for place, view in enumerate(views if length <= rows.length else ()):
-                    yield sources.encoded(pair, view, query.task, (number, candidate, place))
+        for number, pair in enumerate(zip(queries, answers, strict=True)):
+            yield from scored(number, *pair, views, rows.length, keep)
 
     @jax.jit
     def nats(params: Any, batch: Any) -> jax.Array:
         return losses.sequence_sums(net.apply(params, batch), batch).nats
 
-    made = [np.full((min(keep, len(each.candidates)), num_views), -np.inf) for each in answers]
+    made = unscored(answers, num_views, keep)
     for batch, tags in grid_sequences.pack(everything(), *rows):
         values = np.asarray(nats(params, {k: jnp.asarray(v) for k, v in batch._asdict().items()}))
         for row, slot, (number, candidate, place) in tags:
             made[number][candidate, place] = -values[row, slot]
     return [given._replace(log_probs=scores) for given, scores in zip(answers, made, strict=True)]
+
+
+def scoring_views(count: int, seed: int) -> list[grid.GridView]:
+    """Views that score, others than those that were decoded."""
+    return grid.draw(np.random.default_rng((seed, 11)), count)
+
+
+def scored(
+    number: int,
+    query: Query,
+    given: Answers,
+    views: Sequence[grid.GridView],
+    length: int,
+    keep: int,
+) -> Iterator[sources.Item]:
+    """The most voted candidates of a query under every view, where they have room.
+
+    The tag of an item is the number, the place of the candidate, and that of the view.
+    """
+    for candidate, output in enumerate(given.candidates[:keep]):
+        pair = Example(query.example.input, output)
+        if grid_arrays.sizes([FewShotTask("", (pair,), ())]).pair <= length:
+            for place, view in enumerate(views):
+                tag = (number, candidate, place)
+                yield grid_arrays.item(view, pair, number=query.task, tag=tag)
+
+
+def unscored(answers: Sequence[Answers], num_views: int, keep: int) -> list[np.ndarray]:
+    """``[candidates, views]`` of each query, -inf until they are scored."""
+    return [np.full((min(keep, len(each.candidates)), num_views), -np.inf) for each in answers]
 
 
 RULES = ("votes", "experts", "oracle")

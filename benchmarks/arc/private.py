@@ -1,14 +1,13 @@
 """A private low-rank copy per task on top of a decoder, many at once, with a guard against harm.
 
 Each task's copy, low-rank factors and the task's vectors, learns from its own demonstrations under
-drawn views. One demonstration is held out
-first: its loss after every few steps, beside the source's, says how many steps are taken, none
-where they harm. The copy that answers learns from all demonstrations for so many steps. The guard
-is fair where the decoder never saw the task: one that was trained on all demonstrations knows the
-one that is held out, and then favors no step.
+drawn views (:func:`ttt_jax.methods.few_shot_adapter`). The guard holds a demonstration out first,
+and takes the number of steps after which it is predicted best, none where they harm. It is fair
+where the decoder never saw the task: one that was trained on all demonstrations knows the one that
+is held out, and then favors no step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +16,11 @@ import numpy as np
 import optax
 
 import ttt_jax as ttt
-from benchmarks.arc import answers, sources
-from ttt_jax import losses, models, select, votes
+from benchmarks.arc import answers
+from ttt_jax import losses, methods, models, select, votes
 from ttt_jax.data import grid_sequences
 from ttt_jax.data.few_shot import FewShotTask
-from ttt_jax.views import grid
+from ttt_jax.views import grid_arrays
 
 # The task's own vectors, too: a decoder that never saw a task has drawn ones for it.
 SELECTED = select.union(select.lora(), select.paths(r"params/task", r"params/task_view"))
@@ -37,11 +36,11 @@ class Settings(NamedTuple):
       rate: step size of Adam.
       num_steps: S, at most.
       every: steps between two looks at the held-out demonstration; divides S.
-      length: tokens of a step's row, per task.
+      held_out: demonstrations that the guard holds out in turn; 0 for no guard.
+      drawn: rows of a task's demonstrations, one of which each step learns from.
+      length: tokens of a row.
       most: sequences of a row.
       tasks_at_once: N.
-      held_out_views: views under which the held-out demonstration is scored, or as many of them as
-        have room in a row.
     """
 
     rank: int = 16
@@ -49,213 +48,209 @@ class Settings(NamedTuple):
     rate: float = 1e-3
     num_steps: int = 60
     every: int = 10
+    held_out: int = 1
+    drawn: int = 24
     length: int = 2048
     most: int = 16
     tasks_at_once: int = 32
-    held_out_views: int = 8
 
 
 class Copies(NamedTuple):
-    """A decoder with low-rank leaves that are zero in effect, and how it is adapted."""
+    """A decoder with low-rank leaves, and what each task's copy has in place of some of them.
 
-    net: Any
+    Attributes:
+      net: the decoder.
+      params: pristine, the low-rank leaves zero in effect.
+      fast: the leaves of the copies, ``[tasks, ...]``.
+      places: by number of the task, the row of ``fast``.
+      steps: by number of the task, how many steps were taken.
+    """
+
+    net: models.GridDecoder
     params: Any
-    adapter: ttt.Adapter
-
-
-def copies_of(net: models.GridDecoder, params: Any, settings: Settings, seed: int) -> Copies:
-    """The decoder with the leaves of a copy."""
-    example = grid_sequences.empty(1, settings.length, settings.most)._asdict()
-    wide, params = models.low_rank(
-        net,
-        params,
-        jax.random.key(seed),
-        example,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        paths=list(TARGETS),
-    )
-    loss = losses.packed_sequences(wide.apply)
-    adapter = ttt.gradient_adapter(loss, optax.adam(settings.rate), select=SELECTED)
-    return Copies(wide, params, adapter)
-
-
-def row_of(
-    task: FewShotTask, number: int, settings: Settings, rng: np.random.Generator
-) -> dict[str, np.ndarray]:
-    """A row of a task's demonstrations under drawn views, ``[1, T]``."""
-
-    def drawn() -> Any:
-        while True:
-            pair = task.demonstrations[int(rng.integers(len(task.demonstrations)))]
-            yield sources.encoded(pair, sources.draw_view(rng), number)
-
-    packed, _ = next(grid_sequences.pack(drawn(), 1, settings.length, settings.most, patience=4))
-    return packed._asdict()
+    fast: Any
+    places: dict[int, int]
+    steps: dict[int, int]
 
 
 def fits(task: FewShotTask, settings: Settings) -> bool:
     """Whether every demonstration has room in a row."""
-    sizes = (grid_sequences.length_of(*pair) for pair in task.demonstrations)
-    return max(sizes) <= settings.length
+    return grid_arrays.sizes([task]).pair <= settings.length
 
 
-def _held_out(
-    task: FewShotTask, number: int, settings: Settings, rng: np.random.Generator
-) -> tuple[FewShotTask, dict[str, np.ndarray]]:
-    """The task without its last demonstration, and that one under several views."""
-    *shown, last = task.demonstrations
-    rest = task._replace(demonstrations=tuple(shown or [last]))
-    views = grid.draw(rng, settings.held_out_views)
-    items = (sources.encoded(last, view, number) for view in views)
-    packed, _ = next(grid_sequences.pack(items, 1, settings.length, settings.most, patience=1))
-    return rest, packed._asdict()
+def learn(
+    net: models.GridDecoder,
+    params: Any,
+    tasks: Sequence[FewShotTask],
+    settings: Settings,
+    seed: int,
+    log: Callable[[str], None] = print,
+) -> Copies:
+    """Copies of all tasks whose demonstrations have room in a row, N side by side.
+
+    Args:
+      net: the decoder.
+      params: of it.
+      tasks: all of them; the number of a task is its place.
+      settings: of the copies.
+      seed: of rows, factors and steps.
+      log: takes a line per group of tasks.
+    """
+    example = grid_sequences.empty(1, settings.length, settings.most)._asdict()
+    key = jax.random.key(seed)
+    about = {"rank": settings.rank, "alpha": settings.alpha, "paths": list(TARGETS)}
+    net, params = models.low_rank(net, params, key, example, **about)
+    predict = methods.few_shot_adapter(
+        net.apply,
+        optimizer=optax.adam(settings.rate),
+        select=SELECTED,
+        num_steps=settings.num_steps,
+        rows=1,
+        held_out=settings.held_out,
+        every=settings.every,
+    )
+    run = jax.jit(ttt.batched(predict))
+    numbers = [number for number, task in enumerate(tasks) if fits(task, settings)]
+    parts, steps = [], {}
+    for begin in range(0, len(numbers), settings.tasks_at_once):
+        group = numbers[begin : begin + settings.tasks_at_once]
+        # The last group is filled up, so that one program serves all.
+        filled = group + [group[-1]] * (settings.tasks_at_once - len(group))
+        x = _stacked([_demonstrations(tasks[n], n, settings, seed) for n in filled])
+        keys = ttt.sample_keys(key, np.array(filled))
+        fast, info = run(params, {"demonstrations": x}, keys)
+        parts.append(fast)
+        taken = np.full(len(filled), settings.num_steps)
+        if settings.held_out:
+            taken = np.asarray(info.aux["taken"]).sum(1)
+        steps |= dict(zip(group, taken.tolist(), strict=False))
+        log(f"tasks {begin} to {begin + len(group) - 1}: steps {[steps[n] for n in group]}")
+    # What fills the last group has no number.
+    fast = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    return Copies(net, params, fast, {n: place for place, n in enumerate(numbers)}, steps)
+
+
+def _demonstrations(
+    task: FewShotTask, number: int, settings: Settings, seed: int
+) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng((seed, number))
+    size = {"rows": settings.drawn, "length": settings.length, "most": settings.most}
+    return grid_arrays.demonstrations(task, rng, **size, number=number)
 
 
 def _stacked(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def learn(
-    copies: Copies, batches: Any, stops: Any, held_out: Any, settings: Settings
-) -> tuple[Any, jax.Array]:
-    """Trains N copies side by side.
-
-    Args:
-      copies: what is adapted.
-      batches: rows of the steps, leaves ``[S, N, 1, T]``.
-      stops: int ``[N]``, how many steps each copy takes.
-      held_out: rows ``[N, 1, T]`` that are scored after every few steps.
-      settings: of the copies.
-
-    Returns:
-      The adapted leaves ``[N, ...]``, and the held-out nats per token ``[N, 1 + S / every]``.
-    """
-    adapter, params = copies.adapter, copies.params
-    loss = losses.packed_sequences(copies.net.apply, power=0.0)
-    key = jax.random.key(0)  # the loss draws nothing
-
-    def task(rows: Any, stop: Any, held_out: Any) -> Any:
-        state = adapter.init(params)
-
-        def step(carry: Any, x: Any) -> Any:
-            place, row = x
-            moved, info = adapter.step(params, carry, row, key)
-            taken = (place < stop) & info.finite
-            return jax.tree.map(lambda new, old: jnp.where(taken, new, old), moved, carry), None
-
-        def block(carry: Any, x: Any) -> Any:
-            carry, _ = jax.lax.scan(step, carry, x)
-            return carry, loss(adapter.merge(params, carry), held_out, key)
-
-        count = settings.num_steps
-        split = jax.tree.map(
-            lambda leaf: leaf.reshape(-1, settings.every, *leaf.shape[1:]),
-            (jnp.arange(count), rows),
-        )
-        first = loss(adapter.merge(params, state), held_out, key)
-        state, later = jax.lax.scan(block, state, split)
-        return state.fast, jnp.concatenate([first[None], later])
-
-    return jax.vmap(task, (1, 0, 0))(batches, stops, held_out)
-
-
-def steps_of(curves: np.ndarray, settings: Settings, margin: float = 0.0) -> np.ndarray:
-    """How many steps each copy takes, from the held-out nats ``[N, 1 + S / every]``."""
-    return settings.every * votes.prefer(curves[:, 1:], curves[:, 0], margin=margin)
-
-
 def answer(
     copies: Copies,
-    tasks: Sequence[FewShotTask],
+    queries: Sequence[answers.Query],
+    *,
+    num_views: int,
+    cache_tokens: int,
+    seed: int,
+) -> list[list[votes.Vote]]:
+    """A vote per view of every query, each by its task's copy, queries of like length together.
+
+    Args:
+      copies: among them one for the task of every query.
+      queries: what is asked.
+      num_views: V.
+      cache_tokens: slots of all sequences that are decoded at once.
+      seed: of the views.
+    """
+    made: list[Any] = [None] * len(queries)
+    jobs: list[list[Any]] = [[] for _ in queries]
+    for job in answers.jobs(queries, num_views, seed):
+        jobs[job.item.tag[0]].append(job)
+    due = [max(job.due for job in each) for each in jobs]
+    for least, slots in zip((0, *answers.BUCKETS), answers.BUCKETS, strict=False):
+        bucket = [place for place in range(len(queries)) if least < due[place] <= slots]
+        count = max(1, cache_tokens // (slots * num_views))
+        run = _completion(copies, slots)
+        for begin in range(0, len(bucket), count):
+            part = bucket[begin : begin + count]
+            filled = part + [part[-1]] * (count - len(part))
+            items = [[job.item for job in jobs[place]] for place in filled]
+            inputs = _stacked([answers.prefixes(each, num_views, slots) for each in items])
+            tokens = np.asarray(run(_own(copies, queries, filled), inputs))
+            for place, rows in zip(part, tokens, strict=False):
+                made[place] = [
+                    answers.vote_of(row, job.item.tag[2])
+                    for row, job in zip(rows, jobs[place], strict=True)
+                ]
+    return made
+
+
+def _own(copies: Copies, queries: Sequence[answers.Query], places: Sequence[int]) -> Any:
+    rows = np.array([copies.places[queries[place].task] for place in places])
+    return jax.tree.map(lambda leaf: leaf[rows], copies.fast)
+
+
+def _completion(copies: Copies, slots: int) -> Callable[[Any, Any], Any]:
+    """Tokens ``[N, V, T]`` of the views of one query of each of N copies."""
+    # A loop over layers is compiled sooner, and hardly slower token by token.
+    net, frozen = copies.net.clone(unroll=1), SELECTED.split(copies.params)[1]
+
+    @jax.jit
+    def run(fast: Any, inputs: Any) -> Any:
+        def query(fast: Any, inputs: Any) -> jax.Array:
+            params = SELECTED.merge(fast, frozen)
+            return models.complete_grids(net, params, inputs, slots=slots, num_tokens=slots).tokens
+
+        return jax.vmap(query)(fast, inputs)
+
+    return run
+
+
+def score(
+    copies: Copies,
+    queries: Sequence[answers.Query],
+    given: Sequence[answers.Answers],
     *,
     settings: Settings,
     num_views: int,
-    slots: int,
+    keep: int,
     seed: int,
-    guarded: bool = True,
-    log: Callable[[str], None] = print,
-) -> tuple[dict[int, list[list[votes.Vote]]], dict[int, int]]:
-    """Votes of each task's own copy, by the number of the task, and the steps that were taken.
+    at_once: int = 16,
+) -> list[answers.Answers]:
+    """The answers with the log-probabilities of their candidates under their task's copy.
 
     Args:
-      copies: what is adapted.
-      tasks: all of them; one whose demonstrations have no room in a row is left out.
+      copies: among them one for the task of every query.
+      queries: what was asked.
+      given: the answers to each query.
       settings: of the copies.
-      num_views: V, of every query.
-      slots: of the cache.
+      num_views: that score.
+      keep: candidates of a query that are scored.
       seed: of the views.
-      guarded: whether held-out demonstrations decide the steps; else all are taken.
-      log: takes a line per group of tasks.
+      at_once: rows.
     """
-    run = jax.jit(lambda *given: learn(copies, *given, settings))
-    complete = jax.jit(lambda fast, inputs: _completed(copies, fast, inputs, slots))
-    numbers = [number for number, task in enumerate(tasks) if fits(task, settings)]
-    cast: dict[int, list[list[votes.Vote]]] = {}
-    taken: dict[int, int] = {}
-    for begin in range(0, len(numbers), settings.tasks_at_once):
-        group = numbers[begin : begin + settings.tasks_at_once]
-        # The last group is filled up, so that one program serves all.
-        filled = group + [group[-1]] * (settings.tasks_at_once - len(group))
-        rngs = [np.random.default_rng((seed, number)) for number in filled]
-        parts = [
-            _held_out(tasks[number], number, settings, rng)
-            for number, rng in zip(filled, rngs, strict=True)
-        ]
-        held_out = _stacked([row for _, row in parts])
-        stops = np.full(len(filled), settings.num_steps)
-        if guarded:
-            shown = [task for task, _ in parts]
-            _, curves = run(_rows(shown, filled, settings, rngs), stops, held_out)
-            stops = steps_of(np.asarray(curves), settings)
-        every = _rows([tasks[number] for number in filled], filled, settings, rngs)
-        fast, _ = run(every, stops, held_out)
-        for place, query_votes in _decoded(complete, fast, tasks, group, num_views, slots, seed):
-            cast.setdefault(place, []).append(query_votes)
-        taken |= {number: int(stop) for number, stop in zip(group, stops, strict=False)}
-        log(f"tasks {begin} to {begin + len(group) - 1}: steps {stops[: len(group)].tolist()}")
-    return cast, taken
+    net, frozen = copies.net, SELECTED.split(copies.params)[1]
 
+    @jax.jit
+    def nats(fast: Any, batch: Any) -> jax.Array:
+        def row(fast: Any, batch: Any) -> jax.Array:
+            logits = net.apply(SELECTED.merge(fast, frozen), batch)
+            return losses.sequence_sums(logits, batch).nats
 
-def _rows(tasks: Any, numbers: Any, settings: Settings, rngs: Any) -> dict[str, np.ndarray]:
-    """Rows of all steps, leaves ``[S, N, 1, T]``."""
-    steps = [
-        _stacked([row_of(*each[:2], settings, each[2]) for each in zip(tasks, numbers, rngs)])  # noqa: B905
-        for _ in range(settings.num_steps)
-    ]
-    return _stacked(steps)
+        return jax.vmap(row)(fast, batch)
 
+    def rows() -> Iterator[tuple[int, Any, Any]]:
+        views = answers.scoring_views(num_views, seed)
+        for number, pair in enumerate(zip(queries, given, strict=True)):
+            items = answers.scored(number, *pair, views, settings.length, keep)
+            for batch, tags in grid_sequences.pack(items, 1, settings.length, settings.most):
+                yield number, batch._asdict(), tags
 
-def _completed(copies: Copies, fast: Any, inputs: Any, slots: int) -> jax.Array:
-    """Tokens ``[N, V, T]`` of the views of one query of each task."""
-    frozen = SELECTED.split(copies.params)[1]
-
-    def task(fast: Any, inputs: Any) -> jax.Array:
-        params = SELECTED.merge(fast, frozen)
-        made = models.complete_grids(copies.net, params, inputs, slots=slots, num_tokens=slots)
-        return made.tokens
-
-    return jax.vmap(task)(fast, inputs)
-
-
-def _decoded(
-    complete: Any, fast: Any, tasks: Any, group: Any, num_views: int, slots: int, seed: int
-) -> Any:
-    """For every query of a group, the number of its task and its votes."""
-    most = max(len(tasks[number].queries) for number in group)
-    count = jax.tree.leaves(fast)[0].shape[0]
-    for place in range(most):
-        items, asked = [], []
-        for row in range(count):
-            number = group[min(row, len(group) - 1)]
-            queries = tasks[number].queries
-            rng = np.random.default_rng((seed, 7, number, place))
-            bare = queries[min(place, len(queries) - 1)]._replace(output=None)
-            views = grid.draw(rng, num_views)
-            items.append([sources.encoded(bare, view, number) for view in views])
-            asked.append((number, views, row < len(group) and place < len(queries)))
-        inputs = _stacked([answers.prefixes(part, num_views, slots) for part in items])
-        tokens = np.asarray(complete(fast, inputs))
-        for (number, views, wanted), rows in zip(asked, tokens, strict=True):
-            if wanted:
-                yield number, [answers.vote_of(*pair) for pair in zip(rows, views, strict=True)]
+    made = answers.unscored(given, num_views, keep)
+    every = list(rows())
+    for begin in range(0, len(every), at_once):
+        part = every[begin : begin + at_once]
+        filled = part + [part[-1]] * (at_once - len(part))
+        fast = _own(copies, queries, [number for number, *_ in filled])
+        values = np.asarray(nats(fast, _stacked([batch for _, batch, _ in filled])))
+        for (_, _, tags), row in zip(part, values, strict=False):
+            for _, slot, (number, candidate, place) in tags:
+                made[number][candidate, place] = -row[0, slot]
+    return [each._replace(log_probs=scores) for each, scores in zip(given, made, strict=True)]

@@ -15,7 +15,7 @@ import numpy as np
 from ttt_jax.data import few_shot, grid_sequences, isomorphism
 from ttt_jax.data.few_shot import Example, FewShotTask
 from ttt_jax.data.grid_sequences import Item
-from ttt_jax.views import grid
+from ttt_jax.views import grid, grid_arrays
 
 _EVALUATION, _TRAINING, _GENERATED = range(3)
 # Of what is no demonstration of a task to be solved: original tasks, and generated examples.
@@ -151,19 +151,6 @@ def load(
     return Sources(tuple(names), pools, tuple(dropped), tuple(sorted(shown))), to_solve
 
 
-def draw_view(rng: np.random.Generator) -> grid.GridView:
-    """A symmetry, and a permutation of all colors but black."""
-    colors = (0, *(1 + rng.permutation(9)).tolist())
-    return grid.GridView(int(rng.integers(8)), colors)
-
-
-def encoded(example: Example, view: grid.GridView, task: int, tag: Any = None) -> Item:
-    """The sequence of an example under a view; one without an output ends with its input."""
-    parts = [None if part is None else grid.apply(view, part) for part in example]
-    sequence = grid_sequences.encode(*parts, colors=view.colors)
-    return Item(sequence, task, view.symmetry, tag)
-
-
 def items(sources: Sources, rng: np.random.Generator, share: float) -> Iterator[Item]:
     """Examples without an end; ``share`` of them demonstrations of the tasks to be solved."""
     rest = 1.0 - share
@@ -175,7 +162,8 @@ def items(sources: Sources, rng: np.random.Generator, share: float) -> Iterator[
     while True:
         pool = sources.pools[int(rng.choice(3, p=shares))]
         place = min(int(np.searchsorted(pool.cumulative, rng.random())), len(pool.pairs) - 1)
-        yield encoded(pool.pairs[place], draw_view(rng), int(pool.tasks[place]))
+        number = int(pool.tasks[place])
+        yield grid_arrays.item(grid.random(rng), pool.pairs[place], number=number)
 
 
 def batch_of(sources: Sources, rows: Rows, seed: int, step: int, share: float) -> dict[str, Any]:

@@ -125,7 +125,9 @@ def lines(record: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> 
     if "private" in record:
         taken = set(record["private"]["steps"])
         shared = [row for row in record["rows"] if row["task"] in taken]
-        made.append(f"  private - source: {gap(parts[' of private copies'], shared, 'votes')}")
+        for rule in ("votes", "experts"):
+            more = gap(record["private"]["rows"], shared, rule)
+            made.append(f"  private copies less the source, {rule}: {more}")
     bins, error = confidence(record["rows"])
     made.append(f"  share of the votes as a confidence, calibration error {error:.3f}:")
     for each in bins:

@@ -150,6 +150,7 @@ def settings(**changes):
         "isolated": False,
         "private_steps": 0,
         "private_rate": 1e-2,
+        "private_held_out": 1,
         "private_at_once": 2,
         "tasks": 0,
         "smoke": True,
@@ -170,7 +171,7 @@ def test_private_copies_on_a_decoder_that_never_saw_the_tasks(toy_sets, tmp_path
     assert drawn == [[0.0]]
     kept = json.loads((tmp_path / "a.json").read_text())["private"]
     assert kept["steps"].keys() == {"add1", "add2"} and len(kept["rows"]) == 2
-    assert kept["solved"] == record["private"]["solved"] == 0
+    assert kept["solved"] == record["private"]["solved"] == dict.fromkeys(answers.RULES, 0)
 
 
 def test_a_training_in_two_commands_is_the_training_in_one(toy_sets, tmp_path, monkeypatch):

@@ -1,14 +1,14 @@
-"""Private copies of a decoder of grids: apart from each other, guarded, forgotten."""
+"""Private copies of a decoder of grids: apart from each other, guarded, each for its own task."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks.arc import answers, private
-from ttt_jax import models
+from ttt_jax import losses, models
 from ttt_jax.data import grid_sequences
 from ttt_jax.data.few_shot import Example, FewShotTask
+from ttt_jax.views import grid_arrays
 
 pytest.importorskip("qwix", reason="low-rank adaptation needs qwix")
 
@@ -16,104 +16,121 @@ SETTINGS = private.Settings(
     rank=2,
     alpha=2.0,
     rate=3e-2,
-    num_steps=6,
-    every=3,
+    num_steps=4,
+    every=2,
+    held_out=0,
+    drawn=3,
     length=128,
     most=4,
     tasks_at_once=3,
-    held_out_views=2,
 )
-NET = models.GridDecoder(tasks=4, width=32, depth=1, heads=2, mlp_width=32, attention="xla")
+NET = models.GridDecoder(tasks=5, width=32, depth=1, heads=2, mlp_width=32, attention="xla")
 
 
-def tasks(count=4):
+def pair(rng, number):
+    before = rng.integers(0, 10, (2, 3))
+    return Example(before, (before + number) % 10)
+
+
+def tasks():
+    """Four small ones and, before the last, one without room."""
     rng = np.random.default_rng(0)
+    made = []
+    for number in range(4):
+        pairs = tuple(pair(rng, number) for _ in range(3))
+        made.append(FewShotTask(f"add{number}", pairs, (pair(rng, number),)))
+    large = Example(np.zeros((12, 12), int), np.zeros((12, 12), int))
+    return [*made[:3], FewShotTask("large", (large,) * 2, (large,)), made[3]]
 
-    def pair(number):
-        before = rng.integers(0, 10, (2, 3))
-        return Example(before, (before + number) % 10)
 
-    return [
-        FewShotTask(f"add{n}", tuple(pair(n) for _ in range(3)), (pair(n),)) for n in range(count)
-    ]
+TASKS = tasks()
 
 
 @pytest.fixture(scope="module")
-def copies():
-    params = NET.init(jax.random.key(0), grid_sequences.empty(1, 128, 4)._asdict())
+def params():
+    made = NET.init(jax.random.key(0), grid_sequences.empty(1, 128, 4)._asdict())
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32), params)
-    return private.copies_of(NET, params, SETTINGS, 0)
+    return jax.tree.map(lambda a: a + 0.1 * rng.normal(size=a.shape).astype(np.float32), made)
+
+
+def learn(params, tasks=TASKS, **changes):
+    return private.learn(NET, params, tasks, SETTINGS._replace(**changes), 0, lambda line: None)
 
 
 @pytest.fixture(scope="module")
-def learned(copies):
-    """Three tasks at once: rows, held-out rows, and what they leave."""
-    rngs = [np.random.default_rng(n) for n in range(3)]
-    parts = [private._held_out(t, n, SETTINGS, rngs[n]) for n, t in enumerate(tasks(3))]
-    rows = private._rows([t for t, _ in parts], range(3), SETTINGS, rngs)
-    held_out = private._stacked([row for _, row in parts])
-    run = jax.jit(lambda *given: private.learn(copies, *given, SETTINGS))
-    return run, rows, held_out, jax.device_get(run(rows, np.full(3, 6), held_out))
+def copies(params):
+    return learn(params)
 
 
-def test_copies_learn_and_are_apart(copies, learned):
-    run, rows, held_out, (fast, curves) = learned
-    assert curves.shape == (3, 3) and np.isfinite(curves).all()
-    assert (curves[:, -1] < curves[:, 0]).all()
-    order = np.array([2, 0, 1])
-    mixed = {name: leaf[:, order] for name, leaf in rows.items()}
-    moved, _ = run(mixed, np.full(3, 6), {k: v[order] for k, v in held_out.items()})
-    for ours, wanted in zip(jax.tree.leaves(moved), jax.tree.leaves(fast), strict=True):
-        np.testing.assert_array_equal(ours, wanted[order])
-    spoiled = {name: leaf.copy() for name, leaf in rows.items()}
-    spoiled["label"][:, 1] = 0
-    others, _ = jax.device_get(run(spoiled, np.full(3, 6), held_out))
-    for ours, wanted in zip(jax.tree.leaves(others), jax.tree.leaves(fast), strict=True):
-        np.testing.assert_array_equal(ours[[0, 2]], wanted[[0, 2]])
-    assert any((o[1] != w[1]).any() for o, w in zip(*map(jax.tree.leaves, (others, fast))))  # noqa: B905
+def test_a_copy_is_of_its_task_alone(copies, params):
+    assert set(copies.places) == set(copies.steps) == {0, 1, 2, 4}
+    assert set(copies.steps.values()) == {4}
+    for leaf in jax.tree.leaves(copies.fast):
+        assert np.isfinite(leaf).all()
+    # Another third task, other neighbors: the first two copies are the same bit for bit.
+    others = [*TASKS[:2], TASKS[2]._replace(demonstrations=TASKS[4].demonstrations), *TASKS[3:]]
+    again = learn(params, others)
+    for ours, wanted in zip(*map(jax.tree.leaves, (again.fast, copies.fast)), strict=True):
+        np.testing.assert_array_equal(ours[:2], wanted[:2])
+        np.testing.assert_array_equal(ours[3], wanted[3])
+    assert any(
+        (ours[2] != wanted[2]).any()
+        for ours, wanted in zip(*map(jax.tree.leaves, (again.fast, copies.fast)), strict=True)
+    )
 
 
-def test_a_copy_that_takes_no_step_is_the_source(copies, learned):
-    run, rows, held_out, _ = learned
-    fast, curves = jax.device_get(run(rows, np.array([0, 3, 0]), held_out))
-    np.testing.assert_allclose(curves[[0, 2]], curves[[0, 2], :1].repeat(3, 1), rtol=1e-6)
-    assert curves[1, 1] == pytest.approx(curves[1, 2], rel=1e-6)
-    assert curves[1, 1] < curves[1, 0]
-    first = jax.device_get(copies.adapter.init(copies.params).fast)
-    for ours, wanted in zip(jax.tree.leaves(fast), jax.tree.leaves(first), strict=True):
-        np.testing.assert_array_equal(ours[0], wanted)
+def nats_of(copies, place, number):
+    """Of a task's demonstrations under other views than those of its training."""
+    rng = np.random.default_rng(99)
+    rows = grid_arrays.demonstrations(TASKS[number], rng, rows=4, length=128, most=4, number=number)
+    fast = jax.tree.map(lambda leaf: leaf[place], copies.fast)
+    whole = private.SELECTED.merge(fast, private.SELECTED.split(copies.params)[1])
+    return float(losses.packed_sequences(copies.net.apply)(whole, rows, jax.random.key(0)))
 
 
-def test_the_guard_takes_no_step_that_harms():
-    curves = np.array([[1.0, 0.5, 0.7], [1.0, 1.2, 1.1], [1.0, np.nan, 0.9], [1.0, 0.99, 2.0]])
-    np.testing.assert_array_equal(private.steps_of(curves, SETTINGS), [3, 0, 6, 3])
-    np.testing.assert_array_equal(private.steps_of(curves, SETTINGS, margin=0.05), [3, 0, 6, 0])
+def test_a_copy_learns_its_demonstrations(copies, params):
+    still = learn(params, rate=0.0)
+    for number, place in copies.places.items():
+        assert nats_of(copies, place, number) < nats_of(still, place, number) - 0.05
 
 
-def test_every_task_is_answered_by_its_own_copy(copies, monkeypatch):
-    """Four tasks in groups of three; without a step the votes are the source's."""
+def test_the_guard_says_how_many_steps_are_taken(params):
+    guarded = learn(params, held_out=2, num_steps=6)
+    assert set(guarded.steps) == {0, 1, 2, 4}
+    assert all(count in (0, 2, 4, 6) for count in guarded.steps.values())
+    # At such a step size hardly anything helps: the source stays, bit for bit.
+    wild = learn(params, held_out=1, rate=1e3)
+    stay = np.array([wild.places[number] for number, count in wild.steps.items() if not count])
+    assert stay.size
+    first = private.SELECTED.split(wild.params)[0]
+    for ours, wanted in zip(*map(jax.tree.leaves, (wild.fast, first)), strict=True):
+        np.testing.assert_array_equal(ours[stay], np.broadcast_to(wanted, ours[stay].shape))
+
+
+def test_every_query_is_answered_and_scored_by_its_own_copy(copies, monkeypatch):
+    """At once, and as the decoder with the copy's leaves answers alone."""
     # A drawn decoder spells no grid: its first six tokens are taken for one.
     spelled = lambda tokens: (tokens[:6] % 10).reshape(2, 3)  # noqa: E731
     monkeypatch.setattr(answers.grid_sequences, "decode", spelled)
-    given = {"num_views": 2, "slots": 48, "seed": 0, "log": lambda line: None}
-    cast, taken = private.answer(copies, tasks(), settings=SETTINGS, **given)
-    assert set(cast) == set(taken) == {0, 1, 2, 3}
-    assert all(steps in (0, 3, 6) for steps in taken.values())
-    assert all(len(votes) == 1 and len(votes[0]) == 2 for votes in cast.values())
-    still, none = private.answer(
-        copies, tasks(), settings=SETTINGS._replace(rate=0.0), guarded=False, **given
-    )
-    assert set(none.values()) == {6}
-    alone, _ = private.answer(
-        copies,
-        tasks(),
-        settings=SETTINGS._replace(rate=0.0, tasks_at_once=1),
-        guarded=False,
-        **given,
-    )
-    for number in range(4):
-        for ours, wanted in zip(still[number][0], alone[number][0], strict=True):
+    monkeypatch.setattr(answers, "BUCKETS", (48, 64))
+    queries = [q for q in answers.queries_of(TASKS) if q.task in copies.places]
+    given = {"num_views": 2, "cache_tokens": 300, "seed": 0}
+    cast = private.answer(copies, queries, **given)
+    made = answers.candidates(cast)
+    scoring = {"num_views": 2, "keep": 2, "seed": 0}
+    scored = private.score(copies, queries, made, settings=SETTINGS, at_once=3, **scoring)
+    frozen = private.SELECTED.split(copies.params)[1]
+    rows = answers.sources.Rows(2, 128, 4)
+    for place, query in enumerate(queries):
+        fast = jax.tree.map(lambda leaf, row=copies.places[query.task]: leaf[row], copies.fast)
+        whole = private.SELECTED.merge(fast, frozen)
+        about = {"num_views": 2, "cache_tokens": 300, "seed": 0, "log": lambda line: None}
+        # All of them, as views are drawn query by query.
+        alone = answers.decode(copies.net, whole, queries, **about)[place]
+        for ours, wanted in zip(cast[place], alone, strict=True):
             np.testing.assert_array_equal(ours.answer, wanted.answer)
-    assert any((a.answer != b.answer).any() for a, b in zip(still[0][0], still[1][0], strict=True))
-    assert jnp.ndim(copies.params["params"]["token"]) == 2
+            assert ours.view == wanted.view
+        due = answers.score(copies.net, whole, queries, made, rows=rows, **scoring)[place]
+        assert np.isfinite(scored[place].log_probs).all()
+        np.testing.assert_allclose(scored[place].log_probs, due.log_probs, rtol=2e-4, atol=1e-3)
+    assert any((a.answer != b.answer).any() for a, b in zip(cast[0], cast[1], strict=True))

@@ -99,5 +99,5 @@ def test_every_method_over_documents_has_a_row():
     }
     # What continues a document, and what takes prompts, have their own tests
     # (tests/methods/test_continue_document.py, test_ttrl.py and test_discover.py).
-    others = {"continue_document", "document_adapter", "ttrl", "discover"}
+    others = {"continue_document", "document_adapter", "few_shot_adapter", "ttrl", "discover"}
     assert over_documents - others == set(METHODS)

@@ -92,6 +92,18 @@ def test_tasks_at_once_are_tasks_one_at_a_time(name, request):
     np.testing.assert_array_equal(told.loss[2], info.loss[1])
 
 
+def test_what_was_learned_answers_as_the_copy_does(plain):
+    settings = {name: value for name, value in SETTINGS.items()}
+    fast, learned = jax.jit(ttt.batched(methods.few_shot_adapter(logits, **settings)))(
+        PARAMS, {"demonstrations": XS["demonstrations"]}, KEYS
+    )
+    own = ttt.adapted(ttt.source(ttt.unbatched(answer)), select=select.everything())
+    output, _ = ttt.batched(own)(PARAMS, (fast, XS), KEYS)
+    due, info = plain(PARAMS, XS, KEYS)
+    np.testing.assert_array_equal(output, due)
+    np.testing.assert_array_equal(learned.loss, info.loss)
+
+
 def test_the_guard_keeps_the_source_where_nothing_carries_over(guarded):
     """Cells are apart in the table, so that no demonstration teaches anything of another one."""
     output, info = guarded(PARAMS, XS, KEYS)

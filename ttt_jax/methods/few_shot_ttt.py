@@ -88,11 +88,69 @@ def few_shot_ttt(
       demonstrations are context; here views are drawn, N tasks learn at once, and what is in the
       context is up to the model. The guard is not theirs.
     """
+    given = optimizer, select, num_steps, rows, held_out, every, trace
+    return _learning("few_shot_ttt", unbatched(answer), logits, *given)
+
+
+@_arguments.checked(rows=_arguments.count(), held_out=_arguments.count(0), every=_arguments.count())
+def few_shot_adapter(
+    logits: Callable[[Params, Any], jax.Array],
+    *,
+    optimizer: optax.GradientTransformation = optax.adamw(1e-4, weight_decay=0.01),
+    select: Selection = select.lora(),
+    num_steps: int = 250,
+    rows: int = 2,
+    held_out: int = 0,
+    every: int = 10,
+) -> Predictor:
+    """A predictor of what :func:`few_shot_ttt` learns of a task: the selected leaves of its copy.
+
+    For tasks that are learned side by side and answered in other groups, or several times, by
+    :func:`ttt_jax.adapted`.
+
+    Args:
+      logits: as for :func:`few_shot_ttt`.
+      optimizer: an optax transformation; its state is the task's own.
+      select: the parameters that adapt.
+      num_steps: S, static.
+      rows: of a step.
+      held_out: F, static; 0 for no guard.
+      every: divides ``num_steps`` where there is a guard.
+
+    Returns:
+      A :class:`~ttt_jax.Predictor` over ``x`` with ``demonstrations``, whose output is laid out as
+      ``select.split(params)[0]``; the source's where a step was not finite.
+
+    Raises:
+      ValueError: as :func:`few_shot_ttt`.
+
+    References:
+      Akyürek et al., `The Surprising Effectiveness of Test-Time Training for Few-Shot Learning
+      <https://arxiv.org/abs/2411.07279>`_, 2025, Section 3.
+    """
+    given = optimizer, select, num_steps, rows, held_out, every, False
+    name = "few_shot_adapter"
+    return _learning(name, lambda params, x: select.split(params)[0], logits, *given)
+
+
+def _learning(
+    name: str,
+    apply: Callable[[Params, Any], Any],
+    logits: Callable[[Params, Any], jax.Array],
+    optimizer: optax.GradientTransformation,
+    select: Selection,
+    num_steps: int,
+    rows: int,
+    held_out: int,
+    every: int,
+    trace: bool,
+) -> Predictor:
+    """A predictor of ``apply`` at the parameters of a task's own copy."""
     inner.check_num_steps(num_steps)
     _contract.require_function("logits", logits, "(params, batch) -> logits[R, T, V]")
     if held_out and num_steps % every:
         raise ValueError(
-            f"methods.few_shot_ttt looks at what is held out after every {every} steps, so that "
+            f"methods.{name} looks at what is held out after every {every} steps, so that "
             f"num_steps must be a multiple of it; got {num_steps}. Set every."
         )
     nats = packed_sequences(logits)
@@ -105,11 +163,11 @@ def few_shot_ttt(
         return nats(params, jax.tree.map(lambda leaf: leaf[chosen], held), key)
 
     adapter = gradient_adapter(loss, optimizer, select=select)
-    plain = episodic(adapter, unbatched(answer), num_steps=num_steps, trace=trace)
-    limited = episodic(_limited(adapter), unbatched(answer), num_steps=num_steps, trace=trace)
+    plain = episodic(adapter, apply, num_steps=num_steps, trace=trace)
+    limited = episodic(_limited(adapter), apply, num_steps=num_steps, trace=trace)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
-        x = {**x, "demonstrations": _rows_of(x, rows)}
+        x = {**x, "demonstrations": _rows_of(name, x, rows)}
         if not held_out or not num_steps:
             return plain(params, x, key)
         curves = jax.vmap(
@@ -120,17 +178,17 @@ def few_shot_ttt(
     return predict
 
 
-def _rows_of(x: Any, rows: int) -> dict[str, jax.Array]:
+def _rows_of(name: str, x: Any, rows: int) -> dict[str, jax.Array]:
     """The rows of a task, of which there must be so many."""
     held = x.get("demonstrations") if isinstance(x, Mapping) else None
     if not isinstance(held, Mapping) or not {*_LEAVES} <= {*held}:
         known = sorted(map(str, held if isinstance(held, Mapping) else x if x else ()))
         raise ValueError(
-            f"methods.few_shot_ttt needs a task x with 'demonstrations', a mapping of "
+            f"methods.{name} needs a task x with 'demonstrations', a mapping of "
             f"{', '.join(_LEAVES)} and what the model reads; got {known}: pass what "
             "views.grid_arrays.demonstrations gives."
         )
-    _checks.leading_size("demonstrations of methods.few_shot_ttt", held)
+    _checks.leading_size(f"demonstrations of methods.{name}", held)
     count = jnp.shape(held["task"])[0]
     if rows > count:
         raise ValueError(

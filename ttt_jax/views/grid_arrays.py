@@ -263,7 +263,8 @@ def answer_length(task: FewShotTask) -> int:
     """Tokens of the longest answer that a task's demonstrations lead to, under any view.
 
     Answers have the size of a demonstration's output or, where all outputs are larger or smaller
-    than their inputs by one ratio, of the query by that ratio. The queries' outputs are not read.
+    than their inputs by one ratio, of the query by that ratio; where all outputs are as large as
+    their inputs, that of the query alone. The queries' outputs are not read.
 
     Raises:
       ValueError: a task without demonstrations.
@@ -275,6 +276,8 @@ def answer_length(task: FewShotTask) -> int:
     sizes = [shape for _, shape in shapes]
     if len(ratios) == 1:
         (ratio,) = ratios
+        if ratio == (1.0, 1.0) and task.queries:
+            sizes = []
         for query in task.queries:
             sides = zip(np.shape(query.input), ratio, strict=True)
             most = grid_sequences.MOST_CELLS
