@@ -153,7 +153,17 @@ def _learning(
             f"methods.{name} looks at what is held out after every {every} steps, so that "
             f"num_steps must be a multiple of it; got {num_steps}. Set every."
         )
-    nats = packed_sequences(logits)
+
+    def scores(params: Params, batch: Any) -> jax.Array:
+        made = logits(params, batch)
+        if jnp.ndim(made) != 3:
+            raise ValueError(
+                f"logits of methods.{name} must return [R, T, V]; got shape {jnp.shape(made)}: "
+                "pass the model function over packed rows, after that of the answers."
+            )
+        return made
+
+    nats = packed_sequences(scores)
 
     def loss(params: Params, x: Any, key: Key) -> Any:
         held = x["demonstrations"]
@@ -171,7 +181,7 @@ def _learning(
         if not held_out or not num_steps:
             return plain(params, x, key)
         curves = jax.vmap(
-            lambda example: _curve(adapter, logits, params, x, example, key, num_steps, every)
+            lambda example: _curve(adapter, scores, params, x, example, key, num_steps, every)
         )(jnp.arange(held_out))
         return limited(params, {**x, "stop": every * _lowest(*curves)}, key)
 

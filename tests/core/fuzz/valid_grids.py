@@ -65,6 +65,19 @@ add(
     trace=False,
     ranges={"num_steps": -1, "rows": (0, 2), "held_out": -1, "every": (0, 3)},
 )
+add(
+    "methods.few_shot_adapter",
+    methods.few_shot_adapter,
+    lambda result: result(PARAMS, {"demonstrations": ROWS}, KEY)[0],
+    logits=NET.apply,
+    optimizer=optax.sgd(0.1),
+    select=select.paths("params/task"),
+    num_steps=2,
+    rows=1,
+    held_out=1,
+    every=1,
+    ranges={"num_steps": -1, "rows": (0, 2), "held_out": -1, "every": (0, 3)},
+)
 DECODED = SEQUENCE.label[SEQUENCE.label >= 0]
 add(
     "data.grid_sequences.encode",
