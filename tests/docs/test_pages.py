@@ -80,6 +80,7 @@ def _public(module):
         "ttt_jax.data.few_shot",
         "ttt_jax.data.isomorphism",
         "ttt_jax.models",
+        "ttt_jax.layers",
         "ttt_jax.kernels.conv",
         "ttt_jax.kernels.attention",
     ],

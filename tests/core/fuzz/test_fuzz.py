@@ -25,7 +25,7 @@ MODULES = (
     *("generation", "losses", "methods", "metrics", "models", "neighbors", "online"),
     *("optimizers", "passages", "predictors", "readers", "resets", "serving"),
     *("running_statistics", "select", "task", "training", "tuning", "views.augmix", "views.image"),
-    *("views.grid", "votes"),
+    *("layers", "views.grid", "votes"),
 )
 LEAST_SLIPS = 6
 
