@@ -3,10 +3,41 @@
 * :func:`ttt_linear` and :func:`ttt_mlp`: one head of one sequence, whole
 * :class:`TTTCache`, :func:`ttt_cache`, :func:`ttt_prefill` and :func:`ttt_decode`: the same two,
   token by token
+* :class:`TTTLinear` and :class:`TTTMLP`: Flax Linen modules over them, loaded when they are first
+  used, with :class:`LayerCache`
 """
 
-from ttt_jax.layers._forms import Cache as TTTCache
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ttt_jax.layers._backbones import LayerCache
+from ttt_jax.layers._forms import TTTCache
 from ttt_jax.layers.decode import ttt_cache, ttt_decode, ttt_prefill
 from ttt_jax.layers.ttt import ttt_linear, ttt_mlp
 
-__all__ = ["TTTCache", "ttt_cache", "ttt_decode", "ttt_linear", "ttt_mlp", "ttt_prefill"]
+if TYPE_CHECKING:
+    from ttt_jax.layers.linen import TTTMLP, TTTLinear
+
+_MODULES = ("TTTLinear", "TTTMLP")
+
+__all__ = [
+    "TTTMLP",
+    "LayerCache",
+    "TTTCache",
+    "TTTLinear",
+    "ttt_cache",
+    "ttt_decode",
+    "ttt_linear",
+    "ttt_mlp",
+    "ttt_prefill",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module("ttt_jax.layers.linen"), name)
+    raise AttributeError(f"module 'ttt_jax.layers' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

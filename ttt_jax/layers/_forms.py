@@ -9,8 +9,14 @@ from ttt_jax.layers import _net, _scans
 from ttt_jax.layers._net import Norm, Weights
 
 
-class Cache(NamedTuple):
-    """See :class:`ttt_jax.layers.TTTCache`, its public name."""
+class TTTCache(NamedTuple):
+    """What a head has learned, anywhere in a chunk; its size does not depend on the tokens read.
+
+    Attributes:
+      weights: those with which the chunk began, ``(W, b)`` or ``(W1, b1, W2, b2)``.
+      sums: of the chunk's gradients times their gates, laid out as the weights.
+      position: int32 scalar, how many tokens the chunk has.
+    """
 
     weights: Weights
     sums: Weights
@@ -49,9 +55,9 @@ class Settings(NamedTuple):
     remat: int = 0
 
 
-def fresh(weights: Weights) -> Cache:
+def fresh(weights: Weights) -> TTTCache:
     """The cache at the beginning of a chunk."""
-    return Cache(weights, jax.tree.map(jnp.zeros_like, weights), jnp.int32(0))
+    return TTTCache(weights, jax.tree.map(jnp.zeros_like, weights), jnp.int32(0))
 
 
 def choose(condition: jax.Array, tree: Any, other: Any) -> Any:
@@ -59,7 +65,7 @@ def choose(condition: jax.Array, tree: Any, other: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), tree, other)
 
 
-def advance(cache: Cache, row: Rows, settings: Settings) -> tuple[Cache, jax.Array]:
+def advance(cache: TTTCache, row: Rows, settings: Settings) -> tuple[TTTCache, jax.Array]:
     """One token, leaves ``[d]`` and gate ``[]``, in primal form."""
     norm, operand = settings.norm, settings.operand
     q, k, v, gate = (leaf[None] for leaf in row)
@@ -70,7 +76,7 @@ def advance(cache: Cache, row: Rows, settings: Settings) -> tuple[Cache, jax.Arr
     out = _net.read(q, norm, _net.linear(weights, operand), depth=depth)[0]
     # At the last position of a chunk the weights that it reads are those of the next one.
     full = cache.position == settings.scale.shape[0] - 1
-    grown = Cache(cache.weights, sums, cache.position + 1)
+    grown = TTTCache(cache.weights, sums, cache.position + 1)
     return choose(full, fresh(weights), grown), out
 
 
@@ -81,7 +87,7 @@ def primal(
     start = fresh(weights)
     begins = jnp.zeros(rows.gate.shape[0], bool) if segments is None else boundaries(segments)
 
-    def step(cache: Cache, x: Any) -> Any:
+    def step(cache: TTTCache, x: Any) -> Any:
         row, first = x
         return advance(choose(first, start, cache), row, settings)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax import _arguments, _checks, _contract, _trees, _varying
-from ttt_jax.layers._forms import Cache, Rows, Settings
+from ttt_jax.layers._forms import Rows, Settings, TTTCache
 from ttt_jax.layers._net import Weights
 
 LINEAR = ("W", "b")
@@ -40,7 +40,7 @@ def arrays(*options: tuple[str, ...]) -> _arguments.Rule:
 
 def cache(place: str, name: str, value: Any) -> Any:
     """A cache of :func:`ttt_jax.layers.ttt_cache`."""
-    if not isinstance(value, Cache):
+    if not isinstance(value, TTTCache):
         raise TypeError(
             f"{name} must be a TTTCache; got {_contract.described(value)}. "
             "Begin with layers.ttt_cache(state)."

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.layers import _net, _scans
-from ttt_jax.layers._forms import Cache, Rows, Settings, boundaries, choose, fresh
+from ttt_jax.layers._forms import Rows, Settings, TTTCache, boundaries, choose, fresh
 from ttt_jax.layers._net import Weights
 
 OPEN, NEXT, FIRST = 0, 1, 2
@@ -34,6 +34,15 @@ class Places(NamedTuple):
     real: jax.Array
 
 
+def beginnings(segments: jax.Array | None, begun: jax.Array, tokens: int) -> jax.Array:
+    """Int32 ``[T]``: the token that begins the segment; ``-begun`` for the first segment."""
+    index = jnp.arange(tokens, dtype=jnp.int32)
+    first = jnp.broadcast_to(-begun, (tokens,))
+    if segments is None:
+        return first
+    return jax.lax.cummax(jnp.where(boundaries(segments), index, first))
+
+
 def places(
     segments: jax.Array | None, begun: jax.Array, length: jax.Array, tokens: int, chunk: int
 ) -> Places:
@@ -47,9 +56,7 @@ def places(
       chunk: tokens of a chunk, and of a window.
     """
     index = jnp.arange(tokens, dtype=jnp.int32)
-    run = jnp.broadcast_to(-begun, (tokens,))
-    if segments is not None:
-        run = jax.lax.cummax(jnp.where(boundaries(segments), index, run))
+    run = beginnings(segments, begun, tokens)
     position = (index - run) % chunk
     start = index - position
     # The first segment begins with what the cache holds, like a chunk that follows another.
@@ -76,8 +83,8 @@ def _by_kind(kind: jax.Array, trees: list[Any]) -> Any:
 
 
 def run(
-    rows: Rows, cache: Cache, settings: Settings, at: Places, start: Weights | None
-) -> tuple[jax.Array, Cache]:
+    rows: Rows, cache: TTTCache, settings: Settings, at: Places, start: Weights | None
+) -> tuple[jax.Array, TTTCache]:
     """Reads tokens from a cache on.
 
     Args:
@@ -136,4 +143,4 @@ def run(
     position = jnp.where(count > 0, at.position[jnp.maximum(count - 1, 0)] + 1, cache.position)
     full = position == chunk
     done = fresh(_net.moved(weights, sums, scale[-1]))
-    return out, choose(full, done, Cache(weights, sums, position))
+    return out, choose(full, done, TTTCache(weights, sums, position))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from ttt_jax import _arguments
 from ttt_jax.layers import _forms, _inputs, _windows
-from ttt_jax.layers._forms import Cache, Rows
+from ttt_jax.layers._forms import Rows, TTTCache
 from ttt_jax.layers._net import Weights
 
 __all__ = ["ttt_cache", "ttt_decode", "ttt_prefill"]
@@ -20,7 +20,7 @@ _vector = _arguments.array(1, kinds="f", like="[d]")
 
 
 @_arguments.checked(state=_inputs.arrays(_inputs.LINEAR, _inputs.MLP))
-def ttt_cache(state: Weights) -> Cache:
+def ttt_cache(state: Weights) -> TTTCache:
     """The cache of a layer that has read nothing, or whole chunks alone.
 
     Args:
@@ -48,9 +48,9 @@ def ttt_decode(
     v: jax.Array,
     gate: jax.Array,
     scale: jax.Array,
-    cache: Cache,
+    cache: TTTCache,
     norm: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, TTTCache]:
     """One token of :func:`ttt_linear` or :func:`ttt_mlp`, whichever the cache is of.
 
     A sequence read so, token by token, has the outputs of the whole. Inside a chunk the weights of
@@ -97,11 +97,11 @@ def ttt_prefill(
     v: jax.Array,
     gate: jax.Array,
     scale: jax.Array,
-    cache: Cache,
+    cache: TTTCache,
     norm: tuple[jax.Array, jax.Array],
     *,
     length: int | jax.Array | None = None,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, TTTCache]:
     """Many tokens of :func:`ttt_linear` or :func:`ttt_mlp` from a cache on, chunk by chunk.
 
     The same as T calls of :func:`ttt_decode`: after a prompt of any length, in the middle of a
