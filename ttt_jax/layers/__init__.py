@@ -5,14 +5,19 @@
   token by token
 * :class:`TTTLinear` and :class:`TTTMLP`: Flax Linen modules over them, loaded when they are first
   used, with :class:`LayerCache`
+* :func:`fast_weight`: any memory on any inner loss, with :class:`Rates`, :class:`FastState` and
+  :func:`fast_state`; what it is put together from: :mod:`memories`, :mod:`inner_losses`,
+  :mod:`retentions`, :mod:`inner_optimizers`
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ttt_jax.layers import inner_losses, inner_optimizers, memories, retentions
 from ttt_jax.layers._backbones import LayerCache
 from ttt_jax.layers._forms import TTTCache
 from ttt_jax.layers.decode import ttt_cache, ttt_decode, ttt_prefill
+from ttt_jax.layers.fast_weights import FastState, Rates, fast_state, fast_weight
 from ttt_jax.layers.ttt import ttt_linear, ttt_mlp
 
 if TYPE_CHECKING:
@@ -22,9 +27,17 @@ _MODULES = ("TTTLinear", "TTTMLP")
 
 __all__ = [
     "TTTMLP",
+    "FastState",
     "LayerCache",
+    "Rates",
     "TTTCache",
     "TTTLinear",
+    "fast_state",
+    "fast_weight",
+    "inner_losses",
+    "inner_optimizers",
+    "memories",
+    "retentions",
     "ttt_cache",
     "ttt_decode",
     "ttt_linear",

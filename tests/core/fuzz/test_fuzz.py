@@ -25,7 +25,8 @@ MODULES = (
     *("generation", "losses", "methods", "metrics", "models", "neighbors", "online"),
     *("optimizers", "passages", "predictors", "readers", "resets", "serving"),
     *("running_statistics", "select", "task", "training", "tuning", "views.augmix", "views.image"),
-    *("layers", "views.grid", "votes"),
+    *("layers", "layers.inner_losses", "layers.inner_optimizers", "layers.memories"),
+    *("layers.retentions", "views.grid", "votes"),
 )
 LEAST_SLIPS = 6
 
