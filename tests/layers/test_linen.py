@@ -170,7 +170,7 @@ def test_sizes_that_do_not_fit_are_refused(case):
 def test_tokens_that_do_not_fit_are_refused():
     net, params = module("linear", "mamba", jnp.float32), parameters("linear", "mamba")
     params, x = to(np.float32, params), to(np.float32, tokens(3))
-    with pytest.raises(ValueError, match=r"TTTLinear takes x \[N, T, width\]"):
+    with pytest.raises(ValueError, match=r"A TTT layer takes x \[N, T, width\]"):
         net.apply(params, x[0])
     with pytest.raises(ValueError, match=r"takes mask of shape \(2, 3\)"):
         net.apply(params, x, mask=np.ones((2, 2), bool))
