@@ -62,6 +62,33 @@ def test_two_parts_are_the_whole():
         np.testing.assert_allclose(found, due, rtol=1e-5, atol=1e-6)
 
 
+def test_a_window_goes_on_from_part_to_part():
+    """And before the first token there is nothing in it."""
+    rates, rule = layers.Rates(GATE), {"memory": LINEAR, "window": 3}
+
+    def parts(step):
+        state, outs = layers.fast_state((WEIGHT,)), []
+        for part in (slice(4), slice(4, 12), slice(12, None)):
+            rows = (leaf[part] for leaf in (Q, K, V))
+            out, state = layers.fast_weight(
+                *rows, layers.Rates(GATE[part]), state, **rule, step=step, chunk_size=2
+            )
+            outs.append(out)
+        return jnp.concatenate(outs), state
+
+    for step in ("token", "chunk"):
+        found = quickly(lambda step=step: parts(step))
+        due = quickly(
+            lambda step=step: layers.fast_weight(
+                Q, K, V, rates, layers.fast_state((WEIGHT,)), **rule, step=step, chunk_size=2
+            )
+        )
+        for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(due), strict=True):
+            np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="window must be 3, that of the state; got 2"):
+        layers.fast_weight(Q, K, V, rates, found[1], memory=LINEAR, window=2)
+
+
 @pytest.mark.parametrize("reads", ["before", "after"])
 def test_no_token_sees_a_later_one(reads):
     """Nor its key, value, gate or rates."""
