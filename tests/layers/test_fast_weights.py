@@ -131,24 +131,20 @@ def test_kept_states_change_no_gradient():
         assert relative(gradients(remat), jax.tree.map(np.float64, due)) < 1e-5
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_one_step_of_a_chunk(scaled):
+@pytest.mark.parametrize(("scaled", "window"), [(False, 1), (True, 1), (False, 3)])
+def test_one_step_of_a_chunk(scaled, window):
     """All of its tokens read what the whole chunk has changed, or a part of it."""
     scale = np.array([0.3, 0.7, 0.2, 0.9], np.float32) if scaled else None
     out, state = quickly(
-        lambda *a: by_chunk(*a, chunk_size=CHUNK),
-        Q,
-        K,
-        V,
-        layers.Rates(GATE, scale=scale),
-        (WEIGHT,),
-    )
+        lambda *a: by_chunk(*a, chunk_size=CHUNK, window=window),
+        Q, K, V, layers.Rates(GATE, scale=scale), (WEIGHT,),
+    )  # fmt: skip
     weight, due = WEIGHT.astype(np.float64), []
     for first in range(0, TOKENS, CHUNK):
-        own = slice(first, first + CHUNK)
+        own = slice(max(first - window + 1, 0), first + CHUNK)
         change = -(K[own] * GATE[own, None]).T @ (K[own] @ weight - V[own])
         parts = scale if scaled else np.ones(CHUNK)
-        due += [q @ (weight + p * change) for q, p in zip(Q[own], parts, strict=False)]
+        due += [q @ (weight + p * change) for q, p in zip(Q[first:], parts, strict=False)]
         if first + CHUNK <= TOKENS:
             weight = weight + parts[-1] * change
     assert relative(out, np.array(due)) < 1e-5
