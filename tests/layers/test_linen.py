@@ -101,13 +101,19 @@ def applied(kind, backbone, *args, **kwargs):
 
 @every_kind
 @every_backbone
-@pytest.mark.parametrize("count", [1, 3, TOKENS])
+@pytest.mark.parametrize("count", [1, 3, 5, TOKENS])
 def test_a_layer_is_its_formula(kind, backbone, count):
     x = tokens(count)
     out = applied(kind, backbone, x)
     assert out.shape == x.shape
     due = np.stack([in_numpy(kind, backbone, row) for row in x])
     assert relative(out, due) < 1e-12
+
+
+@pytest.mark.parametrize(("kind", "backbone"), [("linear", "transformer"), ("mlp", "mamba")])
+def test_a_layer_is_its_formula_over_a_thousand_tokens(kind, backbone):
+    x = tokens(1000, 1)
+    assert relative(applied(kind, backbone, x)[0], in_numpy(kind, backbone, x[0])) < 1e-11
 
 
 @pytest.mark.parametrize(("kind", "backbone"), [("linear", "transformer"), ("mlp", "mamba")])
