@@ -22,8 +22,8 @@ What is asked about it:
 * :mod:`audit`, :mod:`diagnostics`, :func:`source_statistics`, :mod:`neighbors`; :mod:`votes`
   for the answers of several views
 
-Around it: :mod:`checkpoint`, :mod:`data` and :mod:`models`. These three, :mod:`methods` and
-:mod:`views` are loaded when they are first used.
+Around it: :mod:`checkpoint`, :mod:`data`, :mod:`models` and :mod:`layers`, which learn while they
+read. These four, :mod:`methods` and :mod:`views` are loaded when they are first used.
 
 ``import ttt_jax`` costs jax and optax. The contract is in :mod:`ttt_jax.base`.
 """
@@ -81,6 +81,7 @@ _ON_DEMAND = (
     "data",
     "evaluation",
     "kernels",
+    "layers",
     "methods",
     "metrics",
     "models",
@@ -121,6 +122,7 @@ __all__ = [
     "gradient_adapter",
     "inner_loop",
     "kernels",
+    "layers",
     "losses",
     "meta",
     "methods",

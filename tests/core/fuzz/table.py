@@ -15,6 +15,7 @@ from tests.core.fuzz import (
     valid_few_shot,
     valid_generation,
     valid_grids,
+    valid_layers,
     valid_measures,
     valid_meta,
     valid_methods,
@@ -28,7 +29,7 @@ PATH = pathlib.Path(__file__).resolve().parents[3] / "experiments" / "results" /
 COLUMNS = ("calls", "clear", "right", "unclear", "silent")
 _PARTS = (
     *(valid_core, valid_methods, valid_measures, valid_arrays, valid_data, valid_generation),
-    *(valid_text, valid_few_shot, valid_grids, valid_meta),
+    *(valid_text, valid_few_shot, valid_grids, valid_layers, valid_meta),
 )
 CALLS: dict[str, Call] = {name: call for part in _PARTS for name, call in part.TABLE.items()}
 NOTHING_TO_SLIP = {name for part in _PARTS for name in part.NOTHING_TO_SLIP}

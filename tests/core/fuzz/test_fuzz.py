@@ -26,7 +26,8 @@ MODULES = (
     *("generation", "losses", "methods", "metrics", "models", "neighbors", "online"),
     *("optimizers", "passages", "predictors", "readers", "resets", "serving"),
     *("running_statistics", "select", "task", "training", "tuning", "views.augmix", "views.image"),
-    *("views.grid", "views.grid_arrays", "votes"),
+    *("layers", "layers.inner_losses", "layers.inner_optimizers", "layers.memories"),
+    *("layers.retentions", "meta", "views.grid", "views.grid_arrays", "votes"),
 )
 LEAST_SLIPS = 6
 

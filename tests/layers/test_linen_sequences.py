@@ -1,0 +1,96 @@
+"""The Linen modules of the TTT layers over packed and padded sequences, and from a cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.core.compiling import quickly
+from tests.layers.test_linen import (
+    BATCH,
+    CHUNK,
+    TOKENS,
+    applied,
+    every_backbone,
+    every_kind,
+    in_numpy,
+    module,
+    parameters,
+    tokens,
+)
+from tests.layers.test_ttt import relative, to
+
+# Of one row: segments of 9, 1 and 12 tokens; of the other 4 and 18.
+SEGMENTS = np.stack([np.repeat([1, 0, 1], [9, 1, 12]), np.repeat([3, 2], [4, 18])])
+
+
+@every_kind
+@every_backbone
+def test_packed_segments_are_separate_sequences(kind, backbone):
+    x = tokens()
+    out = applied(kind, backbone, x, segments=SEGMENTS.astype(np.int32))
+    for row, marks, found in zip(x, SEGMENTS, out, strict=True):
+        bounds = np.flatnonzero(np.diff(marks)) + 1
+        due = [in_numpy(kind, backbone, part) for part in np.split(row, bounds)]
+        assert relative(found, np.concatenate(due)) < 1e-12
+
+
+@every_backbone
+def test_padding_stands_before_or_after(backbone):
+    """Of a sequence alone in its row, or of packed ones, whose numbers differ across it or not."""
+    x = tokens()
+    mask = np.ones((BATCH, TOKENS), bool)
+    mask[0, :5] = mask[1, 13:] = False
+    found = applied("linear", backbone, x, mask=mask)
+    for row, real, out in zip(x, mask, found, strict=True):
+        assert relative(out[real], in_numpy("linear", backbone, row[real])) < 1e-12
+    mask[0, 16:19] = mask[1, 9] = False
+    marks = np.stack([np.repeat([4, 5], [10, 12]), np.zeros(TOKENS)]).astype(np.int32)
+    found = applied("linear", backbone, x, mask=mask, segments=marks)
+    for index, start, end in ((0, 5, 10), (0, 10, 16), (0, 19, 22), (1, 0, 9), (1, 10, 13)):
+        due = in_numpy("linear", backbone, x[index, start:end])
+        assert relative(found[index, start:end], due) < 1e-12
+
+
+@every_kind
+@every_backbone
+def test_a_prompt_and_single_tokens_are_the_whole(kind, backbone):
+    """Prompts of 2 and 6 tokens in one batch, padded at their ends; then one token at a time."""
+    x, lengths = tokens(), np.array([2, 6])
+    net = module(kind, backbone)
+    mask = np.arange(6)[None] < lengths[:, None]
+    later = np.stack([row[n : n + 16] for row, n in zip(x, lengths, strict=True)], 1)[:, :, None]
+
+    def read(p, prompt, rows):
+        cache = net.apply(p, BATCH, method="empty_cache")
+        first, cache = net.apply(p, prompt, mask=mask, cache=cache)
+
+        def step(held, row):
+            out, held = net.apply(p, row, cache=held)
+            return held, out
+
+        cache, rest = jax.lax.scan(step, cache, rows)
+        return first, rest[:, :, 0], cache
+
+    with jax.enable_x64(True):
+        first, rest, cache = quickly(read, parameters(kind, backbone), x[:, :6], later)
+    for index, length in enumerate(lengths):
+        due = in_numpy(kind, backbone, x[index])
+        found = np.concatenate([first[index, :length], rest[:, index]])
+        assert relative(found, due[: length + 16]) < 1e-12
+    np.testing.assert_array_equal(cache.memory.position, np.stack([(lengths + 16) % CHUNK] * 2, 1))
+
+
+def test_a_sequence_that_has_ended_keeps_its_cache():
+    net, params = module("linear", "mamba", jnp.float32), parameters("linear", "mamba")
+    params, x = to(np.float32, params), to(np.float32, tokens(1))
+
+    def read(p, x):
+        cache = net.apply(p, BATCH, method="empty_cache")
+        _, cache = net.apply(p, x, cache=cache)
+        return cache, net.apply(p, x + 1, mask=np.array([[True], [False]]), cache=cache)[1]
+
+    cache, after = quickly(read, params, x)
+    for leaf, old in zip(jax.tree.leaves(after), jax.tree.leaves(cache), strict=True):
+        np.testing.assert_array_equal(leaf[1], old[1])
+    np.testing.assert_array_equal(after.memory.position, [[2, 2], [1, 1]])
+    assert (after.taps[0] != cache.taps[0]).any()
