@@ -150,7 +150,7 @@ def wholeness(plan: Plan, index: Any) -> Any:
     """1 where the chunk with this index is whole, else 0."""
     if plan.whole == plan.chunks:
         return 1.0
-    return jnp.where(index < plan.whole, 1.0, 0.0).astype(jnp.float32)
+    return (index < plan.whole).astype(jnp.float32)
 
 
 def chunk_of(q: Any, k: Any, v: Any, gate: Any, shared: Shared, whole: Any) -> Chunk:
