@@ -25,8 +25,12 @@ _LARGE_FUNCTIONS = {
     "ttt_jax/methods/rotta.py:rotta",
 }
 _MANY_PARAMETERS: set[str] = set()
-# Its choices are an argument each.
-_FAST = "ttt_jax/layers/fast_weights.py:fast_weight"
+# The arrays of a formula and the choices of a layer are an argument each.
+_LAYERS = (
+    "ttt_jax/layers/ttt.py:ttt_",
+    "ttt_jax/layers/fast_weights.py:fast_weight",
+    "ttt_jax/layers/nnx.py:__init__",
+)
 
 # Each floor may import what stands below it, and its own members; top first. Names without a
 # folder or file (yet) are of the design.
@@ -150,13 +154,11 @@ def test_no_function_has_too_many_parameters():
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
         return sum(argument.arg not in ("self", "cls") for argument in every)
 
-    # A method's settings are one keyword each, with the published default; a layer takes the
-    # arrays of its formula one by one.
+    # A method's settings are one keyword each, with the published default.
     many = {
         name
         for name, node in _functions()
-        if count(node) > _MOST_PARAMETERS
-        and not name.startswith(("ttt_jax/methods/", "ttt_jax/layers/ttt.py:ttt_", _FAST))
+        if count(node) > _MOST_PARAMETERS and not name.startswith(("ttt_jax/methods/", *_LAYERS))
     }
     assert many == _MANY_PARAMETERS
 

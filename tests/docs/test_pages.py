@@ -84,6 +84,7 @@ def _public(module):
         "ttt_jax.layers.inner_losses",
         "ttt_jax.layers.inner_optimizers",
         "ttt_jax.layers.memories",
+        "ttt_jax.layers.nnx",
         "ttt_jax.layers.retentions",
         "ttt_jax.kernels.conv",
         "ttt_jax.kernels.attention",

@@ -130,6 +130,34 @@ def memora():
     return out, (logits,)
 
 
+def orthogonal(x):
+    left, values, right = np.linalg.svd(x, full_matrices=False)
+    values = values / np.linalg.norm(values)
+    for a, b, c in COEFFICIENTS:
+        values = a * values + b * values**3 + c * values**5
+    return left @ np.diag(values) @ right
+
+
+def omega(momentum=None):
+    """The loss of a step is that of the last three tokens, at the beginning of a chunk."""
+    weights, held, out = TWO, [0.0, 0.0], []
+    for first in range(0, TOKENS, CHUNK):
+        start = weights
+        for t in range(first, min(first + CHUNK, TOKENS)):
+            total = [0.0, 0.0]
+            for i in range(max(t - 2, 0), t + 1):
+                error = two_layers(K[i], start) - V[i]
+                made = of_two_layers(K[i], error, start)
+                total = [a + GATE[i] * g for a, g in zip(total, made, strict=True)]
+            if momentum is not None:
+                held = [momentum[t] * m + g for m, g in zip(held, total, strict=True)]
+                total = [0.1 * orthogonal(m) for m in held]
+            weights = [RETAIN[t] * w - g for w, g in zip(weights, total, strict=True)]
+            out.append(two_layers(Q[t], weights))
+        done = start if first + CHUNK > TOKENS else weights
+    return out, done
+
+
 # Of the published first and last step.
 COEFFICIENTS = ((4.0848, -6.8946, 2.9270), (2.8366, -3.0525, 1.2012))
 OWN_GATES = tuple(RANDOM.uniform(0.05, 0.3, size=(3, TOKENS)))
@@ -141,13 +169,6 @@ def lact():
     def swiglu(x, w):
         z = x @ w[0]
         return (z / (1 + np.exp(-z)) * (x @ w[2])) @ w[1]
-
-    def orthogonal(x):
-        left, values, right = np.linalg.svd(x, full_matrices=False)
-        values = values / np.linalg.norm(values)
-        for a, b, c in COEFFICIENTS:
-            values = a * values + b * values**3 + c * values**5
-        return left @ np.diag(values) @ right
 
     weights, held, out = THREE, [0.0] * 3, []
     norms = [np.linalg.norm(w, axis=0) for w in THREE]
@@ -271,6 +292,23 @@ TABLE = {
             chunk_size=CHUNK,
         ),
     ),
+    "OmegaNet": (omega, of(TWO, rates=FADE, retention=LATE, window=3, chunk_size=CHUNK, **MLP)),
+    "ATLAS": (
+        lambda: omega(MOMENTUM),
+        of(
+            TWO,
+            rates={**FADE, "momentum": MOMENTUM},
+            retention=LATE,
+            optimizer=optax.chain(
+                inner_optimizers.momentum(),
+                inner_optimizers.orthogonal(COEFFICIENTS, epsilon=0.0),
+                optax.sgd(0.1),
+            ),
+            window=3,
+            chunk_size=CHUNK,
+            **MLP,
+        ),
+    ),
 }
 
 
@@ -305,7 +343,9 @@ def test_ttt_layers_are_rows(name):
     assert relative(last.weights, after[-1]) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["KDA", "Mesa", "Titans", "Moneta", "Yaad", "Memora", "LaCT"])
+@pytest.mark.parametrize(
+    "name", ["KDA", "Mesa", "Titans", "Moneta", "Yaad", "Memora", "LaCT", "ATLAS"]
+)
 def test_the_outer_gradient_is_a_difference(name):
     """Through every inner step, of queries, keys, values, rates and initial weights."""
     _, (given, run) = TABLE[name]

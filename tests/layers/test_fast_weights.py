@@ -62,6 +62,33 @@ def test_two_parts_are_the_whole():
         np.testing.assert_allclose(found, due, rtol=1e-5, atol=1e-6)
 
 
+def test_a_window_goes_on_from_part_to_part():
+    """And before the first token there is nothing in it."""
+    rates, rule = layers.Rates(GATE), {"memory": LINEAR, "window": 3}
+
+    def parts(step):
+        state, outs = layers.fast_state((WEIGHT,)), []
+        for part in (slice(4), slice(4, 12), slice(12, None)):
+            rows = (leaf[part] for leaf in (Q, K, V))
+            out, state = layers.fast_weight(
+                *rows, layers.Rates(GATE[part]), state, **rule, step=step, chunk_size=2
+            )
+            outs.append(out)
+        return jnp.concatenate(outs), state
+
+    for step in ("token", "chunk"):
+        found = quickly(lambda step=step: parts(step))
+        due = quickly(
+            lambda step=step: layers.fast_weight(
+                Q, K, V, rates, layers.fast_state((WEIGHT,)), **rule, step=step, chunk_size=2
+            )
+        )
+        for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(due), strict=True):
+            np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="window must be 3, that of the state; got 2"):
+        layers.fast_weight(Q, K, V, rates, found[1], memory=LINEAR, window=2)
+
+
 @pytest.mark.parametrize("reads", ["before", "after"])
 def test_no_token_sees_a_later_one(reads):
     """Nor its key, value, gate or rates."""
@@ -104,24 +131,20 @@ def test_kept_states_change_no_gradient():
         assert relative(gradients(remat), jax.tree.map(np.float64, due)) < 1e-5
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_one_step_of_a_chunk(scaled):
+@pytest.mark.parametrize(("scaled", "window"), [(False, 1), (True, 1), (False, 3)])
+def test_one_step_of_a_chunk(scaled, window):
     """All of its tokens read what the whole chunk has changed, or a part of it."""
     scale = np.array([0.3, 0.7, 0.2, 0.9], np.float32) if scaled else None
     out, state = quickly(
-        lambda *a: by_chunk(*a, chunk_size=CHUNK),
-        Q,
-        K,
-        V,
-        layers.Rates(GATE, scale=scale),
-        (WEIGHT,),
-    )
+        lambda *a: by_chunk(*a, chunk_size=CHUNK, window=window),
+        Q, K, V, layers.Rates(GATE, scale=scale), (WEIGHT,),
+    )  # fmt: skip
     weight, due = WEIGHT.astype(np.float64), []
     for first in range(0, TOKENS, CHUNK):
-        own = slice(first, first + CHUNK)
+        own = slice(max(first - window + 1, 0), first + CHUNK)
         change = -(K[own] * GATE[own, None]).T @ (K[own] @ weight - V[own])
         parts = scale if scaled else np.ones(CHUNK)
-        due += [q @ (weight + p * change) for q, p in zip(Q[own], parts, strict=False)]
+        due += [q @ (weight + p * change) for q, p in zip(Q[first:], parts, strict=False)]
         if first + CHUNK <= TOKENS:
             weight = weight + parts[-1] * change
     assert relative(out, np.array(due)) < 1e-5

@@ -101,13 +101,19 @@ def applied(kind, backbone, *args, **kwargs):
 
 @every_kind
 @every_backbone
-@pytest.mark.parametrize("count", [1, 3, TOKENS])
+@pytest.mark.parametrize("count", [1, 3, 5, TOKENS])
 def test_a_layer_is_its_formula(kind, backbone, count):
     x = tokens(count)
     out = applied(kind, backbone, x)
     assert out.shape == x.shape
     due = np.stack([in_numpy(kind, backbone, row) for row in x])
     assert relative(out, due) < 1e-12
+
+
+@pytest.mark.parametrize(("kind", "backbone"), [("linear", "transformer"), ("mlp", "mamba")])
+def test_a_layer_is_its_formula_over_a_thousand_tokens(kind, backbone):
+    x = tokens(1000, 1)
+    assert relative(applied(kind, backbone, x)[0], in_numpy(kind, backbone, x[0])) < 1e-11
 
 
 @pytest.mark.parametrize(("kind", "backbone"), [("linear", "transformer"), ("mlp", "mamba")])
@@ -170,7 +176,7 @@ def test_sizes_that_do_not_fit_are_refused(case):
 def test_tokens_that_do_not_fit_are_refused():
     net, params = module("linear", "mamba", jnp.float32), parameters("linear", "mamba")
     params, x = to(np.float32, params), to(np.float32, tokens(3))
-    with pytest.raises(ValueError, match=r"TTTLinear takes x \[N, T, width\]"):
+    with pytest.raises(ValueError, match=r"A TTT layer takes x \[N, T, width\]"):
         net.apply(params, x[0])
     with pytest.raises(ValueError, match=r"takes mask of shape \(2, 3\)"):
         net.apply(params, x, mask=np.ones((2, 2), bool))

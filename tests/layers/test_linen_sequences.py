@@ -36,15 +36,19 @@ def test_packed_segments_are_separate_sequences(kind, backbone):
 
 @every_backbone
 def test_padding_stands_before_or_after(backbone):
-    """And changes nothing, packed or not."""
+    """Of a sequence alone in its row, or of packed ones, whose numbers differ across it or not."""
     x = tokens()
     mask = np.ones((BATCH, TOKENS), bool)
     mask[0, :5] = mask[1, 13:] = False
     found = applied("linear", backbone, x, mask=mask)
-    both = applied("linear", backbone, x, mask=mask, segments=np.zeros((BATCH, TOKENS), np.int32))
-    np.testing.assert_allclose(both[mask], found[mask], rtol=1e-12)
     for row, real, out in zip(x, mask, found, strict=True):
         assert relative(out[real], in_numpy("linear", backbone, row[real])) < 1e-12
+    mask[0, 16:19] = mask[1, 9] = False
+    marks = np.stack([np.repeat([4, 5], [10, 12]), np.zeros(TOKENS)]).astype(np.int32)
+    found = applied("linear", backbone, x, mask=mask, segments=marks)
+    for index, start, end in ((0, 5, 10), (0, 10, 16), (0, 19, 22), (1, 0, 9), (1, 10, 13)):
+        due = in_numpy("linear", backbone, x[index, start:end])
+        assert relative(found[index, start:end], due) < 1e-12
 
 
 @every_kind

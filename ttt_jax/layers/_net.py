@@ -85,8 +85,8 @@ def sums(parts: Sequence[Piece], gate: jax.Array, operand: Any) -> Weights:
     """``sum_s gate_s dloss_s / dweights``, laid out as the weights."""
     made: list[jax.Array] = []
     for inputs, gradients in parts:
-        made.append(product((gate[:, None] * inputs).T, gradients, operand))
-        made.append((gate[:, None] * gradients).sum(0))
+        steps = gate[:, None] * gradients
+        made += [product(inputs.T, steps, operand), steps.sum(0)]
     return tuple(made)
 
 

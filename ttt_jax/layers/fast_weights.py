@@ -1,7 +1,7 @@
 """One layer for all memories: what is trained, on which loss, by what, and when it is read."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,17 @@ import optax
 
 from ttt_jax import _arguments, _contract, _varying
 from ttt_jax.layers import _scans, inner_losses, retentions
+from ttt_jax.layers._inner_steps import (
+    Chunk,
+    FastState,
+    Rates,
+    Rule,
+    begun,
+    by_chunk,
+    by_token,
+    check,
+    check_state,
+)
 from ttt_jax.layers.memories import Memory
 from ttt_jax.layers.retentions import Retention
 
@@ -17,57 +28,6 @@ __all__ = ["FastState", "Rates", "fast_state", "fast_weight"]
 
 _SGD = optax.sgd(1.0)
 _KEEP = retentions.keep()
-
-
-class Rates(NamedTuple):
-    """What a network gives a fast-weight layer beside queries, keys and values.
-
-    Attributes:
-      gate: ``[T]``, the step size of each token; or a tree of them, laid out as the weights.
-      retain: ``[S, ...]``, the rate of retention of each inner step; None for 1. S is T where a
-        token is a step, and the number of chunks, begun ones too, where a chunk is.
-      momentum: ``[S]``, for :func:`inner_optimizers.momentum`; None for an optimizer without.
-      scale: ``[chunk_size]``, which part of what the chunk has changed the token at a position
-        reads; None for all. The next chunk begins with what the last position read.
-    """
-
-    gate: Any
-    retain: jax.Array | None = None
-    momentum: jax.Array | None = None
-    scale: jax.Array | None = None
-
-
-class FastState(NamedTuple):
-    """What a fast-weight layer has learned.
-
-    Attributes:
-      weights: before the link of the retention; a pytree.
-      optimizer: the state of the inner optimizer.
-      kept: what the retention remembers of the initial weights.
-    """
-
-    weights: Any
-    optimizer: Any
-    kept: Any
-
-
-class _Rule(NamedTuple):
-    memory: Memory
-    loss: Callable[[Any, Any], jax.Array]
-    retention: Retention
-    optimizer: optax.GradientTransformationExtraArgs
-    reads: str
-    step: str
-
-
-class _Chunk(NamedTuple):
-    """Tokens of a chunk; rates of steps are given to each of their tokens."""
-
-    q: jax.Array
-    k: Any
-    v: Any
-    gate: Any
-    steps: dict[str, jax.Array]
 
 
 def _floating(place: str, name: str, value: Any) -> Any:
@@ -105,6 +65,7 @@ def fast_state(
     k=_arguments.array(2, kinds="f", like="[T, d]"),
     loss=_arguments.function(2, "(prediction, target) -> scalar"),
     chunk_size=_arguments.count(),
+    window=_arguments.count(),
     remat=_arguments.count(0),
 )
 def fast_weight(
@@ -121,6 +82,7 @@ def fast_weight(
     reads: str = "after",
     step: str = "token",
     chunk_size: int = 1,
+    window: int = 1,
     remat: int = 4,
 ) -> tuple[jax.Array, FastState]:
     """A network that is trained on tokens as they are read, each choice an argument of its own.
@@ -131,8 +93,8 @@ def fast_weight(
 
         ``theta <- after(decay(theta, retain) + optimizer(gate_s * g_s))``
 
-    for each token, or with ``step="chunk"`` once for the sum over the chunk. A token's output is
-    ``read(theta, q_t)``.
+    for each token, or with ``step="chunk"`` once for the sum over the chunk; with a ``window`` the
+    gradients of the tokens before are in the sum. A token's output is ``read(theta, q_t)``.
 
     ============== =========== =============== ============ ========== ======= ========
     layer          memory      loss            retention    optimizer  reads   chunk
@@ -149,10 +111,13 @@ def fast_weight(
     Yaad           mlp         huber           decay, late  SGD        after   any
     Memora         linear      squared         kl           SGD        after   any
     LaCT           swiglu      dot_product     norms        orthogonal before  2,048 up
+    ATLAS          mlp         squared         decay, late  orthogonal after   any
+    OmegaNet       mlp         squared         decay, late  SGD        after   any
     ============== =========== =============== ============ ========== ======= ========
 
     SGD has a learning rate of 1, as the gates are the step sizes; TTT layers have ``Rates.scale``,
-    and LaCT ``step="chunk"``. :func:`ttt_linear` and :func:`ttt_mlp` give the same results in
+    LaCT ``step="chunk"``, ATLAS and OmegaNet a ``window``; with the orthogonal updates goes a
+    momentum. :func:`ttt_linear` and :func:`ttt_mlp` give the same results in
     products of matrices.
 
     **Fails** where a gate is too large for the loss: errors then grow from step to step. The outer
@@ -177,6 +142,7 @@ def fast_weight(
         those after it in the chunk.
       step: ``"token"`` or ``"chunk"``.
       chunk_size: tokens whose gradients are taken at the same weights.
+      window: how many tokens, itself among them, the loss of a step is summed over.
       remat: chunks between two states that are kept for the backward pass; 0 keeps everything.
 
     Returns:
@@ -192,11 +158,12 @@ def fast_weight(
       publications that the parts name.
     """
     extended = optax.with_extra_args_support(optimizer)
-    rule = _Rule(memory, loss, retention, extended, reads, step)
+    rule = Rule(memory, loss, retention, extended, reads, step, window)
     tokens = q.shape[0]
     count = -(-tokens // chunk_size) if step == "chunk" else tokens
-    _check(rule, (q, k, v), rates, count, chunk_size)
-    _check_gate(rates.gate, state.weights)
+    check(rule, (q, k, v), rates, count, chunk_size)
+    check_state(state, rates.gate, window)
+    state = begun(state, (k, v, rates.gate), window)
     q, k, v, rates, state = _varying.along((q, k, v, rates, state), (q, k, v, rates, state))
     steps = {
         name: rate if step == "token" else jnp.repeat(rate, chunk_size, 0)[:tokens]
@@ -208,13 +175,13 @@ def fast_weight(
     # What fills the last chunks is finite where the tokens are: its gradients are not used.
     rows = jax.tree.map(
         lambda leaf: jnp.pad(leaf, ((0, missing), *((0, 0),) * (leaf.ndim - 1)), mode="edge"),
-        _Chunk(q, k, v, rates.gate, steps),
+        Chunk(q, k, v, rates.gate, steps),
     )
     real = jnp.arange(tokens + missing) < tokens
     rows = rows._replace(gate=jax.tree.map(lambda gate: jnp.where(real, gate, 0), rows.gate))
-    apply = _by_token if step == "token" else _by_chunk
+    apply = by_token if step == "token" else by_chunk
 
-    def body(held: tuple[FastState, jax.Array], chunk: _Chunk) -> Any:
+    def body(held: tuple[FastState, jax.Array], chunk: Chunk) -> Any:
         before, first = held
         after, out = apply(rule, before, chunk, rates.scale)
         whole = first + chunk_size <= tokens
@@ -223,152 +190,3 @@ def fast_weight(
 
     (last, _), out = _scans.scan(body, (state, jnp.int32(0)), rows, chunk=chunk_size, remat=remat)
     return out[:tokens], last
-
-
-def _check(rule: _Rule, rows: Any, rates: Rates, steps: int, chunk_size: int) -> None:
-    for name, options in (("reads", ("before", "after")), ("step", ("token", "chunk"))):
-        if getattr(rule, name) not in options:
-            raise ValueError(f"{name} must be one of {options}; got {getattr(rule, name)!r}.")
-    q, k, v = rows
-    if not q.shape[0]:
-        raise ValueError(f"q must have at least one token; got shape {q.shape}.")
-    if k.shape != q.shape:
-        raise ValueError(f"k must have shape {q.shape}, as q; got {k.shape}.")
-    for name, tree in (("v", v), ("rates.gate", rates.gate)):
-        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
-        if not shapes or any(shape[:1] != q.shape[:1] for shape in shapes):
-            raise ValueError(
-                f"{name} must have T = {q.shape[0]} rows, as q; got "
-                f"{_contract.described(tree)}, shapes {shapes}."
-            )
-    for name in ("retain", "momentum"):
-        rate = getattr(rates, name)
-        if rate is not None and rate.shape[:1] != (steps,):
-            raise ValueError(
-                f"rates.{name} must have {steps} rows, one for each inner step; got shape "
-                f"{rate.shape}."
-            )
-    if rates.scale is not None and rates.scale.shape != (chunk_size,):
-        raise ValueError(
-            f"rates.scale must have shape {(chunk_size,)}, a factor for each position of a chunk; "
-            f"got {rates.scale.shape}."
-        )
-    if rule.retention.first and rule.step == "token" and chunk_size > 1:
-        raise ValueError(
-            "retention decays before the gradient, which only one step of a chunk can follow; got "
-            f"chunk_size={chunk_size} with step='token'. Use chunk_size=1, step='chunk' or "
-            "retentions.decay(first=False)."
-        )
-
-
-def _check_gate(gate: Any, weights: Any) -> None:
-    found: Any = jax.tree.structure(gate)
-    if found != jax.tree.structure(weights) and not jax.tree_util.all_leaves([gate]):
-        raise ValueError(
-            "rates.gate must be one array [T], or a tree of them laid out as the weights; got "
-            f"{found} for {jax.tree.structure(weights)}."
-        )
-
-
-def _decayed(rule: _Rule, state: FastState, steps: dict[str, jax.Array]) -> Any:
-    if "retain" not in steps:
-        return state.weights
-    return rule.retention.decay(state.weights, steps["retain"], state.kept)
-
-
-def _stepped(
-    rule: _Rule, state: FastState, gradient: Any, steps: dict[str, jax.Array]
-) -> FastState:
-    """One inner step; rates ``[...]`` of this step alone."""
-    more = {name: rate for name, rate in steps.items() if name == "momentum"}
-    updates, optimizer = rule.optimizer.update(gradient, state.optimizer, state.weights, **more)
-    weights = optax.apply_updates(_decayed(rule, state, steps), updates)
-    return FastState(rule.retention.after(weights, state.kept), optimizer, state.kept)
-
-
-def _differentiated(rule: _Rule, state: FastState, steps: dict[str, jax.Array]) -> Any:
-    """The weights at which gradients are taken."""
-    base = _decayed(rule, state, steps) if rule.retention.first else state.weights
-    return rule.retention.link(base)
-
-
-def _weighed(gate: Any, gradient: Any) -> Any:
-    """A token's gradient times its step size, or each leaf times its own."""
-    if jax.tree_util.all_leaves([gate]):
-        return jax.tree.map(lambda leaf: gate.astype(leaf.dtype) * leaf, gradient)
-    return jax.tree.map(lambda leaf, own: own.astype(leaf.dtype) * leaf, gradient, gate)
-
-
-def _mix(start: Any, end: Any, part: jax.Array) -> Any:
-    return jax.tree.map(lambda a, b: a + part.astype(a.dtype) * (b - a), start, end)
-
-
-def _by_token(
-    rule: _Rule, state: FastState, chunk: _Chunk, scale: jax.Array | None
-) -> tuple[FastState, jax.Array]:
-    """A chunk whose tokens are a step each, all of gradients at its beginning."""
-    first = {name: rate[0] for name, rate in chunk.steps.items()}
-    weights = _differentiated(rule, state, first)
-
-    def gradient(k: jax.Array, v: Any) -> Any:
-        return jax.grad(lambda w: rule.loss(rule.memory.predict(w, k), v))(weights)
-
-    gradients = jax.vmap(gradient)(chunk.k, chunk.v)
-    start = state.weights
-    parts = jnp.ones(chunk.q.shape[0], jnp.float32) if scale is None else scale
-
-    def seen(held: FastState, part: jax.Array) -> Any:
-        return held.weights if scale is None else _mix(start, held.weights, part)
-
-    def one(held: FastState, x: Any) -> Any:
-        q, gate, of_token, steps, part = x
-        held = _stepped(rule, held, _weighed(gate, of_token), steps)
-        used = seen(held, part) if rule.reads == "after" else start
-        return held, rule.memory.read(rule.retention.link(used), q)
-
-    xs = (chunk.q, chunk.gate, gradients, chunk.steps, parts)
-    end, out = jax.lax.scan(one, state, xs)
-    return end._replace(weights=seen(end, parts[-1])), out
-
-
-def _by_chunk(
-    rule: _Rule, state: FastState, chunk: _Chunk, scale: jax.Array | None
-) -> tuple[FastState, jax.Array]:
-    """A chunk that is one step."""
-    steps = {name: rate[0] for name, rate in chunk.steps.items()}
-    weights = _differentiated(rule, state, steps)
-
-    def total(w: Any, gate: jax.Array) -> jax.Array:
-        losses = jax.vmap(lambda k, v: rule.loss(rule.memory.predict(w, k), v))(chunk.k, chunk.v)
-        return (gate.astype(losses.dtype) * losses).sum()
-
-    if jax.tree_util.all_leaves([chunk.gate]):
-        gradient = jax.grad(total)(weights, chunk.gate)
-    else:
-        gradient = _of_each_leaf(total, weights, chunk.gate)
-    end = _stepped(rule, state, gradient, steps)
-
-    def seen(part: jax.Array | None) -> Any:
-        return end.weights if part is None else _mix(state.weights, end.weights, part)
-
-    def read(q: jax.Array, part: jax.Array | None) -> jax.Array:
-        used = state.weights if rule.reads == "before" else seen(part)
-        return rule.memory.read(rule.retention.link(used), q)
-
-    out = jax.vmap(read, (0, None if scale is None else 0))(chunk.q, scale)
-    return end._replace(weights=seen(None if scale is None else scale[-1])), out
-
-
-def _of_each_leaf(total: Callable[[Any, jax.Array], jax.Array], weights: Any, gates: Any) -> Any:
-    """The gradient of each leaf, of the losses with the leaf's own step sizes."""
-    leaves, structure = jax.tree.flatten(weights)
-
-    def gradient(index: int, gate: jax.Array) -> jax.Array:
-        def alone(leaf: jax.Array) -> jax.Array:
-            every = [*leaves[:index], leaf, *leaves[index + 1 :]]
-            return total(jax.tree.unflatten(structure, every), gate)
-
-        return jax.grad(alone)(leaves[index])
-
-    made = [gradient(index, gate) for index, gate in enumerate(jax.tree.leaves(gates))]
-    return jax.tree.unflatten(structure, made)
