@@ -1,4 +1,4 @@
-"""The derivative of one chunk of TTT-Linear, on arrays: the backward kernels call it on their tiles.
+"""The derivative of a chunk of TTT-Linear, on arrays: the backward kernels call it on their tiles.
 
 With the names of :mod:`~ttt_jax.kernels.ttt_linear.algebra`, a chunk is
 

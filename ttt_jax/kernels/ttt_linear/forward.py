@@ -120,9 +120,7 @@ def scan(
         weights = jax.ShapeDtypeStruct(shape, tokens.k.dtype)
         outputs["weights"] = programs.rows(weights, kept)
         outputs["biases"] = programs.rows(programs.float32(*shape[:2]), kept)
-    kernel = functools.partial(
-        _scan_kernel, plan=plan, tiles=tiles, part=part, per_step=per_step
-    )
+    kernel = functools.partial(_scan_kernel, plan=plan, tiles=tiles, part=part, per_step=per_step)
     made = programs.call(kernel, "ttt_linear_scan", tiles, part.count, (inputs, outputs))
     states = State(made["weights"], made["biases"]) if part.every else None
     return Scanned(made.get("out"), State(made["last_weight"], made["last_bias"]), states)

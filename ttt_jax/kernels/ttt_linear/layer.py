@@ -1,4 +1,4 @@
-"""TTT-Linear in kernels, with its derivative and its rule for ``vmap``; needs a Pallas of Triton."""
+"""TTT-Linear in kernels, with its derivative and its rule for ``vmap``; needs Pallas' Triton."""
 
 import functools
 from collections.abc import Callable
@@ -64,9 +64,7 @@ def run(
     plan = Plan(chunk, size, groups, length // chunk, configuration)
     padding = plan.chunks * chunk - length
     rows = [
-        jnp.pad(leaf, ((0, padding), *((0, 0),) * (leaf.ndim - 1)))
-        if padding
-        else leaf
+        jnp.pad(leaf, ((0, padding), *((0, 0),) * (leaf.ndim - 1))) if padding else leaf
         for leaf in operands[:4]
     ]
     weight, bias = operands.weight, operands.bias
@@ -132,9 +130,7 @@ def _forward(plan: Plan, keeps: bool) -> Callable[[int], Callable[..., Any]]:
             tokens, shared, start = _parts(Operands(*arrays))
             if chosen.read is None:
                 part = forward.Part(1, reads=True, every=plan.size if keeps else 0)
-                out, last, states = forward.scan(
-                    plan, chosen.scan, tokens, shared, start, part
-                )
+                out, last, states = forward.scan(plan, chosen.scan, tokens, shared, start, part)
             else:
                 every = plan.per_step(chosen.scan, plan.size if keeps else plan.chunks)
                 part = forward.Part(1, reads=False, every=every)

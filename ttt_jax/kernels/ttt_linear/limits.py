@@ -105,3 +105,9 @@ def fits(width: int, chunk_size: int, dtype: Any) -> bool:
     _arguments.dtype("dtype", dtype)
     sizes = width in HEAD_SIZES and chunk_size in CHUNK_SIZES
     return sizes and jnp.dtype(dtype).name in DTYPES
+
+
+def described() -> str:
+    """What :func:`fits`, in words."""
+    widths, chunks = (", ".join(map(str, sizes)) for sizes in (HEAD_SIZES, CHUNK_SIZES))
+    return f"d among {widths}, chunk_size among {chunks}, and {' or '.join(DTYPES)}"
