@@ -124,7 +124,7 @@ def test_config_runs(path, tmp_path):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("command", ["vision", "kernels --dtypes=float32"])
+@pytest.mark.parametrize("command", ["vision", "kernels --dtypes=float32", "layers"])
 def test_benchmark_runs(command, tmp_path):
     name, *options = command.split()
     # By its command line: it sets up the memory of the device for two libraries.

@@ -90,9 +90,9 @@ def reference(tokens, dtype):
 # all kept and not, with and without prefetch.
 CASES = [
     ("two", 4, jnp.float32),
-    ("split, two", 2, jnp.float32),
-    ("one, no prefetch", 1, jnp.float32),
-    ("split, no prefetch", 3, jnp.bfloat16),
+    ("split_two", 2, jnp.float32),
+    ("one_no_prefetch", 1, jnp.float32),
+    ("split_no_prefetch", 3, jnp.bfloat16),
 ]
 
 
@@ -188,7 +188,7 @@ def test_less_than_a_chunk_is_read_and_not_learned(tokens):
     np.testing.assert_allclose(last.bias, given.bias, atol=1e-7)
 
 
-LOWERED = [*[(name, jnp.bfloat16) for name in limits.CONFIGURATIONS], ("split, two", jnp.float32)]
+LOWERED = [*[(name, jnp.bfloat16) for name in limits.CONFIGURATIONS], ("split_two", jnp.float32)]
 
 
 @pytest.mark.parametrize(("name", "dtype"), LOWERED)

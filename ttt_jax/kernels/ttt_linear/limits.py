@@ -69,21 +69,21 @@ _WHOLE = Configuration(_TWO, None, _ONE, _ONE, None, _ONE)
 
 CONFIGURATIONS: dict[str, Configuration] = {
     "one": _WHOLE._replace(scan=_ONE),
-    "one, 2 warps": _WHOLE._replace(scan=_ONE_OF_TWO_WARPS),
-    "one, no prefetch": _WHOLE._replace(
+    "one_2warps": _WHOLE._replace(scan=_ONE_OF_TWO_WARPS),
+    "one_no_prefetch": _WHOLE._replace(
         scan=Tiles(stages=3, prefetch=False), back=Tiles(stages=3, prefetch=False)
     ),
     "two": _WHOLE,
-    "two, 8 warps": _WHOLE._replace(scan=Tiles(chunks=2, warps=8), back=Tiles(warps=8)),
+    "two_8warps": _WHOLE._replace(scan=Tiles(chunks=2, warps=8), back=Tiles(warps=8)),
     "split": Configuration(_ONE, _ONE, _ONE, _ONE, _ONE, _ONE),
-    "split, two": Configuration(_TWO, _TWO, _ONE, _ONE, _ONE, _ONE),
-    "split back": Configuration(_TWO, None, _ONE, _ONE, _ONE, _ONE),
-    "split back, one": Configuration(_ONE, None, _ONE, _ONE, _ONE, _ONE),
-    "split, 2 warps": Configuration(*[_ONE_OF_TWO_WARPS] * 3, _ONE, *[_ONE_OF_TWO_WARPS] * 2),
-    "split back, 2 warps": Configuration(
+    "split_two": Configuration(_TWO, _TWO, _ONE, _ONE, _ONE, _ONE),
+    "split_back": Configuration(_TWO, None, _ONE, _ONE, _ONE, _ONE),
+    "split_back_one": Configuration(_ONE, None, _ONE, _ONE, _ONE, _ONE),
+    "split_2warps": Configuration(*[_ONE_OF_TWO_WARPS] * 3, _ONE, *[_ONE_OF_TWO_WARPS] * 2),
+    "split_back_2warps": Configuration(
         _ONE_OF_TWO_WARPS, None, _ONE_OF_TWO_WARPS, _ONE, *[_ONE_OF_TWO_WARPS] * 2
     ),
-    "split, no prefetch": Configuration(
+    "split_no_prefetch": Configuration(
         Tiles(stages=3, prefetch=False), _ONE, _ONE, Tiles(stages=3, prefetch=False), _ONE, _ONE
     ),
 }
@@ -95,7 +95,7 @@ _MANY = 256
 
 def chosen(programs: int) -> str:
     """The name of the configuration for so many heads of sequences at once."""
-    return "one, 2 warps" if programs >= _MANY else "two"
+    return "one_2warps" if programs >= _MANY else "two"
 
 
 def fits(width: int, chunk_size: int, dtype: Any) -> bool:
