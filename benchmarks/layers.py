@@ -35,7 +35,7 @@ LIMIT = 1e-2
 CHUNK = 16
 FLA = ("fla_chunk", "fla_fused", "fla_delta")
 PARTS = ("kernels", "xla", "cudnn", *FLA, "shapes", "decode", "scaling")
-# Sequences and heads; the scale is of all, weights and norm are of a head.
+# Sequences and heads, ``[B, H, ...]``; weights and norm are of a head.
 _HEAD = layer.Operands(0, 0, 0, 0, None, 0, 0, 0, 0)
 _SEQUENCE = layer.Operands(0, 0, 0, 0, None, None, None, None, None)
 
@@ -56,7 +56,7 @@ _SMOKE_SETTINGS = {
     "spacings": ("2",),
     "lengths": ("16",),
     "works": ("long",),
-    "checked_tokens": 256,
+    "checked_tokens": 64,
     "repeats": 1,
     "calls": 1,
 }
@@ -87,13 +87,21 @@ def inputs(work: Work, chunk: int = CHUNK, dtype: Any = DTYPE) -> layer.Operands
     )
 
 
+def mapped(function: Any, operands: layer.Operands) -> jax.Array:
+    """Outputs of a function of one head, over sequences and heads; the scale is of all, or each."""
+    own = None if operands.scale.ndim == 1 else 0
+    head, sequence = _HEAD._replace(scale=own), _SEQUENCE._replace(scale=own)
+    result: jax.Array = jax.vmap(jax.vmap(function, (head,)), (sequence,))(operands)
+    return result
+
+
 def kernels(
     operands: layer.Operands, *, configuration: str | None = None, spacing: int = 4
 ) -> jax.Array:
     """Outputs of every head and sequence."""
     given = None if configuration is None else limits.CONFIGURATIONS[configuration]
     one = functools.partial(layer.run, spacing=spacing, configuration=given)
-    return jax.vmap(jax.vmap(lambda each: one(each)[0], (_HEAD,)), (_SEQUENCE,))(operands)
+    return mapped(lambda each: one(each)[0], operands)
 
 
 def dual(operands: layer.Operands) -> jax.Array:
@@ -110,7 +118,7 @@ def dual(operands: layer.Operands) -> jax.Array:
             form="dual",
         )[0]
 
-    return jax.vmap(jax.vmap(one, (_HEAD,)), (_SEQUENCE,))(operands)
+    return mapped(one, operands)
 
 
 def attention(operands: tuple[jax.Array, ...]) -> jax.Array:
@@ -137,6 +145,9 @@ def cotangent(shape: tuple[int, ...]) -> jax.Array:
 def reference(work: Work, chunk: int, dtype: Any) -> tuple[layer.Operands, jax.Array, Any]:
     """Random operands, a cotangent, and outputs and gradients of XLA in float32."""
     operands = inputs(work, chunk, dtype)
+    # One for each: a gradient of sixteen numbers in all, sums that cancel, has errors by chance.
+    scale = jnp.broadcast_to(operands.scale, (work.batch, work.heads, chunk))
+    operands = operands._replace(scale=scale)
     dout = cotangent(operands.q.shape)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), operands)
     with jax.default_matmul_precision("highest"):
@@ -185,7 +196,7 @@ def measured(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def kernel_row(name: str, spacing: int, work: Work, settings: Any) -> dict[str, Any]:
     """Errors of a configuration, then its times."""
     run = functools.partial(kernels, configuration=name, spacing=spacing)
-    checked = Work(2, settings.checked_tokens, 2, work.width)
+    checked = Work(4, settings.checked_tokens, 4, work.width)
     row: dict[str, Any] = {"errors": errors_of(run, checked, CHUNK, DTYPE)}
     row["right"] = max(row["errors"].values()) <= LIMIT
     operands = inputs(work)
@@ -216,7 +227,7 @@ def fla_row(way: str, work: Work, settings: Any) -> dict[str, Any]:
 
 def shape_row(shape: Shape, settings: Any) -> dict[str, Any]:
     """Errors of the configurations that are chosen for few and many heads."""
-    work = Work(1, settings.checked_tokens, 2, shape.width)
+    work = Work(4, settings.checked_tokens, 4, shape.width)
     found = {
         name: errors_of(functools.partial(kernels, configuration=name), work, *shape[1:])
         for name in dict.fromkeys((limits.chosen(1), limits.chosen(1 << 16)))
