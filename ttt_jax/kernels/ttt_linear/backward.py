@@ -45,7 +45,7 @@ def _of_chunk(
     shared = programs.shared_of(refs)
     *rows, dout = values
     whole = programs.wholeness(plan, index)
-    chunk = programs.chunk_of(*rows, shared, whole)
+    chunk = programs.chunk_of(rows, shared, whole)
     state, later = states
     dout = dout.astype(jnp.float32)
     return derivatives.gradients(state, chunk, dout, later, shared, whole)
@@ -152,7 +152,7 @@ def whole(plan: Plan, tiles: Tiles, given: Backward, later: State) -> tuple[Grad
 def _prepare_kernel(refs: Any, *, plan: Plan) -> None:
     shared = programs.shared_of(refs)
     *rows, dout = programs.loaded(refs, _ROWS, 0, plan.chunk)
-    chunk = programs.chunk_of(*rows, shared, 1.0)
+    chunk = programs.chunk_of(rows, shared, 1.0)
     state = forward.state_of(refs, plan)
     ready, _ = derivatives.prepared(state, chunk, dout.astype(jnp.float32), shared)
     for name in _TILES:
@@ -203,7 +203,7 @@ def _weights_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
         ready = Prepared(Inner(unit, pull, *vectors), output, pulled)
         # The values count in what was prepared alone.
         whole = programs.wholeness(plan, index)
-        tokens: Chunk = programs.chunk_of(q, k, k, gate, shared, whole)
+        tokens: Chunk = programs.chunk_of((q, k, k, gate), shared, whole)
         return derivatives.scanned(ready, tokens, later, shared), following
 
     bias = refs.last_bias[...]

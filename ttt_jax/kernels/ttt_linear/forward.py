@@ -18,12 +18,12 @@ class Part(NamedTuple):
     """What the programs of a scan do.
 
     Attributes:
-      count: of programs, each of which has so many consecutive chunks of its own.
+      programs: each has as many consecutive chunks of its own.
       reads: whether they make the outputs.
       every: chunks between two states that they store; 0 for none.
     """
 
-    count: int
+    programs: int
     reads: bool
     every: int
 
@@ -33,19 +33,19 @@ class Scanned(NamedTuple):
 
     Attributes:
       out: ``[T, d]``, or None.
-      last: weights and bias after each program's chunks, ``[count, ...]``.
+      last: weights and bias after each program's chunks, ``[programs, ...]``.
       states: weights in the operands' dtype and biases, before the chunks at which they are
         stored; or None.
     """
 
     out: jax.Array | None
     last: State
-    states: State | None
+    states: Any
 
 
 def _scan_kernel(refs: Any, *, plan: Plan, tiles: Tiles, part: Part, per_step: int) -> None:
     shared = programs.shared_of(refs)
-    chunk, held = plan.chunk, plan.chunks // part.count
+    chunk, held = plan.chunk, plan.chunks // part.programs
     steps = held // per_step
     names = ("q", "k", "v", "gate") if part.reads else ("k", "v", "gate")
     before = pl.program_id(0) * held
@@ -64,7 +64,7 @@ def _scan_kernel(refs: Any, *, plan: Plan, tiles: Tiles, part: Part, per_step: i
             q = values[0] if part.reads else None
             index = before + step * per_step + place
             whole = programs.wholeness(plan, index)
-            chunks.append(programs.chunk_of(q, *values[-3:], shared, whole))
+            chunks.append(programs.chunk_of((q, *values[-3:]), shared, whole))
         made = [inner.gradient for inner in algebra.learn(state, chunks, shared)]
         if part.reads:
             for place, out in enumerate(algebra.read(state, chunks, made, shared)):
@@ -97,8 +97,8 @@ def row_of(equal: jax.Array) -> jax.Array:
 def scan(
     plan: Plan, tiles: Tiles, tokens: Tokens, shared: Shared, start: State, part: Part
 ) -> Scanned:
-    """The chunks of each program one after another, from ``start`` (``[count, ...]``) on."""
-    held = plan.chunks // part.count
+    """The chunks of each program one after another, from ``start`` (``[programs, ...]``) on."""
+    held = plan.chunks // part.programs
     per_step = plan.per_step(tiles, part.every or held)
     width = tokens.k.shape[1]
     inputs = {
@@ -108,20 +108,20 @@ def scan(
         "bias": programs.entry(start.bias),
     }
     outputs = {
-        "last_weight": programs.entry(programs.float32(part.count, width, width)),
-        "last_bias": programs.entry(programs.float32(part.count, width)),
+        "last_weight": programs.entry(programs.float32(part.programs, width, width)),
+        "last_bias": programs.entry(programs.float32(part.programs, width)),
     }
     if part.reads:
         out = jax.ShapeDtypeStruct(tokens.k.shape, tokens.k.dtype)
         outputs["out"] = programs.rows(out, held * plan.chunk)
     if part.every:
         kept = held // part.every
-        shape = (part.count * kept, width, width)
+        shape = (part.programs * kept, width, width)
         weights = jax.ShapeDtypeStruct(shape, tokens.k.dtype)
         outputs["weights"] = programs.rows(weights, kept)
         outputs["biases"] = programs.rows(programs.float32(*shape[:2]), kept)
     kernel = functools.partial(_scan_kernel, plan=plan, tiles=tiles, part=part, per_step=per_step)
-    made = programs.call(kernel, "ttt_linear_scan", tiles, part.count, (inputs, outputs))
+    made = programs.call(kernel, "ttt_linear_scan", tiles, part.programs, (inputs, outputs))
     states = State(made["weights"], made["biases"]) if part.every else None
     return Scanned(made.get("out"), State(made["last_weight"], made["last_bias"]), states)
 
@@ -133,7 +133,7 @@ def _read_kernel(refs: Any, *, plan: Plan, per_step: int) -> None:
     for place in range(per_step):
         values = programs.loaded(refs, ("q", "k", "v", "gate"), place, plan.chunk)
         whole = programs.wholeness(plan, pl.program_id(0) * per_step + place)
-        chunks.append(programs.chunk_of(*values, shared, whole))
+        chunks.append(programs.chunk_of(values, shared, whole))
     made = [inner.gradient for inner in algebra.learn(state, chunks, shared)]
     for place, out in enumerate(algebra.read(state, chunks, made, shared)):
         refs.out[pl.ds(place * plan.chunk, plan.chunk), :] = out.astype(refs.out.dtype)

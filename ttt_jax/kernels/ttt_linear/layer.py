@@ -68,7 +68,9 @@ def run(
         for leaf in operands[:4]
     ]
     weight, bias = operands.weight, operands.bias
-    given = Operands(*rows, operands.scale, _centered(weight), _centered(bias), *operands[7:])
+    q, k, v, gate = rows
+    centered = operands._replace(weight=_centered(weight), bias=_centered(bias))
+    given = centered._replace(q=q, k=k, v=v, gate=gate)
     out, last = _layer(plan, given)
     # Their means never change: they are of no consequence to the layer.
     ended = _centered(last.weight) + _mean(weight), _centered(last.bias) + _mean(bias)
@@ -155,8 +157,8 @@ def _backward(plan: Plan) -> Callable[[int], Callable[..., Any]]:
             tokens, shared, _ = _parts(operands)
             if plan.size > 1:
                 part = forward.Part(plan.groups, reads=False, every=1)
-                tiles = chosen.states._replace(chunks=1)
-                states = forward.scan(plan, tiles, tokens, shared, states, part).states
+                one = chosen.states._replace(chunks=1)
+                states = forward.scan(plan, one, tokens, shared, states, part).states
             given = backward.Backward(tokens, shared, states, dout)
             later = jax.tree.map(lambda leaf: leaf[None], later)
             if chosen.prepare is None:
@@ -165,7 +167,8 @@ def _backward(plan: Plan) -> Callable[[int], Callable[..., Any]]:
                 tiles = chosen.prepare, chosen.back, chosen.tokens
                 made, first = backward.in_parts(plan, tiles, given, later)
             first = jax.tree.map(lambda leaf: leaf[0], first)
-            return Operands(*made[:5], *first, made.gamma, made.beta)
+            weight, bias = first
+            return Operands(**made._asdict(), weight=weight, bias=bias)
 
         return apply
 

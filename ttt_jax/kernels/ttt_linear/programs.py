@@ -5,7 +5,7 @@ its Triton backend.
 """
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -153,10 +153,12 @@ def wholeness(plan: Plan, index: Any) -> Any:
     return (index < plan.whole).astype(jnp.float32)
 
 
-def chunk_of(q: Any, k: Any, v: Any, gate: Any, shared: Shared, whole: Any) -> Chunk:
-    """A chunk in float32, from what is stored."""
-    wide = [None if x is None else x.astype(jnp.float32) for x in (q, k, v)]
-    return Chunk(*wide, gate, algebra.last(shared) * gate * whole)
+def chunk_of(stored: Sequence[Any], shared: Shared, whole: Any) -> Chunk:
+    """A chunk in float32, from the stored rows of q (or None), k, v and the gates."""
+    q, k, v, gate = stored
+    q = None if q is None else q.astype(jnp.float32)
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+    return Chunk(q, k, v, gate, algebra.last(shared) * gate * whole)
 
 
 def loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
