@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec as P
 
 from tests.core.compiling import quickly
 from ttt_jax import layers
@@ -267,3 +268,25 @@ def test_settings_of_jax(setting):
             assert jax.eval_shape(run, given, weights) == plain
         finally:
             jax.config.update(setting[0], before)
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+def test_a_shard_map_of_the_callers_own(monkeypatch):
+    """Without its checks the kernels run there; with them Pallas refuses, and auto is dual."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    given = arguments(operands(20, (2,)))
+
+    def spread(form, check):
+        one = lambda *a: layers.ttt_linear(*a, form=form)  # noqa: E731
+        run = jax.vmap(one, (0, 0, 0, 0, None, None, None))
+        specs = (*(P("d"),) * 4, P(), P(), P())
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("d"), check_vma=check)
+
+    found = quickly(spread("kernel", False), *given)
+    due = quickly(spread("dual", True), *given)
+    assert max(errors(found, due)) < 1e-5
+    with pytest.raises(NotImplementedError, match=r"shard_map\(check_vma=False\)"):
+        jax.eval_shape(spread("kernel", True), *given)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "pallas_call" not in str(jax.make_jaxpr(spread("auto", True))(*given))
+    assert "pallas_call" in str(jax.make_jaxpr(spread("auto", False))(*given))

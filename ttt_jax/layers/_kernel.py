@@ -32,11 +32,16 @@ def form_of(
     dtype = np.dtype(np.float64) if double else jnp.dtype(_inputs.operand_of(rows))
     sizes = rows.q.shape[1], scale.shape[0], dtype
     if form == "auto":
-        runs = is_linear and segments is None and ttt_linear.supported(*sizes)
-        return "kernel" if runs else "dual"
+        plain = is_linear and segments is None and not _varying.tracked()
+        return "kernel" if plain and ttt_linear.supported(*sizes) else "dual"
     if not is_linear:
         raise NotImplementedError(
             f"form={form!r} has no kernel for ttt_mlp in this version. Use form='dual'."
+        )
+    if _varying.tracked():
+        raise NotImplementedError(
+            f"form={form!r} does not run in a shard_map that keeps track of what differs. Use "
+            "form='dual', or shard_map(check_vma=False)."
         )
     if segments is not None or not ttt_linear.fits(*sizes):
         packed = "no segments" if segments is None else "segments"
