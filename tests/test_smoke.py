@@ -132,7 +132,7 @@ def test_config_runs(path, tmp_path):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("command", ["vision", "kernels --dtypes=float32", "bbh"])
+@pytest.mark.parametrize("command", ["vision", "kernels --dtypes=float32", "bbh", "layers"])
 def test_benchmark_runs(command, tmp_path):
     name, *options = command.split()
     # By its command line: it sets up the memory of the device for two libraries.

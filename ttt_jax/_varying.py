@@ -25,7 +25,7 @@ def _leaf_axes(leaf: Any) -> _Axes:
     return getattr(kind, "vma", frozenset()) if named is None else named.varying
 
 
-def _tracked() -> bool:
+def tracked() -> bool:
     """Whether the caller is inside a ``shard_map`` that keeps track of what differs."""
     axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
     return bool(axes) and bool(_axes_of(jax.eval_shape(lambda: jax.lax.axis_index(axes))))
@@ -42,7 +42,7 @@ def own(tree: Any, loss: Callable[[Any], Any]) -> Any:
     A loss that is the same on all devices (one that averages over them) has one gradient, which
     is rightly summed.
     """
-    if not _tracked():
+    if not tracked():
         return tree
     axes = _axes_of(jax.eval_shape(loss, tree))
     return jax.tree.map(lambda leaf: _cast(leaf, axes), tree)
@@ -58,7 +58,7 @@ def carry(step: Callable[[Any], Any], start: Any) -> Any:
 
     ``step`` casts its result with :func:`alike`.
     """
-    if not _tracked():
+    if not tracked():
         return start
     while True:
         after = jax.eval_shape(step, start)
@@ -81,7 +81,7 @@ def scan(body: Callable[[Any, Any], Any], start: Any, xs: Any) -> Any:
 
 def along(tree: Any, other: Any) -> Any:
     """``tree``, each device's own along the mesh axes over which ``other`` differs."""
-    if not _tracked():
+    if not tracked():
         return tree
     axes = _axes_of(other)
     return jax.tree.map(lambda leaf: _cast(leaf, axes), tree)

@@ -1,9 +1,9 @@
 """Kernels for a GPU, each beside the form in XLA that gives equal results; needs jax alone.
 
-One folder per operation: :mod:`conv` and :mod:`attention`. Pallas is imported nowhere else, and
-there when a kernel is first run.
+One folder per operation: :mod:`conv`, :mod:`attention` and :mod:`ttt_linear`. Pallas is imported
+nowhere else, and there when a kernel is first run.
 """
 
-from ttt_jax.kernels import attention, conv
+from ttt_jax.kernels import attention, conv, ttt_linear
 
-__all__ = ["attention", "conv"]
+__all__ = ["attention", "conv", "ttt_linear"]

@@ -104,20 +104,15 @@ def check_chunk(chunk_size: int, scale: jax.Array) -> None:
         )
 
 
-def form_of(form: str) -> str:
-    """``"primal"`` or ``"dual"``.
-
-    Raises:
-      ValueError: an unknown form.
-      NotImplementedError: the form of a kernel.
-    """
+def check_form(form: str) -> None:
+    """Raises ``ValueError`` for an unknown form."""
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}; got {form!r}.")
-    if form == "kernel":
-        raise NotImplementedError(
-            f"form={form!r} has no kernel in this version. Use form='dual', the products of XLA."
-        )
-    return "dual" if form == "auto" else form
+
+
+def operand_of(rows: Rows) -> Any:
+    """The dtype of the products' operands: that of q, k and v together."""
+    return functools.reduce(jnp.promote_types, [leaf.dtype for leaf in rows[:3]])
 
 
 def widened(
@@ -127,7 +122,7 @@ def widened(
 
     The wide dtype is float64 where anything is, else float32.
     """
-    operand = functools.reduce(jnp.promote_types, [leaf.dtype for leaf in rows[:3]])
+    operand = operand_of(rows)
     given = (rows, scale, norm, trees)
     double = any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(given))
     wide = jnp.float64 if double else jnp.float32

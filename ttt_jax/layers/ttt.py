@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax import _arguments
-from ttt_jax.layers import _forms, _inputs, _windows
+from ttt_jax.layers import _forms, _inputs, _kernel, _windows
 from ttt_jax.layers._forms import Rows
 from ttt_jax.layers._net import Norm, Weights
 
@@ -78,10 +78,13 @@ def ttt_linear(
       segments: int ``[T]``; where the number changes another sequence begins, from ``state`` and
         with a chunk of its own. None for one sequence.
       form: ``"dual"``: chunk by chunk in products of matrices. ``"primal"``: token by token, the
-        formula above; to differentiate it keeps the weights of each token. ``"kernel"``: not in
-        this version. ``"auto"``: ``"dual"``.
-      remat: in the dual form, chunks between two states that are kept for the backward pass, which
-        computes the others again; 0 keeps everything.
+        formula above; to differentiate it keeps the weights of each token. ``"kernel"``: the dual
+        form in kernels for a GPU, interpreted on a CPU; d of 16, 32, 64 or 128, ``chunk_size`` of
+        16, 32 or 64, float32 or bfloat16, no segments; differentiable once, in reverse mode, where
+        the others have all derivatives. ``"auto"``: ``"kernel"`` on an NVIDIA GPU for
+        sizes that were compared there (none yet), else ``"dual"``.
+      remat: in the dual form and the kernels, chunks between two states that are kept for the
+        backward pass, which computes the others again; 0 keeps everything.
 
     Returns:
       ``out [T, d]`` in the dtype of q, k and v, and the state after the last whole chunk (of the
@@ -91,8 +94,9 @@ def ttt_linear(
 
     Raises:
       TypeError: an argument of another type.
-      ValueError: T is 0, shapes that do not fit, or an unknown form.
-      NotImplementedError: ``form="kernel"``.
+      ValueError: T is 0, shapes that do not fit, an unknown form, or ``form="kernel"`` for what
+        the kernels do not take.
+      NotImplementedError: ``form="kernel"`` on a jax without Pallas' Triton backend.
 
     References:
       Sun et al., `Learning to (Learn at Test Time) <https://arxiv.org/abs/2407.04620>`_, 2024,
@@ -144,7 +148,7 @@ def ttt_mlp(
       norm: ``(gamma [d], beta [d])``.
       chunk_size: tokens of a chunk.
       segments: int ``[T]``, see :func:`ttt_linear`.
-      form: see :func:`ttt_linear`.
+      form: see :func:`ttt_linear`; there is no kernel, and ``"auto"`` is ``"dual"``.
       remat: see :func:`ttt_linear`.
 
     Returns:
@@ -171,7 +175,7 @@ def _run(
     settings: tuple[int, jax.Array | None, str, int],
 ) -> tuple[jax.Array, Any]:
     chunk_size, segments, form, remat = settings
-    form = _inputs.form_of(form)
+    _inputs.check_form(form)
     _inputs.check_shapes(rows, scale, norm)
     _inputs.check_weights("state", state, rows.q.shape[1])
     _inputs.check_chunk(chunk_size, scale)
@@ -180,6 +184,9 @@ def _run(
         raise ValueError(
             f"segments must have shape {(tokens,)}, a number for each token; got {segments.shape}."
         )
+    form = _kernel.form_of(form, rows, scale, (state, norm), segments)
+    if form == "kernel":
+        return _kernel.run(rows, scale, state, norm, remat)
     wide, shared, (weights, marks) = _inputs.widened(rows, scale, norm, state, segments)
     shared = shared._replace(remat=remat)
     if form == "primal":

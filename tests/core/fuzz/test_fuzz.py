@@ -22,6 +22,7 @@ MODULES = (
         "inner",
         "kernels.attention",
         "kernels.conv",
+        "kernels.ttt_linear",
     ),
     *("generation", "losses", "methods", "metrics", "models", "neighbors", "online"),
     *("optimizers", "passages", "predictors", "readers", "resets", "serving"),

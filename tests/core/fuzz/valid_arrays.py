@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.core.fuzz import things, use
 from tests.core.fuzz.calls import Table
-from ttt_jax.kernels import attention, conv
+from ttt_jax.kernels import attention, conv, ttt_linear
 from ttt_jax.views import augmix, image
 
 TABLE = Table()
@@ -174,3 +174,26 @@ add(
     allowed="dtype: none",
 )
 NOTHING_TO_SLIP = ("views.image.simclr",)
+for name in ("fits", "supported"):
+    add(
+        f"kernels.ttt_linear.{name}",
+        getattr(ttt_linear, name),
+        traced=False,
+        width=64,
+        chunk_size=16,
+        dtype=jnp.float32,
+        kinds={"dtype": "record"},
+        allowed="dtype: none",
+    )
+ROWS = dict.fromkeys(("q", "k", "v"), np.ones((4, 16), np.float32))
+ROW = np.ones(16, np.float32)
+add(
+    "kernels.ttt_linear.ttt_linear",
+    ttt_linear.ttt_linear,
+    **ROWS,
+    gate=np.ones(4, np.float32),
+    scale=ROW,
+    state=(np.ones((16, 16), np.float32), ROW),
+    norm=(ROW, ROW),
+    only_refusals=True,
+)

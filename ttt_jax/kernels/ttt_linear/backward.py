@@ -1,0 +1,263 @@
+"""Kernels of TTT-Linear's backward pass: from the last chunk to the first, whole or in three parts.
+
+In three parts, what a chunk's gradients need of itself alone is made for all chunks at once, then
+the gradients of the weights chunk by chunk, then the gradients of the tokens for all at once.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from ttt_jax.kernels.ttt_linear import derivatives, forward, programs
+from ttt_jax.kernels.ttt_linear.algebra import Chunk, Inner, Shared, State
+from ttt_jax.kernels.ttt_linear.derivatives import Gradients, Prepared
+from ttt_jax.kernels.ttt_linear.limits import Tiles
+from ttt_jax.kernels.ttt_linear.programs import Plan, Tokens
+
+_VECTORS = ("rate", "along", "mean_pull", "mean_square", "along_square")
+_TILES = ("unit", "pull", "output", "pulled")
+
+
+class Backward(NamedTuple):
+    """What all kernels of the pass read.
+
+    Attributes:
+      tokens: of the call.
+      shared: of the call.
+      states: before each chunk, ``[chunks, ...]``.
+      dout: ``[T, d]``.
+    """
+
+    tokens: Tokens
+    shared: Shared
+    states: State
+    dout: jax.Array
+
+
+def _of_chunk(
+    refs: Any, plan: Plan, index: Any, values: Any, states: tuple[State, State]
+) -> tuple[Gradients, State]:
+    """Gradients of a chunk from its stored rows, with its weights and the later gradients."""
+    shared = programs.shared_of(refs)
+    *rows, dout = values
+    whole = programs.wholeness(plan, index)
+    chunk = programs.chunk_of(rows, shared, whole)
+    state, later = states
+    dout = dout.astype(jnp.float32)
+    return derivatives.gradients(state, chunk, dout, later, shared, whole)
+
+
+def _store(refs: Any, made: Gradients, place: Any) -> None:
+    for name in ("q", "k", "v"):
+        ref = getattr(refs, f"d{name}")
+        ref[place, :] = getattr(made, name).astype(ref.dtype)
+    refs.dgate[place] = made.gate
+
+
+_ROWS = ("q", "k", "v", "gate", "dout")
+_SUMMED = ("scale", "gamma", "beta")
+
+
+def _whole_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
+    chunk, final = plan.chunk, np.int32(plan.chunks - 1)
+
+    def load(index: Any) -> Any:
+        rows = programs.loaded(refs, _ROWS, index, chunk)
+        return rows, refs.weights[index, :, :], refs.biases[index, :]
+
+    def one(step: Any, carry: Any) -> Any:
+        index = final - step
+        later, sums, tiled = carry
+        following = load(jnp.maximum(index - 1, np.int32(0))) if tiles.prefetch else None
+        rows, weight, bias = tiled if tiles.prefetch else load(index)
+        bias = jnp.broadcast_to(bias[None, :], later.bias.shape)
+        state = State(weight.astype(jnp.float32), bias)
+        made, before = _of_chunk(refs, plan, index, rows, (state, later))
+        _store(refs, made, pl.ds(index * chunk, chunk))
+        sums = tuple(total + getattr(made, n) for total, n in zip(sums, _SUMMED, strict=True))
+        return before, sums, following
+
+    bias = refs.last_bias[...]
+    later = State(refs.last_weight[...], jnp.broadcast_to(bias[None, :], (chunk, bias.shape[0])))
+    sums = tuple(jnp.zeros(getattr(refs, n).shape, jnp.float32) for n in _SUMMED)
+    first = load(final) if tiles.prefetch else None
+    later, sums, _ = programs.loop(plan.chunks, one, (later, sums, first))
+    refs.dweight[...] = later.weight
+    refs.dbias[...] = forward.row_of(later.bias)
+    for name, total in zip(_SUMMED, sums, strict=True):
+        getattr(refs, f"d{name}")[...] = total
+
+
+def _tokens_kernel(refs: Any, *, plan: Plan) -> None:
+    rows = programs.loaded(refs, _ROWS, 0, plan.chunk)
+    state = forward.state_of(refs, plan)
+    bias = jnp.broadcast_to(refs.later_bias[...][None, :], state.bias.shape)
+    later = State(refs.later_weight[...].astype(jnp.float32), bias)
+    made, _ = _of_chunk(refs, plan, pl.program_id(0), rows, (state, later))
+    _store(refs, made, pl.ds(0, plan.chunk))
+    for name in _SUMMED:
+        getattr(refs, f"d{name}")[...] = getattr(made, name)
+
+
+def _gradient_blocks(given: Backward, plan: Plan, count: int) -> dict[str, Any]:
+    """Of gradients: rows of the tokens, and a share of the sums for each of ``count`` programs."""
+    tokens, width = given.tokens, given.dout.shape[1]
+    each = plan.chunks // count * plan.chunk
+    like = jax.ShapeDtypeStruct(tokens.k.shape, tokens.k.dtype)
+    sizes = {"scale": plan.chunk, "gamma": width, "beta": width}
+    return {
+        **{f"d{name}": programs.rows(like, each) for name in ("q", "k", "v")},
+        "dgate": programs.rows(programs.float32(tokens.gate.shape[0]), each),
+        **{f"d{n}": programs.entry(programs.float32(count, size)) for n, size in sizes.items()},
+    }
+
+
+def _summed(made: dict[str, jax.Array]) -> Gradients:
+    sums = {name: made[f"d{name}"].sum(0) for name in _SUMMED}
+    return Gradients(*[made[f"d{name}"] for name in ("q", "k", "v", "gate")], **sums)
+
+
+def _inputs(given: Backward, rows: int) -> dict[str, Any]:
+    return {
+        **programs.of_tokens(given.tokens, rows),
+        **programs.of_shared(given.shared),
+        "dout": programs.rows(given.dout, rows),
+    }
+
+
+def whole(plan: Plan, tiles: Tiles, given: Backward, later: State) -> tuple[Gradients, State]:
+    """All gradients in one scan; ``later [1, ...]`` are those of the last weights."""
+    width, total = given.dout.shape[1], plan.chunks
+    inputs = {
+        **_inputs(given, total * plan.chunk),
+        "weights": programs.rows(given.states.weight, total),
+        "biases": programs.rows(given.states.bias, total),
+        "last_weight": programs.entry(later.weight),
+        "last_bias": programs.entry(later.bias),
+    }
+    outputs = {
+        **_gradient_blocks(given, plan, 1),
+        "dweight": programs.entry(programs.float32(1, width, width)),
+        "dbias": programs.entry(programs.float32(1, width)),
+    }
+    kernel = functools.partial(_whole_kernel, plan=plan, tiles=tiles)
+    made = programs.call(kernel, "ttt_linear_back", tiles, 1, (inputs, outputs))
+    return _summed(made), State(made["dweight"], made["dbias"])
+
+
+def _prepare_kernel(refs: Any, *, plan: Plan) -> None:
+    shared = programs.shared_of(refs)
+    *rows, dout = programs.loaded(refs, _ROWS, 0, plan.chunk)
+    chunk = programs.chunk_of(rows, shared, 1.0)
+    state = forward.state_of(refs, plan)
+    ready, _ = derivatives.prepared(state, chunk, dout.astype(jnp.float32), shared)
+    for name in _TILES:
+        value = getattr(ready.inner if hasattr(ready.inner, name) else ready, name)
+        ref = getattr(refs, name)
+        ref[...] = value.astype(ref.dtype)
+    for place, name in enumerate(_VECTORS):
+        refs.vectors[place, :] = getattr(ready.inner, name)
+
+
+def prepare(plan: Plan, tiles: Tiles, given: Backward) -> dict[str, jax.Array]:
+    """What the chunks' gradients need of themselves alone: tiles ``[T, d]``, vectors ``[5, T]``."""
+    tokens = given.tokens
+    length, width = tokens.k.shape
+    inputs = {
+        **_inputs(given, plan.chunk),
+        "weight": programs.entry(given.states.weight),
+        "bias": programs.entry(given.states.bias),
+    }
+    wide = programs.float32(length, width)
+    shapes = dict.fromkeys(_TILES, wide) | {
+        "output": jax.ShapeDtypeStruct((length, width), tokens.k.dtype)
+    }
+    outputs = {name: programs.rows(shape, plan.chunk) for name, shape in shapes.items()}
+    vectors = programs.float32(len(_VECTORS), length)
+    outputs["vectors"] = programs.columns(vectors, plan.chunk)
+    kernel = functools.partial(_prepare_kernel, plan=plan)
+    return programs.call(kernel, "ttt_linear_prepare", tiles, plan.chunks, (inputs, outputs))
+
+
+def _weights_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
+    shared = programs.shared_of(refs)
+    chunk, final = plan.chunk, np.int32(plan.chunks - 1)
+
+    def load(index: Any) -> Any:
+        place = pl.ds(index * chunk, chunk)
+        vectors = [refs.vectors[row, place] for row in range(len(_VECTORS))]
+        return programs.loaded(refs, ("q", "k", "gate", *_TILES), index, chunk), vectors
+
+    def one(step: Any, carry: Any) -> Any:
+        index = final - step
+        later, tiled = carry
+        following = load(jnp.maximum(index - 1, np.int32(0))) if tiles.prefetch else None
+        (q, k, gate, *rest), vectors = tiled if tiles.prefetch else load(index)
+        refs.later_weight[index, :, :] = later.weight.astype(refs.later_weight.dtype)
+        refs.later_bias[index, :] = forward.row_of(later.bias)
+        unit, pull, output, pulled = (tile.astype(jnp.float32) for tile in rest)
+        ready = Prepared(Inner(unit, pull, *vectors), output, pulled)
+        # The values count in what was prepared alone.
+        whole = programs.wholeness(plan, index)
+        tokens: Chunk = programs.chunk_of((q, k, k, gate), shared, whole)
+        return derivatives.scanned(ready, tokens, later, shared), following
+
+    bias = refs.last_bias[...]
+    later = State(refs.last_weight[...], jnp.broadcast_to(bias[None, :], (chunk, bias.shape[0])))
+    first = load(final) if tiles.prefetch else None
+    later, _ = programs.loop(plan.chunks, one, (later, first))
+    refs.dweight[...] = later.weight
+    refs.dbias[...] = forward.row_of(later.bias)
+
+
+def _weights(
+    plan: Plan, tiles: Tiles, given: Backward, ready: dict[str, jax.Array], later: State
+) -> tuple[State, State]:
+    """The gradients of the weights after each chunk, and of the first ones."""
+    tokens, total = given.tokens, plan.chunks
+    length, width = tokens.k.shape
+    named = {"q": tokens.q, "k": tokens.k, "gate": tokens.gate}
+    named |= {name: ready[name] for name in _TILES}
+    inputs = {
+        **{name: programs.rows(array, length) for name, array in named.items()},
+        **programs.of_shared(given.shared),
+        "vectors": programs.columns(ready["vectors"], length),
+        "last_weight": programs.entry(later.weight),
+        "last_bias": programs.entry(later.bias),
+    }
+    stored = jax.ShapeDtypeStruct((total, width, width), tokens.k.dtype)
+    outputs = {
+        "later_weight": programs.rows(stored, total),
+        "later_bias": programs.rows(programs.float32(total, width), total),
+        "dweight": programs.entry(programs.float32(1, width, width)),
+        "dbias": programs.entry(programs.float32(1, width)),
+    }
+    kernel = functools.partial(_weights_kernel, plan=plan, tiles=tiles)
+    made = programs.call(kernel, "ttt_linear_back_weights", tiles, 1, (inputs, outputs))
+    after = State(made["later_weight"], made["later_bias"])
+    return after, State(made["dweight"], made["dbias"])
+
+
+def in_parts(
+    plan: Plan, tiles: tuple[Tiles, Tiles, Tiles], given: Backward, later: State
+) -> tuple[Gradients, State]:
+    """:func:`whole` in three parts, each with tiles of its own."""
+    of_prepare, of_weights, of_tokens = tiles
+    ready = prepare(plan, of_prepare, given)
+    after, first = _weights(plan, of_weights, given, ready, later)
+    inputs = {
+        **_inputs(given, plan.chunk),
+        "weight": programs.entry(given.states.weight),
+        "bias": programs.entry(given.states.bias),
+        "later_weight": programs.entry(after.weight),
+        "later_bias": programs.entry(after.bias),
+    }
+    outputs = _gradient_blocks(given, plan, plan.chunks)
+    kernel = functools.partial(_tokens_kernel, plan=plan)
+    name = "ttt_linear_back_tokens"
+    made = programs.call(kernel, name, of_tokens, plan.chunks, (inputs, outputs))
+    return _summed(made), first

@@ -1,0 +1,193 @@
+"""TTT-Linear in kernels, with its derivative and its rule for ``vmap``; needs Pallas' Triton."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.kernels import shared_outputs
+from ttt_jax.kernels.ttt_linear import backward, forward, limits
+from ttt_jax.kernels.ttt_linear.algebra import Shared, State
+from ttt_jax.kernels.ttt_linear.limits import Configuration
+from ttt_jax.kernels.ttt_linear.programs import Plan, Tokens
+
+
+class Operands(NamedTuple):
+    """Arrays of a call, in the order of their gradients.
+
+    Attributes:
+      q: ``[T, d]``, T a multiple of the plan's chunks; as k and v in the operands' dtype.
+      k: ``[T, d]``.
+      v: ``[T, d]``.
+      gate: ``[T]``, float32 as all that follows.
+      scale: ``[c]``.
+      weight: ``[d, d]`` without a mean over the output axis.
+      bias: ``[d]`` without a mean.
+      gamma: ``[d]``.
+      beta: ``[d]``.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    gate: jax.Array
+    scale: jax.Array
+    weight: jax.Array
+    bias: jax.Array
+    gamma: jax.Array
+    beta: jax.Array
+
+
+def run(
+    operands: Operands, *, spacing: int, configuration: Configuration | None = None
+) -> tuple[jax.Array, State]:
+    """The layer for one head of one sequence of any length.
+
+    Args:
+      operands: any T; weights and bias as they are.
+      spacing: chunks between two states that are kept for the backward pass, which makes those
+        between again; at least 1.
+      configuration: how the kernels run; None for the choice by the number of heads and sequences
+        over which the call is mapped.
+
+    Returns:
+      ``out [T, d]``, and weights ``[d, d]`` and bias ``[d]`` after the last whole chunk.
+    """
+    length, chunk = operands.q.shape[0], operands.scale.shape[0]
+    chunks = -(-length // chunk)
+    groups = -(-chunks // spacing)
+    size = -(-chunks // groups)
+    # Even, so that a step may take two chunks.
+    size += size % 2 if size > 1 else 0
+    plan = Plan(chunk, size, groups, length // chunk, configuration)
+    padding = plan.chunks * chunk - length
+    rows = [
+        jnp.pad(leaf, ((0, padding), *((0, 0),) * (leaf.ndim - 1))) if padding else leaf
+        for leaf in operands[:4]
+    ]
+    weight, bias = operands.weight, operands.bias
+    q, k, v, gate = rows
+    centered = operands._replace(weight=_centered(weight), bias=_centered(bias))
+    given = centered._replace(q=q, k=k, v=v, gate=gate)
+    out, last = _layer(plan, given)
+    # Their means never change: they are of no consequence to the layer.
+    ended = _centered(last.weight) + _mean(weight), _centered(last.bias) + _mean(bias)
+    return out[:length], State(*ended)
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    return x.mean(-1, keepdims=True)
+
+
+def _centered(x: jax.Array) -> jax.Array:
+    return x - _mean(x)
+
+
+def by_programs(
+    build: Callable[[int], Callable[..., Any]],
+    programs: int = 1,
+    mapped: Callable[[Any], Any] = lambda function: function,
+) -> Callable[..., Any]:
+    """``build(programs)``, where ``programs`` is by how much the call is mapped with ``vmap``.
+
+    A map gives each kernel an axis of programs, as Pallas does; beyond that, how a kernel runs may
+    depend on how many there are.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def call(*arrays: Any) -> Any:
+        return mapped(build(programs))(*arrays)
+
+    @call.def_vmap
+    def _(size: int, is_mapped: Any, *arrays: Any) -> Any:
+        axes = jax.tree.map(lambda each: 0 if each else None, tuple(is_mapped))
+        inner = by_programs(
+            build, programs * size, lambda function: jax.vmap(mapped(function), in_axes=axes)
+        )
+        out = inner(*arrays)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call
+
+
+def _configuration(plan: Plan, programs: int) -> Configuration:
+    return plan.configuration or limits.CONFIGURATIONS[limits.chosen(programs)]
+
+
+def _parts(operands: Operands) -> tuple[Tokens, Shared, State]:
+    tokens = Tokens(*operands[:4])
+    shared = Shared(operands.scale, operands.gamma, operands.beta, operands.k.dtype)
+    return tokens, shared, State(operands.weight[None], operands.bias[None])
+
+
+def _forward(plan: Plan, keeps: bool) -> Callable[[int], Callable[..., Any]]:
+    """By the number of programs: outputs, the last state, and those that are kept or None."""
+
+    def build(programs: int) -> Callable[..., Any]:
+        chosen = _configuration(plan, programs)
+
+        def apply(*arrays: jax.Array) -> Any:
+            tokens, shared, start = _parts(Operands(*arrays))
+            if chosen.read is None:
+                part = forward.Part(1, reads=True, every=plan.size if keeps else 0)
+                out, last, states = forward.scan(plan, chosen.scan, tokens, shared, start, part)
+            else:
+                every = plan.per_step(chosen.scan, plan.size if keeps else plan.chunks)
+                part = forward.Part(1, reads=False, every=every)
+                _, last, states = forward.scan(plan, chosen.scan, tokens, shared, start, part)
+                out = forward.read(plan, chosen.read, tokens, shared, states, every)
+                states = jax.tree.map(lambda leaf: leaf[:: plan.size // every], states)
+            last = jax.tree.map(lambda leaf: leaf[0], last)
+            return (out, last, states) if keeps else (out, last)
+
+        return apply
+
+    return build
+
+
+def _backward(plan: Plan) -> Callable[[int], Callable[..., Any]]:
+    """By the number of programs: all gradients."""
+
+    def build(programs: int) -> Callable[..., Any]:
+        chosen = _configuration(plan, programs)
+
+        def apply(operands: Operands, states: State, dout: jax.Array, later: State) -> Operands:
+            tokens, shared, _ = _parts(operands)
+            if plan.size > 1:
+                part = forward.Part(plan.groups, reads=False, every=1)
+                one = chosen.states._replace(chunks=1)
+                states = forward.scan(plan, one, tokens, shared, states, part).states
+            given = backward.Backward(tokens, shared, states, dout)
+            later = jax.tree.map(lambda leaf: leaf[None], later)
+            if chosen.prepare is None:
+                made, first = backward.whole(plan, chosen.back, given, later)
+            else:
+                tiles = chosen.prepare, chosen.back, chosen.tokens
+                made, first = backward.in_parts(plan, tiles, given, later)
+            first = jax.tree.map(lambda leaf: leaf[0], first)
+            weight, bias = first
+            return Operands(**made._asdict(), weight=weight, bias=bias)
+
+        return apply
+
+    return build
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _layer(plan: Plan, operands: Operands) -> tuple[jax.Array, State]:
+    return by_programs(_forward(plan, keeps=False))(*operands)
+
+
+def _layer_forward(plan: Plan, operands: Operands) -> tuple[Any, Any]:
+    out, last, states = by_programs(_forward(plan, keeps=True))(*operands)
+    return (out, last), (operands, states)
+
+
+def _layer_backward(plan: Plan, saved: Any, cotangents: Any) -> tuple[Operands]:
+    dout, later = cotangents
+    return (by_programs(_backward(plan))(*saved, dout, later),)
+
+
+_layer.defvjp(_layer_forward, _layer_backward, **shared_outputs.DECLARED)

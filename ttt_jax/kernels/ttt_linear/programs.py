@@ -1,0 +1,173 @@
+"""What the kernels of TTT-Linear share: the plan of a call, blocks of arrays, and loads of chunks.
+
+Arrays are of one head of one sequence, ``[T, d]``; a ``vmap`` adds programs. Written in Pallas for
+its Triton backend.
+"""
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from ttt_jax.kernels.ttt_linear import algebra
+from ttt_jax.kernels.ttt_linear.algebra import Chunk, Shared
+from ttt_jax.kernels.ttt_linear.limits import Configuration, Tiles
+
+
+class Plan(NamedTuple):
+    """Of a call.
+
+    Attributes:
+      chunk: tokens of a chunk.
+      size: chunks between two states that are kept for the backward pass.
+      groups: how many states are kept; ``groups * size`` chunks are worked on.
+      whole: how many of them change weights; the rest are a part of a chunk, and padding.
+      configuration: how the kernels run; None for the choice by the number of programs.
+    """
+
+    chunk: int
+    size: int
+    groups: int
+    whole: int
+    configuration: Configuration | None
+
+    @property
+    def chunks(self) -> int:
+        """All of them."""
+        return self.size * self.groups
+
+    def per_step(self, tiles: Tiles, size: int) -> int:
+        """Chunks that a step takes where ``size`` are to be divided into steps."""
+        return tiles.chunks if size % tiles.chunks == 0 else 1
+
+
+class Tokens(NamedTuple):
+    """Arrays of all tokens: ``q, k, v [T, d]`` and ``gate [T]``; q is None where nothing is read.
+
+    Attributes:
+      q: in the operands' dtype, as k and v.
+      k: ``[T, d]``.
+      v: ``[T, d]``.
+      gate: float32.
+    """
+
+    q: Any
+    k: jax.Array
+    v: jax.Array
+    gate: jax.Array
+
+
+Blocks = Mapping[str, tuple[Any, pl.BlockSpec]]
+
+
+def rows(array: Any, count: int) -> tuple[Any, pl.BlockSpec]:
+    """``count`` rows of an array ``[n, ...]`` for each program."""
+    rest = array.shape[1:]
+    return array, pl.BlockSpec((count, *rest), lambda i: (i, *[0] * len(rest)))
+
+
+def entry(array: Any) -> tuple[Any, pl.BlockSpec]:
+    """A row of an array ``[n, ...]`` for each program, without its axis."""
+    rest = array.shape[1:]
+    return array, pl.BlockSpec((None, *rest), lambda i: (i, *[0] * len(rest)))
+
+
+def columns(array: Any, count: int) -> tuple[Any, pl.BlockSpec]:
+    """``count`` columns of an array ``[m, n]`` for each program."""
+    return array, pl.BlockSpec((array.shape[0], count), lambda i: (0, i))
+
+
+def same(array: Any) -> tuple[Any, pl.BlockSpec]:
+    """A vector that all programs read."""
+    return array, pl.BlockSpec(array.shape, lambda i: (0,))
+
+
+def of_tokens(tokens: Tokens, count: int) -> dict[str, tuple[Any, pl.BlockSpec]]:
+    """Blocks of ``count`` tokens."""
+    named = {n: leaf for n, leaf in tokens._asdict().items() if leaf is not None}
+    return {name: rows(leaf, count) for name, leaf in named.items()}
+
+
+def of_shared(shared: Shared) -> dict[str, tuple[Any, pl.BlockSpec]]:
+    """Blocks of what all programs read; vectors."""
+    return {name: same(getattr(shared, name)) for name in ("scale", "gamma", "beta")}
+
+
+def call(
+    kernel: Callable[..., None], name: str, tiles: Tiles, grid: int, blocks: tuple[Blocks, Blocks]
+) -> dict[str, jax.Array]:
+    """Runs ``kernel(refs)``, the refs by name; interpreted away from a GPU.
+
+    Args:
+      kernel: of one program.
+      name: in profiles.
+      tiles: warps and stages.
+      grid: how many programs, next to those of ``vmap``.
+      blocks: of inputs, and of outputs as ``jax.ShapeDtypeStruct``.
+    """
+    inputs, outputs = blocks
+    names = (*inputs, *outputs)
+
+    def body(*refs: Any) -> None:
+        kernel(types.SimpleNamespace(**dict(zip(names, refs, strict=True))))
+
+    made = pl.pallas_call(
+        body,
+        grid=(grid,),
+        in_specs=[spec for _, spec in inputs.values()],
+        out_specs=[spec for _, spec in outputs.values()],
+        out_shape=[shape for shape, _ in outputs.values()],
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=jax.default_backend() != "gpu",
+        name=name,
+    )(*[array for array, _ in inputs.values()])
+    return dict(zip(outputs, made, strict=True))
+
+
+def shared_of(refs: Any) -> Shared:
+    """On chip, in the operands' dtype of the keys."""
+    gamma, beta = refs.gamma[...][None, :], refs.beta[...][None, :]
+    return Shared(refs.scale[...], gamma, beta, refs.k.dtype)
+
+
+def loaded(refs: Any, names: tuple[str, ...], index: Any, chunk: int) -> tuple[jax.Array, ...]:
+    """Of each named ref, the rows of the chunk with this index, as they are stored."""
+    place = pl.ds(index * chunk, chunk)
+    values = []
+    for name in names:
+        ref = getattr(refs, name)
+        values.append(ref[place] if len(ref.shape) == 1 else ref[place, :])
+    return tuple(values)
+
+
+def wholeness(plan: Plan, index: Any) -> Any:
+    """1 where the chunk with this index is whole, else 0."""
+    if plan.whole == plan.chunks:
+        return 1.0
+    return (index < plan.whole).astype(jnp.float32)
+
+
+def chunk_of(stored: Sequence[Any], shared: Shared, whole: Any) -> Chunk:
+    """A chunk in float32, from the stored rows of q (or None), k, v and the gates."""
+    q, k, v, gate = stored
+    q = None if q is None else q.astype(jnp.float32)
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+    return Chunk(q, k, v, gate, algebra.last(shared) * gate * whole)
+
+
+def loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """``body(index, carry)`` so many times, in 32 bits; without a loop for once."""
+    if count == 1:
+        return body(np.int32(0), carry)
+    return lax.fori_loop(np.int32(0), np.int32(count), body, carry)
+
+
+def float32(*shape: int) -> jax.ShapeDtypeStruct:
+    """Of an output."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
