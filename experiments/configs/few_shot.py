@@ -58,7 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "learning_rate": 1e-2,
             },
             # The task's own vectors alone, a few hundred numbers.
-            "vector": {**learns, "select": "params/task(_view)?", "learning_rate": 0.1},
+            "vector": {**learns, "select": "params/(task|task_view)", "learning_rate": 0.1},
         },
         convert_dict=True,
     )
