@@ -368,8 +368,8 @@ def test_the_outer_gradient_is_a_difference(name):
             lambda own, other: (jax.grad(loss)(own), jax.vmap(loss)(other)), leaves, many
         )
     plus, minus = values.reshape(2, -1)
-    found = [(g * d).sum() for g, d in zip(gradients, directions, strict=True)]
+    actual = [(g * d).sum() for g, d in zip(gradients, directions, strict=True)]
     due = (plus - minus) / (2 * step)
-    np.testing.assert_allclose(found, due, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(actual, due, rtol=1e-4, atol=1e-7)
     # The values have one, as the mixed derivative of the loss is not zero.
     assert np.abs(due[2]) > 1e-4

@@ -58,8 +58,8 @@ def test_two_parts_are_the_whole():
         return whole, (jnp.concatenate([first, second]), last)
 
     whole, parts = quickly(both, (Q, K, V), RATES, (WEIGHT,))
-    for found, due in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(found, due, rtol=1e-5, atol=1e-6)
+    for actual, due in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(actual, due, rtol=1e-5, atol=1e-6)
 
 
 def test_a_window_goes_on_from_part_to_part():
@@ -77,16 +77,16 @@ def test_a_window_goes_on_from_part_to_part():
         return jnp.concatenate(outs), state
 
     for step in ("token", "chunk"):
-        found = quickly(lambda step=step: parts(step))
+        actual = quickly(lambda step=step: parts(step))
         due = quickly(
             lambda step=step: layers.fast_weight(
                 Q, K, V, rates, layers.fast_state((WEIGHT,)), **rule, step=step, chunk_size=2
             )
         )
-        for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(due), strict=True):
+        for leaf, other in zip(jax.tree.leaves(actual), jax.tree.leaves(due), strict=True):
             np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="window must be 3, that of the state; got 2"):
-        layers.fast_weight(Q, K, V, rates, found[1], memory=LINEAR, window=2)
+        layers.fast_weight(Q, K, V, rates, actual[1], memory=LINEAR, window=2)
 
 
 @pytest.mark.parametrize("reads", ["before", "after"])
@@ -100,14 +100,14 @@ def test_no_token_sees_a_later_one(reads):
             leaves, structure = jax.tree.flatten(given)
             leaves[index] = leaves[index].copy()
             leaves[index][token] += 0.5
-            found = np.asarray(run(*jax.tree.unflatten(structure, leaves))[0])
-            np.testing.assert_array_equal(found[:token], due[:token])
+            actual = np.asarray(run(*jax.tree.unflatten(structure, leaves))[0])
+            np.testing.assert_array_equal(actual[:token], due[:token])
             if reads == "after" or index == 0:
-                assert (found[token] != due[token]).any(), index
+                assert (actual[token] != due[token]).any(), index
             else:
                 end = (token // CHUNK + 1) * CHUNK
-                np.testing.assert_array_equal(found[:end], due[:end])
-                assert (found[end:] != due[end:]).any(), index
+                np.testing.assert_array_equal(actual[:end], due[:end])
+                assert (actual[end:] != due[end:]).any(), index
 
 
 def test_less_than_a_chunk_is_read_and_not_learned():
@@ -254,8 +254,8 @@ def test_initial_weights_of_a_memory(name):
 def test_a_setting_changes_nothing(setting):
     due = quickly(titans, Q, K, V, RATES, (WEIGHT,))
     with SETTINGS[setting]():
-        found = quickly(lambda *a: titans(*a), Q, K, V, RATES, (WEIGHT,))
-    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(due), strict=True):
+        actual = quickly(lambda *a: titans(*a), Q, K, V, RATES, (WEIGHT,))
+    for leaf, other in zip(jax.tree.leaves(actual), jax.tree.leaves(due), strict=True):
         assert leaf.dtype == other.dtype
         np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-6)
 
@@ -269,8 +269,8 @@ def test_a_shard_map_of_the_callers_own():
         run, mesh=mesh, in_specs=(*(P("d"),) * 4, P()), out_specs=P("d"), check_vma=True
     )
     due = quickly(titans, Q, K, V, RATES, (WEIGHT,))
-    found = quickly(spread, *many, (jnp.asarray(WEIGHT),))
-    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(due), strict=True):
+    actual = quickly(spread, *many, (jnp.asarray(WEIGHT),))
+    for leaf, other in zip(jax.tree.leaves(actual), jax.tree.leaves(due), strict=True):
         np.testing.assert_allclose(leaf[0], other, rtol=1e-5, atol=1e-6)
 
 

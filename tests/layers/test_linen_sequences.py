@@ -28,10 +28,10 @@ SEGMENTS = np.stack([np.repeat([1, 0, 1], [9, 1, 12]), np.repeat([3, 2], [4, 18]
 def test_packed_segments_are_separate_sequences(kind, backbone):
     x = tokens()
     out = applied(kind, backbone, x, segments=SEGMENTS.astype(np.int32))
-    for row, marks, found in zip(x, SEGMENTS, out, strict=True):
+    for row, marks, actual in zip(x, SEGMENTS, out, strict=True):
         bounds = np.flatnonzero(np.diff(marks)) + 1
         due = [in_numpy(kind, backbone, part) for part in np.split(row, bounds)]
-        assert relative(found, np.concatenate(due)) < 1e-12
+        assert relative(actual, np.concatenate(due)) < 1e-12
 
 
 @every_backbone
@@ -40,15 +40,15 @@ def test_padding_stands_before_or_after(backbone):
     x = tokens()
     mask = np.ones((BATCH, TOKENS), bool)
     mask[0, :5] = mask[1, 13:] = False
-    found = applied("linear", backbone, x, mask=mask)
-    for row, real, out in zip(x, mask, found, strict=True):
+    actual = applied("linear", backbone, x, mask=mask)
+    for row, real, out in zip(x, mask, actual, strict=True):
         assert relative(out[real], in_numpy("linear", backbone, row[real])) < 1e-12
     mask[0, 16:19] = mask[1, 9] = False
     marks = np.stack([np.repeat([4, 5], [10, 12]), np.zeros(TOKENS)]).astype(np.int32)
-    found = applied("linear", backbone, x, mask=mask, segments=marks)
+    actual = applied("linear", backbone, x, mask=mask, segments=marks)
     for index, start, end in ((0, 5, 10), (0, 10, 16), (0, 19, 22), (1, 0, 9), (1, 10, 13)):
         due = in_numpy("linear", backbone, x[index, start:end])
-        assert relative(found[index, start:end], due) < 1e-12
+        assert relative(actual[index, start:end], due) < 1e-12
 
 
 @every_kind
@@ -75,8 +75,8 @@ def test_a_prompt_and_single_tokens_are_the_whole(kind, backbone):
         first, rest, cache = quickly(read, parameters(kind, backbone), x[:, :6], later)
     for index, length in enumerate(lengths):
         due = in_numpy(kind, backbone, x[index])
-        found = np.concatenate([first[index, :length], rest[:, index]])
-        assert relative(found, due[: length + 16]) < 1e-12
+        actual = np.concatenate([first[index, :length], rest[:, index]])
+        assert relative(actual, due[: length + 16]) < 1e-12
     np.testing.assert_array_equal(cache.memory.position, np.stack([(lengths + 16) % CHUNK] * 2, 1))
 
 

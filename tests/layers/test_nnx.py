@@ -53,8 +53,8 @@ def test_both_have_one_tree_of_parameters(kind, backbone):
 
         return every(lambda *a, **more: linen.apply(p, *a, **more), empty)
 
-    found, due = quickly(lambda *a: (in_nnx(a[0]), in_linen(a[1])), state, params)
-    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(due), strict=True):
+    actual, due = quickly(lambda *a: (in_nnx(a[0]), in_linen(a[1])), state, params)
+    for leaf, other in zip(jax.tree.leaves(actual), jax.tree.leaves(due), strict=True):
         np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(quickly(call, params, x), due[0], rtol=1e-5, atol=1e-5)
 

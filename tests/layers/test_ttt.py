@@ -21,8 +21,8 @@ every_layer = pytest.mark.parametrize("name", LAYERS)
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
-def relative(found, due):
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(due), strict=True)
+def relative(actual, due):
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(due), strict=True)
     return max(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b) for a, b in pairs)
 
 
@@ -156,9 +156,9 @@ def test_no_token_sees_a_later_one(form, packed):
         for index in range(4):
             rows = list(arguments[:4])
             rows[index] = rows[index].at[token].add(0.5)
-            found = np.asarray(read(*rows))
-            np.testing.assert_array_equal(found[:token], due[:token])
-            assert (found[token] != due[token]).any(), (token, index)
+            actual = np.asarray(read(*rows))
+            np.testing.assert_array_equal(actual[:token], due[:token])
+            assert (actual[token] != due[token]).any(), (token, index)
 
 
 @every_layer
@@ -181,7 +181,7 @@ def test_heads_and_batch_are_mapped():
     heads, batch = 2, 3
     made = [[formulas.inputs(20, 8, seed=10 * n + h) for h in range(heads)] for n in range(batch)]
     # Rows [N, H, ...]; state and norm of a head [H, ...]; one scale.
-    rows = [np.stack([[one[i] for one in row] for row in made]) for i in range(4)]
+    rows = [np.stack([[head[i] for head in row] for row in made]) for i in range(4)]
     state, norm = (
         tuple(np.stack([made[0][h][i][j] for h in range(heads)]) for j in range(2)) for i in (5, 6)
     )

@@ -96,11 +96,11 @@ def test_prompts_of_several_lengths_are_mapped():
     *rows, scale, state, norm = formulas.inputs(40, 8)
     lengths = np.array([0, 9, 16, 40])
 
-    def one(length):
+    def prompt(length):
         return layers.ttt_prefill(*rows, scale, layers.ttt_cache(state), norm, length=length)
 
     with jax.enable_x64(True):
-        out, cache = quickly(jax.vmap(one), lengths)
+        out, cache = quickly(jax.vmap(prompt), lengths)
     np.testing.assert_array_equal(cache.position, lengths % 16)
     for index, length in enumerate(lengths):
         due, after = formulas.ttt(*(leaf[:length] for leaf in rows), scale, state, norm)

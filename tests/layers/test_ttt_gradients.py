@@ -59,7 +59,7 @@ def gradients(way, name):
         return quickly(jax.grad(loss(way, name), argnums=range(7)), *arguments)
 
 
-def check_differences(way, name, found):
+def check_differences(way, name, actual):
     """Of q, k, v, gate, scale, every weight, gamma and beta, each along a random direction."""
     arguments = formulas.inputs(TOKENS, WIDTH, LAYERS[name][1], CHUNK)
     leaves, structure = jax.tree.flatten(arguments)
@@ -76,7 +76,7 @@ def check_differences(way, name, found):
         values = quickly(jax.vmap(loss(way, name)), *many)
     plus, minus = values.reshape(2, -1)
     due = (plus - minus) / (2 * STEP)
-    along = [(g * d).sum() for g, d in zip(jax.tree.leaves(found), directions, strict=True)]
+    along = [(g * d).sum() for g, d in zip(jax.tree.leaves(actual), directions, strict=True)]
     assert np.abs(due).min() > 1e-3
     np.testing.assert_allclose(along, due, rtol=1e-6)
 

@@ -14,9 +14,9 @@ from ttt_jax import layers
 
 @every_layer
 def test_gradients_are_differences_and_those_of_the_primal_form(name):
-    found = whole.gradients("packed", name)
-    whole.check_differences("packed", name, found)
-    assert relative(found, whole.gradients("packed, primal", name)) < 1e-12
+    actual = whole.gradients("packed", name)
+    whole.check_differences("packed", name, actual)
+    assert relative(actual, whole.gradients("packed, primal", name)) < 1e-12
 
 
 def test_gradients_are_those_of_separate_sequences():

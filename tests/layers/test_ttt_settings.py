@@ -44,8 +44,8 @@ def known():
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_setting_changes_nothing(known, setting, way):
     with SETTINGS[setting]():
-        found = quickly(lambda *a: WAYS[way](*a), *ARGUMENTS)
-    for leaf, due in zip(jax.tree.leaves(found), jax.tree.leaves(known[way]), strict=True):
+        actual = quickly(lambda *a: WAYS[way](*a), *ARGUMENTS)
+    for leaf, due in zip(jax.tree.leaves(actual), jax.tree.leaves(known[way]), strict=True):
         assert leaf.dtype == due.dtype
         np.testing.assert_allclose(leaf, due, rtol=1e-5, atol=1e-6)
 
@@ -71,8 +71,8 @@ def test_a_shard_map_of_the_callers_own(known, way):
         out_specs=P("d"),
         check_vma=True,
     )
-    found = quickly(spread, *both, *ARGUMENTS[4:])
-    for leaf, due in zip(jax.tree.leaves(found), jax.tree.leaves(known[way]), strict=True):
+    actual = quickly(spread, *both, *ARGUMENTS[4:])
+    for leaf, due in zip(jax.tree.leaves(actual), jax.tree.leaves(known[way]), strict=True):
         np.testing.assert_allclose(leaf[0], due, rtol=1e-5, atol=1e-6)
 
 

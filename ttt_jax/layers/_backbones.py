@@ -116,8 +116,8 @@ def later_taps(x: jax.Array, taps: jax.Array, lengths: jax.Array) -> jax.Array:
 
 def empty(weights: Weights, batch: int, taps: jax.Array | None) -> LayerCache:
     """The cache of ``batch`` sequences that have no tokens; weights have a leading axis [H]."""
-    one = jax.vmap(decode.ttt_cache)(weights)
-    memory = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (batch, *leaf.shape)), one)
+    heads = jax.vmap(decode.ttt_cache)(weights)
+    memory = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (batch, *leaf.shape)), heads)
     return LayerCache(memory, taps)
 
 
@@ -128,9 +128,9 @@ def whole(
     weights, norm = shared
     function = ttt.ttt_linear if len(weights) == 2 else ttt.ttt_mlp
 
-    def head(q: Any, k: Any, v: Any, gate: Any, state: Any, own: Any, segments: Any) -> jax.Array:
+    def head(q: Any, k: Any, v: Any, gate: Any, state: Any, norm: Any, segments: Any) -> jax.Array:
         return function(
-            q, k, v, gate, scale, state, own, chunk_size=scale.shape[0], segments=segments, **how
+            q, k, v, gate, scale, state, norm, chunk_size=scale.shape[0], segments=segments, **how
         )[0]
 
     heads = jax.vmap(head, in_axes=(1, 1, 1, 1, 0, 0, None), out_axes=1)
@@ -143,10 +143,10 @@ def further(
 ) -> tuple[jax.Array, TTTCache]:
     """The outputs ``[N, T, H, D]`` from a cache on, and the cache after ``lengths [N]`` tokens."""
 
-    def head(q: Any, k: Any, v: Any, gate: Any, held: TTTCache, own: Norm, length: Any) -> Any:
+    def head(q: Any, k: Any, v: Any, gate: Any, held: TTTCache, norm: Norm, length: Any) -> Any:
         if q.shape[0] > 1:
-            return decode.ttt_prefill(q, k, v, gate, scale, held, own, length=length)
-        out, new = decode.ttt_decode(q[0], k[0], v[0], gate[0], scale, held, own)
+            return decode.ttt_prefill(q, k, v, gate, scale, held, norm, length=length)
+        out, new = decode.ttt_decode(q[0], k[0], v[0], gate[0], scale, held, norm)
         return out[None], jax.tree.map(lambda a, b: jnp.where(length > 0, a, b), new, held)
 
     heads = jax.vmap(head, in_axes=(1, 1, 1, 1, 0, 0, None), out_axes=(1, 0))

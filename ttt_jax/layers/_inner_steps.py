@@ -109,11 +109,11 @@ def check(rule: Rule, rows: Any, rates: Rates, steps: int, chunk_size: int) -> N
 
 def check_state(state: FastState, gate: Any, window: int) -> None:
     """Raises ``ValueError`` for gates that are not laid out as the weights, or another window."""
-    found: Any = jax.tree.structure(gate)
-    if found != jax.tree.structure(state.weights) and not jax.tree_util.all_leaves([gate]):
+    layout: Any = jax.tree.structure(gate)
+    if layout != jax.tree.structure(state.weights) and not jax.tree_util.all_leaves([gate]):
         raise ValueError(
             "rates.gate must be one array [T], or a tree of them laid out as the weights; got "
-            f"{found} for {jax.tree.structure(state.weights)}."
+            f"{layout} for {jax.tree.structure(state.weights)}."
         )
     lengths = {np.shape(leaf)[0] for leaf in jax.tree.leaves(state.recent)}
     if lengths and lengths != {window - 1}:
@@ -134,11 +134,11 @@ def begun(state: FastState, rows: tuple[Any, Any, Any], window: int) -> FastStat
 
 def _windowed(state: FastState, chunk: Chunk, window: int) -> tuple[Any, Any]:
     """Keys, targets and gates of the window's earlier tokens and the chunk's; and those kept."""
-    own = (chunk.k, chunk.v, chunk.gate)
+    tokens = (chunk.k, chunk.v, chunk.gate)
     if window == 1:
-        return own, ()
-    every = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), state.recent, own)
-    return every, jax.tree.map(lambda leaf: leaf[leaf.shape[0] - window + 1 :], every)
+        return tokens, ()
+    rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), state.recent, tokens)
+    return rows, jax.tree.map(lambda leaf: leaf[leaf.shape[0] - window + 1 :], rows)
 
 
 def _decayed(rule: Rule, state: FastState, steps: dict[str, jax.Array]) -> Any:
@@ -166,7 +166,7 @@ def _weighed(gate: Any, gradient: Any) -> Any:
     """A token's gradient times its step size, or each leaf times its own."""
     if jax.tree_util.all_leaves([gate]):
         return jax.tree.map(lambda leaf: gate.astype(leaf.dtype) * leaf, gradient)
-    return jax.tree.map(lambda leaf, own: own.astype(leaf.dtype) * leaf, gradient, gate)
+    return jax.tree.map(lambda leaf, size: size.astype(leaf.dtype) * leaf, gradient, gate)
 
 
 def _mix(start: Any, end: Any, part: jax.Array) -> Any:
@@ -195,13 +195,13 @@ def by_token(
     def seen(held: FastState, part: jax.Array) -> Any:
         return held.weights if scale is None else _mix(start, held.weights, part)
 
-    def one(held: FastState, x: Any) -> Any:
+    def advance(held: FastState, x: Any) -> Any:
         q, of_token, steps, part = x
         held = _stepped(rule, held, of_token, steps)
         used = seen(held, part) if rule.reads == "after" else start
         return held, rule.memory.read(rule.retention.link(used), q)
 
-    end, out = jax.lax.scan(one, state, (chunk.q, gradients, chunk.steps, parts))
+    end, out = jax.lax.scan(advance, state, (chunk.q, gradients, chunk.steps, parts))
     return end._replace(weights=seen(end, parts[-1]), recent=recent), out
 
 
@@ -240,11 +240,11 @@ def _of_each_leaf(total: Callable[[Any, jax.Array], jax.Array], weights: Any, ga
     leaves, structure = jax.tree.flatten(weights)
 
     def gradient(index: int, gate: jax.Array) -> jax.Array:
-        def alone(leaf: jax.Array) -> jax.Array:
-            every = [*leaves[:index], leaf, *leaves[index + 1 :]]
-            return total(jax.tree.unflatten(structure, every), gate)
+        def of_leaf(leaf: jax.Array) -> jax.Array:
+            replaced = [*leaves[:index], leaf, *leaves[index + 1 :]]
+            return total(jax.tree.unflatten(structure, replaced), gate)
 
-        return jax.grad(alone)(leaves[index])
+        return jax.grad(of_leaf)(leaves[index])
 
     made = [gradient(index, gate) for index, gate in enumerate(jax.tree.leaves(gates))]
     return jax.tree.unflatten(structure, made)

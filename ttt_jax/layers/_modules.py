@@ -183,15 +183,15 @@ def _no_taps(sizes: Sizes, batch: int) -> jax.Array | None:
 def _rows(
     sizes: Sizes, parts: Parts, x: jax.Array, run: jax.Array, taps: jax.Array | None
 ) -> tuple[Heads, jax.Array]:
-    """What the fast weights are given, and what the convolutions were."""
+    """What the fast weights are given, and what the convolutions are given."""
     plain = parts.query(x)
     if parts.key is not None:
         query, key = plain, parts.key(x)
     else:
         before = cast(jax.Array, taps)
         query, key = (
-            _backbones.convolved(plain, before, run, *(leaf.astype(sizes.dtype) for leaf in own))
-            for own in parts.convolutions
+            _backbones.convolved(plain, before, run, *(leaf.astype(sizes.dtype) for leaf in pair))
+            for pair in parts.convolutions
         )
     query, key, value = (
         part.reshape(*x.shape[:2], sizes.heads, sizes.size) for part in (query, key, parts.value(x))

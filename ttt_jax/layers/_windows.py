@@ -130,10 +130,10 @@ def run(
         last = jnp.maximum(place.real.sum(dtype=jnp.int32) - 1, 0)
         kind = place.kind[last]
         gate = jnp.where(place.chunk == place.chunk[last], row.gate, 0)
-        mine = _net.sums(chosen, gate, operand)
-        new = choose(kind == OPEN, (weights, grown), (sets[NEXT], mine))
+        learned = _net.sums(chosen, gate, operand)
+        new = choose(kind == OPEN, (weights, grown), (sets[NEXT], learned))
         if start is not None:
-            new = choose(kind == FIRST, (start, mine), new)
+            new = choose(kind == FIRST, (start, learned), new)
         return choose(place.real[0], new, held), out
 
     (weights, sums), out = _scans.scan(

@@ -60,7 +60,7 @@ def orthogonal(
             f"coefficients must be three numbers for each step, at least one; got {coefficients!r}."
         )
 
-    def one(x: jax.Array) -> jax.Array:
+    def orthogonalized(x: jax.Array) -> jax.Array:
         if x.ndim != 2:
             return x
         tall = x.shape[0] > x.shape[1]
@@ -73,6 +73,6 @@ def orthogonal(
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         del params
-        return jax.tree.map(one, updates), state
+        return jax.tree.map(orthogonalized, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -148,7 +148,7 @@ class TTTLinear(_Layer):
 
     Attributes:
       width: of the tokens.
-      heads: H.
+      heads: how many; H.
       head_size: D, even; None for ``width / heads``.
       backbone: ``"transformer"`` or ``"mamba"``.
       chunk_size: tokens that are learned from one set of weights.
@@ -182,7 +182,7 @@ class TTTMLP(_Layer):
 
     Attributes:
       width: of the tokens.
-      heads: H.
+      heads: how many; H.
       head_size: D, even; None for ``width / heads``.
       backbone: ``"transformer"`` or ``"mamba"``.
       chunk_size: tokens that are learned from one set of weights.

@@ -37,8 +37,8 @@ class Memory(NamedTuple):
 def _drawn(key: jax.Array, shapes: list[tuple[int, ...]]) -> tuple[jax.Array, ...]:
     keys = jax.random.split(key, len(shapes))
     return tuple(
-        _SPREAD * jax.random.normal(own, shape) if len(shape) == 2 else jnp.zeros(shape)
-        for own, shape in zip(keys, shapes, strict=True)
+        _SPREAD * jax.random.normal(subkey, shape) if len(shape) == 2 else jnp.zeros(shape)
+        for subkey, shape in zip(keys, shapes, strict=True)
     )
 
 

@@ -116,7 +116,7 @@ class TTTLinear(_Layer):
 
     Args:
       width: of the tokens.
-      heads: H.
+      heads: how many; H.
       head_size: D, even; None for ``width / heads``.
       backbone: ``"transformer"`` or ``"mamba"``.
       chunk_size: tokens that are learned from one set of weights.

@@ -116,13 +116,13 @@ def power_norm(exponent: float) -> Retention:
       Behrouz et al., `MIRAS <https://arxiv.org/abs/2504.13173>`_, 2025: Moneta, with 4.
     """
 
-    def one(leaf: jax.Array) -> jax.Array:
+    def scaled(leaf: jax.Array) -> jax.Array:
         # norm ** (q - 2), as one power of the sum: its derivative is finite wherever leaf is not 0.
         total = (jnp.abs(leaf) ** exponent).sum()
         return leaf / total ** ((exponent - 2) / exponent)
 
     def link(state: Any) -> Any:
-        return jax.tree.map(one, state)
+        return jax.tree.map(scaled, state)
 
     return Retention(_nothing, _faded, link, _itself, False)
 
@@ -145,9 +145,9 @@ def norms(epsilon: float = 1e-5) -> Retention:
         return jax.tree.map(lambda leaf: jnp.sqrt((leaf * leaf).sum(0, keepdims=True)), state)
 
     def after(state: Any, kept: Any) -> Any:
-        def one(leaf: jax.Array, size: jax.Array, due: jax.Array) -> jax.Array:
+        def scaled(leaf: jax.Array, size: jax.Array, due: jax.Array) -> jax.Array:
             return leaf / (size + epsilon) * due
 
-        return jax.tree.map(one, state, sizes(state), kept)
+        return jax.tree.map(scaled, state, sizes(state), kept)
 
     return Retention(sizes, _itself, _itself, after, False)
