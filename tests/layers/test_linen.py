@@ -101,7 +101,7 @@ def applied(kind, backbone, *args, **kwargs):
 
 @every_kind
 @every_backbone
-@pytest.mark.parametrize("count", [1, 3, 5, TOKENS])
+@pytest.mark.parametrize("count", [1, 5, TOKENS])
 def test_a_layer_is_its_formula(kind, backbone, count):
     x = tokens(count)
     out = applied(kind, backbone, x)
