@@ -26,12 +26,20 @@ WAYS = ("sliding", "adapted", "shared", "crossed")
 
 
 def documents_of(settings: Any, role: str) -> list[np.ndarray]:
-    """The first tokens of the documents that have as many, at most ``--documents`` of them."""
+    """The first tokens of the documents that have as many, at most ``--documents`` of them.
+
+    Raises:
+      UserError: fewer than two, so that no document has another one's adapter.
+    """
     rows = books.read_tokens(settings.tokens, role)
-    if settings.smoke:
-        return [row[: settings.first] for row in rows[:3]]
-    long = [row[: settings.first] for row in rows if len(row) >= settings.least]
-    return long[: settings.documents]
+    least, most = (2, 3) if settings.smoke else (settings.least, settings.documents)
+    long = [row[: settings.first] for row in rows if len(row) >= least][:most]
+    if len(long) < 2:
+        raise launch.UserError(
+            f"--least must leave two documents of {role}; got {least}, which leaves {len(long)} of "
+            f"{len(rows)}."
+        )
+    return long
 
 
 def stacked(documents: Sequence[np.ndarray], rows: int, chunk: int, chunks: int) -> Any:
@@ -74,7 +82,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     """Reads all roles in all ways, and writes the record after each.
 
     Raises:
-      UserError: an unknown way or setting.
+      UserError: an unknown way or setting, or a role without two documents.
     """
     launch.chosen("way", settings.ways, WAYS)
     launch.chosen("setting", (settings.setting, *settings.settings), books.SETTINGS)
@@ -133,12 +141,6 @@ def line_of(record: dict[str, Any], role: str) -> str:
     return " ".join(parts)
 
 
-def main(argv: Sequence[str]) -> None:
-    """The program."""
-    del argv
-    run(*options.chosen(_FLAGS))
-
-
 if __name__ == "__main__":
     _FLAGS = {
         "out": flags.DEFINE_string("out", None, "The JSON file to write."),
@@ -159,4 +161,4 @@ if __name__ == "__main__":
         "smoke": flags.DEFINE_bool("smoke", False, "A tiny random model, for a CPU."),
     }
     flags.mark_flags_as_required(["out", "tokens"])
-    launch.run(main)
+    options.start(run, _FLAGS)

@@ -10,7 +10,6 @@ less than 1.3 times as slow: the choices by hand. Of ResNet-50, every form in Py
 
 import os
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -152,12 +151,6 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     return record
 
 
-def main(argv: Sequence[str]) -> None:
-    """The program."""
-    del argv
-    run(*options.chosen(_FLAGS))
-
-
 if __name__ == "__main__":
     _FLAGS = {
         "out": flags.DEFINE_string("out", None, "The JSON file to write."),
@@ -168,4 +161,4 @@ if __name__ == "__main__":
         "smoke": flags.DEFINE_bool("smoke", False, "Tiny networks, for a CPU in a minute."),
     }
     flags.mark_flag_as_required("out")
-    launch.run(main)
+    options.start(run, _FLAGS)

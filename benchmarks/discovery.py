@@ -250,12 +250,6 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     return record
 
 
-def main(argv: Sequence[str]) -> None:
-    """The program."""
-    del argv
-    run(*options.chosen(_FLAGS))
-
-
 if __name__ == "__main__":
     _FLAGS = {
         "out": flags.DEFINE_string("out", None, "The JSON file to write."),
@@ -281,4 +275,4 @@ if __name__ == "__main__":
         "chunk": flags.DEFINE_integer("chunk", 8, "Problems at once.", 1),
     }
     flags.mark_flag_as_required("out")
-    launch.run(main)
+    options.start(run, _FLAGS)

@@ -352,12 +352,6 @@ def described(row: dict[str, Any]) -> str:
     return f"{place}: {', '.join(parts) or 'right'}"
 
 
-def main(argv: Sequence[str]) -> None:
-    """The program."""
-    del argv
-    run(*options.chosen(_FLAGS))
-
-
 if __name__ == "__main__":
     _FLAGS = {
         "out": flags.DEFINE_string("out", None, "The JSON file to write."),
@@ -378,4 +372,4 @@ if __name__ == "__main__":
         ),
     }
     flags.mark_flag_as_required("out")
-    launch.run(main)
+    options.start(run, _FLAGS)

@@ -1,9 +1,11 @@
-"""From the flags of a benchmark to its output and its settings."""
+"""From the flags of a benchmark to its output, its settings, and its run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+
+from experiments import launch
 
 
 def chosen(holders: Mapping[str, Any]) -> tuple[str, ml_collections.ConfigDict]:
@@ -16,3 +18,18 @@ def chosen(holders: Mapping[str, Any]) -> tuple[str, ml_collections.ConfigDict]:
     out = values.pop("out")
     kept = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
     return out, ml_collections.ConfigDict(kept)
+
+
+def start(run: Callable[[str, ml_collections.ConfigDict], Any], holders: Mapping[str, Any]) -> None:
+    """The program of a benchmark: ``run(out, settings)`` on the values of its flags.
+
+    Args:
+      run: takes the file to write and the settings.
+      holders: as of :func:`chosen`.
+    """
+
+    def main(argv: Sequence[str]) -> None:
+        del argv
+        run(*chosen(holders))
+
+    launch.run(main)

@@ -7,7 +7,6 @@ precision. Without a token that begins a text, the first of a window has no scor
 
 import json
 import lzma
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -74,12 +73,6 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     return record
 
 
-def main(argv: Sequence[str]) -> None:
-    """The program."""
-    del argv
-    run(*options.chosen(_FLAGS))
-
-
 if __name__ == "__main__":
     _FLAGS = {
         "out": flags.DEFINE_string("out", None, "The JSON file to write."),
@@ -90,4 +83,4 @@ if __name__ == "__main__":
         "windows": flags.DEFINE_integer("windows", 6, "How many.", 1),
     }
     flags.mark_flags_as_required(("out", "weights", "texts"))
-    launch.run(main)
+    options.start(run, _FLAGS)

@@ -238,12 +238,6 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     return record
 
 
-def main(argv: Sequence[str]) -> None:
-    """The program."""
-    del argv
-    run(*options.chosen(_FLAGS))
-
-
 if __name__ == "__main__":
     _FLAGS = {
         "out": flags.DEFINE_string("out", None, "The JSON file to write."),
@@ -265,4 +259,4 @@ if __name__ == "__main__":
         "stop_ratio": flags.DEFINE_float("stop_ratio", 2.0, "See methods.ttrl.", 0.0),
     }
     flags.mark_flag_as_required("out")
-    launch.run(main)
+    options.start(run, _FLAGS)

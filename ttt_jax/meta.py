@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _arguments, _checks, _contract, _trees, _varying, inner
+from ttt_jax import _arguments, _checks, _contract, _scans, _trees, _varying, inner
 from ttt_jax.base import Adapter, AuxLoss, Key, Params, PyTree
 
 __all__ = ["adapted_loss", "scan", "value_and_grad"]
@@ -46,24 +46,7 @@ def scan(
     every = max(1, round(math.sqrt(count))) if remat is None else remat
     if not every or not count:
         return _varying.scan(body, start, xs) if count else jax.lax.scan(body, start, xs)
-    step = jax.checkpoint(body, prevent_cse=False)
-    if every == 1:
-        return _varying.scan(step, start, xs)
-
-    @jax.checkpoint
-    def group(carry: Any, part: Any) -> tuple[Any, Any]:
-        return _varying.scan(step, carry, part)
-
-    whole = count - count % every
-    carry, made = start, []
-    if whole:
-        split = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, every, *leaf.shape[1:]), xs)
-        carry, ys = _varying.scan(group, carry, split)
-        made.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), ys))
-    if whole < count:
-        carry, ys = _varying.scan(step, carry, jax.tree.map(lambda leaf: leaf[whole:], xs))
-        made.append(ys)
-    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *made)
+    return _scans.grouped(body, start, xs, every=every, each=True)
 
 
 @_arguments.checked(num_steps=_arguments.count(0), remat=_arguments.count(0))

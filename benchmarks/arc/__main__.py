@@ -250,12 +250,6 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     return record
 
 
-def main(argv: Sequence[str]) -> None:
-    """The program."""
-    del argv
-    run(*options.chosen(_FLAGS))
-
-
 if __name__ == "__main__":
     _FLAGS = {
         "out": flags.DEFINE_string("out", None, "The JSON file to write."),
@@ -290,4 +284,4 @@ if __name__ == "__main__":
         "smoke": flags.DEFINE_bool("smoke", False, "A tiny decoder, for a CPU."),
     }
     flags.mark_flags_as_required(["out", "version"])
-    launch.run(main)
+    options.start(run, _FLAGS)

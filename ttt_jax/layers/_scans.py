@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import _scans, _varying
+
 
 def padded(x: jax.Array, length: int) -> jax.Array:
     """``x [T, ...]`` with zeros up to ``length`` rows."""
@@ -41,12 +43,11 @@ def scan(
 
     def split(leaf: jax.Array) -> jax.Array:
         full = padded(leaf, count * size * chunk)
-        return full.reshape(count, size, chunk, *leaf.shape[1:])
+        return full.reshape(count * size, chunk, *leaf.shape[1:])
 
-    def group(carry: Any, xs: Any) -> Any:
-        return jax.lax.scan(step, carry, xs)
-
-    # A loop is a boundary that common subexpressions do not cross.
-    body = jax.checkpoint(group, prevent_cse=False) if remat else group
-    carry, out = jax.lax.scan(body, start, jax.tree.map(split, rows))
-    return carry, out.reshape(-1, *out.shape[3:])[:length]
+    chunks = jax.tree.map(split, rows)
+    if remat:
+        carry, out = _scans.grouped(step, start, chunks, every=size, each=False)
+    else:
+        carry, out = _varying.scan(step, start, chunks)
+    return carry, out.reshape(-1, *out.shape[2:])[:length]
