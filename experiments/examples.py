@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -85,6 +86,15 @@ def _classes(pick: Callable[[Any, Any], Any]) -> Metric:
         return image_metrics.predicted(pick(output, source))
 
     return Metric(of, lambda sums: 0.0)
+
+
+def keep_stream(path: pathlib.Path, stream: str, made: list[dict[str, Any]]) -> None:
+    """Writes the objects of a stream in the place of its earlier ones."""
+    try:
+        earlier = json.loads(path.read_text("utf-8")) if path.exists() else []
+    except ValueError:
+        earlier = []  # a damaged file is made anew
+    launch.write_json(path, [*(held for held in earlier if held["stream"] != stream), *made])
 
 
 def _add_picture(source: evaluation.Evaluation, row: evaluation.Row, path: pathlib.Path) -> None:

@@ -1,13 +1,12 @@
 """Few-shot tasks as grids: demonstrations, and what was answered before and after adapting."""
 
-import json
 import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments import examples, launch
+from experiments import examples
 from ttt_jax import evaluation
 from ttt_jax.task import Examples, Metric, Task, take
 
@@ -56,11 +55,6 @@ def keeper(task: Task) -> examples.Keeper:
                 queries.append(asked | {"views": len(views)})
             made.append({"stream": row.stream, "name": shown.name, "demonstrations": pairs})
             made[-1]["queries"] = queries
-        try:
-            earlier = json.loads(path.read_text("utf-8")) if path.exists() else []
-        except ValueError:
-            earlier = []  # a damaged file is made anew
-        kept = [task for task in earlier if task["stream"] != row.stream]
-        launch.write_json(path, [*kept, *made])
+        examples.keep_stream(path, row.stream, made)
 
     return examples.Keeper(FILE, {"grids": Metric(_tokens, lambda sums: 0.0)}, add)

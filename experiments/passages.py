@@ -1,12 +1,11 @@
 """The passages of documents on which adapting gained and lost most, as text."""
 
-import json
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from experiments import examples, launch
+from experiments import examples
 from ttt_jax import evaluation
 from ttt_jax.task import Examples, Metric, Task
 
@@ -63,11 +62,6 @@ def keeper(task: Task) -> examples.Keeper:
                         {"at": at, "before": bits[0], "after": bits[1], "text": text}
                     )
             made.append(held)
-        try:
-            earlier = json.loads(path.read_text("utf-8")) if path.exists() else []
-        except ValueError:
-            earlier = []  # a damaged file is made anew
-        kept = [document for document in earlier if document["stream"] != row.stream]
-        launch.write_json(path, [*kept, *made])
+        examples.keep_stream(path, row.stream, made)
 
     return examples.Keeper(FILE, {"passages": Metric(_extremes, lambda sums: 0.0)}, add)

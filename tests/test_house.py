@@ -14,7 +14,7 @@ _MOST_SCRIPT_LINES = 200
 _MOST_FUNCTION_LINES = 80
 _MOST_PARAMETERS = 8
 # Python, JavaScript and CSS of experiments/.
-_MOST_EXPERIMENT_LINES = 12718
+_MOST_EXPERIMENT_LINES = 12715
 
 # What is still too large. An entry goes when its file is mended; none is added.
 _LARGE_FILES: set[str] = set()

@@ -1,6 +1,5 @@
 """Documents: what every method saves, and the passages on which adapting gained and lost most."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from experiments import launch, passages
-from experiments.report import charts, table
+from experiments.report import charts, read, table
 from experiments.report.table import Data
 
 _MEASURES = ("bits_per_byte", "pooled_bits_per_byte", "saved", "harmed", "agreement")
@@ -68,14 +67,9 @@ def shown_passages(folder: pathlib.Path, said: list[str]) -> list[dict[str, Any]
       folder: of a run.
       said: notes, to which a damaged file is added.
     """
-    path = folder / passages.FILE
-    try:
-        documents = json.loads(path.read_text("utf-8"))
-        shares = [1 - document["after"] / document["before"] for document in documents]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except (ValueError, KeyError, TypeError) as error:
-        said.append(f"{path} is damaged ({error!r}); its passages are not shown; remove it.")
-        return []
-    made = [d | {"saved": 100 * share} for d, share in zip(documents, shares, strict=True)]
+
+    def saved(document: dict[str, Any]) -> dict[str, Any]:
+        return document | {"saved": 100 * (1 - document["after"] / document["before"])}
+
+    made = read.kept_objects(folder / passages.FILE, saved, "passages", said)
     return sorted(made, key=lambda document: document["saved"])

@@ -1,6 +1,5 @@
 """Few-shot tasks as pictures: demonstrations, true output, and the attempts before and after."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from experiments import grids
-from experiments.report import charts
+from experiments.report import charts, read
 from experiments.report.table import Data
 
 # The colors of ARC's own pages, by number.
@@ -52,14 +51,7 @@ def shown_tasks(folder: pathlib.Path, said: list[str]) -> list[dict[str, Any]]:
       folder: of a run.
       said: notes, to which a damaged file is added.
     """
-    path = folder / grids.FILE
-    try:
-        made = [_task(task) for task in json.loads(path.read_text("utf-8"))]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        said.append(f"{path} is damaged ({error!r}); its tasks are not shown; remove it.")
-        return []
+    made = read.kept_objects(folder / grids.FILE, _task, "tasks", said)
     made.sort(key=lambda task: (task["before"] == task["after"], task["after"]))
     firsts = {task["stream"]: task for task in reversed(made)}
     return [task | {"open": task is firsts[task["stream"]]} for task in made]

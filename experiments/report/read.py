@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -269,6 +269,19 @@ def side_file(path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(value, dict):
         return {}, [f"{path.name} must hold a JSON object; it is not shown."]
     return value, []
+
+
+def kept_objects(
+    path: pathlib.Path, make: Callable[[Any], dict[str, Any]], what: str, said: list[str]
+) -> list[dict[str, Any]]:
+    """``make`` of each object of a file that a run keeps; [] without it, or if damaged: said."""
+    try:
+        return [make(held) for held in json.loads(path.read_text("utf-8"))]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        said.append(f"{path} is damaged ({error!r}); its {what} are not shown; remove it.")
+        return []
 
 
 def _named(row: dict[str, Any]) -> dict[str, Any]:
