@@ -22,8 +22,10 @@ from ttt_jax.data import grid_sequences
 from ttt_jax.data.few_shot import FewShotTask
 from ttt_jax.views import grid_arrays
 
-# The task's own vectors, too: a decoder that never saw a task has drawn ones for it.
-SELECTED = select.union(select.lora(), select.paths(r"params/task", r"params/task_view"))
+# The task's own vectors, too: a decoder that never saw a task has drawn ones for it. A copy has the
+# rows of its task alone, as number 0, and not the tables of all.
+VECTORS = select.paths(r"params/task", r"params/task_view")
+SELECTED = select.union(select.lora(), VECTORS)
 TARGETS = (".*query", ".*key", ".*value", ".*out", ".*gate", ".*up", ".*down")
 
 
@@ -59,8 +61,8 @@ class Copies(NamedTuple):
     """A decoder with low-rank leaves, and what each task's copy has in place of some of them.
 
     Attributes:
-      net: the decoder.
-      params: pristine, the low-rank leaves zero in effect.
+      net: the decoder, with tables of one task.
+      params: pristine, the low-rank leaves zero in effect, the vectors those of any task.
       fast: the leaves of the copies, ``[tasks, ...]``.
       places: by number of the task, the row of ``fast``.
       steps: by number of the task, how many steps were taken.
@@ -98,9 +100,11 @@ def learn(
     """
     example = grid_sequences.empty(1, settings.length, settings.most)._asdict()
     key = jax.random.key(seed)
+    tables, shared = VECTORS.split(params)
     about = {"rank": settings.rank, "alpha": settings.alpha, "paths": list(TARGETS)}
-    net, params = models.low_rank(net, params, key, example, **about)
-    predict = methods.few_shot_adapter(
+    own = VECTORS.merge(jax.tree.map(lambda leaf: leaf[:1], tables), shared)
+    net, params = models.low_rank(net.clone(tasks=1), own, key, example, **about)
+    learning = methods.few_shot_adapter(
         net.apply,
         optimizer=optax.adam(settings.rate),
         select=SELECTED,
@@ -109,16 +113,18 @@ def learn(
         held_out=settings.held_out,
         every=settings.every,
     )
-    run = jax.jit(ttt.batched(predict))
+    run = jax.jit(ttt.batched(ttt.adapted(learning, select=VECTORS)))
     numbers = [number for number, task in enumerate(tasks) if fits(task, settings)]
     parts, steps = [], {}
     for begin in range(0, len(numbers), settings.tasks_at_once):
         group = numbers[begin : begin + settings.tasks_at_once]
         # The last group is filled up, so that one program serves all.
         filled = group + [group[-1]] * (settings.tasks_at_once - len(group))
-        x = _stacked([_demonstrations(tasks[n], n, settings, seed) for n in filled])
+        x = _stacked([_demonstrations(tasks[n], (seed, n), settings) for n in filled])
+        vectors = [leaf[np.array(filled)][:, None] for leaf in jax.tree.leaves(tables)]
+        rows = jax.tree.unflatten(jax.tree.structure(VECTORS.split(params)[0]), vectors)
         keys = ttt.sample_keys(key, np.array(filled))
-        fast, info = run(params, {"demonstrations": x}, keys)
+        fast, info = run(params, (rows, {"demonstrations": x}), keys)
         parts.append(fast)
         taken = np.full(len(filled), settings.num_steps)
         if settings.held_out:
@@ -131,11 +137,11 @@ def learn(
 
 
 def _demonstrations(
-    task: FewShotTask, number: int, settings: Settings, seed: int
+    task: FewShotTask, seed: tuple[int, int], settings: Settings
 ) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng((seed, number))
+    rng = np.random.default_rng(seed)
     size = {"rows": settings.drawn, "length": settings.length, "most": settings.most}
-    return grid_arrays.demonstrations(task, rng, **size, number=number)
+    return grid_arrays.demonstrations(task, rng, **size)
 
 
 def _stacked(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -173,6 +179,7 @@ def answer(
             filled = part + [part[-1]] * (count - len(part))
             items = [[job.item for job in jobs[place]] for place in filled]
             inputs = _stacked([answers.prefixes(each, num_views, slots) for each in items])
+            inputs["task"][:] = 0
             tokens = np.asarray(run(_own(copies, queries, filled), inputs))
             for place, rows in zip(part, tokens, strict=False):
                 made[place] = [
@@ -241,7 +248,7 @@ def score(
         for number, pair in enumerate(zip(queries, given, strict=True)):
             items = answers.scored(number, *pair, views, settings.length, keep)
             for batch, tags in grid_sequences.pack(items, 1, settings.length, settings.most):
-                yield number, batch._asdict(), tags
+                yield number, batch._replace(task=np.zeros_like(batch.task))._asdict(), tags
 
     made = answers.unscored(given, num_views, keep)
     every = list(rows())

@@ -103,8 +103,24 @@ def test_the_guard_says_how_many_steps_are_taken(params):
     stay = np.array([wild.places[number] for number, count in wild.steps.items() if not count])
     assert stay.size
     first = private.SELECTED.split(wild.params)[0]
-    for ours, wanted in zip(*map(jax.tree.leaves, (wild.fast, first)), strict=True):
+    numbers = np.array(list(wild.places))[stay]
+    for name in ("task", "task_view"):
+        first["params"][name] = None
+        own = params["params"][name][numbers][:, None]
+        np.testing.assert_array_equal(wild.fast["params"][name][stay], own)
+    factors = {**wild.fast["params"], "task": None, "task_view": None}
+    for ours, wanted in zip(*map(jax.tree.leaves, (factors, first)), strict=True):
         np.testing.assert_array_equal(ours[stay], np.broadcast_to(wanted, ours[stay].shape))
+
+
+def test_a_copy_has_the_vectors_of_its_task_alone(copies, params):
+    """Without a step they are the source's, and no copy holds the tables of all tasks."""
+    still = learn(params, rate=0.0)
+    for name in ("task", "task_view"):
+        table = params["params"][name]
+        assert copies.fast["params"][name].shape[1] == 1 and len(table) == 5
+        rows = table[np.array(list(still.places))]
+        np.testing.assert_array_equal(still.fast["params"][name][: len(rows), 0], rows)
 
 
 def test_every_query_is_answered_and_scored_by_its_own_copy(copies, monkeypatch):
@@ -121,16 +137,17 @@ def test_every_query_is_answered_and_scored_by_its_own_copy(copies, monkeypatch)
     scored = private.score(copies, queries, made, settings=SETTINGS, at_once=3, **scoring)
     frozen = private.SELECTED.split(copies.params)[1]
     rows = answers.sources.Rows(2, 128, 4)
+    firsts = [query._replace(task=0) for query in queries]
     for place, query in enumerate(queries):
         fast = jax.tree.map(lambda leaf, row=copies.places[query.task]: leaf[row], copies.fast)
         whole = private.SELECTED.merge(fast, frozen)
         about = {"num_views": 2, "cache_tokens": 300, "seed": 0, "log": lambda line: None}
         # All of them, as views are drawn query by query.
-        alone = answers.decode(copies.net, whole, queries, **about)[place]
+        alone = answers.decode(copies.net, whole, firsts, **about)[place]
         for ours, wanted in zip(cast[place], alone, strict=True):
             np.testing.assert_array_equal(ours.answer, wanted.answer)
             assert ours.view == wanted.view
-        due = answers.score(copies.net, whole, queries, made, rows=rows, **scoring)[place]
+        due = answers.score(copies.net, whole, firsts, made, rows=rows, **scoring)[place]
         assert np.isfinite(scored[place].log_probs).all()
         np.testing.assert_allclose(scored[place].log_probs, due.log_probs, rtol=2e-4, atol=1e-3)
     assert any((a.answer != b.answer).any() for a, b in zip(cast[0], cast[1], strict=True))
