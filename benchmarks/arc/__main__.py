@@ -142,12 +142,13 @@ def add_private(
 ) -> None:
     """What private copies on top solve by votes and experts of as many views.
 
-    A decoder that was trained on the demonstrations knows those that the guard holds out, and the
-    guard then favors no step: ``guard`` in the record says so.
+    Of several step sizes the one is taken under which held-out demonstrations of the first tasks
+    cost least. A decoder that was trained on the demonstrations knows those that the guard holds
+    out, and the guard then favors no step: ``guard`` in the record says so.
     """
     begin = time.perf_counter()
     chosen = private.Settings(
-        rate=settings.private_rate,
+        rate=settings.private_rates[0],
         num_steps=settings.private_steps,
         every=_divisor(settings.private_steps, settings.private_steps // 6),
         held_out=settings.private_held_out,
@@ -155,10 +156,20 @@ def add_private(
         most=settings.most,
         tasks_at_once=settings.private_at_once,
     )
-    copies = private.learn(net, params, tasks, chosen, settings.seed)
+    learner = private.learner(net, params, chosen, settings.seed)
+    nats = {}
+    if len(settings.private_rates) > 1:
+        curves = private.held_out_nats(learner, tasks, settings.private_rates)
+        nats = dict(zip(map(str, settings.private_rates), curves, strict=True))
+        lowest = [min(curve) for curve in curves]
+        chosen = chosen._replace(rate=settings.private_rates[int(np.argmin(lowest))])
+        print(f"held-out nats by step size {nats}: {chosen.rate}", flush=True)
+    copies = private.learn(learner, tasks, chosen.rate)
+    seconds = {"learning": time.perf_counter() - begin}
     asked = [query for query in queries if query.task in copies.places]
     views = {"num_views": settings.views, "cache_tokens": settings.cache_tokens}
     cast = private.answer(copies, asked, **views, seed=settings.seed)
+    seconds["answering"] = time.perf_counter() - begin - seconds["learning"]
     own = private.score(
         copies,
         asked,
@@ -170,15 +181,39 @@ def add_private(
     )
     names = [task.name for task in tasks]
     table = answers.solved(asked, own)
+    guard = "unseen" if settings.isolated else "trained on by the source"
+    guard = guard if settings.private_held_out else "none"
     record["private"] = {
         "settings": chosen._asdict(),
-        "guard": "unseen" if settings.isolated else "trained on by the source",
+        "guard": guard,
         "steps": {names[number]: steps for number, steps in copies.steps.items()},
         "solved": {rule: sum(each.values()) for rule, each in table.items()},
         "rows": [row_of(*pair, names) for pair in zip(asked, own, strict=True)],
-        "seconds": time.perf_counter() - begin,
+        "held_out_nats": nats,
+        "seconds": seconds | {"all": time.perf_counter() - begin},
     }
     print(f"private copies: {record['private']['solved']} of {len(copies.steps)}", flush=True)
+
+
+def rates_of(settings: Any) -> tuple[float, ...]:
+    """The step sizes of the private copies.
+
+    Raises:
+      UserError: none, one that is no number, or several without a guard to choose by.
+    """
+    given = settings.private_rates
+    try:
+        rates = tuple(float(rate) for rate in given)
+    except ValueError as error:
+        raise launch.UserError(f"--private_rates must be numbers: {error}.") from error
+    if not rates or min(rates) <= 0:
+        raise launch.UserError(f"--private_rates must be larger than 0; got {given}.")
+    if len(rates) > 1 and not settings.private_held_out:
+        raise launch.UserError(
+            f"--private_rates must be one without a guard; got {given}: set --private_held_out=1, "
+            "by which one is chosen."
+        )
+    return rates
 
 
 def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -188,6 +223,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
       UserError: an ``out`` that is there.
     """
     path, start = launch.new_file(out), time.perf_counter()
+    settings.private_rates = rates_of(settings)
     rows = sources.Rows(settings.rows, settings.length, settings.most)
     generated = pathlib.Path(settings.generated) if settings.generated else None
     data, tasks = sources.load(
@@ -277,7 +313,7 @@ if __name__ == "__main__":
         "log_every": flags.DEFINE_integer("log_every", 200, "Steps of a line.", 1),
         "isolated": flags.DEFINE_bool("isolated", False, "Leave out the tasks to be solved."),
         "private_steps": flags.DEFINE_integer("private_steps", 0, "Of private copies; 0: none.", 0),
-        "private_rate": flags.DEFINE_float("private_rate", 1e-3, "Their step size.", 0.0),
+        "private_rates": flags.DEFINE_list("private_rates", ["1e-3"], "Their step sizes, to try."),
         "private_held_out": flags.DEFINE_integer("private_held_out", 1, "Of the guard.", 0),
         "private_at_once": flags.DEFINE_integer("private_at_once", 32, "Copies at once.", 1),
         "tasks": flags.DEFINE_integer("tasks", 0, "So many tasks of a kind; 0 for all.", 0),

@@ -35,7 +35,9 @@ class Settings(NamedTuple):
     Attributes:
       rank: of the factors.
       alpha: the product of the factors is multiplied by ``alpha / rank``.
-      rate: step size of Adam.
+      rate: step size of Adam for the factors.
+      vector_factor: the step size for the task's vectors is ``rate`` times this; tables of a
+        decoder are trained with larger steps than its matrices, too.
       num_steps: S, at most.
       every: steps between two looks at the held-out demonstration; divides S.
       held_out: demonstrations that the guard holds out in turn; 0 for no guard.
@@ -48,6 +50,7 @@ class Settings(NamedTuple):
     rank: int = 16
     alpha: float = 16.0
     rate: float = 1e-3
+    vector_factor: float = 10.0
     num_steps: int = 60
     every: int = 10
     held_out: int = 1
@@ -80,60 +83,132 @@ def fits(task: FewShotTask, settings: Settings) -> bool:
     return grid_arrays.sizes([task]).pair <= settings.length
 
 
+class Learner(NamedTuple):
+    """What learns copies; its program is compiled once for all groups and step sizes.
+
+    Attributes:
+      net: the decoder, with tables of one task.
+      params: pristine, as of :class:`Copies`.
+      tables: the vectors of all tasks.
+      run: ``(params, (vectors, x), keys, rate) -> (fast, Info)`` of N tasks.
+      settings: of the copies.
+      seed: of rows, factors and steps.
+    """
+
+    net: models.GridDecoder
+    params: Any
+    tables: Any
+    run: Callable[..., Any]
+    settings: Settings
+    seed: int
+
+
+def learner(net: models.GridDecoder, params: Any, settings: Settings, seed: int) -> Learner:
+    """Of a decoder with its parameters."""
+    example = grid_sequences.empty(1, settings.length, settings.most)._asdict()
+    tables, shared = VECTORS.split(params)
+    about = {"rank": settings.rank, "alpha": settings.alpha, "paths": list(TARGETS)}
+    own = VECTORS.merge(jax.tree.map(lambda leaf: leaf[:1], tables), shared)
+    net, params = models.low_rank(net.clone(tasks=1), own, jax.random.key(seed), example, **about)
+
+    @jax.jit
+    def run(params: Any, x: Any, keys: Any, rate: Any) -> Any:
+        learning = methods.few_shot_adapter(
+            net.apply,
+            optimizer=optimizer_of(rate, settings.vector_factor),
+            select=SELECTED,
+            num_steps=settings.num_steps,
+            rows=1,
+            held_out=settings.held_out,
+            every=settings.every,
+        )
+        return ttt.batched(ttt.adapted(learning, select=VECTORS))(params, x, keys)
+
+    return Learner(net, params, tables, run, settings, seed)
+
+
+def optimizer_of(rate: Any, vector_factor: float) -> optax.GradientTransformation:
+    """Adam, with larger steps for the task's vectors."""
+
+    def kinds(params: Any) -> Any:
+        def kind(path: Any, leaf: Any) -> str:
+            return "vectors" if "task" in jax.tree_util.keystr(path) else "factors"
+
+        return jax.tree_util.tree_map_with_path(kind, params)
+
+    each = {"factors": optax.adam(rate), "vectors": optax.adam(vector_factor * rate)}
+    return optax.multi_transform(each, kinds)
+
+
+def _group(
+    learner: Learner, tasks: Sequence[FewShotTask], numbers: Sequence[int], rate: float
+) -> tuple[Any, Any]:
+    """Copies of at most N tasks, and how they were learned."""
+    settings, seed = learner.settings, learner.seed
+    # The last group is filled up, so that one program serves all.
+    filled = [*numbers] + [numbers[-1]] * (settings.tasks_at_once - len(numbers))
+    x = _stacked([_demonstrations(tasks[n], (seed, n), settings) for n in filled])
+    rows = [leaf[np.array(filled)][:, None] for leaf in jax.tree.leaves(learner.tables)]
+    # The decoder of the copies has more leaves, which the vectors leave out.
+    vectors = jax.tree.unflatten(jax.tree.structure(VECTORS.split(learner.params)[0]), rows)
+    keys = ttt.sample_keys(jax.random.key(seed), np.array(filled))
+    inputs = vectors, {"demonstrations": x}
+    return learner.run(learner.params, inputs, keys, np.float32(rate))  # type: ignore[no-any-return]
+
+
 def learn(
-    net: models.GridDecoder,
-    params: Any,
+    learner: Learner,
     tasks: Sequence[FewShotTask],
-    settings: Settings,
-    seed: int,
+    rate: float | None = None,
     log: Callable[[str], None] = print,
 ) -> Copies:
     """Copies of all tasks whose demonstrations have room in a row, N side by side.
 
     Args:
-      net: the decoder.
-      params: of it.
+      learner: what learns.
       tasks: all of them; the number of a task is its place.
-      settings: of the copies.
-      seed: of rows, factors and steps.
+      rate: step size; that of the settings where None.
       log: takes a line per group of tasks.
     """
-    example = grid_sequences.empty(1, settings.length, settings.most)._asdict()
-    key = jax.random.key(seed)
-    tables, shared = VECTORS.split(params)
-    about = {"rank": settings.rank, "alpha": settings.alpha, "paths": list(TARGETS)}
-    own = VECTORS.merge(jax.tree.map(lambda leaf: leaf[:1], tables), shared)
-    net, params = models.low_rank(net.clone(tasks=1), own, key, example, **about)
-    learning = methods.few_shot_adapter(
-        net.apply,
-        optimizer=optax.adam(settings.rate),
-        select=SELECTED,
-        num_steps=settings.num_steps,
-        rows=1,
-        held_out=settings.held_out,
-        every=settings.every,
-    )
-    run = jax.jit(ttt.batched(ttt.adapted(learning, select=VECTORS)))
+    settings = learner.settings
+    rate = settings.rate if rate is None else rate
     numbers = [number for number, task in enumerate(tasks) if fits(task, settings)]
     parts, steps = [], {}
     for begin in range(0, len(numbers), settings.tasks_at_once):
         group = numbers[begin : begin + settings.tasks_at_once]
-        # The last group is filled up, so that one program serves all.
-        filled = group + [group[-1]] * (settings.tasks_at_once - len(group))
-        x = _stacked([_demonstrations(tasks[n], (seed, n), settings) for n in filled])
-        vectors = [leaf[np.array(filled)][:, None] for leaf in jax.tree.leaves(tables)]
-        rows = jax.tree.unflatten(jax.tree.structure(VECTORS.split(params)[0]), vectors)
-        keys = ttt.sample_keys(key, np.array(filled))
-        fast, info = run(params, (rows, {"demonstrations": x}), keys)
+        fast, info = _group(learner, tasks, group, rate)
         parts.append(fast)
-        taken = np.full(len(filled), settings.num_steps)
+        taken = np.full(settings.tasks_at_once, settings.num_steps)
         if settings.held_out:
             taken = np.asarray(info.aux["taken"]).sum(1)
         steps |= dict(zip(group, taken.tolist(), strict=False))
         log(f"tasks {begin} to {begin + len(group) - 1}: steps {[steps[n] for n in group]}")
     # What fills the last group has no number.
     fast = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-    return Copies(net, params, fast, {n: place for place, n in enumerate(numbers)}, steps)
+    places = {number: place for place, number in enumerate(numbers)}
+    return Copies(learner.net, learner.params, fast, places, steps)
+
+
+def held_out_nats(
+    learner: Learner, tasks: Sequence[FewShotTask], rates: Sequence[float]
+) -> list[list[float]]:
+    """By step size, the mean nats per label of demonstrations held out, at every look of the guard.
+
+    Of the first N tasks with room; no query is read, so that a step size may be chosen by it.
+
+    Args:
+      learner: with a guard.
+      tasks: all of them.
+      rates: step sizes.
+    """
+    numbers = [number for number, task in enumerate(tasks) if fits(task, learner.settings)]
+    numbers = numbers[: learner.settings.tasks_at_once]
+    made = []
+    for rate in rates:
+        _, info = _group(learner, tasks, numbers, rate)
+        curves = np.asarray(info.aux["held_out"])[: len(numbers)]
+        made.append(curves.mean(0).tolist())
+    return made
 
 
 def _demonstrations(

@@ -149,7 +149,7 @@ def settings(**changes):
         "log_every": 20,
         "isolated": False,
         "private_steps": 0,
-        "private_rate": 1e-2,
+        "private_rates": ["1e-2", "1e-3"],
         "private_held_out": 1,
         "private_at_once": 2,
         "tasks": 0,

@@ -54,7 +54,8 @@ def params():
 
 
 def learn(params, tasks=TASKS, **changes):
-    return private.learn(NET, params, tasks, SETTINGS._replace(**changes), 0, lambda line: None)
+    learner = private.learner(NET, params, SETTINGS._replace(**changes), 0)
+    return private.learn(learner, tasks, log=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,29 @@ def test_the_guard_says_how_many_steps_are_taken(params):
     factors = {**wild.fast["params"], "task": None, "task_view": None}
     for ours, wanted in zip(*map(jax.tree.leaves, (factors, first)), strict=True):
         np.testing.assert_array_equal(ours[stay], np.broadcast_to(wanted, ours[stay].shape))
+
+
+def test_a_step_size_is_chosen_by_held_out_demonstrations(params):
+    """No step changes nothing, and a query is not read."""
+    learner = private.learner(NET, params, SETTINGS._replace(held_out=1, num_steps=6), 0)
+    still, small = private.held_out_nats(learner, TASKS, (0.0, 3e-2))
+    assert len(still) == len(small) == 4 and np.isfinite(small).all()
+    np.testing.assert_allclose(still, still[0], rtol=1e-6)
+    np.testing.assert_allclose(small[0], still[0], rtol=1e-6)
+    assert small[-1] != small[0]
+    bare = [task._replace(queries=()) for task in TASKS]
+    assert private.held_out_nats(learner, bare, (3e-2,)) == [small]
+
+
+def test_vectors_take_larger_steps(params):
+    learner = private.learner(NET, params, SETTINGS._replace(num_steps=1), 0)
+    copies = private.learn(learner, TASKS, log=lambda line: None)
+    start = params["params"]["task"][np.array(list(copies.places))][:, None]
+    moved = np.abs(copies.fast["params"]["task"][: len(start)] - start).max()
+    # The first step of Adam is the step size itself.
+    np.testing.assert_allclose(moved, SETTINGS.rate * SETTINGS.vector_factor, rtol=1e-3)
+    factors = [leaf for leaf in jax.tree.leaves(copies.fast) if leaf.ndim == 4]
+    assert factors
 
 
 def test_a_copy_has_the_vectors_of_its_task_alone(copies, params):

@@ -122,6 +122,11 @@ def test_the_guard_takes_the_steps_that_help():
     predict = methods.few_shot_ttt(answer, shared, **{**SETTINGS, "held_out": 2})
     output, info = jax.jit(predict)(PARAMS, x, KEYS[0])
     assert info.aux["taken"].all() and (output == 3).all() and info.updated
+    held_out = info.aux["held_out"]
+    assert held_out.shape == (1 + STEPS // EVERY,) and held_out.argmin() == STEPS // EVERY
+    # Pristine scores are equal, so that a label of the output costs log CLASSES where scores count,
+    # and no label costs more.
+    assert 0 < held_out[-1] < held_out[0] <= np.log(CLASSES) + 1e-5
 
 
 def test_a_task_with_one_demonstration_stays_as_it_is(guarded):

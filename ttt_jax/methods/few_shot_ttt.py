@@ -75,7 +75,9 @@ def few_shot_ttt(
     Returns:
       A :class:`~ttt_jax.Predictor` over one task ``x``, a mapping with ``demonstrations``, what
       :func:`ttt_jax.views.grid_arrays.demonstrations` gives, and whatever ``answer`` reads. With a
-      guard ``Info.aux`` has ``taken``, bool ``[S]``: the steps that were taken.
+      guard ``Info.aux`` has ``taken``, bool ``[S]``: the steps that were taken, and ``held_out``,
+      ``[1 + S / every]``: nats per label of the demonstrations held out, before the first step and
+      at every look.
 
     Raises:
       ValueError: counts out of range; when called: a task without such rows, or with fewer than
@@ -183,7 +185,10 @@ def _learning(
         curves = jax.vmap(
             lambda example: _curve(adapter, scores, params, x, example, key, num_steps, every)
         )(jnp.arange(held_out))
-        return limited(params, {**x, "stop": every * _lowest(*curves)}, key)
+        means = _means(*curves)
+        stop = every * jnp.where(jnp.isfinite(means), means, jnp.inf).argmin()
+        out, info = limited(params, {**x, "stop": stop}, key)
+        return out, info._replace(aux={**info.aux, "held_out": means})
 
     return predict
 
@@ -256,7 +261,6 @@ def _curve(
     return jnp.concatenate([first[None], later]), labels
 
 
-def _lowest(nats: jax.Array, labels: jax.Array) -> jax.Array:
-    """The place of the lowest mean over demonstrations ``[F, 1 + S / every]``; 0 without labels."""
-    mean = nats.sum(0) / jnp.maximum(labels.sum(), 1.0)
-    return jnp.where(jnp.isfinite(mean), mean, jnp.inf).argmin()
+def _means(nats: jax.Array, labels: jax.Array) -> jax.Array:
+    """Nats per label ``[1 + S / every]`` of demonstrations ``[F, 1 + S / every]``; 0 without."""
+    return nats.sum(0) / jnp.maximum(labels.sum(), 1.0)
