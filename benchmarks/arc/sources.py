@@ -69,7 +69,9 @@ def _pool(tasks: Sequence[tuple[int, Sequence[Example]]], length: int) -> Pool:
     for number, examples in tasks:
         for example in examples:
             size = grid_sequences.length_of(example.input, example.output)
-            if size <= length:
+            # A view may turn the pair, which then has other line ends.
+            turned = grid_sequences.length_of(example.input.T, example.output.T)
+            if max(size, turned) <= length:
                 numbers.append(number)
                 pairs.append(example)
                 weights.append((len(examples) * size) ** -0.5)

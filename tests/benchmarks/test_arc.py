@@ -68,6 +68,16 @@ def test_generated_examples_are_of_no_task_to_be_solved(toy_sets, tmp_path, monk
         assert set(found.pools[2].tasks) == {2, 4}
 
 
+def test_a_pair_has_room_under_every_view(toy_sets, monkeypatch):
+    """A wide grid has fewer line ends than the same one turned; the shorter way alone has room."""
+    wide = Example(np.zeros((1, 9), int), np.zeros((1, 9), int))
+    length = grid_sequences.length_of(*wide)
+    assert grid_sequences.length_of(wide.input.T, wide.output.T) > length
+    toy_sets["training"] = [FewShotTask("wide", (wide,), (wide,))]
+    found, _ = sources.load("arcagi1", None, length)
+    assert not found.pools[1].pairs
+
+
 def test_the_share_decides_which_tasks_are_drawn(toy_sets):
     found, _ = sources.load("arcagi1", None, ROWS.length)
     rng = np.random.default_rng(0)
