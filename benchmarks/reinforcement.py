@@ -1,17 +1,17 @@
 """Does a decoder answer better after reinforcement on its own votes, and better than the votes?
 
-``python -m benchmarks.reinforcement --out=FILE`` trains a small decoder on chains of sums,
-differences and products of digits modulo ten, with the results of the steps written out
-(``3+4*2=7,4;``), on short chains. Then it is given sets of longer chains, each set with a private
-copy: some are learned from by :func:`ttt_jax.methods.ttrl`, others are held out. The file has,
-before and after: the share of right continuations, the share of right votes, and the controls: a
-label by votes that are not learned from, a reward by chance, a reward for the form alone. All
-chains are drawn from the seed; those that are asked are longer than any of the training.
+``python -m benchmarks.reinforcement --out=FILE`` trains a small decoder on problems of one family
+(:mod:`benchmarks.reinforcement_problems`) in which an operation is rare. Then it is given sets of
+problems in which it is frequent, each set with a private copy: some are learned from by
+:func:`ttt_jax.methods.ttrl`, others are held out. The file has, before and after: the share of
+right continuations, the share of right votes, and the controls: a label by votes that are not
+learned from, a reward by chance, a reward for the form alone, a vote of as many samples as the
+steps draw. All problems are drawn from the seed, and none that is asked was trained on.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,88 +21,35 @@ import optax
 from absl import flags
 
 import ttt_jax as ttt
-from benchmarks import options
+from benchmarks import options, reinforcement_problems
+from benchmarks.reinforcement_problems import ALPHABET, FAMILIES, STOP, Family, answer
 from experiments import launch, provenance
 from ttt_jax import generation, losses, methods, models, rewards
 
-SIGNS = ("+", "-", "*")
-ALPHABET = (*"0123456789", *SIGNS, "=", ",", ";", " ")
-EQUALS, COMMA, STOP, PAD = (ALPHABET.index(sign) for sign in "=,; ")
+
+def asked(family: Family, settings: Any) -> tuple[dict[str, Any], set[str]]:
+    """Sets of prompts to learn from and, under ``held_out``, others; and the texts of all."""
+    rng = np.random.default_rng((settings.seed, 2))
+    count = settings.prompts + settings.held_out
+    drawn, texts = reinforcement_problems.problems(
+        family, rng, settings.sets * count, settings.hard_rare
+    )
+    stacked = {n: leaf.reshape(settings.sets, count, *leaf.shape[1:]) for n, leaf in drawn.items()}
+    x: dict[str, Any] = {name: leaf[:, : settings.prompts] for name, leaf in stacked.items()}
+    x["held_out"] = {name: leaf[:, settings.prompts :] for name, leaf in stacked.items()}
+    return x, set(texts)
 
 
-class Chain(NamedTuple):
-    """A problem: its text up to the equals sign, and the results of its steps."""
-
-    prompt: str
-    results: tuple[int, ...]
-
-
-def draw_chain(rng: np.random.Generator, terms: int) -> Chain:
-    """A chain of so many digits, computed from left to right modulo ten."""
-    value = int(rng.integers(10))
-    prompt, results = str(value), []
-    for _ in range(terms - 1):
-        sign, digit = SIGNS[int(rng.integers(3))], int(rng.integers(10))
-        value = {"+": value + digit, "-": value - digit, "*": value * digit}[sign] % 10
-        prompt += f"{sign}{digit}"
-        results.append(value)
-    return Chain(prompt + "=", tuple(results))
-
-
-def tokens_of(text: str) -> list[int]:
-    """Places in the alphabet."""
-    return [ALPHABET.index(sign) for sign in text]
-
-
-def solution(chain: Chain) -> str:
-    """What the decoder is taught to write after a prompt."""
-    return ",".join(map(str, chain.results)) + ";"
-
-
-def training_batch(
-    rng: np.random.Generator, rows: int, terms: Sequence[int], length: int
-) -> dict[str, np.ndarray]:
-    """Tokens and mask ``[rows, length]``; the solutions alone are learned from."""
-    tokens = np.full((rows, length), PAD, np.int32)
-    mask = np.zeros((rows, length), np.float32)
-    for row in range(rows):
-        chain = draw_chain(rng, int(rng.choice(terms)))
-        text = tokens_of(chain.prompt), tokens_of(solution(chain))
-        size = sum(map(len, text))
-        tokens[row, :size] = text[0] + text[1]
-        mask[row, len(text[0]) : size] = 1.0
-    return {"tokens": tokens, "mask": mask}
-
-
-def problems(rng: np.random.Generator, count: int, terms: int) -> dict[str, np.ndarray]:
-    """Distinct prompts ``[count, 2 terms]`` of one length, and the last result of each."""
-    drawn: dict[str, Chain] = {}
-    while len(drawn) < count:
-        chain = draw_chain(rng, terms)
-        drawn.setdefault(chain.prompt, chain)
-    chains = list(drawn.values())
-    return {
-        "tokens": np.array([tokens_of(chain.prompt) for chain in chains], np.int32),
-        "truth": np.array([chain.results[-1] for chain in chains], np.int32),
-    }
-
-
-def answer(x: Any, generated: generation.Generated) -> rewards.Answers:
-    """The digit before the stop sign; without both there is no answer."""
-    tokens = generated.tokens
-    ended = (tokens == STOP) & generated.mask
-    place = jnp.argmax(ended, axis=-1)
-    before = jnp.take_along_axis(tokens, jnp.maximum(place - 1, 0)[..., None], -1)[..., 0]
-    return rewards.Answers(before, ended.any(-1) & (place > 0) & (before < 10))
-
-
-def train(settings: Any) -> tuple[models.Decoder, Any, list[float]]:
-    """A decoder of short chains, and the nats per token along its training."""
+def train(
+    family: Family, settings: Any, excluded: set[str]
+) -> tuple[models.Decoder, Any, list[float]]:
+    """A decoder of easy problems, and the nats per token along its training."""
     rng = np.random.default_rng((settings.seed, 1))
-    terms = range(2, settings.easy_terms + 1)
 
     def batch() -> dict[str, np.ndarray]:
-        return training_batch(rng, settings.rows, terms, 4 * settings.hard_terms)
+        return reinforcement_problems.training_batch(
+            family, rng, settings.rows, settings.easy_rare, excluded
+        )
 
     return fitted(len(ALPHABET), batch, settings)
 
@@ -143,11 +90,13 @@ WAYS = {
     "held_out_votes": {"held_out_votes": True},
     "chance": {"reward": rewards.chance()},
     "form": {"reward": rewards.answered(answer)},
+    # As many samples as the steps draw, and no step: what a larger vote has.
+    "samples": {"num_steps": 0},
 }
 
 
 def shares(generated: Any, truth: np.ndarray) -> dict[str, float]:
-    """Right continuations and right votes, means over the prompts of all sets."""
+    """Right continuations (pass@1) and right votes, means over the prompts of all sets."""
     tokens = jax.tree.map(lambda leaf: np.asarray(leaf), generated)
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tokens)
     made = jax.vmap(lambda g: answer(None, g))(flat)
@@ -162,16 +111,10 @@ def shares(generated: Any, truth: np.ndarray) -> dict[str, float]:
     }
 
 
-def reinforce(net: models.Decoder, params: Any, settings: Any, way: str) -> dict[str, Any]:
+def reinforce(
+    family: Family, net: models.Decoder, params: Any, x: Any, settings: Any, way: str
+) -> dict[str, Any]:
     """Shares before and after, on the prompts that are learned from and on others."""
-    rng = np.random.default_rng((settings.seed, 2))
-    sets = [
-        problems(rng, settings.prompts + settings.held_out, settings.hard_terms)
-        for _ in range(settings.sets)
-    ]
-    stacked = {name: np.stack([each[name] for each in sets]) for name in sets[0]}
-    x: dict[str, Any] = {name: leaf[:, : settings.prompts] for name, leaf in stacked.items()}
-    x["held_out"] = {name: leaf[:, settings.prompts :] for name, leaf in stacked.items()}
     example = jnp.zeros((1, 2), jnp.int32)
     wide, params = models.low_rank(
         net,
@@ -182,21 +125,19 @@ def reinforce(net: models.Decoder, params: Any, settings: Any, way: str) -> dict
         alpha=float(settings.rank),
         paths=[".*attention/.*", ".*mlp/.*"],
     )
-    predict = methods.ttrl(
-        models.reader(wide),
-        answer,
-        num_tokens=2 * settings.hard_terms,
-        stop=(STOP,),
-        optimizer=optax.adam(settings.rate),
-        num_steps=settings.steps,
-        num_rollouts=settings.rollouts,
-        num_trained=settings.rollouts // 2,
-        stop_ratio=settings.stop_ratio,
-        truth=lambda x: x["truth"],
-        num_evaluated=settings.rollouts,
-        evaluation_sampler=generation.sample(),
-        **WAYS[way],
-    )
+    given = {
+        "num_tokens": family.solution,
+        "stop": (STOP,),
+        "optimizer": optax.adam(settings.rate),
+        "num_steps": settings.steps,
+        "num_rollouts": settings.rollouts,
+        "num_trained": settings.rollouts // 2,
+        "stop_ratio": settings.stop_ratio,
+        "truth": lambda x: x["truth"],
+        "num_evaluated": settings.rollouts * (settings.steps + 1 if way == "samples" else 1),
+        "evaluation_sampler": generation.sample(),
+    }
+    predict = methods.ttrl(models.reader(wide), answer, **given | WAYS[way])
     keys = ttt.sample_keys(jax.random.key(settings.seed), np.arange(settings.sets))
     begin = time.perf_counter()
     made, info = jax.device_get(jax.jit(ttt.batched(predict, chunk_size=1))(params, x, keys))
@@ -212,20 +153,37 @@ def reinforce(net: models.Decoder, params: Any, settings: Any, way: str) -> dict
     }
 
 
+def summary(row: dict[str, Any]) -> dict[str, Any]:
+    """Of both columns, what was gained over one answer and over the vote before."""
+    made = {}
+    for part in ("trained", "held_out"):
+        before, after = row[f"{part}_before"], row[f"{part}_after"]
+        made[part] = {
+            "over_pass1": after["right"] - before["right"],
+            "over_votes": after["right"] - before["votes_right"],
+        }
+    return made
+
+
 def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     """Trains, reinforces in every way, and writes the record after each."""
     launch.chosen("way", settings.ways, WAYS)
-    if settings.hard_terms <= settings.easy_terms:
+    launch.chosen("family", (settings.family,), FAMILIES)
+    if settings.hard_rare <= settings.easy_rare:
         raise launch.UserError(
-            "hard_terms must be larger than easy_terms, so that no chain that is asked was trained "
-            f"on; got {settings.hard_terms} and {settings.easy_terms}."
+            "hard_rare must be larger than easy_rare, so that the rare operation is what is asked; "
+            f"got {settings.hard_rare} and {settings.easy_rare}."
         )
-    path = launch.new_file(out)
-    net, params, curve = train(settings)
+    path, family = launch.new_file(out), FAMILIES[settings.family]
+    x, texts = asked(family, settings)
+    begin = time.perf_counter()
+    net, params, curve = train(family, settings, texts)
     record = provenance.of(settings) | {"training_nats": curve, "rows": []}
-    print(f"trained on up to {settings.easy_terms} terms: {curve[-1]:.4f} nats", flush=True)
+    record["training_seconds"] = time.perf_counter() - begin
+    print(f"trained: {curve[-1]:.4f} nats, {record['training_seconds']:.0f} s", flush=True)
     for way in settings.ways:
-        row = reinforce(net, params, settings, way)
+        row = reinforce(family, net, params, x, settings, way)
+        row["gain"] = summary(row)
         record["rows"].append(row)
         launch.write_json(path, record)
         for part in ("trained", "held_out"):
@@ -241,14 +199,15 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
 if __name__ == "__main__":
     _FLAGS = {
         "out": flags.DEFINE_string("out", None, "The JSON file to write."),
+        "family": flags.DEFINE_string("family", "chains", "Which problems."),
         "ways": flags.DEFINE_list("ways", list(WAYS), "Which rewards."),
-        "seed": flags.DEFINE_integer("seed", 0, "Of weights, chains and rollouts.", 0),
+        "seed": flags.DEFINE_integer("seed", 0, "Of weights, problems and rollouts.", 0),
         "width": flags.DEFINE_integer("width", 128, "Of the decoder; a multiple of 32.", 32),
         "depth": flags.DEFINE_integer("depth", 4, "Layers.", 1),
         "num_steps": flags.DEFINE_integer("num_steps", 3000, "Of the training.", 1),
-        "rows": flags.DEFINE_integer("rows", 128, "Chains of a training step.", 1),
-        "easy_terms": flags.DEFINE_integer("easy_terms", 6, "Terms of a training chain.", 2),
-        "hard_terms": flags.DEFINE_integer("hard_terms", 8, "Terms of a chain that is asked.", 2),
+        "rows": flags.DEFINE_integer("rows", 128, "Problems of a training step.", 1),
+        "easy_rare": flags.DEFINE_float("easy_rare", 0.02, "Share in the training.", 0.0, 1.0),
+        "hard_rare": flags.DEFINE_float("hard_rare", 0.5, "Share in what is asked.", 0.0, 1.0),
         "sets": flags.DEFINE_integer("sets", 8, "Sets of prompts, each with a copy.", 1),
         "prompts": flags.DEFINE_integer("prompts", 16, "Prompts of a set.", 1),
         "held_out": flags.DEFINE_integer("held_out", 16, "Further prompts of a set.", 1),

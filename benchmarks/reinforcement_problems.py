@@ -1,0 +1,144 @@
+"""Problems on digits with a rare operation: how often it occurs is the difficulty.
+
+A decoder that is trained where the operation is rare has half learned it, and errs in many ways
+where it is frequent: what a vote over its answers can mend.
+"""
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax import generation, rewards
+
+COMMON_SIGNS, RARE_SIGN = ("+", "-"), "*"
+COMMON_STEPS, RARE_STEPS = (1, 2, 3), (4, 5, 6, 7, 8, 9)
+ALPHABET = (*"0123456789", *COMMON_SIGNS, RARE_SIGN, "=", ":", ",", ";", "?", " ")
+STOP, PAD = (ALPHABET.index(sign) for sign in "; ")
+_TERMS, _SHOWN, _ASKED = 4, 5, 4
+# Draws per problem after which there are no further ones.
+_DRAWS = 100
+
+
+class Problem(NamedTuple):
+    """A prompt, and what the decoder is taught to write after it; the last digit is the answer."""
+
+    prompt: str
+    solution: str
+
+    @property
+    def answer(self) -> int:
+        """The digit before the stop sign."""
+        return int(self.solution[-2])
+
+
+class Family(NamedTuple):
+    """Problems of one kind, all of one length.
+
+    Attributes:
+      draw: ``(rng, rare) -> problem``; ``rare`` is the share of the rare operation.
+      prompt: characters of a prompt.
+      solution: characters of a solution.
+    """
+
+    draw: Callable[[np.random.Generator, float], Problem]
+    prompt: int
+    solution: int
+
+
+def draw_chain(rng: np.random.Generator, rare: float) -> Problem:
+    """Sums, differences and, rarely, products modulo ten, from left to right, step by step.
+
+    ``3+4*2-5?`` goes on with ``3+4=7,7*2=4,4-5=9;``.
+    """
+    value = int(rng.integers(10))
+    prompt, steps = str(value), []
+    for _ in range(_TERMS - 1):
+        sign = RARE_SIGN if rng.random() < rare else COMMON_SIGNS[int(rng.integers(2))]
+        digit = int(rng.integers(10))
+        result = {"+": value + digit, "-": value - digit, "*": value * digit}[sign] % 10
+        prompt += f"{sign}{digit}"
+        steps.append(f"{value}{sign}{digit}={result}")
+        value = result
+    return Problem(prompt + "?", ",".join(steps) + ";")
+
+
+def draw_sequence(rng: np.random.Generator, rare: float) -> Problem:
+    """Digits that grow by two steps in turn modulo ten: the steps, then what follows.
+
+    ``2,5,6,9,0?`` goes on with ``31:3,4,7,8;``. A step is rarely above three.
+    """
+    steps = []
+    for _ in range(2):
+        choices = RARE_STEPS if rng.random() < rare else COMMON_STEPS
+        steps.append(choices[int(rng.integers(len(choices)))])
+    terms = [int(rng.integers(10))]
+    for place in range(_SHOWN + _ASKED - 1):
+        terms.append((terms[-1] + steps[place % 2]) % 10)
+    shown, asked = (",".join(map(str, part)) for part in (terms[:_SHOWN], terms[_SHOWN:]))
+    return Problem(f"{shown}?", f"{steps[0]}{steps[1]}:{asked};")
+
+
+FAMILIES = {
+    "chains": Family(draw_chain, 2 * _TERMS, 6 * (_TERMS - 1)),
+    "sequences": Family(draw_sequence, 2 * _SHOWN, 3 + 2 * _ASKED),
+}
+
+
+def tokens_of(text: str) -> list[int]:
+    """Places in the alphabet."""
+    return [ALPHABET.index(sign) for sign in text]
+
+
+def training_batch(
+    family: Family,
+    rng: np.random.Generator,
+    rows: int,
+    rare: float,
+    excluded: Collection[str] = (),
+) -> dict[str, np.ndarray]:
+    """Tokens and mask ``[rows, T]``; the solutions alone are learned from, no excluded prompt."""
+    texts = []
+    while len(texts) < rows:
+        problem = family.draw(rng, rare)
+        if problem.prompt not in excluded:
+            texts.append(tokens_of(problem.prompt + problem.solution))
+    tokens = np.array(texts, np.int32)
+    mask = np.zeros(tokens.shape, np.float32)
+    mask[:, family.prompt :] = 1.0
+    return {"tokens": tokens, "mask": mask}
+
+
+def problems(
+    family: Family, rng: np.random.Generator, count: int, rare: float
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Distinct prompts ``[count, P]`` with the answer of each, and their texts.
+
+    Raises:
+      ValueError: fewer than ``count`` were drawn.
+    """
+    drawn: dict[str, Problem] = {}
+    for _ in range(_DRAWS * count):
+        if len(drawn) < count:
+            problem = family.draw(rng, rare)
+            drawn.setdefault(problem.prompt, problem)
+    if len(drawn) < count:
+        raise ValueError(
+            f"problems must be at most as many as there are; got {count}, and {len(drawn)} were "
+            "drawn: ask for fewer."
+        )
+    arrays = {
+        "tokens": np.array([tokens_of(prompt) for prompt in drawn], np.int32),
+        "truth": np.array([problem.answer for problem in drawn.values()], np.int32),
+    }
+    return arrays, list(drawn)
+
+
+def answer(x: object, generated: generation.Generated) -> rewards.Answers:
+    """The digit before the stop sign; without both there is no answer."""
+    tokens = generated.tokens
+    ended = (tokens == STOP) & generated.mask
+    place = jnp.argmax(ended, axis=-1)
+    before = jnp.take_along_axis(tokens, jnp.maximum(place - 1, 0)[..., None], -1)[..., 0]
+    return rewards.Answers(before, ended.any(-1) & (place > 0) & (before < 10))
