@@ -130,6 +130,16 @@ def documents_harmed(record: Record) -> float:
     return 100 * statistics.mean(saved < 0 for saved in document_savings(record))
 
 
+def wins(record: Record, other: str = "samples") -> float:
+    """Returns on how many problems the first way finds a better solution than another."""
+    first, best = (
+        next(row["best"] for row in record["rows"] if row["way"] == way)
+        for way in (record["rows"][0]["way"], other)
+    )
+    # Equal solutions differ in the last digits of their scores.
+    return float(sum(round(a - b, 6) > 0 for a, b in zip(first, best, strict=True)))
+
+
 def computed(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an entry with its value, device and command as its file has them now."""
     module, function = entry["select"].split(":")

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import discovery, discovery_problems as problems
 from benchmarks.discovery_problems import ASK, BAR, CLOSED, FAMILIES
 from experiments import launch
+from experiments.report import committed
 
 STEPS, RULERS = FAMILIES["steps"], FAMILIES["rulers"]
 
@@ -122,6 +123,21 @@ def test_better_solutions_alone_are_learned_from():
         else:
             assert not mask.any()
     assert {1, 2} == set(batch["tokens"][:, 0].tolist())
+
+
+def test_the_committed_solutions_have_the_scores_that_are_reported():
+    """Drawn anew from the seed, scored by sets; no way has another start."""
+    record = committed.read("discovery")
+    asked = ml_collections.ConfigDict(record["config"])
+    made = discovery.hard_problems(RULERS, asked)
+    for row in record["rows"]:
+        assert len(row["best"]) == len(row["solutions"]) == len(made["free"]) == 32
+        assert row["first"] == record["rows"][0]["first"]
+        for place, (gaps, best) in enumerate(zip(row["solutions"], row["best"], strict=True)):
+            problem = {name: leaf[place] for name, leaf in made.items()}
+            gaps = np.array(gaps)
+            assert ((gaps == CLOSED) != problem["free"]).all()
+            assert measured(problem, gaps) == pytest.approx(best, abs=1e-6)
 
 
 def test_wins_ties_and_losses():

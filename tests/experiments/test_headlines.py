@@ -13,7 +13,7 @@ HEADLINES = json.loads(pathlib.Path("experiments/results/headlines.json").read_t
 README = pathlib.Path("README.md").read_text()
 PAGES = README + "".join(
     pathlib.Path("docs", f"{name}.md").read_text()
-    for name in ("index", "results", "results_text", "speed")
+    for name in ("index", "results", "results_text", "results_reasoning", "speed")
 )
 
 
