@@ -57,6 +57,9 @@ def get_config() -> ml_collections.ConfigDict:
                 **{**learns, "select": "all", "held_out": 3, "every": 10},
                 "learning_rate": 1e-2,
             },
+            # One copy for the tasks of a batch, not per task.
+            "few_shot_shared": {**learns, "method": "few_shot_shared", "select": "all"}
+            | {"learning_rate": (3e-3, 1e-2)},
             # The task's own vectors alone, a few hundred numbers.
             "vector": {**learns, "select": "params/(task|task_view)", "learning_rate": 0.1},
         },

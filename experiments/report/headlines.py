@@ -1,9 +1,8 @@
 """The few numbers that README and pages show, each computed from the raw rows of its file.
 
-An entry of ``experiments/results/headlines.json`` names a file and a function of this module, which
-takes the record of the file, beside value, unit, device and command.
-``python -m experiments.report.headlines`` computes the values anew, with as many decimals as they
-have; a test does, too.
+An entry of ``experiments/results/headlines.json`` names a file and a function of its record here,
+beside value, unit, device and command. ``python -m experiments.report.headlines`` computes the
+values anew, with as many decimals as they have; a test does, too.
 """
 
 import importlib
@@ -39,10 +38,7 @@ def two_device_speedup(record: Record) -> float:
 
 
 def minutes(record: Record, **where: Any) -> float:
-    """Returns the minutes that adapting took for the reported, corrupted images.
-
-    The seconds of the calls, and the one compilation that all corruptions share.
-    """
+    """Returns the minutes of adapting to the reported, corrupted images and of one compilation."""
     rows = [row for row in record["rows"] if where.items() <= row.items()]
     shifted = [r for r in rows if r["split_role"] == "reported" and r["domain"] != "clean"]
     seconds = sum(row["seconds"] for row in shifted)
@@ -56,10 +52,7 @@ def mean_error(record: Record, method: str, **where: Any) -> float:
 
 
 def memo_rate(record: Record, over_torch: bool = False) -> float:
-    """Returns the sample-steps per second of MEMO on ResNet-50 with the chunk size that was chosen.
-
-    Over those of the fastest form in PyTorch with ``over_torch``.
-    """
+    """Returns the rate of MEMO on ResNet-50 at the chosen size, or over the best PyTorch."""
     (row,) = (row for row in record["rows"] if row["work"] == "memo_resnet50")
     best = max(form["rate"] for form in record["torch"] if "rate" in form)
     return float(row["rates"][str(row["chosen"])]) / (best if over_torch else 1)
@@ -113,11 +106,8 @@ def nats_of_window(record: Record, window: int = 0) -> float:
 
 def document_savings(record: Record, *roles: str) -> list[float]:
     """Returns the percent of bits saved per document over its best control of the same window."""
-    return [
-        100 * (1 - row["adapted"] / min(row["isolated"], row["sliding"]))
-        for row in record["rows"]
-        if not roles or row["role"] in roles
-    ]
+    rows = [row for row in record["rows"] if not roles or row["role"] in roles]
+    return [100 * (1 - row["adapted"] / min(row["isolated"], row["sliding"])) for row in rows]
 
 
 def books_saved(record: Record) -> float:
@@ -130,14 +120,11 @@ def documents_harmed(record: Record) -> float:
     return 100 * statistics.mean(saved < 0 for saved in document_savings(record))
 
 
-def wins(record: Record, other: str = "samples") -> float:
-    """Returns on how many problems the first way finds a better solution than another."""
-    first, best = (
-        next(row["best"] for row in record["rows"] if row["way"] == way)
-        for way in (record["rows"][0]["way"], other)
-    )
-    # Equal solutions differ in the last digits of their scores.
-    return float(sum(round(a - b, 6) > 0 for a, b in zip(first, best, strict=True)))
+def wins(record: Record) -> float:
+    """Returns on how many problems discovery finds better solutions than as many samples do."""
+    best = {row["way"]: row["best"] for row in record["rows"]}
+    pairs = zip(best["discover"], best["samples"], strict=True)
+    return float(sum(round(a - b, 6) > 0 for a, b in pairs))  # Equal ones are so to six digits.
 
 
 def computed(entry: Mapping[str, Any]) -> dict[str, Any]:

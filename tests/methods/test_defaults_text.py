@@ -109,6 +109,9 @@ PUBLISHED["few_shot_ttt"] = {
 PUBLISHED["few_shot_adapter"] = {
     name: value for name, value in PUBLISHED["few_shot_ttt"].items() if name != "trace"
 }
+PUBLISHED["few_shot_shared"] = {
+    name: PUBLISHED["few_shot_ttt"][name] for name in ("optimizer", "select", "num_steps", "rows")
+} | {"batch": True}
 # Of every kind of leaf that a selection above names.
 TREE = {
     "params": {
@@ -150,7 +153,9 @@ def test_defaults(name):
             assert default == published, key
 
 
-@pytest.mark.parametrize("name", sorted({*PUBLISHED} - {"few_shot_ttt", "few_shot_adapter"}))
+@pytest.mark.parametrize(
+    "name", sorted({name for name in PUBLISHED if not name.startswith("few_shot")})
+)
 def test_a_reader_comes_first_and_settings_by_keyword(name):
     parameters = list(inspect.signature(getattr(methods, name)).parameters.values())
     heads = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]

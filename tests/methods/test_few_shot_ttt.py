@@ -151,6 +151,50 @@ def test_a_copy_that_diverges_harms_no_other(plain):
     np.testing.assert_array_equal(np.asarray(output)[[0, 2]], np.asarray(well)[[0, 2]])
 
 
+def all_answers(params, x):
+    return jax.vmap(answer, in_axes=(None, 0))(params, x)
+
+
+def shared_copy(**changes):
+    kept = {name: value for name, value in SETTINGS.items() if name != "every"}
+    return jax.jit(methods.few_shot_shared(all_answers, logits, **{**kept, **changes}))
+
+
+def test_of_one_task_the_shared_copy_is_its_own(plain):
+    due, told = plain(PARAMS, XS, KEYS)
+    for place in range(3):
+        alone = jax.tree.map(lambda leaf, place=place: leaf[place : place + 1], XS)
+        output, info = shared_copy()(PARAMS, alone, KEYS[place])
+        np.testing.assert_array_equal(output[0], due[place])
+        np.testing.assert_allclose(info.loss, told.loss[place], rtol=1e-5)
+
+
+def test_a_shared_copy_learns_from_every_task_in_every_step():
+    """Rules that contradict each other: the copy that shares them learns neither, in any order."""
+    key = KEYS[0]
+    _, info = shared_copy(rows=3)(PARAMS, XS, key)
+    _, turned = shared_copy(rows=3)(PARAMS, jax.tree.map(lambda leaf: leaf[::-1], XS), key)
+    np.testing.assert_allclose(info.loss, turned.loss, rtol=1e-4)
+    _, single = shared_copy(rows=3)(PARAMS, jax.tree.map(lambda leaf: leaf[:1], XS), key)
+    assert single.loss[-1] < info.loss[-1] - 0.1
+    seen = []
+
+    def watched(params, batch):
+        seen.append(batch["task"].shape[0])
+        return logits(params, batch)
+
+    methods.few_shot_shared(all_answers, watched, rows=2, num_steps=1, select=SETTINGS["select"])(
+        PARAMS, XS, key
+    )
+    assert set(seen) == {6}
+
+
+def test_no_step_of_the_shared_copy_is_the_source():
+    output, info = shared_copy(num_steps=0)(PARAMS, XS, KEYS[0])
+    np.testing.assert_array_equal(output, all_answers(PARAMS, XS))
+    assert not info.updated
+
+
 def test_every_step_is_shown(plain):
     x = jax.tree.map(lambda leaf: leaf[1], XS)
     traced, _ = jax.jit(predictor(trace=True))(PARAMS, x, KEYS[1])
@@ -163,6 +207,8 @@ def test_every_step_is_shown(plain):
     [
         (lambda x: predictor(held_out=1, every=5), "after every 5 steps.* multiple of it; got 12"),
         (lambda x: predictor(rows=4)(PARAMS, x, KEYS[0]), "rows must be at most the 3 rows"),
+        (lambda x: shared_copy(rows=4)(PARAMS, XS, KEYS[0]), "at most the 3 rows of a task's"),
+        (lambda x: shared_copy(batch=False), "batch of methods.few_shot_shared must be True"),
         (
             lambda x: predictor()(PARAMS, {"query": x["query"]}, KEYS[0]),
             r"needs a task x with 'demonstrations', .* got \['query'\]",

@@ -17,7 +17,8 @@ A document, chunk by chunk (a :class:`~ttt_jax.Predictor`):
 
 A few-shot task (a :class:`~ttt_jax.Predictor`):
 
-* :func:`few_shot_ttt`: learned from its demonstrations; :func:`few_shot_adapter`: what was learned
+* :func:`few_shot_ttt`: learned from its demonstrations; :func:`few_shot_adapter`: what was learned;
+  :func:`few_shot_shared`: the control, one copy for all
 
 A set of prompts (a :class:`~ttt_jax.Predictor`):
 
@@ -56,7 +57,7 @@ from ttt_jax.methods.discover import discover
 from ttt_jax.methods.document_ttt import document_ttt
 from ttt_jax.methods.dua import dua
 from ttt_jax.methods.eata import eata
-from ttt_jax.methods.few_shot_ttt import few_shot_adapter, few_shot_ttt
+from ttt_jax.methods.few_shot_ttt import few_shot_adapter, few_shot_shared, few_shot_ttt
 from ttt_jax.methods.in_place import in_place
 from ttt_jax.methods.in_place_targets import in_place_targets
 from ttt_jax.methods.lame import lame
@@ -95,6 +96,7 @@ __all__ = [
     "eata",
     "every_view",
     "few_shot_adapter",
+    "few_shot_shared",
     "few_shot_ttt",
     "in_place",
     "in_place_targets",

@@ -135,6 +135,75 @@ def few_shot_adapter(
     return _learning(name, lambda params, x: select.split(params)[0], logits, *given)
 
 
+@_arguments.checked(rows=_arguments.count())
+def few_shot_shared(
+    answer: Callable[[Params, Any], Any],
+    logits: Callable[[Params, Any], jax.Array],
+    *,
+    optimizer: optax.GradientTransformation = optax.adamw(1e-4, weight_decay=0.01),
+    select: Selection = select.lora(),
+    num_steps: int = 250,
+    rows: int = 2,
+    batch: bool = True,
+) -> Predictor:
+    """The control of :func:`few_shot_ttt`: one copy that all tasks of a batch share.
+
+    It learns from ``N * rows`` rows in every step, ``rows`` of each of the N tasks, so that it sees
+    what N private copies see, and moves once where each of them moves. What it gains is what the
+    tasks have in common; tasks of one batch change each other's answers, which private copies
+    never do.
+
+    **Fails** as an answer to the question what a task's own copy is worth where batches are small:
+    with one task it is that copy.
+
+    Args:
+      answer: model function ``(params, x[N, ...]) -> output[N, ...]`` of the answers.
+      logits: model function ``(params, batch) -> logits[R, T, V]`` over packed rows.
+      optimizer: an optax transformation.
+      select: the parameters that adapt.
+      num_steps: S, static; 0 is the source prediction.
+      rows: of each task in a step.
+      batch: that an instance is a batch of tasks; it must be.
+
+    Returns:
+      A :class:`~ttt_jax.Predictor` over a batch of tasks, a mapping with ``demonstrations``
+      ``[N, R, ...]`` and whatever ``answer`` reads.
+
+    Raises:
+      ValueError: ``batch`` is False; otherwise as :func:`few_shot_ttt`.
+
+    References:
+      Akyürek et al., `The Surprising Effectiveness of Test-Time Training for Few-Shot Learning
+      <https://arxiv.org/abs/2411.07279>`_, 2025, "Shared TTT" among the ablations.
+    """
+    if not batch:
+        raise ValueError(
+            "batch of methods.few_shot_shared must be True, as the tasks of a batch share a copy; "
+            f"got {batch!r}: take methods.few_shot_ttt for a copy of each."
+        )
+    inner.check_num_steps(num_steps)
+    name = "few_shot_shared"
+
+    def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
+        held = _rows_of(name, x, 0)
+        count, each = jnp.shape(held["task"])[:2]
+        if rows > each:
+            raise ValueError(
+                f"rows must be at most the {each} rows of a task's demonstrations; got {rows}."
+            )
+        # Row by row of all tasks in turn, as a step takes rows that are neighbors.
+        mixed = {
+            place: jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])
+            for place, leaf in held.items()
+        }
+        given = optimizer, select, num_steps, rows * count, 0, 1, False
+        # What answers sees the tasks as they came.
+        run = _learning(name, lambda adapted, _: answer(adapted, x), logits, *given)
+        return run(params, {"demonstrations": mixed}, key)
+
+    return predict
+
+
 def _learning(
     name: str,
     apply: Callable[[Params, Any], Any],

@@ -50,6 +50,8 @@ add(
     ranges={"slots": (0, 8), "num_tokens": 0},
 )
 ROWS = {**BATCH, "example": np.zeros((1, 2), np.int32)}
+# A batch of two tasks.
+TWO = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), ROWS)
 add(
     "methods.few_shot_ttt",
     methods.few_shot_ttt,
@@ -77,6 +79,19 @@ add(
     held_out=1,
     every=1,
     ranges={"num_steps": -1, "rows": (0, 2), "held_out": -1, "every": (0, 3)},
+)
+add(
+    "methods.few_shot_shared",
+    methods.few_shot_shared,
+    lambda result: result(PARAMS, {"demonstrations": TWO}, KEY)[0],
+    answer=lambda params, x: params["params"]["task"],
+    logits=NET.apply,
+    optimizer=optax.sgd(0.1),
+    select=select.paths("params/task"),
+    num_steps=2,
+    rows=1,
+    batch=True,
+    ranges={"num_steps": -1, "rows": (0, 2), "batch": False},
 )
 DECODED = SEQUENCE.label[SEQUENCE.label >= 0]
 add(
