@@ -18,8 +18,9 @@ attention, attention under a window, TTT-Linear and TTT-MLP (:mod:`benchmarks.la
 bfloat16 compute, float32 parameters and states. Speeds leave compilation out.
 """
 
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -62,6 +63,7 @@ def sizes_of(settings: Any, texts: layer_texts.Texts) -> layer_nets.Sizes:
         window=settings.window,
         backbone=settings.backbone,
         form=settings.form,
+        attention=settings.attention,
     )
 
 
@@ -124,7 +126,7 @@ class Language:
 
     def trained(self, seed: int, rate: float, steps: int) -> layer_nets.Trained:
         """From fresh weights."""
-        start = jax.jit(self.module.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))
+        start = layer_nets.fresh(self.module, seed)
         per_call = self.settings.steps_per_call
         return layer_nets.fit(
             self.program,
@@ -197,7 +199,7 @@ class Language:
         return [about | row for row in layer_needles.rows_of(given, *scores)]
 
 
-def language_rows(name: str, texts: Any, settings: Any, deadline: float) -> Any:
+def language_rows(name: str, texts: Any, settings: Any, deadline: float) -> Iterator[Any]:
     """All rows of a net, one after another."""
     net = Language(name, texts, settings, deadline)
     rate, rows = net.choice()
@@ -221,23 +223,37 @@ def compared(name: str, texts: layer_texts.Texts, settings: Any) -> dict[str, An
     return {"part": "compare", "net": name, "right": right} | gaps
 
 
-def rows_of(settings: Any, texts: layer_texts.Texts, deadline: float) -> Any:
+def guarded(about: dict[str, Any], rows: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    """The rows, and where a net fails one that says why: the others are trained all the same."""
+    try:
+        yield from rows()
+    except launch.UserError:
+        raise
+    except Exception as error:  # whatever a compiler or a device raises
+        message = f"{type(error).__name__}: {error}"[:300]
+        yield about | {"finished": False, "right": False, "message": message}
+
+
+def rows_of(settings: Any, texts: layer_texts.Texts, deadline: float) -> Iterator[Any]:
     """All that is asked for; after the deadline no net is begun."""
+    makers: dict[str, Callable[[str], Iterator[Any]]] = {
+        "compare": lambda name: iter([compared(name, texts, settings)]),
+        "language": lambda name: language_rows(name, texts, settings, deadline),
+        "recall": lambda name: layer_recall.rows_of(name, settings, deadline),
+    }
     wrong = set()
-    if "compare" in settings.parts:
+    # The comparison first: what is wrong is not trained.
+    for part in (part for part in PARTS if part in settings.parts):
         for name in settings.nets:
-            row = compared(name, texts, settings)
-            wrong |= set() if row["right"] else {name}
-            yield row
-    for part in (part for part in settings.parts if part != "compare"):
-        for name in settings.nets:
+            about = {"part": part, "net": name}
             if name in wrong or time.monotonic() > deadline:
                 why = "wrong" if name in wrong else "no time left"
-                yield {"part": part, "net": name, "finished": False, "message": why}
-            elif part == "language":
-                yield from language_rows(name, texts, settings, deadline)
-            else:
-                yield from layer_recall.rows_of(name, settings, deadline)
+                yield about | {"finished": False, "message": why}
+                continue
+            for row in guarded(about, functools.partial(makers[part], name)):
+                if part == "compare" and not row["right"]:
+                    wrong.add(name)
+                yield row
 
 
 def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any] | None:
@@ -329,6 +345,7 @@ if __name__ == "__main__":
         "nets": flags.DEFINE_list("nets", list(layer_nets.NETS), "Which nets, in this order."),
         "seeds": flags.DEFINE_list("seeds", ["0", "1"], "Of weights and batches."),
         "form": flags.DEFINE_enum("form", "auto", ("auto", "dual", "kernel"), "Of TTT-Linear."),
+        "attention": flags.DEFINE_enum("attention", "fused", ("fused", "xla"), "Its form."),
         "backbone": flags.DEFINE_enum("backbone", "mamba", ("mamba", "transformer"), "Of TTT."),
         "length": flags.DEFINE_integer("length", 1024, "Tokens of a sequence in training.", 16),
         "width": flags.DEFINE_integer("width", 512, "Of the nets; a multiple of 64.", 64),

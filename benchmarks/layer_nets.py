@@ -77,6 +77,12 @@ def net(name: str, sizes: Sizes) -> models.Decoder:
     return made.clone(mlp_width=sizes.mlp_width - _UNIT * units)
 
 
+def fresh(module: models.Decoder, seed: int) -> Any:
+    """Random parameters; by plain forms, as kernels are not made for two tokens."""
+    plain = module.clone(attention="xla", form="dual")
+    return jax.jit(plain.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))
+
+
 def flop_per_token(module: models.Decoder, length: int) -> float:
     """Of the products of a forward pass; of a step of training three times that."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
@@ -222,7 +228,7 @@ def differences(name: str, sizes: Sizes, tokens: jax.Array, loss: Any) -> dict[s
     """
     fast = net(name, sizes._replace(depth=1))
     plain = fast.clone(attention="xla", form="dual")
-    params = jax.jit(fast.init)(jax.random.key(0), tokens[:1])
+    params = fresh(plain, 0)
     (value, ours), (exact, due) = (
         jax.jit(jax.value_and_grad(loss(module)))(params, tokens) for module in (fast, plain)
     )

@@ -97,6 +97,7 @@ def sizes_of(settings: Any) -> layer_nets.Sizes:
         window=LENGTH // 4,
         backbone=settings.backbone,
         form=settings.form,
+        attention=settings.attention,
     )
 
 
@@ -133,7 +134,7 @@ def rows_of(name: str, settings: Any, deadline: float) -> Iterator[dict[str, Any
         return hits / asked
 
     def training_row(seed: int, rate: float) -> dict[str, Any]:
-        start = jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))
+        start = layer_nets.fresh(module, seed)
         calls = -(-settings.recall_steps // per_call)
         how = {"calls": calls, "steps_per_call": per_call, "deadline": deadline}
         made = layer_nets.fit(program, start, (), seed=seed, rate=rate, **how)

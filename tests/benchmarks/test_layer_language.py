@@ -226,7 +226,13 @@ def test_gains_are_of_the_last_eighth_and_by_book(monkeypatch):
 def settings(tokens, **changes):
     values = {"tokens": str(tokens), "prepare": False, "texts": "", "vocabulary": 300, "most": 9}
     values |= {"parts": ("language",), "nets": ("window", "ttt_linear"), "seeds": ("0",)}
-    values |= {"form": "auto", "backbone": "mamba", "samples": ("ttt_linear",), "seconds": 600.0}
+    values |= {
+        "form": "auto",
+        "attention": "fused",
+        "backbone": "mamba",
+        "samples": ("ttt_linear",),
+        "seconds": 600.0,
+    }
     values |= {"smoke": True} | layer_language._SMOKE
     return ml_collections.ConfigDict(values | changes)
 
@@ -282,6 +288,14 @@ def test_a_net_whose_forms_differ_is_not_trained(tmp_path, tokens, quick, monkey
     assert asked == ["window"]
     assert [row.get("right") for row in record["rows"]] == [True, False, None]
     assert record["rows"][-1]["message"] == "wrong" and not record["rows"][-1]["finished"]
+
+    def broken(name, *rest):
+        raise RuntimeError("out of memory")
+        yield
+
+    monkeypatch.setattr(layer_language, "language_rows", broken)
+    record = layer_language.run(str(tmp_path / "b.json"), settings(tokens))
+    assert [row["message"] for row in record["rows"]] == ["RuntimeError: out of memory"] * 2
     late = settings(tokens, seconds=-1.0)
     record = layer_language.run(str(tmp_path / "d.json"), late)
     assert {row["message"] for row in record["rows"]} == {"no time left"}
