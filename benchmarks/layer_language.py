@@ -21,7 +21,7 @@ bfloat16 compute, float32 parameters and states. Speeds leave compilation out.
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,22 +107,28 @@ def sample(module: models.Decoder, params: Any, texts: layer_texts.Texts, settin
     return f"{texts.decode(book)} || {texts.decode(np.asarray(made.tokens))}"
 
 
-class Language:
-    """One net of the language part: its programs, compiled once for all step sizes and seeds."""
+class Language(NamedTuple):
+    """One net of the language part: its programs, compiled once for all step sizes and seeds.
 
-    def __init__(self, name: str, texts: layer_texts.Texts, settings: Any, deadline: float):
-        """Makes the net and its programs; see :func:`run` for the settings."""
-        self.name, self.texts, self.settings, self.deadline = name, texts, settings, deadline
-        self.module = layer_nets.net(name, sizes_of(settings, texts))
-        self.data, draw = pages(texts, settings.length)
-        many = jax.vmap(draw, (None, 0))
-        training = layer_nets.Training(
-            next_token(self.module),
-            lambda data, key: many(data, jax.random.split(key, settings.rows)),
-            settings.steps_per_call,
-        )
-        self.program = layer_nets.program(training)
-        self.score = layer_scores.scorer(self.module, texts.digits)
+    Attributes:
+      name: of the net.
+      module: the net.
+      data: the training books, on the device.
+      program: of :func:`layer_nets.program`.
+      score: of :func:`layer_scores.scorer`.
+      texts: all books.
+      settings: of the program.
+      deadline: see :func:`layer_nets.fit`.
+    """
+
+    name: str
+    module: models.Decoder
+    data: Any
+    program: Callable[..., Any]
+    score: Callable[..., Any]
+    texts: layer_texts.Texts
+    settings: Any
+    deadline: float
 
     def trained(self, seed: int, rate: float, steps: int) -> layer_nets.Trained:
         """From fresh weights."""
@@ -199,9 +205,23 @@ class Language:
         return [about | row for row in layer_needles.rows_of(given, *scores)]
 
 
+def language(name: str, texts: layer_texts.Texts, settings: Any, deadline: float) -> Language:
+    """A net and its programs."""
+    module = layer_nets.net(name, sizes_of(settings, texts))
+    data, draw = pages(texts, settings.length)
+    several = jax.vmap(draw, (None, 0))
+    training = layer_nets.Training(
+        next_token(module),
+        lambda data, key: several(data, jax.random.split(key, settings.rows)),
+        settings.steps_per_call,
+    )
+    program, score = layer_nets.program(training), layer_scores.scorer(module, texts.digits)
+    return Language(name, module, data, program, score, texts, settings, deadline)
+
+
 def language_rows(name: str, texts: Any, settings: Any, deadline: float) -> Iterator[Any]:
     """All rows of a net, one after another."""
-    net = Language(name, texts, settings, deadline)
+    net = language(name, texts, settings, deadline)
     rate, rows = net.choice()
     yield from rows
     for seed in map(int, settings.seeds):
@@ -217,8 +237,11 @@ def language_rows(name: str, texts: Any, settings: Any, deadline: float) -> Iter
 
 def compared(name: str, texts: layer_texts.Texts, settings: Any) -> dict[str, Any]:
     """A row of the fast forms beside the plain ones."""
-    tokens, _ = layer_texts.spans(texts.books["validation"], settings.length, 1)
-    gaps = layer_nets.differences(name, sizes_of(settings, texts), tokens[:2], next_token)
+    books = texts.books["validation"]
+    tokens, _ = layer_texts.spans(books, settings.length, settings.rows)
+    # As many as in the training: kernels are configured by the number of heads at once.
+    tokens = tokens[: settings.rows]
+    gaps = layer_nets.differences(name, sizes_of(settings, texts), tokens, next_token)
     right = max(gaps.values()) <= LIMIT
     return {"part": "compare", "net": name, "right": right} | gaps
 
