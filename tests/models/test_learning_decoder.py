@@ -137,6 +137,26 @@ def test_documents_are_scored_and_learned_from(whole):
     assert (np.asarray(learned[1:]) != np.asarray(nats[1:])).any()
 
 
+def test_low_rank_leaves_go_onto_the_projections():
+    pytest.importorskip("qwix", reason="low-rank adaptation needs qwix")
+    net, params = models.low_rank(
+        MODULES["linear mamba"],
+        VARIABLES["linear mamba"],
+        jax.random.key(1),
+        DOCUMENT[:1, :2],
+        rank=2,
+        alpha=2.0,
+        paths=[".*ttt/.*"],
+    )
+    paths = set(ttt.select.describe(ttt.select.lora(), params).paths)
+    names = ("gate", "out", "query_key", "rate", "value")
+    assert paths == {
+        f"params/layers/ttt/{name}/kernel_lora_{side}" for name in names for side in "ab"
+    }
+    due = logits_of("linear mamba", DOCUMENT)
+    np.testing.assert_allclose(net.apply(params, DOCUMENT), due, atol=1e-5)
+
+
 def test_parameters_are_as_many_as_the_formulas_say():
     inner = WIDTH * WIDTH
     block = 3 * WIDTH * 24 + 2 * WIDTH
