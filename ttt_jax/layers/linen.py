@@ -140,7 +140,7 @@ class TTTLinear(_Layer):
     **Fails** where exact recall of far tokens is asked: the state has ``heads * head_size ** 2``
     numbers.
 
-    **Cost:** that of :func:`~ttt_jax.layers.ttt_linear` and of 4 (5 with the Mamba backbone)
+    **Cost:** that of :func:`~ttt_jax.layers.ttt_linear` and of 4
     projections of ``width * heads * head_size``.
 
     **Differs** from the authors' code in what :func:`~ttt_jax.layers.ttt_linear` does; the norms,

@@ -5,10 +5,17 @@ from typing import Any
 from ttt_jax import _arguments
 from ttt_jax.kernels.attention import FORMS
 from ttt_jax.models._decoder_layer import ACTIVATIONS
+from ttt_jax.models._ttt_mixer import MIXERS
 
 _COUNTS = ("vocabulary", "width", "depth", "heads", "global_every", "context", "unroll")
 _COUNTS_OR_NONE = ("kv_heads", "head_size", "mlp_width", "local_window", "window")
 _BASES = ("rope_base", "local_rope_base")
+# Of attention alone, with what they are where nothing is said.
+_ATTENTION = {
+    **dict.fromkeys(("kv_heads", "local_window", "window")),
+    **dict.fromkeys(("interleaved", "biases", "query_key_norm"), False),
+    "sinks": 0,
+}
 _FLAGS = ("interleaved", "biases", "query_key_norm", "post_norms", "scaled_embedding", "tied")
 
 
@@ -26,11 +33,13 @@ def check(module: Any) -> None:
         epsilon=_arguments.number(0.0),
         sinks=_arguments.count(0),
     )
-    for name, known in (("activation", tuple(ACTIVATIONS)), ("attention", FORMS)):
+    choices = {"activation": tuple(ACTIVATIONS), "attention": FORMS, "mixer": tuple(MIXERS)}
+    for name, known in choices.items():
         value = getattr(module, name)
         if not isinstance(value, str) or value not in known:
             raise ValueError(f"{name} must be one of {known}; got {value!r}.")
     _check_heads(module)
+    _check_mixer(module)
     if module.stages is not None:
         _arguments.check_fields(module, stages=_arguments.sequence(int))
         if min(module.stages, default=0) < 1 or sum(module.stages) != module.depth:
@@ -57,3 +66,16 @@ def _check_heads(module: Any) -> None:
             f"head_size must be even, as rotary pairs are; got head_size={module.head_size}, width="
             f"{module.width} and heads={module.heads}."
         )
+
+
+def _check_mixer(module: Any) -> None:
+    if module.mixer == "attention":
+        return
+    for name, usual in _ATTENTION.items():
+        if (value := getattr(module, name)) != usual:
+            raise ValueError(
+                f"{name} is of attention, and mixer={module.mixer!r} has none; got {name}={value!r}"
+                ": leave it out."
+            )
+    # The layer checks its own attributes where it is built.
+    module.learner.module(parent=None)

@@ -1,7 +1,7 @@
 """One layer of :class:`ttt_jax.models.Decoder`, and what all layers of a call share."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -10,13 +10,17 @@ import jax.numpy as jnp
 from ttt_jax.kernels.attention.cached import Reach, attend_cached
 from ttt_jax.kernels.attention.masked import attend_masked
 from ttt_jax.models import rotary
+from ttt_jax.models._ttt_mixer import Learner, Reading, mix
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": nn.silu, "gelu": nn.gelu}
 """Gates of the MLP: SwiGLU, and GeGLU in its tanh form."""
 
 
 class Sizes(NamedTuple):
-    """Sizes and switches of a layer; see :class:`ttt_jax.models.Decoder`."""
+    """Sizes and switches of a layer; see :class:`ttt_jax.models.Decoder`.
+
+    ``window`` is that of causal attention without a mask; ``learner`` is None for attention.
+    """
 
     heads: int
     kv_heads: int
@@ -29,6 +33,8 @@ class Sizes(NamedTuple):
     query_key_norm: bool
     post_norms: bool
     form: str
+    window: int | None
+    learner: Learner | None
     dtype: Any
 
 
@@ -36,7 +42,8 @@ class View(NamedTuple):
     """What the tokens of a call see in a kind of layer, and how far they turn.
 
     Attributes:
-      mask: bool ``[N, T, T]`` without a cache; None beside one, and for causal attention.
+      mask: bool ``[N, T, T]`` without a cache; None beside one, and for causal attention, be it of
+        a window.
       own: cosine and sine of the angles of the call's tokens, each ``[N, T, D / 2]``.
       held: of the tokens in the cache, ``[N, S, D / 2]``; None without one.
       window: int32 scalar, how many tokens, itself among them, a token sees beside a cache.
@@ -92,30 +99,35 @@ class Linear(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention with a cache, then a gated MLP, each added to its input."""
+    """Attention or a TTT layer, with a cache, then a gated MLP, each added to its input."""
 
     sizes: Sizes
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, held: Any, local: jax.Array, shared: Shared
+        self, x: jax.Array, held: Any, local: jax.Array, shared: Shared | Reading
     ) -> tuple[jax.Array, Any]:
         """One layer.
 
         Args:
           x: ``[N, T, width]``.
-          held: keys and values of the cache, each ``[N, S, K, D]``, or None.
+          held: keys and values of the cache, each ``[N, S, K, D]``, or the state of the TTT layer,
+            or None.
           local: bool scalar, whether this layer sees nearby tokens alone.
-          shared: of the call.
+          shared: of the call; a :class:`Reading` for a TTT layer.
 
         Returns:
           ``[N, T, width]``, and the tokens' own keys (before rotation) and values
-          ``[N, T, K, D]``, or None without a cache.
+          ``[N, T, K, D]``, or the state after them, or None without a cache.
         """
         sizes = self.sizes
-        mixed, rows = Attention(sizes, name="attention")(
-            self._norm("attention_norm")(x), held, local, shared
-        )
+        if isinstance(shared, Reading):
+            learner = cast(Learner, sizes.learner)
+            mixed, rows = mix(learner, self._norm("ttt_norm")(x), held, shared)
+        else:
+            mixed, rows = Attention(sizes, name="attention")(
+                self._norm("attention_norm")(x), held, local, shared
+            )
         x = x + (self._norm("post_attention_norm")(mixed) if sizes.post_norms else mixed)
         made = GatedMLP(sizes, name="mlp")(self._norm("mlp_norm")(x))
         return x + (self._norm("post_mlp_norm")(made) if sizes.post_norms else made), rows
@@ -152,7 +164,8 @@ class Attention(nn.Module):
             rotary.rotate(x, view.own, interleaved=sizes.interleaved) for x in (query, key)
         )
         if held is None or shared.held is None or view.held is None:
-            mixed = attend_masked(query, key, value, view.mask, form=sizes.form)
+            window = sizes.window if view.mask is None else None
+            mixed = attend_masked(query, key, value, view.mask, form=sizes.form, window=window)
         else:
             held_key, held_value = (leaf.astype(query.dtype) for leaf in held)
             held_key = rotary.rotate(held_key, view.held, interleaved=sizes.interleaved)

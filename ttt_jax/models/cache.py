@@ -1,10 +1,12 @@
-"""The keys and values that a decoder keeps of the tokens it has read."""
+"""What a decoder keeps of the tokens it has read: keys and values, or states of layers."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from ttt_jax.layers import LayerCache
 
 EMPTY = -1
 """The position of a slot that holds nothing."""
@@ -53,16 +55,32 @@ class Rows(NamedTuple):
     slots: jax.Array
 
 
-def put(cache: Cache, rows: Rows, kept: jax.Array | bool = True) -> Cache:
+class States(NamedTuple):
+    """What a decoder of TTT layers keeps, however many tokens it has read.
+
+    Attributes:
+      layers: a :class:`~ttt_jax.layers.LayerCache` whose leaves have leading axes ``[L, N]``; of no
+        meaning for a sequence without tokens, which begins from the parameters.
+      length: int32 ``[N]``, the position that the next token has.
+    """
+
+    layers: LayerCache
+    length: jax.Array
+
+
+def put(cache: Any, rows: Any, kept: jax.Array | bool = True) -> Any:
     """The cache with the rows, or as it was.
 
-    The choice is made of slots, so that nothing as large as the cache is read for it.
+    The choice is made of slots, so that nothing as large as the cache is read for it. In the place
+    of rows, :class:`States` have the states after them.
 
     Args:
       cache: what is held.
       rows: what was read beside it.
       kept: bool scalar, whether the rows are taken in.
     """
+    if isinstance(cache, States):
+        return jax.tree.map(lambda new, old: jnp.where(kept, new, old), rows, cache)
     slots = jnp.where(kept, rows.slots, _outside(cache.slots, rows.slots.shape[-1]))
     keys, values = (
         jax.vmap(write, (0, None, 0))(held, slots, new)
@@ -71,13 +89,15 @@ def put(cache: Cache, rows: Rows, kept: jax.Array | bool = True) -> Cache:
     return Cache(keys, values, write(cache.positions, slots, rows.positions))
 
 
-def no_rows(cache: Cache, inputs: Mapping[str, Any]) -> Rows:
+def no_rows(cache: Any, inputs: Mapping[str, Any]) -> Any:
     """Rows of tokens ``[N, T]`` that were not read; they are not to be put anywhere.
 
     Args:
       cache: of which they would become part.
       inputs: with the leaf ``tokens``.
     """
+    if isinstance(cache, States):
+        return cache
     batch, tokens = jnp.shape(inputs["tokens"])
 
     def empty(held: jax.Array) -> jax.Array:

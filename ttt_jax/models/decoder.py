@@ -1,4 +1,4 @@
-"""A decoder of tokens in the forms of Llama, Qwen2 and Gemma 3."""
+"""A decoder of tokens in the forms of Llama, Qwen2 and Gemma 3, or of layers that learn."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,8 @@ from ttt_jax.kernels.attention import form_of
 from ttt_jax.kernels.attention.cached import sees
 from ttt_jax.models import _decoder_checks, cache as caches, rotary
 from ttt_jax.models._decoder_layer import DecoderLayer, Shared, Sizes, View
-from ttt_jax.models.cache import Cache
+from ttt_jax.models._ttt_mixer import Learner, Reading, order_of, ordered
+from ttt_jax.models.cache import Cache, States
 
 # A window wider than any text.
 _EVERYTHING = 1 << 30
@@ -25,6 +26,12 @@ class Decoder(nn.Module):
     scanned: every leaf of ``layers`` has a leading axis over the layers. With ``stages=(22, 8)``
     the leaves of ``layers_0`` and ``layers_1`` have 22 and 8, so that a selection can name the last
     ones.
+
+    With ``mixer="ttt_linear"`` or ``"ttt_mlp"`` a layer that learns while it reads
+    (:class:`ttt_jax.layers.TTTLinear`) stands in the place of attention in every layer. Its state
+    does not grow: the cache has one size for any number of tokens. It reads tokens in the order of
+    a call, and of positions that are given it takes the sign alone, for padding; a chunk that is
+    read again is learned again. Attributes of attention are then left out.
 
     Attributes:
       vocabulary: V.
@@ -58,6 +65,10 @@ class Decoder(nn.Module):
         the fastest program, as no activation is copied for the backward pass, and the slowest to
         compile.
       dtype: the compute dtype; parameters are float32, logits too.
+      mixer: ``"attention"``, ``"ttt_linear"`` or ``"ttt_mlp"``.
+      backbone: of a TTT layer, ``"transformer"`` or ``"mamba"``.
+      chunk_size: of a TTT layer, tokens that are learned from one set of weights.
+      form: of a TTT layer, see :func:`ttt_jax.layers.ttt_linear`.
 
     Logits have a rule of their own for reverse mode alone: ``jax.jvp`` and ``jax.hessian`` are
     refused by JAX.
@@ -69,7 +80,8 @@ class Decoder(nn.Module):
       Touvron et al., `Llama 2 <https://arxiv.org/abs/2307.09288>`_, 2023; Qwen Team, `Qwen2
       <https://arxiv.org/abs/2407.10671>`_, 2024; Gemma Team, `Gemma 3
       <https://arxiv.org/abs/2503.19786>`_, 2025; Xiao et al., `Attention sinks
-      <https://arxiv.org/abs/2309.17453>`_, 2023.
+      <https://arxiv.org/abs/2309.17453>`_, 2023; Sun et al., `Learning to (Learn at Test Time)
+      <https://arxiv.org/abs/2407.04620>`_, 2024.
     """
 
     vocabulary: int
@@ -99,13 +111,17 @@ class Decoder(nn.Module):
     remat: bool = False
     unroll: int = 1
     dtype: Any = jnp.float32
+    mixer: str = "attention"
+    backbone: str = "transformer"
+    chunk_size: int = 16
+    form: str = "auto"
 
     def __post_init__(self) -> None:
         _decoder_checks.check(self)
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, inputs: Any, cache: Cache | None = None, *, write: bool = True) -> Any:
+    def __call__(self, inputs: Any, cache: Any = None, *, write: bool = True) -> Any:
         """Logits of the next token after each.
 
         Args:
@@ -119,7 +135,8 @@ class Decoder(nn.Module):
 
         Returns:
           float32 ``[N, T, V]``; with a cache, the pair of them and the cache with the tokens, or
-          without ``write`` the :class:`~ttt_jax.models.cache.Rows` that are to be put into it.
+          without ``write`` the :class:`~ttt_jax.models.cache.Rows` that are to be put into it; of
+          TTT layers, the :class:`~ttt_jax.models.cache.States` after the tokens either way.
 
         Raises:
           ValueError: tokens without two axes or of no integers, or segments beside a cache.
@@ -132,41 +149,76 @@ class Decoder(nn.Module):
         x = embedding.astype(self.dtype)[tokens]
         if self.scaled_embedding:
             x = x * jnp.asarray(self.width**0.5, self.dtype)
+        if self.mixer != "attention":
+            return self._learned(x, embedding, (positions, segments, cache), given)
         shared, slots = self._shared(
             positions, segments, cache, causal=cache is None and segments is None and not given
         )
-        rows = []
-        first = 0
-        for stage, count in enumerate(self.stages or (self.depth,)):
-            name = "layers" if self.stages is None else f"layers_{stage}"
-            layers = jnp.arange(first, first + count)
-            held = None
-            if cache is not None:
-                held = cache.keys[first : first + count], cache.values[first : first + count]
-            x, made = self._scan(count)(self._sizes(), name=name)(
-                x, held, self._is_local(layers), shared
-            )
-            rows.append(made)
-            first += count
-        x = nn.RMSNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
-        head = embedding if self.tied else self._head()
-        logits = _logits(x, head.astype(self.dtype))
+        held = None if cache is None else (cache.keys, cache.values)
+        x, made = self._stack(x, held, shared)
+        logits = self._head(x, embedding)
         if cache is None or slots is None:
             return logits
-        keys, values = (
-            jax.lax.stop_gradient(jnp.concatenate(parts)) for parts in zip(*rows, strict=True)
-        )
+        keys, values = made
         new = caches.Rows(keys, values, positions, slots)
         return logits, caches.put(cache, new) if write else new
 
-    def empty_cache(self, batch: int, tokens: int, chunk: int = 1) -> Cache:
+    def _learned(
+        self, x: jax.Array, embedding: jax.Array, parts: tuple[Any, Any, Any], given: bool
+    ) -> Any:
+        """The rest of a call where layers learn, from embeddings on."""
+        positions, segments, cache = parts
+        order = order_of(positions if given and x.shape[1] > 1 else None)
+        real = positions >= 0 if given and x.shape[1] == 1 else order.real
+        length = jnp.zeros(len(x), jnp.int32) if cache is None else cache.length
+        reading = Reading(ordered(segments, order.there), real, length == 0)
+        held = None if cache is None else cache.layers
+        x, made = self._stack(ordered(x, order.there), held, reading)
+        logits = self._head(ordered(x, order.back), embedding)
+        if cache is None:
+            return logits
+        return logits, States(made, jnp.maximum(length, positions.max(-1) + 1))
+
+    def _stack(self, x: jax.Array, held: Any, shared: Shared | Reading) -> tuple[jax.Array, Any]:
+        """All layers, and what they made for the cache, which no gradient goes through."""
+        made = []
+        first = 0
+        for stage, count in enumerate(self.stages or (self.depth,)):
+            name = "layers" if self.stages is None else f"layers_{stage}"
+            part = slice(first, first + count)
+            x, rows = self._scan(count)(self._sizes(), name=name)(
+                x,
+                jax.tree.map(lambda leaf, part=part: leaf[part], held),
+                self._is_local(jnp.arange(first, first + count)),
+                shared,
+            )
+            made.append(rows)
+            first += count
+        joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *made)
+        return x, jax.lax.stop_gradient(joined)
+
+    def _head(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
+        """Logits of the last layer's outputs."""
+        x = nn.RMSNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
+        head = embedding
+        if not self.tied:
+            shape = (self.vocabulary, self.width)
+            head = self.param("head", nn.initializers.normal(0.02), shape, jnp.float32)
+        return _logits(x, head.astype(self.dtype))
+
+    def empty_cache(self, batch: int, tokens: int, chunk: int = 1) -> Any:
         """A cache without tokens, of the compute dtype; needs no parameters.
+
+        With attention a :class:`~ttt_jax.models.cache.Cache`, with TTT layers
+        :class:`~ttt_jax.models.cache.States`, of float32, whatever ``tokens`` and ``chunk`` are.
 
         Args:
           batch: N, sequences.
           tokens: how many a sequence has, at most: the cache is no larger than it must be.
           chunk: how many tokens a call reads, at most.
         """
+        if self.mixer != "attention":
+            return self.learner.empty(self.depth, batch)
         slots = tokens
         if self.window is not None:
             slots = min(tokens, self.sinks + self.window - 1 + chunk)
@@ -175,6 +227,26 @@ class Decoder(nn.Module):
         shape = (self.depth, batch, slots, self._kv_heads, self._head_size)
         empty = jnp.zeros(shape, self.dtype)
         return Cache(empty, empty, jnp.full((batch, slots), caches.EMPTY, jnp.int32))
+
+    @property
+    def learner(self) -> Learner:
+        """Settings of the layers that learn."""
+        return Learner(
+            mixer=self.mixer,
+            width=self.width,
+            heads=self.heads,
+            head_size=self._head_size,
+            backbone=self.backbone,
+            chunk_size=self.chunk_size,
+            rope_base=self.rope_base,
+            form=self.form,
+            dtype=self.dtype,
+        )
+
+    @property
+    def _plain_window(self) -> int | None:
+        """The window where nothing is seen beside it, so that no mask is needed."""
+        return None if self.sinks or self.local_window else self.window
 
     @property
     def _kv_heads(self) -> int:
@@ -197,6 +269,8 @@ class Decoder(nn.Module):
             query_key_norm=self.query_key_norm,
             post_norms=self.post_norms,
             form=form_of(self.attention, self.dtype),
+            window=self._plain_window,
+            learner=None if self.mixer == "attention" else self.learner,
             dtype=self.dtype,
         )
 
@@ -213,10 +287,6 @@ class Decoder(nn.Module):
 
     def _is_local(self, layers: jax.Array) -> jax.Array:
         return (layers + 1) % self.global_every != 0 if self.local_window else layers < 0
-
-    def _head(self) -> jax.Array:
-        shape = (self.vocabulary, self.width)
-        return self.param("head", nn.initializers.normal(0.02), shape, jnp.float32)
 
     def _shared(
         self,
@@ -242,7 +312,8 @@ class Decoder(nn.Module):
             )
             width = jnp.int32(_EVERYTHING if window is None else window)
             mask = None
-            if held is None and not (causal and window is None):
+            plain = window is None or window == self._plain_window
+            if held is None and not (causal and plain):
                 mask = sees(positions[:, :, None], positions[:, None], width, sinks)
                 if segments is not None:
                     mask &= segments[:, :, None] == segments[:, None]
@@ -258,7 +329,9 @@ class Decoder(nn.Module):
         return Shared(everywhere, nearby, positions, held), slots
 
 
-def _parts(inputs: Any, cache: Cache | None) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def _parts(
+    inputs: Any, cache: Cache | States | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Tokens, positions, and segments or None."""
     given = inputs if isinstance(inputs, Mapping) else {"tokens": inputs}
     tokens, segments = jnp.asarray(given["tokens"]), given.get("segments")

@@ -17,6 +17,9 @@ from ttt_jax.models.low_rank import narrow_factors
 def reader(module: Decoder) -> readers.Reader:
     """A :class:`ttt_jax.readers.Reader` that keeps keys and values, of the parameters they had.
 
+    Of TTT layers it keeps the state, and a chunk that is read again is learned again; with its
+    ``parts``, as documents are read, none is.
+
     Args:
       module: a decoder, or one with leaves of ``qwix``; ``window`` and ``sinks`` are its own.
     """

@@ -20,6 +20,7 @@ def attend_masked(
     *,
     form: str,
     scale: float | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Returns ``softmax(scale query key^T, where mask) value``; softmax in float32.
 
@@ -32,9 +33,13 @@ def attend_masked(
       form: ``"xla"``, or ``"fused"`` for cuDNN's flash attention where it takes the sizes; see
         :func:`~ttt_jax.kernels.attention.form_of`.
       scale: of the scores; ``None`` for ``1 / sqrt(D)``.
+      window: of causal attention, how many tokens, itself among them, a token sees; None for all.
 
     Returns:
       ``[N, T, H, D]`` of the dtype of ``value``.
+
+    Raises:
+      ValueError: a window beside a mask.
 
     References:
       Ainslie et al., `GQA <https://arxiv.org/abs/2305.13245>`_, 2023.
@@ -43,6 +48,10 @@ def attend_masked(
     key = _arguments.array("key", key, 4)
     value = _arguments.array("value", value, 4)
     _arguments.choice("form", form, FORMS)
+    if window is not None:
+        _arguments.integer("window", window, 1)
+    if window is not None and mask is not None:
+        raise ValueError("attend_masked takes a window or a mask, got both: cut it in the mask.")
     tokens, size = query.shape[1], query.shape[-1]
     scale = size**-0.5 if scale is None else scale
     even = tokens % 2 == 0 and key.shape[1] % 2 == 0
@@ -54,9 +63,17 @@ def attend_masked(
             mask=None if mask is None else _over_heads(mask, query.shape[2]),
             is_causal=mask is None,
             scale=scale,
+            local_window_size=None if window is None else (window - 1, 0),
             implementation="cudnn",
         )
+    if mask is None:
+        mask = _causal(tokens, key.shape[1], window)
     return _grouped_products(query, key, value, mask, scale)
+
+
+def _causal(tokens: int, keys: int, window: int | None) -> jax.Array:
+    mask = jnp.tril(jnp.ones((1, tokens, keys), bool))
+    return mask if window is None else jnp.triu(mask, 1 - window)
 
 
 def _over_heads(mask: jax.Array, heads: int) -> jax.Array:
@@ -65,7 +82,7 @@ def _over_heads(mask: jax.Array, heads: int) -> jax.Array:
 
 
 def _grouped_products(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, scale: float
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scale: float
 ) -> jax.Array:
     batch, tokens, heads, size = query.shape
     groups = key.shape[2]
@@ -73,8 +90,6 @@ def _grouped_products(
         batch, tokens, groups, heads // groups, size
     )
     scores = jnp.einsum("ntkgd,nskd->nkgts", query, key).astype(jnp.float32)
-    if mask is None:
-        mask = jnp.tril(jnp.ones((1, tokens, key.shape[1]), bool))
     scores = jnp.where(mask[:, None, None], scores, _UNSEEN)
     weights = jax.nn.softmax(scores).astype(value.dtype)
     mixed = jnp.einsum("nkgts,nskd->ntkgd", weights, value)
