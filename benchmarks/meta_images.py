@@ -25,7 +25,7 @@ VALIDATION = corruptions.VALIDATION_CORRUPTIONS
 
 MASK_RATIO, RANK = 0.75, 4
 VITS = {
-    "digits": {"patch": 2, "width": 32, "depth": 2, "heads": 2, "decoder_width": 16},
+    "digits": {"patch": 2, "width": 16, "depth": 2, "heads": 2, "decoder_width": 8},
     "cifar10": {"patch": 4, "width": 96, "depth": 4, "heads": 3, "decoder_width": 48},
 }
 
@@ -56,6 +56,7 @@ def config_of(settings: Any) -> ml_collections.ConfigDict:
     """The config of an image task, with a vision transformer."""
     if settings.data == "digits":
         config = digits.get_config()
+        config.data.dir = settings.pack
     else:
         config = cifar10c_level5.get_config()
         folder = pathlib.Path(settings.pack)
@@ -68,6 +69,8 @@ def config_of(settings: Any) -> ml_collections.ConfigDict:
         # Its rows are sorted by class: parts are drawn from all of them.
         config.data.train = config.data.validation = "train"
     vit = {"name": "vit", "decoder_depth": 1, **VITS[settings.data]}
+    if settings.smoke:
+        vit |= {"width": 8, "depth": 1, "heads": 2, "decoder_width": 8}
     config.model = ml_collections.ConfigDict(vit | {"dtype": settings.dtype})
     return config
 

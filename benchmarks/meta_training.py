@@ -143,8 +143,9 @@ def trained(net: Net, aux: str, images: Images, settings: Any) -> dict[str, Any]
     params = jax.vmap(net.init)(jnp.stack([jax.random.key(seed) for seed in seeds]))
     device = Images(images.image, images.label, None)
 
-    def late() -> bool:
-        return bool(settings.seconds) and time.perf_counter() - began > settings.seconds
+    def late(stage: int) -> bool:
+        share = settings.seconds * (1.0 if stage else 0.4)
+        return bool(settings.seconds) and time.perf_counter() - began > share
 
     def turns(places: list[Place], stage: int, first: int, count: int) -> Any:
         """The same images for every run of a seed."""
@@ -160,13 +161,14 @@ def trained(net: Net, aux: str, images: Images, settings: Any) -> dict[str, Any]
         """Blocks of all trainings in turn, so that all have as many steps when time is over."""
         programs = {name: trainer(net, aux, name, settings, total) for name in parts}
         first = 0
-        while first < total and not late():
+        while first < total and not (first and late(stage)):
             count = min(settings.block, total - first)
             for name, part in parts.items():
                 given = turns(part["places"], stage, first, count)
                 part["state"], part["loss"] = programs[name](
                     part["state"], part["runs"], device, given, jnp.int32(first + stage * 1000000)
                 )
+            jax.block_until_ready([part["loss"] for part in parts.values()])
             first += count
         return first
 

@@ -7,7 +7,7 @@ first two of them over tokens of the next window, too.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,14 @@ from ttt_jax.layers._inner_steps import Chunk, FastState, Rule, by_token, read_b
 from ttt_jax.layers._windows import beginnings
 
 _Apply = Callable[..., tuple[FastState, jax.Array]]
+
+
+class _Read(NamedTuple):
+    """What a chunk's tokens read: which of two windows' tokens are its own, from which on."""
+
+    own: jax.Array
+    at: jax.Array
+    out: jax.Array
 
 
 def run(
@@ -67,31 +75,27 @@ def run(
 
     def body(held: tuple[FastState, jax.Array, jax.Array], x: Any) -> Any:
         state, late, base = held
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *x)
-        tokens, begin, first = both
-        place = begin - base
-        opens = (place == jnp.arange(2 * size)) & (jnp.arange(2 * size) < size)
-        fresh = begin == first
-        outs = []
-        # Which chunk goes on with a segment, and which is the last to begin one.
-        for from_state, which in ((state, opens & ~fresh), (start, opens & fresh)):
-            at = 2 * size - 1 - jnp.argmax(which[::-1])
-            at = jnp.where(which.any(), at, 0).astype(jnp.int32)
+        both, begin, first = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *x)
+        place, index = begin - base, jnp.arange(2 * size)
+        opens, fresh = (place == index) & (index < size), begin == first
+
+        def read(state: FastState, which: jax.Array) -> tuple[_Read, FastState]:
+            """The last of the chunks that begin there; the state after it, where it is whole."""
+            at = jnp.where(which.any(), 2 * size - 1 - jnp.argmax(which[::-1]), 0)
             own = which.any() & (place == at) & (fresh == fresh[at])
             given, members = jax.tree.map(
-                lambda leaf, at=at: jax.lax.dynamic_slice_in_dim(leaf, at, size), (tokens, own)
+                lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, size), (both, own)
             )
             # Tokens of others come after its own, which do not see them.
-            end, out = apply(rule, from_state, given, scale)
-            outs.append((own, at, out))
-            whole = members.all()
-            if from_state is state:
-                after = choose(whole, end, state)
-            else:
-                after = choose(which.any(), choose(whole, end, start), after)
-        spread = jnp.zeros((2 * size, *outs[0][2].shape[1:]), outs[0][2].dtype)
-        spread = spread.at[:size].set(_ended(rule, start, x[0], base, scale))
-        for own, at, out in outs:
+            end, out = apply(rule, state, given, scale)
+            return _Read(own, at, out), choose(members.all(), end, state)
+
+        going, after = read(state, opens & ~fresh)
+        begun, new = read(start, opens & fresh)
+        after = choose((opens & fresh).any(), new, after)
+        ended = _ended(rule, start, x[0], base, scale)
+        spread = jnp.concatenate([ended, jnp.zeros_like(ended)])
+        for own, at, out in (going, begun):
             moved = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(spread), out, at, 0)
             spread = _rows_where(own, moved, spread)
         out = _rows_where(begin[:size] < base, late, spread[:size])
