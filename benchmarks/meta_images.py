@@ -194,8 +194,15 @@ def network(config: ml_collections.ConfigDict, source: data.Source, views: int) 
 
 
 def _normalized(net: networks.Network, head: str | None, face: Any) -> Callable[..., Any]:
-    apply = net.apply(head, "running")
-    return lambda params, images, *rest: apply(params, face.normalize(images), *rest)
+    apply, factors = net.apply(head, "running"), ttt.select.lora()
+
+    def run(params: Any, images: Any, *rest: Any) -> Any:
+        # qwix multiplies factors as they are: in float32 all that follows would be.
+        fast, frozen = factors.split(params)
+        fast = jax.tree.map(lambda leaf: leaf.astype(net.module.dtype), fast)
+        return apply(factors.merge(fast, frozen), face.normalize(images), *rest)
+
+    return run
 
 
 def mask_of(select: ttt.Selection, params: Any) -> Any:
