@@ -17,8 +17,8 @@ before and after adapting for every seed and shift, the cosine of main and auxil
 the shifts of validation, and what ``first`` and ``full`` gain over ``joint`` after adapting, with
 an interval by a bootstrap over test images.
 
-One H200, ``--data=cifar10 --pack=FOLDER``: about 6 minutes. Two CPU cores, ``--data=digits``: about
-15.
+Two CPU cores, ``--data=digits``: about 5 minutes where nothing else runs. One H200, ``--data=cifar10
+--pack=FOLDER``: 6 minutes are expected.
 """
 
 from typing import Any
