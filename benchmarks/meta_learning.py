@@ -17,7 +17,7 @@ before and after adapting for every seed and shift, the cosine of main and auxil
 the shifts of validation, and what ``first`` and ``full`` gain over ``joint`` after adapting, with
 an interval by a bootstrap over test images.
 
-Two CPU cores, ``--data=digits``: about 5 minutes where nothing else runs. One H200, ``--data=cifar10
+Two CPU cores that others use too, ``--data=digits``: 18 minutes. One H200, ``--data=cifar10
 --pack=FOLDER``: 6 minutes are expected.
 """
 
