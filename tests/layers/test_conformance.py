@@ -201,8 +201,8 @@ def of(state, *, values=V, gate=GATE, rates=None, **rule):
     given = ((Q, K, values), layers.Rates(gate, **(rates or {})), state)
     parts = {name: rule[name] for name in ("retention", "optimizer") if name in rule}
 
-    def run(rows, own, weights):
-        return layers.fast_weight(*rows, own, layers.fast_state(weights, **parts), **rule)
+    def run(rows, own, weights, **more):
+        return layers.fast_weight(*rows, own, layers.fast_state(weights, **parts), **rule, **more)
 
     return given, run
 

@@ -282,6 +282,21 @@ WRONG = {
     "gate": (dict(rates=layers.Rates(GATE[:5])), "rates.gate must have T = 14 rows"),
     "gates": (dict(rates=layers.Rates((GATE, GATE))), "laid out as the weights"),
     "retain": (dict(rates=layers.Rates(GATE, RETAIN[:4])), "rates.retain must have 14 rows"),
+    "segments": (dict(segments=np.zeros(5, np.int32)), "segments must have shape (14,)"),
+    "packed chunks": (
+        dict(segments=np.zeros(14, np.int32), step="chunk"),
+        "segments with step='chunk' need reads='before'",
+    ),
+    "packed rates": (
+        dict(
+            rates=layers.Rates(GATE, RETAIN[:7]),
+            segments=np.zeros(14, np.int32),
+            step="chunk",
+            reads="before",
+            chunk_size=2,
+        ),
+        "rates.retain must have 14 rows, one for each token",
+    ),
     "scale": (dict(rates=layers.Rates(GATE, scale=GATE)), "rates.scale must have shape (1,)"),
     "first": (
         dict(retention=retentions.decay(), chunk_size=2),

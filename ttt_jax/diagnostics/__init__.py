@@ -16,6 +16,11 @@ from ttt_jax.diagnostics.features import (
     FeatureShift as FeatureShift,
     feature_shift as feature_shift,
 )
+from ttt_jax.diagnostics.inner_steps import (
+    InnerSteps as InnerSteps,
+    inner_steps as inner_steps,
+    ttt_steps as ttt_steps,
+)
 from ttt_jax.diagnostics.maps import step_size_map as step_size_map
 from ttt_jax.diagnostics.monitors import (
     Harm as Harm,
@@ -41,6 +46,7 @@ __all__ = [
     "Choice",
     "FeatureShift",
     "Harm",
+    "InnerSteps",
     "OracleChoice",
     "Probe",
     "agreement",
@@ -51,6 +57,7 @@ __all__ = [
     "gradient_alignment",
     "guaranteed_step",
     "harm",
+    "inner_steps",
     "largest_change",
     "lowest_entropy",
     "oracle_select",
@@ -61,4 +68,5 @@ __all__ = [
     "shared_parameters",
     "step_size_map",
     "summary",
+    "ttt_steps",
 ]

@@ -1,5 +1,6 @@
 """Inner steps of the fast-weight layer over one chunk, and the checks of what it is given."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,7 +71,13 @@ class Chunk(NamedTuple):
     steps: dict[str, jax.Array]
 
 
-def check(rule: Rule, rows: Any, rates: Rates, steps: int, chunk_size: int) -> None:
+def check(
+    rule: Rule,
+    rows: Any,
+    rates: Rates,
+    segments: jax.Array | None,
+    chunk_size: int,
+) -> None:
     """Raises ``ValueError`` for lengths that do not fit, and choices that there are not."""
     for name, options in (("reads", ("before", "after")), ("step", ("token", "chunk"))):
         if getattr(rule, name) not in options:
@@ -87,12 +94,16 @@ def check(rule: Rule, rows: Any, rates: Rates, steps: int, chunk_size: int) -> N
                 f"{name} must have T = {q.shape[0]} rows, as q; got "
                 f"{_contract.described(tree)}, shapes {shapes}."
             )
+    if segments is not None:
+        _check_segments(rule, segments, q.shape[0])
+    tokens = rule.step == "token" or segments is not None
+    steps = q.shape[0] if tokens else -(-q.shape[0] // chunk_size)
     for name in ("retain", "momentum"):
         rate = getattr(rates, name)
         if rate is not None and rate.shape[:1] != (steps,):
             raise ValueError(
-                f"rates.{name} must have {steps} rows, one for each inner step; got shape "
-                f"{rate.shape}."
+                f"rates.{name} must have {steps} rows, one for each "
+                f"{'token' if tokens else 'inner step'}; got shape {rate.shape}."
             )
     if rates.scale is not None and rates.scale.shape != (chunk_size,):
         raise ValueError(
@@ -104,6 +115,19 @@ def check(rule: Rule, rows: Any, rates: Rates, steps: int, chunk_size: int) -> N
             "retention decays before the gradient, which only one step of a chunk can follow; got "
             f"chunk_size={chunk_size} with step='token'. Use chunk_size=1, step='chunk' or "
             "retentions.decay(first=False)."
+        )
+
+
+def _check_segments(rule: Rule, segments: jax.Array, tokens: int) -> None:
+    if segments.shape != (tokens,):
+        raise ValueError(
+            f"segments must have shape {(tokens,)}, a number for each token; got {segments.shape}."
+        )
+    if rule.step == "chunk" and rule.reads == "after":
+        raise ValueError(
+            "segments with step='chunk' need reads='before', as chunks that read themselves would "
+            "hold weights for each token; got reads='after'. Use step='token', or read the "
+            "sequences apart."
         )
 
 
@@ -173,10 +197,37 @@ def _mix(start: Any, end: Any, part: jax.Array) -> Any:
     return jax.tree.map(lambda a, b: a + part.astype(a.dtype) * (b - a), start, end)
 
 
+def read_before(rule: Rule, state: FastState, q: jax.Array) -> jax.Array:
+    """What queries ``[C, d]`` read from the weights of a state."""
+    weights = rule.retention.link(state.weights)
+    return jax.vmap(lambda each: rule.memory.read(weights, each))(q)
+
+
+def _windowed_sums(leaf: jax.Array, window: int, position: jax.Array) -> jax.Array:
+    """``[window - 1 + C, ...] -> [C, ...]``: of each token and those before it.
+
+    A position of 0 begins anew: before it are the ``window - 1`` rows of the state.
+    """
+    index = jnp.arange(position.shape[0], dtype=jnp.int32)
+
+    def earlier(age: int) -> jax.Array:
+        own = window - 1 + jnp.where(age <= position, index, position) - age
+        return leaf[own]
+
+    return functools.reduce(jnp.add, map(earlier, range(window)))
+
+
 def by_token(
-    rule: Rule, state: FastState, chunk: Chunk, scale: jax.Array | None
+    rule: Rule,
+    state: FastState,
+    chunk: Chunk,
+    scale: jax.Array | None,
+    position: jax.Array | None = None,
 ) -> tuple[FastState, jax.Array]:
-    """A chunk whose tokens are a step each, all of gradients at its beginning."""
+    """A chunk whose tokens are a step each, all of gradients at its beginning.
+
+    With ``position``, int ``[C]``, a token of position 0 begins again from the state.
+    """
     first = {name: rate[0] for name, rate in chunk.steps.items()}
     weights = _differentiated(rule, state, first)
 
@@ -187,21 +238,25 @@ def by_token(
     gradients = jax.vmap(_weighed)(gates, jax.vmap(gradient)(keys, targets))
     start, size = state.weights, chunk.q.shape[0]
     if rule.window > 1:
-        gradients = jax.tree.map(
-            lambda leaf: sum(leaf[age : age + size] for age in range(rule.window)), gradients
-        )
+        at = jnp.arange(size, dtype=jnp.int32) if position is None else position
+        gradients = jax.tree.map(lambda leaf: _windowed_sums(leaf, rule.window, at), gradients)
     parts = jnp.ones(size, jnp.float32) if scale is None else scale
+    begins = None
+    if position is not None:
+        parts, begins = parts[position], position == 0
 
     def seen(held: FastState, part: jax.Array) -> Any:
         return held.weights if scale is None else _mix(start, held.weights, part)
 
     def advance(held: FastState, x: Any) -> Any:
-        q, of_token, steps, part = x
+        q, of_token, steps, part, begin = x
+        if begin is not None:
+            held = jax.tree.map(lambda a, b: jnp.where(begin, a, b), state, held)
         held = _stepped(rule, held, of_token, steps)
         used = seen(held, part) if rule.reads == "after" else start
         return held, rule.memory.read(rule.retention.link(used), q)
 
-    end, out = jax.lax.scan(advance, state, (chunk.q, gradients, chunk.steps, parts))
+    end, out = jax.lax.scan(advance, state, (chunk.q, gradients, chunk.steps, parts, begins))
     return end._replace(weights=seen(end, parts[-1]), recent=recent), out
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 
 from ttt_jax import _arguments, _contract, _varying
-from ttt_jax.layers import _scans, inner_losses, retentions
+from ttt_jax.layers import _inputs, _scans, _segments, inner_losses, retentions
+from ttt_jax.layers._forms import boundaries, choose
 from ttt_jax.layers._inner_steps import (
     Chunk,
     FastState,
@@ -66,6 +67,7 @@ def fast_state(
     loss=_arguments.function(2, "(prediction, target) -> scalar"),
     chunk_size=_arguments.count(),
     window=_arguments.count(),
+    segments=_inputs.numbers,
     remat=_arguments.count(0),
 )
 def fast_weight(
@@ -83,6 +85,7 @@ def fast_weight(
     step: str = "token",
     chunk_size: int = 1,
     window: int = 1,
+    segments: jax.Array | None = None,
     remat: int = 4,
 ) -> tuple[jax.Array, FastState]:
     """A network that is trained on tokens as they are read, each choice an argument of its own.
@@ -125,7 +128,8 @@ def fast_weight(
 
     **Cost:** with ``step="token"`` the gradients of a chunk's tokens are all held,
     ``chunk_size`` times the weights, and steps follow each other; with ``"chunk"`` one gradient
-    for each chunk (for each leaf, where gates are a tree).
+    for each chunk (for each leaf, where gates are a tree). With ``segments`` and chunks of more
+    than one token, about three times that, as chunks begin anywhere.
 
     Args:
       q: ``[T, d]``, T at least 1.
@@ -143,10 +147,14 @@ def fast_weight(
       step: ``"token"`` or ``"chunk"``.
       chunk_size: tokens whose gradients are taken at the same weights.
       window: how many tokens, itself among them, the loss of a step is summed over.
+      segments: int ``[T]``; where the number changes another sequence begins, from ``state`` and
+        with a chunk of its own. Rates of steps then have T rows whatever a step is, of which that
+        of a chunk's first token counts; ``step="chunk"`` needs ``reads="before"``. None for one
+        sequence.
       remat: chunks between two states that are kept for the backward pass; 0 keeps everything.
 
     Returns:
-      ``out [T, ...]``, and the state after the last whole chunk.
+      ``out [T, ...]``, and the state after the last whole chunk (of the last segment).
 
     Raises:
       TypeError: an argument of another type.
@@ -160,33 +168,39 @@ def fast_weight(
     extended = optax.with_extra_args_support(optimizer)
     rule = Rule(memory, loss, retention, extended, reads, step, window)
     tokens = q.shape[0]
-    count = -(-tokens // chunk_size) if step == "chunk" else tokens
-    check(rule, (q, k, v), rates, count, chunk_size)
+    check(rule, (q, k, v), rates, segments, chunk_size)
     check_state(state, rates.gate, window)
     state = begun(state, (k, v, rates.gate), window)
-    q, k, v, rates, state = _varying.along((q, k, v, rates, state), (q, k, v, rates, state))
+    given = (q, k, v, rates, state)
+    q, k, v, rates, state = _varying.along(given, (*given, segments))
+    of_tokens = step == "token" or segments is not None
     steps = {
-        name: rate if step == "token" else jnp.repeat(rate, chunk_size, 0)[:tokens]
+        name: rate if of_tokens else jnp.repeat(rate, chunk_size, 0)[:tokens]
         for name in ("retain", "momentum")
         if (rate := getattr(rates, name)) is not None
     }
+    rows, apply = Chunk(q, k, v, rates.gate, steps), by_token if step == "token" else by_chunk
+    if segments is not None and chunk_size > 1:
+        sizes = chunk_size, remat
+        return _segments.run(rule, apply, state, rows, rates.scale, segments, sizes)
     groups, size = _scans.groups(-(-tokens // chunk_size), remat)
     missing = groups * size * chunk_size - tokens
     # What fills the last chunks is finite where the tokens are: its gradients are not used.
     rows = jax.tree.map(
-        lambda leaf: jnp.pad(leaf, ((0, missing), *((0, 0),) * (leaf.ndim - 1)), mode="edge"),
-        Chunk(q, k, v, rates.gate, steps),
+        lambda leaf: jnp.pad(leaf, ((0, missing), *((0, 0),) * (leaf.ndim - 1)), mode="edge"), rows
     )
     real = jnp.arange(tokens + missing) < tokens
     rows = rows._replace(gate=jax.tree.map(lambda gate: jnp.where(real, gate, 0), rows.gate))
-    apply = by_token if step == "token" else by_chunk
+    begins = None if segments is None else _scans.padded(boundaries(segments), tokens + missing)
 
-    def body(held: tuple[FastState, jax.Array], chunk: Chunk) -> Any:
-        before, first = held
+    def body(held: tuple[FastState, jax.Array], x: tuple[Chunk, jax.Array | None]) -> Any:
+        (before, first), (chunk, begin) = held, x
+        if begin is not None:
+            before = choose(begin[0], state, before)
         after, out = apply(rule, before, chunk, rates.scale)
-        whole = first + chunk_size <= tokens
-        new = jax.tree.map(lambda a, b: jnp.where(whole, a, b), after, before)
+        new = choose(first + chunk_size <= tokens, after, before)
         return (new, first + chunk_size), out
 
-    (last, _), out = _scans.scan(body, (state, jnp.int32(0)), rows, chunk=chunk_size, remat=remat)
+    start = state, jnp.int32(0)
+    (last, _), out = _scans.scan(body, start, (rows, begins), chunk=chunk_size, remat=remat)
     return out[:tokens], last

@@ -8,7 +8,7 @@ import optax
 
 from tests.core.fuzz.calls import Table
 from tests.layers import formulas
-from ttt_jax import layers
+from ttt_jax import diagnostics, layers
 from ttt_jax.layers import inner_losses, inner_optimizers, memories, retentions
 
 TABLE = Table()
@@ -92,14 +92,17 @@ add(
     memory=memories.linear(),
     retention=DECAY,
     optimizer=SGD,
-    kinds={name: "record" for name in ("rates", "state", "memory", "retention", "v")},
+    segments=np.array([0, 0, 1, 1]),
+    kinds={name: "record" for name in ("rates", "state", "memory", "retention", "v")}
+    | {"segments": "labels"},
     ranges={
         "rates": layers.Rates(np.ones(3, np.float32)),
         "v": VALUES[:3],
         "reads": "during",
         "chunk_size": 2,
     },
-    allowed="q: swapped with k",
+    # Numbers of segments are any; "fewer" is tested.
+    allowed="q: swapped with k, segments: out of range",
 )
 
 
@@ -180,4 +183,27 @@ add(
     lambda optimizer: optimizer.update({"w": WEIGHT}, optimizer.init({})),
     kinds={"coefficients": "record"},
     ranges={"epsilon": -1.0, "coefficients": ((1.0, 2.0),)},
+)
+FAST = layers.memories.linear()
+ROWS = (*[np.ones((4, 3), np.float32)] * 3, layers.Rates(np.full(4, 0.1, np.float32)))
+add(
+    "diagnostics.inner_steps",
+    diagnostics.inner_steps,
+    layer=functools.partial(layers.fast_weight, memory=FAST, chunk_size=2),
+    rows=ROWS,
+    state=layers.fast_state((np.ones((3, 3), np.float32),)),
+    memory=FAST,
+    chunk_size=2,
+    within=FAST,
+    kinds={name: "record" for name in ("rows", "state", "memory", "retention", "within")},
+    ranges={"rows": ROWS[:3], "chunk_size": 5},
+)
+add(
+    "diagnostics.ttt_steps",
+    diagnostics.ttt_steps,
+    **{name: GIVEN[name] for name in ("k", "v", "gate", "scale")},
+    state=STATE,
+    norm=NORM,
+    ranges={"state": STATE[:1], "norm": NORM[:1]},
+    allowed="k: swapped with v",
 )
