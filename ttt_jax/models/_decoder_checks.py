@@ -22,7 +22,7 @@ def check(module: Any) -> None:
             _arguments.count(),
         ),
         **dict.fromkeys(_BASES, _arguments.number(0.0, above=True)),
-        **dict.fromkeys([*_FLAGS, "remat"], _arguments.flag),
+        **dict.fromkeys([*_FLAGS, "remat", "cache_gradients"], _arguments.flag),
         epsilon=_arguments.number(0.0),
         sinks=_arguments.count(0),
     )

@@ -29,6 +29,7 @@ class Sizes(NamedTuple):
     query_key_norm: bool
     post_norms: bool
     form: str
+    cache_gradients: bool
     dtype: Any
 
 
@@ -157,7 +158,15 @@ class Attention(nn.Module):
             held_key, held_value = (leaf.astype(query.dtype) for leaf in held)
             held_key = rotary.rotate(held_key, view.held, interleaved=sizes.interleaved)
             reach = Reach(shared.positions, shared.held, view.window, view.sinks)
-            mixed = attend_cached(query, key, value, (held_key, held_value), reach, form=sizes.form)
+            mixed = attend_cached(
+                query,
+                key,
+                value,
+                (held_key, held_value),
+                reach,
+                form=sizes.form,
+                held_gradients=sizes.cache_gradients,
+            )
         out = Linear(width, dtype=sizes.dtype, name="out")
         return out(mixed.reshape(batch, tokens, -1)), rows
 

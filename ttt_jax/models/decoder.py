@@ -54,13 +54,15 @@ class Decoder(nn.Module):
       stages: how many layers each scan has; None for one scan of all.
       attention: ``"fused"`` where that can be, or ``"xla"``.
       remat: whether a layer's activations are computed again in the backward pass.
+      cache_gradients: whether gradients go through the keys and values of a cache, to the tokens
+        that were read before: for training over the chunks of a document.
       unroll: how many layers a step of a scan has; as many as the layers, and there is no loop:
         the fastest program, as no activation is copied for the backward pass, and the slowest to
         compile.
       dtype: the compute dtype; parameters are float32, logits too.
 
-    Logits have a rule of their own for reverse mode alone: ``jax.jvp`` and ``jax.hessian`` are
-    refused by JAX.
+    Logits have a rule of their own for reverse mode alone: ``jax.jvp`` is refused by JAX. Second
+    derivatives, forward or reverse over reverse, need ``attention="xla"``.
 
     Raises:
       ValueError: when built: sizes that do not fit, or an attribute out of range.
@@ -97,6 +99,7 @@ class Decoder(nn.Module):
     stages: tuple[int, ...] | None = None
     attention: str = "fused"
     remat: bool = False
+    cache_gradients: bool = False
     unroll: int = 1
     dtype: Any = jnp.float32
 
@@ -153,9 +156,9 @@ class Decoder(nn.Module):
         logits = _logits(x, head.astype(self.dtype))
         if cache is None or slots is None:
             return logits
-        keys, values = (
-            jax.lax.stop_gradient(jnp.concatenate(parts)) for parts in zip(*rows, strict=True)
-        )
+        keys, values = (jnp.concatenate(parts) for parts in zip(*rows, strict=True))
+        if not self.cache_gradients:
+            keys, values = map(jax.lax.stop_gradient, (keys, values))
         new = caches.Rows(keys, values, positions, slots)
         return logits, caches.put(cache, new) if write else new
 
@@ -197,6 +200,7 @@ class Decoder(nn.Module):
             query_key_norm=self.query_key_norm,
             post_norms=self.post_norms,
             form=form_of(self.attention, self.dtype),
+            cache_gradients=self.cache_gradients,
             dtype=self.dtype,
         )
 
@@ -286,16 +290,19 @@ def _parts(inputs: Any, cache: Cache | None) -> tuple[jax.Array, jax.Array, jax.
     return tokens, positions, segments
 
 
-@jax.custom_vjp
-def _logits(x: jax.Array, head: jax.Array) -> jax.Array:
+def _products(x: jax.Array, head: jax.Array) -> jax.Array:
     """``[N, T, width], [V, width] -> float32 [N, T, V]``, summed in float32."""
     return jax.lax.dot_general(
         x, head, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
 
 
+_logits = jax.custom_vjp(_products)
+
+
 def _logits_forward(x: jax.Array, head: jax.Array) -> Any:
-    return _logits(x, head), (x, head)
+    # Not by the rule itself, which has no forward mode: this is differentiated once more.
+    return _products(x, head), (x, head)
 
 
 def _logits_backward(kept: Any, cotangent: jax.Array) -> Any:
