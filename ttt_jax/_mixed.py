@@ -19,7 +19,7 @@ _Leaves = Sequence[Any]
 
 
 def value_and_grad(objective: Callable[[Any], tuple[jax.Array, Any]], fast: Any) -> Any:
-    """``jax.value_and_grad(objective, has_aux=True)(fast)`` with a rule of its own for reverse mode.
+    """``jax.value_and_grad(objective, has_aux=True)(fast)`` with a reverse rule of its own.
 
     Args:
       objective: ``fast -> (scalar, auxiliary values)``. Gradients go to what it closes over, too.

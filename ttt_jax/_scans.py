@@ -51,9 +51,11 @@ def grouped(body: _Body, start: Any, xs: Any, *, every: int, each: bool) -> tupl
     group, whole = jax.checkpoint(steps, prevent_cse=False), count - count % every
     carry, made = start, []
     if whole:
-        split = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, every, *leaf.shape[1:]), xs)
+        split = jax.tree.map(
+            lambda leaf: leaf[:whole].reshape(count // every, every, *leaf.shape[1:]), xs
+        )
         carry, ys = _varying.scan(group, carry, split)
-        made.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), ys))
+        made.append(jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), ys))
     if whole < count:
         carry, ys = group(carry, jax.tree.map(lambda leaf: leaf[whole:], xs))
         made.append(ys)

@@ -66,11 +66,9 @@ def adapted_loss(
     derivatives. An inner loss that no gradient of the second order reaches (it does not depend on
     the weights that are to be trained) trains nothing through the steps.
 
-    **Memory and time:** ``remat`` bounds what is kept of the steps. Of a single one, an adapter made
+    **Memory and time:** ``remat`` bounds what is kept of all steps. Of a single one an adapter made
     with ``mixed=True`` keeps least: the gradient g of its step is differentiated forward over
-    reverse. For a cotangent u of g, with w the weights that adapt and v all others,
-
-    ::
+    reverse. For a cotangent u of g, with w the weights that adapt and v all others::
 
         (dg/dw)^T u, (dg/dv)^T u = d/dt grad_(w, v) aux(w + t u, v)   at t = 0
 

@@ -291,9 +291,10 @@ def _parts(inputs: Any, cache: Cache | None) -> tuple[jax.Array, jax.Array, jax.
 
 
 def _products(x: jax.Array, head: jax.Array) -> jax.Array:
-    """``[N, T, width], [V, width] -> float32 [N, T, V]``, summed in float32."""
+    """``[N, T, width], [V, width] -> float32 [N, T, V]``, summed in float32; float64 stays so."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
     return jax.lax.dot_general(
-        x, head, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        x, head, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide
     )
 
 

@@ -58,9 +58,9 @@ def attend_cached(
 ) -> jax.Array:
     """Returns ``softmax(scale query [held key, key]^T, where seen) [held value, value]``.
 
-    No gradient goes to what the cache holds, unless it is asked for. The fused form is a kernel that reads positions where
-    other kernels read a mask as large as the scores, leaves out blocks in which no query sees a
-    key, and sums no gradient of held keys.
+    No gradient goes to what the cache holds, unless it is asked for. The fused form is a kernel
+    that reads positions where other kernels read a mask as large as the scores, leaves out blocks
+    in which no query sees a key, and sums no gradient of held keys.
 
     Args:
       query: ``[N, T, H, D]``.

@@ -72,7 +72,8 @@ def _grouped_products(
     query = (query * jnp.asarray(scale, query.dtype)).reshape(
         batch, tokens, groups, heads // groups, size
     )
-    scores = jnp.einsum("ntkgd,nskd->nkgts", query, key).astype(jnp.float32)
+    scores = jnp.einsum("ntkgd,nskd->nkgts", query, key)
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     if mask is None:
         mask = jnp.tril(jnp.ones((1, tokens, key.shape[1]), bool))
     scores = jnp.where(mask[:, None, None], scores, _UNSEEN)
