@@ -232,7 +232,7 @@ def score_net(lab: Lab, name: str, validation: np.ndarray, test: np.ndarray) -> 
     chosen = min(tried, key=lambda rate: tried[rate])
     zero, still = (lab.score(rule, name, 0.0, validation) for rule in (net.steps, "window"))
     yield row(f"{name}, steps on", net.steps, chosen) | {
-        "validation_nats": tried,
+        "validation_nats": {f"{rate:g}": value for rate, value in tried.items()},
         "validation_nats_without": float(still[:, 1:].mean()),
         "zero_is_control": bool((zero == still).all()),
         "zero_difference": float(np.abs(zero - still).max()),
