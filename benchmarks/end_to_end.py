@@ -335,8 +335,8 @@ if __name__ == "__main__":
         "chunk": flags.DEFINE_integer("chunk", 128, "Tokens of an inner step.", 1),
         "length": flags.DEFINE_integer("length", 4096, "Tokens of a passage in training.", 2),
         "rows": flags.DEFINE_integer("rows", 16, "Passages of a training step.", 1),
-        "steps": flags.DEFINE_integer("steps", 300, "Of a training from new weights.", 1),
-        "bridge_steps": flags.DEFINE_integer("bridge_steps", 60, "From the full network.", 1),
+        "steps": flags.DEFINE_integer("steps", 250, "Of a training from new weights.", 1),
+        "bridge_steps": flags.DEFINE_integer("bridge_steps", 50, "From the full network.", 1),
         "rate": flags.DEFINE_float("rate", 3e-3, "Outer step size.", 0.0),
         "bridge_rate": flags.DEFINE_float("bridge_rate", 1e-3, "The same of a bridge.", 0.0),
         "inner_rate": flags.DEFINE_float("inner_rate", 1.0, "Inner step size in training.", 0.0),
@@ -353,7 +353,7 @@ if __name__ == "__main__":
         "curve": flags.DEFINE_integer("curve", 512, "Tokens of a point of a curve.", 1),
         "dtype": flags.DEFINE_string("dtype", "bfloat16", "Of the computation."),
         "seed": flags.DEFINE_integer("seed", 0, "Of weights and passages.", 0),
-        "seconds": flags.DEFINE_float("seconds", 540.0, "No training step is begun after.", 0.0),
+        "seconds": flags.DEFINE_float("seconds", 480.0, "No training step is begun after.", 0.0),
         "smoke": flags.DEFINE_bool("smoke", False, "Tiny networks, for a CPU in a minute."),
     }
     flags.mark_flags_as_required(["out", "tokens"])
