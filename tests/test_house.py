@@ -66,7 +66,7 @@ _FLOORS = (
     ("kernels",),
     # The contract holds types alone, which models and checkpoints name too.
     ("base", "_contract", "_rules", "_arguments", "_grids"),
-    ("_trees", "_checks", "_scans", "_varying", "_names", "_extras", "_version"),
+    ("_trees", "_checks", "_mixed", "_scans", "_varying", "_names", "_extras", "_version"),
 )
 _FLOOR = {name: height for height, names in enumerate(reversed(_FLOORS)) for name in names}
 # Arrows that go up today.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ttt_jax import _arguments, _checks, _contract, _optimizers, _trees, _varying
+from ttt_jax import _arguments, _checks, _contract, _mixed, _optimizers, _trees, _varying
 from ttt_jax.base import (
     Adapter,
     AdapterState,
@@ -225,6 +225,7 @@ def gradient_adapter(
     select: Selection,
     anchor: PyTree = 0.0,
     has_aux: bool = False,
+    mixed: bool = False,
 ) -> Adapter:
     """Gradient steps on an auxiliary loss, on a private copy of the selected parameters.
 
@@ -243,6 +244,11 @@ def gradient_adapter(
         and ``grad_norm``. May be traced.
       has_aux: whether the loss returns ``(scalar, {name: array})``, as in ``jax.value_and_grad``;
         the arrays become ``aux`` of every step's ``StepInfo``.
+      mixed: how a gradient through the steps (:mod:`ttt_jax.meta`) differentiates theirs. False:
+        in reverse, back through the backward pass. True: forward over reverse, see
+        :func:`ttt_jax.meta.adapted_loss`; the same value from less memory. The loss must then have
+        a derivative in forward mode of its gradient, and a gradient through the steps none of a
+        higher order.
 
     Returns:
       An :class:`~ttt_jax.Adapter` whose state is an :class:`~ttt_jax.AdapterState`.
@@ -270,7 +276,10 @@ def gradient_adapter(
             _checks.check_number("anchor", strength, 0.0, scalar=False)
 
     def gradient(objective: Any, fast: PyTree, merge: Callable[[PyTree], Params]) -> Any:
-        pair, grads = jax.value_and_grad(objective, has_aux=True)(fast)
+        if mixed:
+            pair, grads = _mixed.value_and_grad(objective, fast)
+        else:
+            pair, grads = jax.value_and_grad(objective, has_aux=True)(fast)
         return pair, grads, (pair[0], lambda fast: objective(fast)[0])
 
     return _gradient_step(_as_stateful(loss), optimizer, select, anchor, gradient, has_aux)

@@ -1,6 +1,5 @@
 """Outer training: weights from which adapting helps, by gradients through the inner steps."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,11 +41,9 @@ def scan(
       Chen et al., `Training Deep Nets with Sublinear Memory Cost
       <https://arxiv.org/abs/1604.06174>`_, 2016.
     """
-    count = _checks.leading_size("xs of meta.scan", xs)
-    every = max(1, round(math.sqrt(count))) if remat is None else remat
-    if not every or not count:
-        return _varying.scan(body, start, xs) if count else jax.lax.scan(body, start, xs)
-    return _scans.grouped(body, start, xs, every=every, each=True)
+    if not _checks.leading_size("xs of meta.scan", xs):
+        return jax.lax.scan(body, start, xs)
+    return _scans.rematerialized(body, start, xs, remat)
 
 
 @_arguments.checked(num_steps=_arguments.count(0), remat=_arguments.count(0))
@@ -68,6 +65,15 @@ def adapted_loss(
     at the adapted weights (FOMAML): the steps then count as constants, which costs no second
     derivatives. An inner loss that no gradient of the second order reaches (it does not depend on
     the weights that are to be trained) trains nothing through the steps.
+
+    **Memory and time:** ``remat`` bounds what is kept of all steps. Of a single one an adapter made
+    with ``mixed=True`` keeps least: the gradient g of its step is differentiated forward over
+    reverse. For a cotangent u of g, with w the weights that adapt and v all others::
+
+        (dg/dw)^T u, (dg/dv)^T u = d/dt grad_(w, v) aux(w + t u, v)   at t = 0
+
+    as second derivatives are symmetric: a tangent of one more backward pass, where reverse mode
+    keeps that pass and goes back through it.
 
     Args:
       adapter: what adapts and how; any adapter of this library.
@@ -97,7 +103,8 @@ def adapted_loss(
 
     References:
       Finn et al., `Model-Agnostic Meta-Learning <https://arxiv.org/abs/1703.03400>`_, 2017, Eq. 1
-      and Section 5.2 (first order).
+      and Section 5.2 (first order); Kemaev et al., `Scalable Meta-Learning via Mixed-Mode
+      Differentiation <https://arxiv.org/abs/2505.00793>`_, 2025.
     """
     _contract.require("adapter", adapter, Adapter)
     _contract.require_function("loss", loss, "(params, x, key) -> scalar")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _arguments, _contract, _trees, _varying, inner
+from ttt_jax import _arguments, _contract, _scans, _trees, inner
 from ttt_jax.base import (
     Adapter,
     Info,
@@ -126,8 +126,8 @@ def episode(stream: Stream) -> Predictor:
     return predict
 
 
-@_arguments.checked()
-def unroll(stream: Stream) -> Predictor:
+@_arguments.checked(remat=_arguments.count(0))
+def unroll(stream: Stream, *, remat: int | None = 0) -> Predictor:
     """A predictor that runs a stream, from pristine, along the leading axis of one instance.
 
     A document is an instance ``x[T, ...]`` of T chunks. Chunk t is given ``fold_in(key, t)``, and
@@ -137,6 +137,8 @@ def unroll(stream: Stream) -> Predictor:
     Args:
       stream: its instances are the chunks, for example :func:`online` with ``predict="before"``,
         which scores a chunk before it learns from it.
+      remat: chunks between two states that a gradient through the stream keeps, see
+        :func:`ttt_jax.meta.scan`: 0 for what every chunk leaves, None for about ``sqrt(T)``.
 
     Returns:
       A predictor with output ``[T, ...]``. Its ``Info`` has the ``T * num_steps`` inner steps of
@@ -152,9 +154,11 @@ def unroll(stream: Stream) -> Predictor:
         num_chunks = _num_chunks(x)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_chunks))
 
-        _, (outputs, info) = _varying.scan(
-            lambda carry, chunk: stream.step(params, carry, *chunk), stream.init(params), (x, keys)
-        )
+        def step(carry: Any, chunk: Any) -> Any:
+            return stream.step(params, carry, *chunk)
+
+        start = stream.init(params)
+        _, (outputs, info) = _scans.rematerialized(step, start, (x, keys), remat)
         loss, grad_norm, aux = jax.tree.map(
             lambda leaf: leaf.reshape((-1,) + leaf.shape[2:]), (info.loss, info.grad_norm, info.aux)
         )

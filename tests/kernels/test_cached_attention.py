@@ -146,6 +146,33 @@ def test_no_gradient_goes_to_the_cache():
             np.testing.assert_array_equal(leaf, 0)
 
 
+def test_gradients_go_to_the_cache_where_they_are_asked_for():
+    """As of one softmax over held and own keys."""
+    arrays = [array[0, :1] for array in operands(16, 32)]
+    positions, held = (each[0, :1] for each in reach_of(16, 32, begin=32))
+    reach = cached.Reach(positions, held, jnp.int32(WINDOW), jnp.int32(SINKS))
+
+    def total(held):
+        out = cached.attend_cached(*arrays[:3], held, reach, form="xla", held_gradients=True)
+        return (out * arrays[5]).sum()
+
+    def plain(held):
+        keys, values = (
+            jnp.repeat(jnp.concatenate(pair, 1)[0], 3, axis=1)
+            for pair in zip(held, arrays[1:3], strict=True)
+        )
+        seen = cached.sees(positions[0][:, None], reach.held[0][None], WINDOW, SINKS)
+        seen = jnp.concatenate([seen, jnp.tril(jnp.ones((16, 16), bool))], 1)
+        scores = jnp.einsum("thd,shd->hts", arrays[0][0], keys) / 4
+        weights = jax.nn.softmax(jnp.where(seen[None], scores, -jnp.inf))
+        return (jnp.einsum("hts,shd->thd", weights, values) * arrays[5][0]).sum()
+
+    given = tuple(arrays[3:5])
+    for found, due in zip(jax.grad(total)(given), jax.grad(plain)(given), strict=True):
+        assert np.abs(due).max() > 0.1
+        np.testing.assert_allclose(found, due, atol=1e-5)
+
+
 def _as_attend_cached(kernel, query, key, value, held, reach, form):
     del form
     return kernel(query.shape[-1] ** -0.5, query, key, value, *held, cached.sight_of(reach))

@@ -55,6 +55,7 @@ def neighbors(*args, **options):
 # Method, and its arguments by position and by name.
 METHODS = {
     "document_ttt": (methods.document_ttt, (WINDOW,), CHOSEN),
+    "end_to_end": (methods.end_to_end, (WINDOW,), {"select": tiny.DOWN}),
     "in_place": (methods.in_place, (WINDOW,), CHOSEN),
     "in_place_targets": (
         methods.in_place_targets,

@@ -14,7 +14,16 @@ ADAM = optax.adam(3e-3, b1=0.9, b2=0.95, eps=1e-10)
 ADAPTER = {"optimizer": ADAM, "select": select.lora(), "bos": None}
 # Sources: parameter-golf's pull request 77 (its step is 0.01), Hardt and Sun 2024, Hübotter et al.
 PUBLISHED = {
-    "document_ttt": {**ADAPTER, "num_steps": 1},
+    "document_ttt": {**ADAPTER, "num_steps": 1, "remat": 0, "mixed": False},
+    # Tandon et al., 2025, Section 3; the gradient of training, not the scores, is our choice.
+    "end_to_end": {
+        "optimizer": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)),
+        "select": select.paths(".*layers_1/mlp/.*"),
+        "num_steps": 1,
+        "bos": None,
+        "remat": None,
+        "mixed": True,
+    },
     "document_adapter": {**ADAPTER, "num_steps": 1},
     "continue_document": {
         **ADAPTER,
@@ -30,6 +39,8 @@ PUBLISHED = {
         "max_norm": 0.03,
         "num_steps": 1,
         "bos": None,
+        "remat": 0,
+        "mixed": False,
     },
     "in_place_targets": {
         "rate": 0.3,
@@ -118,6 +129,7 @@ TREE = {
         "layers": {"mlp": {name: {"kernel": jnp.ones((2, 3))} for name in ("up", "down")}},
         "query": {"kernel": jnp.ones((3, 2)), "kernel_lora_a": jnp.ones((3, 1))},
         "norm": {"scale": jnp.ones(3)},
+        "layers_1": {"mlp": {"up": {"kernel": jnp.ones((2, 3))}}},
     }
 }
 GRADIENTS = [

@@ -12,13 +12,14 @@ from ttt_jax.losses import _inputs
 
 
 def token_nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Nats of each target, ``logits[..., V], targets[...] -> float32 [...]``.
+    """Nats of each target, ``logits[..., V], targets[...] -> float32 [...]``; float64 stays so.
 
     ``logsumexp`` less the target's logit: no array of log-probabilities is written. A target
     outside the vocabulary has NaN.
     """
     # Narrow integers of a text's own dtype would wrap at the size of the vocabulary.
-    logits, targets = logits.astype(jnp.float32), targets.astype(jnp.int32)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    targets = targets.astype(jnp.int32)
     inside = (targets >= 0) & (targets < logits.shape[-1])
     return jax.nn.logsumexp(logits, axis=-1) - jnp.where(inside, _chosen(logits, targets), jnp.nan)
 
@@ -43,7 +44,7 @@ def masked_mean(nats: jax.Array, mask: jax.Array) -> jax.Array:
 
     An empty mask gives 0, with gradient 0.
     """
-    weights = mask.astype(jnp.float32)
+    weights = mask.astype(jnp.promote_types(nats.dtype, jnp.float32))
     return jnp.where(weights != 0, nats * weights, 0.0).sum() / jnp.maximum(weights.sum(), 1.0)
 
 

@@ -10,7 +10,7 @@ One instance, which is forgotten (a :class:`~ttt_jax.Predictor`):
 
 A document, chunk by chunk (a :class:`~ttt_jax.Predictor`):
 
-* :func:`document_ttt`, :func:`in_place`, :func:`in_place_targets`: its scores;
+* :func:`document_ttt`, :func:`end_to_end`, :func:`in_place`, :func:`in_place_targets`: its scores;
   :func:`continue_document`: what comes next; :func:`document_adapter`: what was learned
 * :func:`neighbors_ttt`: a :class:`~ttt_jax.FromSource`, with passages of a corpus
 * :func:`merged_adapters`, of clusters of a corpus; :func:`passages_adapter` trains them
@@ -57,6 +57,7 @@ from ttt_jax.methods.discover import discover
 from ttt_jax.methods.document_ttt import document_ttt
 from ttt_jax.methods.dua import dua
 from ttt_jax.methods.eata import eata
+from ttt_jax.methods.end_to_end import end_to_end
 from ttt_jax.methods.few_shot_ttt import few_shot_adapter, few_shot_shared, few_shot_ttt
 from ttt_jax.methods.in_place import in_place
 from ttt_jax.methods.in_place_targets import in_place_targets
@@ -94,6 +95,7 @@ __all__ = [
     "document_ttt",
     "dua",
     "eata",
+    "end_to_end",
     "every_view",
     "few_shot_adapter",
     "few_shot_shared",

@@ -24,7 +24,7 @@ from ttt_jax.online import unroll
 from ttt_jax.readers import Parts, Reader
 
 
-@_arguments.checked(read=readers.rule, bos=_arguments.count(0))
+@_arguments.checked(read=readers.rule, bos=_arguments.count(0), remat=_arguments.count(0))
 def document_ttt(
     read: Reader,
     *,
@@ -32,6 +32,8 @@ def document_ttt(
     select: Selection = select.lora(),
     num_steps: int = 1,
     bos: int | None = None,
+    remat: int | None = 0,
+    mixed: bool = False,
 ) -> Predictor:
     """A predictor that scores a document chunk by chunk, and learns from each after its score.
 
@@ -74,6 +76,9 @@ def document_ttt(
       num_steps: inner steps per chunk, static; 0 scores with the pristine weights, the control.
       bos: the token that the model was trained to see before a text; ``None`` for none, and then
         the first token has no score.
+      remat: of a gradient through the chunks, see :func:`ttt_jax.unroll`.
+      mixed: whether such a gradient differentiates the updates forward over reverse, see
+        :func:`ttt_jax.gradient_adapter`.
 
     Returns:
       A :class:`~ttt_jax.Predictor` over one document ``x``: integers ``[T, L]``, T chunks of L
@@ -105,8 +110,9 @@ def document_ttt(
         count, length = tokens.shape
         start = starts_of(x, count)
         chunks = chunks_of(tokens, mask, bos, start)
-        stream = learning_stream(read, (count * length, length), optimizer, select, num_steps)
-        return unroll(stream)(params, chunks, key)
+        room = count * length, length
+        stream = learning_stream(read, room, optimizer, select, num_steps, mixed=mixed)
+        return unroll(stream, remat=remat)(params, chunks, key)
 
     return predict
 
@@ -211,6 +217,8 @@ def learning_stream(
     optimizer: optax.GradientTransformation,
     select: Selection,
     num_steps: int,
+    *,
+    mixed: bool = False,
 ) -> Stream:
     """A stream over chunks whose output is the score before the update, from the same pass.
 
@@ -221,6 +229,7 @@ def learning_stream(
       select: the parameters that adapt.
       num_steps: updates per chunk; without any the carry is the reader's memory alone, else an
         ``AdapterState`` that has it.
+      mixed: as of :func:`ttt_jax.gradient_adapter`.
     """
     parts = readers.parts_of(read)
     # The adapter's memory is what the chunk is to leave, and the sample what came before it, too:
@@ -230,7 +239,9 @@ def learning_stream(
         value=lambda params, rows, x, key: _score(parts, params, *x),
         after=lambda adapted, rows: rows,
     )
-    adapter = inner.guarded(gradient_adapter(loss, optimizer, select=select, has_aux=True))
+    adapter = inner.guarded(
+        gradient_adapter(loss, optimizer, select=select, has_aux=True, mixed=mixed)
+    )
     loop = inner.inner_loop(adapter, num_steps)
 
     def memory_of(params: Params) -> Any:

@@ -12,7 +12,12 @@ from ttt_jax.methods.document_ttt import document_ttt
 from ttt_jax.readers import Reader
 
 
-@_arguments.checked(read=readers.rule, max_norm=_arguments.number(0.0), bos=_arguments.count(0))
+@_arguments.checked(
+    read=readers.rule,
+    max_norm=_arguments.number(0.0),
+    bos=_arguments.count(0),
+    remat=_arguments.count(0),
+)
 def in_place(
     read: Reader,
     *,
@@ -21,6 +26,8 @@ def in_place(
     max_norm: float | jax.Array | None = 0.03,
     num_steps: int = 1,
     bos: int | None = None,
+    remat: int | None = 0,
+    mixed: bool = False,
 ) -> Predictor:
     """A predictor that scores a document chunk by chunk, and writes each into the MLPs after it.
 
@@ -58,6 +65,8 @@ def in_place(
       max_norm: largest Frobenius norm of one matrix's update, may be traced; ``None`` for no clip.
       num_steps: inner steps per chunk, static; 0 is the control.
       bos: as for :func:`~ttt_jax.methods.document_ttt`.
+      remat: as for :func:`~ttt_jax.methods.document_ttt`.
+      mixed: as for :func:`~ttt_jax.methods.document_ttt`.
 
     Returns:
       A :class:`~ttt_jax.Predictor` over one document, see :func:`~ttt_jax.methods.document_ttt`.
@@ -74,7 +83,15 @@ def in_place(
     """
     if max_norm is not None:
         optimizer = optax.chain(optimizer, clip_matrices(max_norm))
-    return document_ttt(read, optimizer=optimizer, select=select, num_steps=num_steps, bos=bos)
+    return document_ttt(
+        read,
+        optimizer=optimizer,
+        select=select,
+        num_steps=num_steps,
+        bos=bos,
+        remat=remat,
+        mixed=mixed,
+    )
 
 
 def clip_matrices(max_norm: float | jax.Array) -> optax.GradientTransformation:
@@ -86,7 +103,8 @@ def clip_matrices(max_norm: float | jax.Array) -> optax.GradientTransformation:
                 "methods.in_place clips matrices [..., F, D]; got a selected leaf of shape "
                 f"{leaf.shape}. Select kernels alone, or pass max_norm=None."
             )
-        square = jnp.square(leaf.astype(jnp.float32)).sum((-2, -1), keepdims=True)
+        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        square = jnp.square(wide).sum((-2, -1), keepdims=True)
         # The square root of zero has no gradient, which an outer loop may ask for.
         norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))
         scale = jnp.where(square > 0, jnp.minimum(1.0, max_norm / norm), 1.0)

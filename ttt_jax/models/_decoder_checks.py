@@ -4,10 +4,20 @@ from typing import Any
 
 from ttt_jax import _arguments
 from ttt_jax.kernels.attention import FORMS
+from ttt_jax.layers import _backbones, _inputs
 from ttt_jax.models._decoder_layer import ACTIVATIONS
 from ttt_jax.models._ttt_mixer import MIXERS
 
-_COUNTS = ("vocabulary", "width", "depth", "heads", "global_every", "context", "unroll")
+_COUNTS = (
+    "vocabulary",
+    "width",
+    "depth",
+    "heads",
+    "global_every",
+    "context",
+    "unroll",
+    "chunk_size",
+)
 _COUNTS_OR_NONE = ("kv_heads", "head_size", "mlp_width", "local_window", "window")
 _BASES = ("rope_base", "local_rope_base")
 # Of attention alone, with what they are where nothing is said.
@@ -29,11 +39,17 @@ def check(module: Any) -> None:
             _arguments.count(),
         ),
         **dict.fromkeys(_BASES, _arguments.number(0.0, above=True)),
-        **dict.fromkeys([*_FLAGS, "remat"], _arguments.flag),
+        **dict.fromkeys([*_FLAGS, "remat", "cache_gradients"], _arguments.flag),
         epsilon=_arguments.number(0.0),
         sinks=_arguments.count(0),
     )
-    choices = {"activation": tuple(ACTIVATIONS), "attention": FORMS, "mixer": tuple(MIXERS)}
+    choices = {
+        "activation": tuple(ACTIVATIONS),
+        "attention": FORMS,
+        "mixer": tuple(MIXERS),
+        "backbone": _backbones.BACKBONES,
+        "form": _inputs.FORMS,
+    }
     for name, known in choices.items():
         value = getattr(module, name)
         if not isinstance(value, str) or value not in known:

@@ -33,6 +33,7 @@ class Sizes(NamedTuple):
     query_key_norm: bool
     post_norms: bool
     form: str
+    cache_gradients: bool
     window: int | None
     learner: Learner | None
     dtype: Any
@@ -170,7 +171,15 @@ class Attention(nn.Module):
             held_key, held_value = (leaf.astype(query.dtype) for leaf in held)
             held_key = rotary.rotate(held_key, view.held, interleaved=sizes.interleaved)
             reach = Reach(shared.positions, shared.held, view.window, view.sinks)
-            mixed = attend_cached(query, key, value, (held_key, held_value), reach, form=sizes.form)
+            mixed = attend_cached(
+                query,
+                key,
+                value,
+                (held_key, held_value),
+                reach,
+                form=sizes.form,
+                held_gradients=sizes.cache_gradients,
+            )
         out = Linear(width, dtype=sizes.dtype, name="out")
         return out(mixed.reshape(batch, tokens, -1)), rows
 

@@ -61,6 +61,8 @@ class Decoder(nn.Module):
       stages: how many layers each scan has; None for one scan of all.
       attention: ``"fused"`` where that can be, or ``"xla"``.
       remat: whether a layer's activations are computed again in the backward pass.
+      cache_gradients: whether gradients go through what a cache holds, to the tokens that were read
+        before: for training over the chunks of a document.
       unroll: how many layers a step of a scan has; as many as the layers, and there is no loop:
         the fastest program, as no activation is copied for the backward pass, and the slowest to
         compile.
@@ -70,8 +72,8 @@ class Decoder(nn.Module):
       chunk_size: of a TTT layer, tokens that are learned from one set of weights.
       form: of a TTT layer, see :func:`ttt_jax.layers.ttt_linear`.
 
-    Logits have a rule of their own for reverse mode alone: ``jax.jvp`` and ``jax.hessian`` are
-    refused by JAX.
+    Logits have a rule of their own for reverse mode alone: ``jax.jvp`` is refused by JAX. Second
+    derivatives, forward or reverse over reverse, need ``attention="xla"``.
 
     Raises:
       ValueError: when built: sizes that do not fit, or an attribute out of range.
@@ -109,6 +111,7 @@ class Decoder(nn.Module):
     stages: tuple[int, ...] | None = None
     attention: str = "fused"
     remat: bool = False
+    cache_gradients: bool = False
     unroll: int = 1
     dtype: Any = jnp.float32
     mixer: str = "attention"
@@ -180,7 +183,7 @@ class Decoder(nn.Module):
         return logits, States(made, jnp.maximum(length, positions.max(-1) + 1))
 
     def _stack(self, x: jax.Array, held: Any, shared: Shared | Reading) -> tuple[jax.Array, Any]:
-        """All layers, and what they made for the cache, which no gradient goes through."""
+        """All layers, and what they made for the cache."""
         made = []
         first = 0
         for stage, count in enumerate(self.stages or (self.depth,)):
@@ -195,7 +198,7 @@ class Decoder(nn.Module):
             made.append(rows)
             first += count
         joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *made)
-        return x, jax.lax.stop_gradient(joined)
+        return x, joined if self.cache_gradients else jax.lax.stop_gradient(joined)
 
     def _head(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
         """Logits of the last layer's outputs."""
@@ -269,6 +272,7 @@ class Decoder(nn.Module):
             query_key_norm=self.query_key_norm,
             post_norms=self.post_norms,
             form=form_of(self.attention, self.dtype),
+            cache_gradients=self.cache_gradients,
             window=self._plain_window,
             learner=None if self.mixer == "attention" else self.learner,
             dtype=self.dtype,
@@ -359,16 +363,20 @@ def _parts(
     return tokens, positions, segments
 
 
-@jax.custom_vjp
-def _logits(x: jax.Array, head: jax.Array) -> jax.Array:
-    """``[N, T, width], [V, width] -> float32 [N, T, V]``, summed in float32."""
+def _products(x: jax.Array, head: jax.Array) -> jax.Array:
+    """``[N, T, width], [V, width] -> float32 [N, T, V]``, summed in float32; float64 stays so."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
     return jax.lax.dot_general(
-        x, head, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        x, head, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide
     )
 
 
+_logits = jax.custom_vjp(_products)
+
+
 def _logits_forward(x: jax.Array, head: jax.Array) -> Any:
-    return _logits(x, head), (x, head)
+    # Not by the rule itself, which has no forward mode: this is differentiated once more.
+    return _products(x, head), (x, head)
 
 
 def _logits_backward(kept: Any, cotangent: jax.Array) -> Any:

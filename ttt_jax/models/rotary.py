@@ -32,10 +32,10 @@ def rotate(
         as in Hugging Face's.
 
     Returns:
-      ``[N, T, H, D]`` of the dtype of ``x``; the products are float32.
+      ``[N, T, H, D]`` of the dtype of ``x``; the products are float32 at least.
     """
     cos, sin = (part[:, :, None] for part in turn)
-    wide = x.astype(jnp.float32)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     half = x.shape[-1] // 2
     if interleaved:
         first, second = wide[..., 0::2], wide[..., 1::2]

@@ -75,7 +75,7 @@ add(
     reset=things.RESET,
 )
 add("episode", ttt.episode, use.predictor, stream=things.STREAM)
-add("unroll", ttt.unroll, use.of_batch(use.predictor), stream=things.STREAM)
+add("unroll", ttt.unroll, use.of_batch(use.predictor), stream=things.STREAM, remat=2)
 add(
     "batched",
     ttt.batched,

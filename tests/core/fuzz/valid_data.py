@@ -282,7 +282,11 @@ add(
     width=8,
     depth=2,
     heads=2,
-    kinds={**{key: None for key in ("parent", "name", "dtype")}, "attention": "text"},
+    kinds={
+        **{key: None for key in ("parent", "name", "dtype")},
+        "attention": "text",
+        "form": "text",
+    },
     ranges={"kv_heads": 3, "head_size": 3, "stages": ((1, 2),), "activation": "wrong"},
 )
 PRETRAINED = {"dtype": jnp.float32, "kinds": {"dtype": None, "options": None}}

@@ -79,6 +79,7 @@ add(
 add("readers.isolated", readers.isolated, chunk, apply=tiny.decode)
 add("readers.recomputed", readers.recomputed, chunk, apply=tiny.decode, context=3)
 add("methods.document_ttt", methods.document_ttt, document, **READ, **CHOSEN, ranges={"bos": -1})
+add("methods.end_to_end", methods.end_to_end, document, **READ, **CHOSEN, ranges={"bos": -1})
 add("methods.in_place", methods.in_place, document, **READ, **CHOSEN, ranges={"max_norm": -1.0})
 add(
     "methods.in_place_targets",

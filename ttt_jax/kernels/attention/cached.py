@@ -54,12 +54,13 @@ def attend_cached(
     *,
     form: str,
     scale: float | None = None,
+    held_gradients: bool = False,
 ) -> jax.Array:
     """Returns ``softmax(scale query [held key, key]^T, where seen) [held value, value]``.
 
-    No gradient goes to what the cache holds. The fused form is a kernel that reads positions where
-    other kernels read a mask as large as the scores, leaves out blocks in which no query sees a
-    key, and sums no gradient of held keys.
+    No gradient goes to what the cache holds, unless it is asked for. The fused form is a kernel
+    that reads positions where other kernels read a mask as large as the scores, leaves out blocks
+    in which no query sees a key, and sums no gradient of held keys.
 
     Args:
       query: ``[N, T, H, D]``.
@@ -72,6 +73,7 @@ def attend_cached(
         :func:`~ttt_jax.kernels.attention.masked.attend_masked`, which takes what the kernel does
         not.
       scale: of the scores; ``None`` for ``1 / sqrt(D)``.
+      held_gradients: whether gradients go to ``held``, which the kernel has none for.
 
     Returns:
       ``[N, T, H, D]`` of the dtype of ``value``.
@@ -82,12 +84,14 @@ def attend_cached(
     held_key, held_value = (_arguments.array("held", each, 4) for each in held)
     _arguments.choice("form", form, FORMS)
     tokens, size = query.shape[1], query.shape[-1]
-    if form == "fused" and fits_sparse(tokens, size) and sparse_kernel() is not None:
+    kernel = form == "fused" and fits_sparse(tokens, size) and sparse_kernel() is not None
+    if kernel and not held_gradients:
         scale = size**-0.5 if scale is None else scale
         return sparse_kernel().attend(
             scale, query, key, value, held_key, held_value, sight_of(reach)
         )
-    held_key, held_value = map(jax.lax.stop_gradient, (held_key, held_value))
+    if not held_gradients:
+        held_key, held_value = map(jax.lax.stop_gradient, (held_key, held_value))
     keys = jnp.concatenate([reach.held, reach.queries], 1)
     return attend_masked(
         query,

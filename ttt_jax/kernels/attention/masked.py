@@ -89,7 +89,8 @@ def _grouped_products(
     query = (query * jnp.asarray(scale, query.dtype)).reshape(
         batch, tokens, groups, heads // groups, size
     )
-    scores = jnp.einsum("ntkgd,nskd->nkgts", query, key).astype(jnp.float32)
+    scores = jnp.einsum("ntkgd,nskd->nkgts", query, key)
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     scores = jnp.where(mask[:, None, None], scores, _UNSEEN)
     weights = jax.nn.softmax(scores).astype(value.dtype)
     mixed = jnp.einsum("nkgts,nskd->ntkgd", weights, value)
