@@ -31,10 +31,10 @@ def mae_share(record: Record) -> float:
     return 100 * float(row["tflops"]) / record["matmul"]["tflops"][row["compute_dtype"]]
 
 
-def two_device_speedup(record: Record) -> float:
-    """Returns the rate of two devices over that of one."""
-    rates = {row["devices"]: row["sample_steps_per_second"] for row in record["rows"]}
-    return rates[2] / rates[1]
+def ratio(record: Record, of: str, by: str, above: int, below: int, **where: Any) -> float:
+    """Returns what rows hold at one value of ``by`` over what they hold at another."""
+    rows = {row[by]: float(row[of]) for row in record["rows"] if where.items() <= row.items()}
+    return rows[above] / rows[below]
 
 
 def minutes(record: Record, **where: Any) -> float:
@@ -66,6 +66,8 @@ def alignment_correlation(record: Record) -> float:
     return r
 
 
+two_device_speedup = partial(ratio, of="sample_steps_per_second", by="devices", above=2, below=1)
+gradient_memory = partial(ratio, of="temporary_bytes", by="chunks", above=64, below=16, way="mixed")
 rotation = partial(rate, of="sample_steps_per_second", work="rotation", num_steps=10)
 rotation_rate_bf16 = partial(rotation, way="ttt_jax", compute_dtype="bfloat16")
 rotation_rate_f32 = partial(rotation, way="ttt_jax", compute_dtype="float32")
@@ -85,11 +87,9 @@ rotation_error = partial(mean_error, method="rotation", training="joint")
 augmented_error = partial(mean_error, method="augmented", training="joint")
 memo_error = partial(mean_error, method="memo", training="joint")
 online_error = partial(mean_error, method="rotation_online", training="joint")
-# MEMO with its published views, and the models that it starts from.
 published_memo_error = partial(mean_error, method="memo_augmix")
-memo_source_error = partial(mean_error, method="source")
+plain_source_error = partial(mean_error, method="source")
 composition_error = partial(mean_error, method="rotation_memo_augmented_online")
-demo_source = partial(mean_error, method="source")
 demo_norm_prior_views = partial(mean_error, method="norm_prior_views")
 demo_rotation_memo_augmented = partial(mean_error, method="rotation_memo_augmented")
 
