@@ -143,8 +143,8 @@ def rows_of(name: str, settings: Any, deadline: float) -> Iterator[dict[str, Any
         row |= {"parameters": layer_nets.count(module)} | layer_nets.summary(made, rate, tokens)
         row["validation"] = float(shares(made.params, 0).mean()) if made.finished else -1.0
         if made.finished:
-            found = shares(made.params, 1).round(4).tolist()
-            row["right"] = {str(n): share for n, share in zip(PAIRS, found, strict=True)}
+            by_pairs = shares(made.params, 1).round(4).tolist()
+            row["right"] = {str(n): share for n, share in zip(PAIRS, by_pairs, strict=True)}
         return row
 
     first, *others = map(int, settings.seeds)

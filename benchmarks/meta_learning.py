@@ -128,7 +128,7 @@ def chosen(right: np.ndarray, given: list[tuple[int, Place]], settings: Any) -> 
       given: of :func:`candidates`, in the order of ``right``.
       settings: with the ``rates`` of the second axis.
     """
-    found = {}
+    best_of = {}
     for name in settings.selections:
         shares = {}
         for train_rate in dict.fromkeys(place.rate for _, place in given):
@@ -141,13 +141,13 @@ def chosen(right: np.ndarray, given: list[tuple[int, Place]], settings: Any) -> 
                 shares[train_rate, rate] = float(right[rows, number].mean()), rows, number
         best = max(shares, key=lambda pair: shares[pair][0])
         table = [{"train_rate": a, "rate": b, "validation": shares[a, b][0]} for a, b in shares]
-        found[name] = {
+        best_of[name] = {
             "train_rate": best[0],
             "rate": best[1],
             "rows": shares[best][1],
             "candidates": table,
         }
-    return found
+    return best_of
 
 
 def measured(

@@ -64,8 +64,8 @@ def test_a_mask_is_its_selection():
         state, _ = ttt.inner_loop(adapter, 2)(params, adapter.init(params), 0, jax.random.key(0))
         return adapter.merge(params, state)
 
-    due, found = quickly(lambda: (adapted(select), adapted(masked(mask_of(select, params)))))
-    jax.tree.map(np.testing.assert_array_equal, found, due)
+    due, actual = quickly(lambda: (adapted(select), adapted(masked(mask_of(select, params)))))
+    jax.tree.map(np.testing.assert_array_equal, actual, due)
 
 
 @pytest.mark.parametrize("training", meta_learning.TRAININGS)
@@ -125,20 +125,20 @@ def test_rates_are_chosen_over_seeds_on_validation():
     right[0, 0] = True  # the best of one seed, the other has none
     right[2:4, 1, :3] = True
     right[4:6, 0, 0] = True
-    found = meta_learning.chosen(right, given, settings)
-    assert [found["all"][k] for k in ("train_rate", "rate", "rows")] == [0.5, 1.0, [2, 3]]
-    assert [found["norms"][k] for k in ("train_rate", "rate", "rows")] == [0.3, 0.1, [4, 5]]
-    assert found["all"]["candidates"][3]["validation"] == 0.75
+    actual = meta_learning.chosen(right, given, settings)
+    assert [actual["all"][k] for k in ("train_rate", "rate", "rows")] == [0.5, 1.0, [2, 3]]
+    assert [actual["norms"][k] for k in ("train_rate", "rate", "rows")] == [0.3, 0.1, [4, 5]]
+    assert actual["all"]["candidates"][3]["validation"] == 0.75
 
 
 def test_the_gain_is_paired():
     joint, after = np.zeros((2, 3, 50)), np.zeros((2, 3, 50))
     after[:, :, :10] = 1
     joint[1, :, 40:] = 1
-    found = meta_learning.gain(after, joint)
-    assert found["gain"] == pytest.approx(0.1)
-    assert found["by_seed"] == pytest.approx([0.2, 0.0])
-    low, high = found["interval"]
+    actual = meta_learning.gain(after, joint)
+    assert actual["gain"] == pytest.approx(0.1)
+    assert actual["by_seed"] == pytest.approx([0.2, 0.0])
+    low, high = actual["interval"]
     assert -0.05 < low < 0.1 < high < 0.25
 
 

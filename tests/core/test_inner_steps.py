@@ -43,10 +43,10 @@ def test_of_ttt_layers(depth):
         sizes = [norm_of(leaves) for leaves in (gradient, change, start)]
         due.append([loss(start), loss(end), *sizes, spread])
     with jax.enable_x64(True):
-        found = quickly(diagnostics.ttt_steps, k, v, gate, scale, state, norm)
-    assert found.before.shape == (TOKENS // CHUNK,)
-    assert relative(tuple(found), tuple(np.transpose(due))) < 1e-6
-    assert (found.after < found.before).all()
+        actual = quickly(diagnostics.ttt_steps, k, v, gate, scale, state, norm)
+    assert actual.before.shape == (TOKENS // CHUNK,)
+    assert relative(tuple(actual), tuple(np.transpose(due))) < 1e-6
+    assert (actual.after < actual.before).all()
 
 
 def test_of_a_layer_with_momentum_a_decay_and_a_window():
@@ -91,9 +91,9 @@ def test_of_a_layer_with_momentum_a_decay_and_a_window():
 
     with jax.enable_x64(True):
         rows = (q, k, v, layers.Rates(gate, retain, momentum))
-        found = quickly(run, rows, (weight,))
-    assert found.deviation is None
-    assert relative(tuple(found[:-1]), tuple(np.transpose(due))) < 1e-6
+        actual = quickly(run, rows, (weight,))
+    assert actual.deviation is None
+    assert relative(tuple(actual[:-1]), tuple(np.transpose(due))) < 1e-6
 
 
 def test_rates_of_each_chunk():
@@ -111,7 +111,7 @@ def test_rates_of_each_chunk():
         weights = retain[number] * start - 0.05 * k[own].T @ (k[own] @ start - v[own])
         due.append(norm_of([weights - start]))
     with jax.enable_x64(True):
-        found = quickly(
+        actual = quickly(
             lambda rows, start: diagnostics.inner_steps(
                 layer,
                 rows,
@@ -123,7 +123,7 @@ def test_rates_of_each_chunk():
             (k, k, v, layers.Rates(gate, retain)),
             (np.ones((WIDTH, 2)),),
         )
-    assert relative(found.change, np.array(due)) < 1e-6
+    assert relative(actual.change, np.array(due)) < 1e-6
 
 
 def test_too_few_tokens_and_rows_are_refused():

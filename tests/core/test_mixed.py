@@ -38,9 +38,9 @@ def both(gradient):
     return [jax.jit(gradient(mixed)) for mixed in (False, True)]
 
 
-def close(found, due, rtol=1e-12):
+def close(actual, due, rtol=1e-12):
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(due))
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(due), strict=True):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(due), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale)
 
 
@@ -76,9 +76,9 @@ def test_mixed_is_reverse_through_steps_of_any_optimizer(optimizer, remat):
 
     with jax.enable_x64(True):
         params, x = instance()
-        due, found = (run(params, x, KEY) for run in both(gradient))
+        due, actual = (run(params, x, KEY) for run in both(gradient))
         assert float(jnp.abs(due[1][0]["in"]).max()) > 1e-2
-        close(found, due)
+        close(actual, due)
         # Through the steps of many instances at once.
         xs = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), x)
         keys = jax.random.split(KEY, 2)
@@ -104,8 +104,8 @@ def test_closed_over_values_of_a_mapped_function_are_differentiated():
 
     with jax.enable_x64(True):
         given = jnp.array([0.5, 2.0]), jnp.array([0, 2])
-        due, found = (gradient(mixed)(*given) for mixed in (False, True))
-        close(found, due)
+        due, actual = (gradient(mixed)(*given) for mixed in (False, True))
+        close(actual, due)
         shift = 1e-6
         sides = [both(gradient)[1](given[0] + s, given[1]) for s in (shift, -shift)]
         assert due.shape == (2,) and bool((sides[0] != sides[1]).all())
@@ -171,8 +171,8 @@ def test_a_decoder_is_trained_through_its_cache():
             return jax.value_and_grad(lambda params: predict(params, x, KEY)[0].mean())
 
         runs = both(gradient)
-        (due, slopes), found = (run(params) for run in runs)
-        close(found, (due, slopes))
+        (due, slopes), actual = (run(params) for run in runs)
+        close(actual, (due, slopes))
         rng = np.random.default_rng(3)
         direction = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), params)
         sides = [
