@@ -2,8 +2,12 @@
 
 Pure functions, traceable and free of labels, except those that say so: :func:`gradient_alignment`
 and :func:`harm` evaluate with labels, and a function that chooses with labels is called
-``oracle_...``, like the fields of its result.
+``oracle_...``, like the fields of its result. Those of layers load :mod:`ttt_jax.layers` when they
+are first used.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from ttt_jax.diagnostics.alignment import (
     Alignment as Alignment,
@@ -15,11 +19,6 @@ from ttt_jax.diagnostics.alignment import (
 from ttt_jax.diagnostics.features import (
     FeatureShift as FeatureShift,
     feature_shift as feature_shift,
-)
-from ttt_jax.diagnostics.inner_steps import (
-    InnerSteps as InnerSteps,
-    inner_steps as inner_steps,
-    ttt_steps as ttt_steps,
 )
 from ttt_jax.diagnostics.maps import step_size_map as step_size_map
 from ttt_jax.diagnostics.monitors import (
@@ -40,6 +39,15 @@ from ttt_jax.diagnostics.selectors import (
     oracle_select as oracle_select,
     select_label_free as select_label_free,
 )
+
+if TYPE_CHECKING:
+    from ttt_jax.diagnostics.layer_steps import (
+        InnerSteps as InnerSteps,
+        inner_steps as inner_steps,
+        ttt_steps as ttt_steps,
+    )
+
+_OF_LAYERS = ("InnerSteps", "inner_steps", "ttt_steps")
 
 __all__ = [
     "Alignment",
@@ -70,3 +78,13 @@ __all__ = [
     "summary",
     "ttt_steps",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OF_LAYERS:
+        return getattr(importlib.import_module("ttt_jax.diagnostics.layer_steps"), name)
+    raise AttributeError(f"module 'ttt_jax.diagnostics' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OF_LAYERS})
