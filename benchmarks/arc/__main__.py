@@ -156,7 +156,7 @@ def add_private(
         most=settings.most,
         tasks_at_once=settings.private_at_once,
     )
-    learner = private.learner(net, params, chosen, settings.seed)
+    learner = private.prepared(net, params, chosen, settings.seed)
     nats = {}
     if len(settings.private_rates) > 1:
         curves = private.held_out_nats(learner, tasks, settings.private_rates)

@@ -103,8 +103,8 @@ class Learner(NamedTuple):
     seed: int
 
 
-def learner(net: models.GridDecoder, params: Any, settings: Settings, seed: int) -> Learner:
-    """Of a decoder with its parameters."""
+def prepared(net: models.GridDecoder, params: Any, settings: Settings, seed: int) -> Learner:
+    """A learner of copies of a decoder with its parameters."""
     example = grid_sequences.empty(1, settings.length, settings.most)._asdict()
     tables, shared = VECTORS.split(params)
     about = {"rank": settings.rank, "alpha": settings.alpha, "paths": list(TARGETS)}

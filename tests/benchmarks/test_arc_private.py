@@ -54,7 +54,7 @@ def params():
 
 
 def learn(params, tasks=TASKS, **changes):
-    learner = private.learner(NET, params, SETTINGS._replace(**changes), 0)
+    learner = private.prepared(NET, params, SETTINGS._replace(**changes), 0)
     return private.learn(learner, tasks, log=lambda line: None)
 
 
@@ -116,7 +116,7 @@ def test_the_guard_says_how_many_steps_are_taken(params):
 
 def test_a_step_size_is_chosen_by_held_out_demonstrations(params):
     """No step changes nothing, and a query is not read."""
-    learner = private.learner(NET, params, SETTINGS._replace(held_out=1, num_steps=6), 0)
+    learner = private.prepared(NET, params, SETTINGS._replace(held_out=1, num_steps=6), 0)
     still, small = private.held_out_nats(learner, TASKS, (0.0, 3e-2))
     assert len(still) == len(small) == 4 and np.isfinite(small).all()
     np.testing.assert_allclose(still, still[0], rtol=1e-6)
@@ -127,7 +127,7 @@ def test_a_step_size_is_chosen_by_held_out_demonstrations(params):
 
 
 def test_vectors_take_larger_steps(params):
-    learner = private.learner(NET, params, SETTINGS._replace(num_steps=1), 0)
+    learner = private.prepared(NET, params, SETTINGS._replace(num_steps=1), 0)
     copies = private.learn(learner, TASKS, log=lambda line: None)
     start = params["params"]["task"][np.array(list(copies.places))][:, None]
     moved = np.abs(copies.fast["params"]["task"][: len(start)] - start).max()
