@@ -48,7 +48,7 @@ def train(
 
     def batch() -> dict[str, np.ndarray]:
         return reinforcement_problems.training_batch(
-            family, rng, settings.rows, settings.easy_rare, excluded
+            family, rng, settings.rows, settings.easy_rare, excluded, settings.slips
         )
 
     return fitted(len(ALPHABET), batch, settings)
@@ -87,6 +87,8 @@ def fitted(
 
 WAYS = {
     "ttrl": {},
+    # Beyond the step at which the majority ratio ends it.
+    "unstopped": {"stop_ratio": 2.0},
     "held_out_votes": {"held_out_votes": True},
     "chance": {"reward": rewards.chance()},
     "form": {"reward": rewards.answered(answer)},
@@ -134,7 +136,8 @@ def reinforce(
         "num_trained": settings.rollouts // 2,
         "stop_ratio": settings.stop_ratio,
         "truth": lambda x: x["truth"],
-        "num_evaluated": settings.rollouts * (settings.steps + 1 if way == "samples" else 1),
+        "num_evaluated": settings.evaluated
+        + (way == "samples") * settings.steps * settings.rollouts,
         "evaluation_sampler": generation.sample(),
     }
     predict = methods.ttrl(models.reader(wide), answer, **given | WAYS[way])
@@ -208,6 +211,7 @@ if __name__ == "__main__":
         "rows": flags.DEFINE_integer("rows", 128, "Problems of a training step.", 1),
         "easy_rare": flags.DEFINE_float("easy_rare", 0.02, "Share in the training.", 0.0, 1.0),
         "hard_rare": flags.DEFINE_float("hard_rare", 0.5, "Share in what is asked.", 0.0, 1.0),
+        "slips": flags.DEFINE_float("slips", 0.0, "Share of rare steps learned wrong.", 0.0, 1.0),
         "sets": flags.DEFINE_integer("sets", 1, "Sets of prompts, each with a copy.", 1),
         "prompts": flags.DEFINE_integer("prompts", 256, "Prompts of a set.", 1),
         "held_out": flags.DEFINE_integer("held_out", 64, "Further prompts of a set.", 1),
@@ -215,6 +219,7 @@ if __name__ == "__main__":
         "rate": flags.DEFINE_float("rate", 1e-3, "Step size.", 0.0),
         "steps": flags.DEFINE_integer("steps", 30, "Steps of reinforcement.", 0),
         "rollouts": flags.DEFINE_integer("rollouts", 64, "Continuations of a prompt.", 2),
+        "evaluated": flags.DEFINE_integer("evaluated", 64, "Continuations before and after.", 1),
         "stop_ratio": flags.DEFINE_float("stop_ratio", 2.0, "See methods.ttrl.", 0.0),
     }
     flags.mark_flag_as_required("out")

@@ -1,7 +1,8 @@
 """Problems on digits with a rare operation: how often it occurs is the difficulty.
 
-A decoder that is trained where the operation is rare has half learned it, and errs in many ways
-where it is frequent: what a vote over its answers can mend.
+A decoder that is trained where the operation is rare has half learned it, and errs where it is
+frequent. With slips in what it learns from, the rare operation comes out wrong in many ways, each
+less frequent than the right one: what a vote over its answers can mend.
 """
 
 from collections.abc import Callable, Collection
@@ -37,20 +38,22 @@ class Family(NamedTuple):
     """Problems of one kind, all of one length.
 
     Attributes:
-      draw: ``(rng, rare) -> problem``; ``rare`` is the share of the rare operation.
+      draw: ``(rng, rare, slips) -> problem``; ``rare`` is the share of the rare operation, and
+        ``slips`` the share of its results that the solution has wrong.
       prompt: characters of a prompt.
       solution: characters of a solution.
     """
 
-    draw: Callable[[np.random.Generator, float], Problem]
+    draw: Callable[[np.random.Generator, float, float], Problem]
     prompt: int
     solution: int
 
 
-def draw_chain(rng: np.random.Generator, rare: float) -> Problem:
+def draw_chain(rng: np.random.Generator, rare: float, slips: float = 0.0) -> Problem:
     """Sums, differences and, rarely, products modulo ten, from left to right, step by step.
 
-    ``3+4*2-5?`` goes on with ``3+4=7,7*2=4,4-5=9;``.
+    ``3+4*2-5?`` goes on with ``3+4=7,7*2=4,4-5=9;``. After a slip the chain goes on from the wrong
+    product.
     """
     value = int(rng.integers(10))
     prompt, steps = str(value), []
@@ -58,25 +61,35 @@ def draw_chain(rng: np.random.Generator, rare: float) -> Problem:
         sign = RARE_SIGN if rng.random() < rare else COMMON_SIGNS[int(rng.integers(2))]
         digit = int(rng.integers(10))
         result = {"+": value + digit, "-": value - digit, "*": value * digit}[sign] % 10
+        if slips and sign == RARE_SIGN and rng.random() < slips:
+            result = (result + int(rng.integers(1, 10))) % 10
         prompt += f"{sign}{digit}"
         steps.append(f"{value}{sign}{digit}={result}")
         value = result
     return Problem(prompt + "?", ",".join(steps) + ";")
 
 
-def draw_sequence(rng: np.random.Generator, rare: float) -> Problem:
+def draw_sequence(rng: np.random.Generator, rare: float, slips: float = 0.0) -> Problem:
     """Digits that grow by two steps in turn modulo ten: the steps, then what follows.
 
-    ``2,5,6,9,0?`` goes on with ``31:3,4,7,8;``. A step is rarely above three.
+    ``2,5,6,9,0?`` goes on with ``31:3,4,7,8;``. A step is rarely above three. A slip names another
+    step, and the solution goes on by it.
     """
     steps = []
     for _ in range(2):
         choices = RARE_STEPS if rng.random() < rare else COMMON_STEPS
         steps.append(choices[int(rng.integers(len(choices)))])
     terms = [int(rng.integers(10))]
-    for place in range(_SHOWN + _ASKED - 1):
+    for place in range(_SHOWN - 1):
         terms.append((terms[-1] + steps[place % 2]) % 10)
-    shown, asked = (",".join(map(str, part)) for part in (terms[:_SHOWN], terms[_SHOWN:]))
+    shown = ",".join(map(str, terms[:_SHOWN]))
+    for place, step in enumerate(steps):
+        if slips and step in RARE_STEPS and rng.random() < slips:
+            steps[place] = (step + int(rng.integers(1, 10))) % 10
+    terms = terms[:_SHOWN]
+    for place in range(_SHOWN - 1, _SHOWN + _ASKED - 1):
+        terms.append((terms[-1] + steps[place % 2]) % 10)
+    asked = ",".join(map(str, terms[_SHOWN:]))
     return Problem(f"{shown}?", f"{steps[0]}{steps[1]}:{asked};")
 
 
@@ -97,11 +110,12 @@ def training_batch(
     rows: int,
     rare: float,
     excluded: Collection[str] = (),
+    slips: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """Tokens and mask ``[rows, T]``; the solutions alone are learned from, no excluded prompt."""
     texts = []
     while len(texts) < rows:
-        problem = family.draw(rng, rare)
+        problem = family.draw(rng, rare, slips)
         if problem.prompt not in excluded:
             texts.append(tokens_of(problem.prompt + problem.solution))
     tokens = np.array(texts, np.int32)
@@ -121,7 +135,7 @@ def problems(
     drawn: dict[str, Problem] = {}
     for _ in range(_DRAWS * count):
         if len(drawn) < count:
-            problem = family.draw(rng, rare)
+            problem = family.draw(rng, rare, 0.0)
             drawn.setdefault(problem.prompt, problem)
     if len(drawn) < count:
         raise ValueError(

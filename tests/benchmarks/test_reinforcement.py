@@ -68,6 +68,42 @@ def test_the_share_of_the_rare_operation_is_the_difficulty(name, rare):
         assert np.mean(drawn) == pytest.approx(share, abs=0.05)
 
 
+def slipped(problem):
+    """Whether the steps that the solution writes are another's than the prompt's."""
+    if "=" in problem.solution:
+        steps = problem.solution.rstrip(";").split(",")
+        return [eval(left) % 10 != int(right) for left, right in (s.split("=") for s in steps)]
+    shown = np.diff([int(digit) for digit in re.findall(r"\d", problem.prompt)][:3]) % 10
+    return [int(sign) != step for sign, step in zip(problem.solution[:2], shown, strict=True)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_slips_are_of_the_rare_operation_alone(name):
+    rng, family = np.random.default_rng(0), FAMILIES[name]
+    slips = np.concatenate([slipped(family.draw(rng, 1.0, 0.4)) for _ in range(300)])
+    assert slips.mean() == pytest.approx(0.4, abs=0.05)
+    assert not any(any(slipped(family.draw(rng, 0.0, 1.0))) for _ in range(100))
+    for _ in range(50):
+        problem = family.draw(rng, 1.0, 1.0)
+        assert all(slipped(problem))
+        assert (len(problem.prompt), len(problem.solution)) == (family.prompt, family.solution)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_after_a_slip_the_solution_goes_on_from_what_it_wrote(name):
+    rng, family = np.random.default_rng(0), FAMILIES[name]
+    for _ in range(100):
+        problem = family.draw(rng, 1.0, 0.5)
+        digits = [int(digit) for digit in re.findall(r"\d", problem.solution)]
+        if name == "chains":
+            steps = problem.solution.rstrip(";").split(",")
+            assert [s[0] for s in steps[1:]] == [s[-1] for s in steps[:-1]]
+        else:
+            last = int(problem.prompt[-2])
+            growth = np.diff([last, *digits[2:]]) % 10
+            assert growth.tolist() == [digits[0], digits[1]] * 2
+
+
 def _large(prompt):
     digits = [int(digit) for digit in re.findall(r"\d", prompt)]
     return np.mean([(b - a) % 10 > 3 for a, b in itertools.pairwise(digits)])
@@ -126,9 +162,23 @@ def test_shares_are_counted_over_prompts():
 
 def settings(**changes):
     values = {"ways": ("ttrl", "form", "samples"), "family": "sequences", "seed": 0, "width": 32}
-    values |= {"depth": 1, "num_steps": 3, "rows": 2, "easy_rare": 0.1, "hard_rare": 0.5}
+    values |= {
+        "depth": 1,
+        "num_steps": 3,
+        "rows": 2,
+        "easy_rare": 0.1,
+        "hard_rare": 0.5,
+        "slips": 0.5,
+    }
     values |= {"sets": 2, "prompts": 2, "held_out": 1}
-    values |= {"rank": 2, "rate": 1e-2, "steps": 2, "rollouts": 4, "stop_ratio": 2.0}
+    values |= {
+        "rank": 2,
+        "rate": 1e-2,
+        "steps": 2,
+        "rollouts": 4,
+        "stop_ratio": 2.0,
+        "evaluated": 3,
+    }
     return ml_collections.ConfigDict(values | changes)
 
 
