@@ -15,7 +15,9 @@ SIZES = dict(vocabulary=VOCABULARY, width=WIDTH, depth=DEPTH, heads=HEADS, mlp_w
 MODULES = {
     "linear": models.Decoder(**SIZES, mixer="ttt_linear", chunk_size=4),
     "linear mamba": models.Decoder(**SIZES, mixer="ttt_linear", backbone="mamba", chunk_size=4),
-    "mlp": models.Decoder(**SIZES, mixer="ttt_mlp", backbone="mamba", chunk_size=4),
+    "mlp": models.Decoder(
+        **SIZES, mixer="ttt_mlp", backbone="mamba", chunk_size=4, pre_convolution=True
+    ),
 }
 EVERY = pytest.mark.parametrize("name", MODULES)
 DOCUMENT = np.random.default_rng(5).integers(0, VOCABULARY, (2, TOKENS)).astype(np.int32)
@@ -168,7 +170,8 @@ def test_parameters_are_as_many_as_the_formulas_say():
     }
     for name, module in MODULES.items():
         mixing = 4 * inner + rate + norms + 4 + taps[module.backbone] + fast[module.mixer]
-        total = VOCABULARY * WIDTH + WIDTH + DEPTH * (block + mixing)
+        before = 6 * WIDTH if module.pre_convolution else 0
+        total = VOCABULARY * WIDTH + WIDTH + DEPTH * (block + before + mixing)
         assert sum(leaf.size for leaf in jax.tree.leaves(VARIABLES[name])) == total
 
 

@@ -39,7 +39,7 @@ def check(module: Any) -> None:
             _arguments.count(),
         ),
         **dict.fromkeys(_BASES, _arguments.number(0.0, above=True)),
-        **dict.fromkeys([*_FLAGS, "remat", "cache_gradients"], _arguments.flag),
+        **dict.fromkeys([*_FLAGS, "remat", "cache_gradients", "pre_convolution"], _arguments.flag),
         epsilon=_arguments.number(0.0),
         sinks=_arguments.count(0),
     )
@@ -86,6 +86,11 @@ def _check_heads(module: Any) -> None:
 
 def _check_mixer(module: Any) -> None:
     if module.mixer == "attention":
+        if module.pre_convolution:
+            raise ValueError(
+                "pre_convolution is of TTT layers, and mixer='attention' has none; got "
+                "pre_convolution=True: leave it out, or choose mixer='ttt_linear' or 'ttt_mlp'."
+            )
         return
     for name, usual in _ATTENTION.items():
         if (value := getattr(module, name)) != usual:

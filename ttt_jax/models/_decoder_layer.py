@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ttt_jax.kernels.attention.cached import Reach, attend_cached
 from ttt_jax.kernels.attention.masked import attend_masked
 from ttt_jax.models import rotary
-from ttt_jax.models._ttt_mixer import Learner, Reading, mix
+from ttt_jax.models._ttt_mixer import Learner, PreConvolution, Reading, mix
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": nn.silu, "gelu": nn.gelu}
 """Gates of the MLP: SwiGLU, and GeGLU in its tanh form."""
@@ -100,7 +100,10 @@ class Linear(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention or a TTT layer, with a cache, then a gated MLP, each added to its input."""
+    """Attention or a TTT layer, with a cache, then a gated MLP, each added to its input.
+
+    Before a TTT layer there may be a convolution, which is added, too.
+    """
 
     sizes: Sizes
 
@@ -112,19 +115,25 @@ class DecoderLayer(nn.Module):
 
         Args:
           x: ``[N, T, width]``.
-          held: keys and values of the cache, each ``[N, S, K, D]``, or the state of the TTT layer,
-            or None.
+          held: keys and values of the cache, each ``[N, S, K, D]``, or the state of the TTT layer
+            and the taps of the convolution before it (None without one), or None.
           local: bool scalar, whether this layer sees nearby tokens alone.
           shared: of the call; a :class:`Reading` for a TTT layer.
 
         Returns:
           ``[N, T, width]``, and the tokens' own keys (before rotation) and values
-          ``[N, T, K, D]``, or the state after them, or None without a cache.
+          ``[N, T, K, D]``, or the state and the taps after them, or None without a cache.
         """
         sizes = self.sizes
         if isinstance(shared, Reading):
             learner = cast(Learner, sizes.learner)
-            mixed, rows = mix(learner, self._norm("ttt_norm")(x), held, shared)
+            state, taps = (None, None) if held is None else held
+            if learner.pre_convolution:
+                first = PreConvolution(sizes.dtype, name="pre_conv")
+                convolved, taps = first(self._norm("pre_conv_norm")(x), taps, shared)
+                x = x + convolved
+            mixed, state = mix(learner, self._norm("ttt_norm")(x), state, shared)
+            rows = None if held is None else (state, taps)
         else:
             mixed, rows = Attention(sizes, name="attention")(
                 self._norm("attention_norm")(x), held, local, shared

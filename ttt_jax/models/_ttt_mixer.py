@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.layers import LayerCache
+from ttt_jax.layers import LayerCache, _backbones
+from ttt_jax.layers._modules import CONV_WIDTH
 from ttt_jax.layers.linen import TTTMLP, TTTLinear
 from ttt_jax.models.cache import States
 
@@ -14,8 +15,15 @@ MIXERS: dict[str, Any] = {"attention": None, "ttt_linear": TTTLinear, "ttt_mlp":
 """What mixes tokens, by name; None for attention."""
 
 
+# Of the block around the layer.
+_AROUND = ("mixer", "pre_convolution")
+
+
 class Learner(NamedTuple):
-    """Settings of a TTT layer in a decoder; see :class:`ttt_jax.layers.TTTLinear`."""
+    """Settings of a TTT layer in a decoder; see :class:`ttt_jax.layers.TTTLinear`.
+
+    ``pre_convolution`` is whether a :class:`PreConvolution` stands before it.
+    """
 
     mixer: str
     width: int
@@ -25,12 +33,14 @@ class Learner(NamedTuple):
     chunk_size: int
     rope_base: float
     form: str
+    pre_convolution: bool
     dtype: Any
 
     def module(self, **more: Any) -> nn.Module:
         """The layer."""
         kind = MIXERS[self.mixer]
-        made: nn.Module = kind(**{n: v for n, v in self._asdict().items() if n != "mixer"}, **more)
+        own = {name: value for name, value in self._asdict().items() if name not in _AROUND}
+        made: nn.Module = kind(**own, **more)
         return made
 
     def empty(self, depth: int, batch: int) -> States:
@@ -43,7 +53,10 @@ class Learner(NamedTuple):
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros((depth, *leaf.shape), leaf.dtype), jax.eval_shape(cache)
         )
-        return States(zeros, jnp.zeros(batch, jnp.int32))
+        taps = None
+        if self.pre_convolution:
+            taps = jnp.zeros((depth, batch, CONV_WIDTH - 1, self.width), self.dtype)
+        return States(zeros, jnp.zeros(batch, jnp.int32), taps)
 
 
 class Order(NamedTuple):
@@ -106,3 +119,42 @@ def mix(learner: Learner, x: jax.Array, held: LayerCache | None, reading: Readin
         return jnp.where(fresh.reshape(-1, *(1,) * (leaf.ndim - 1)), first, leaf)
 
     return layer(x, mask=reading.real, cache=jax.tree.map(begun, start, held))
+
+
+class PreConvolution(nn.Module):
+    """The convolution before a TTT layer: causal, of each channel, four tokens wide."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, taps: jax.Array | None, reading: Reading
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Convolves tokens in the order in which a state reads them.
+
+        Args:
+          x: ``[N, T, width]``, normalized.
+          taps: ``[N, 3, width]``, what came before, of no meaning for a fresh sequence; None
+            without a cache.
+          reading: of the call.
+
+        Returns:
+          ``[N, T, width]``, and the taps after the tokens; None without a cache.
+        """
+        batch, tokens, width = x.shape
+        normal, zeros = nn.initializers.normal(CONV_WIDTH**-0.5), nn.initializers.zeros
+        kernel = self.param("kernel", normal, (CONV_WIDTH, width), jnp.float32)
+        bias = self.param("bias", zeros, (width,), jnp.float32)
+        start = jnp.zeros((batch, CONV_WIDTH - 1, width), x.dtype)
+        if taps is not None:
+            start = jnp.where(reading.fresh[:, None, None], start, taps)
+        run = _backbones.beginnings(reading.segments, jnp.zeros(batch, jnp.int32), tokens)
+        out = _backbones.convolved(
+            x, start, run, kernel.astype(self.dtype), bias.astype(self.dtype)
+        )
+        if taps is None:
+            return out, None
+        lengths = jnp.full(batch, tokens, jnp.int32)
+        if reading.real is not None:
+            lengths = reading.real.sum(-1, dtype=jnp.int32)
+        return out, _backbones.later_taps(x, start, lengths).astype(taps.dtype)

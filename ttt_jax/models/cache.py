@@ -62,10 +62,13 @@ class States(NamedTuple):
       layers: a :class:`~ttt_jax.layers.LayerCache` whose leaves have leading axes ``[L, N]``; of no
         meaning for a sequence without tokens, which begins from the parameters.
       length: int32 ``[N]``, the position that the next token has.
+      taps: the last inputs of the convolutions before the layers, ``[L, N, 3, width]``; None
+        without ``pre_convolution``.
     """
 
     layers: LayerCache
     length: jax.Array
+    taps: jax.Array | None = None
 
 
 def put(cache: Any, rows: Any, kept: jax.Array | bool = True) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ttt_jax.kernels.attention import form_of
 from ttt_jax.kernels.attention.cached import sees
-from ttt_jax.models import _decoder_checks, cache as caches, rotary
+from ttt_jax.models import _decoder_checks, _logits, cache as caches, rotary
 from ttt_jax.models._decoder_layer import DecoderLayer, Shared, Sizes, View
 from ttt_jax.models._ttt_mixer import Learner, Reading, order_of, ordered
 from ttt_jax.models.cache import Cache, States
@@ -71,6 +71,8 @@ class Decoder(nn.Module):
       backbone: of a TTT layer, ``"transformer"`` or ``"mamba"``.
       chunk_size: of a TTT layer, tokens that are learned from one set of weights.
       form: of a TTT layer, see :func:`ttt_jax.layers.ttt_linear`.
+      pre_convolution: of a TTT layer, whether ``x + conv(RMSNorm(x))`` comes before it: a causal
+        convolution of each channel over the residual stream, width 4.
 
     Logits have a rule of their own for reverse mode alone: ``jax.jvp`` is refused by JAX. Second
     derivatives, forward or reverse over reverse, need ``attention="xla"``.
@@ -118,6 +120,7 @@ class Decoder(nn.Module):
     backbone: str = "transformer"
     chunk_size: int = 16
     form: str = "auto"
+    pre_convolution: bool = False
 
     def __post_init__(self) -> None:
         _decoder_checks.check(self)
@@ -175,12 +178,13 @@ class Decoder(nn.Module):
         real = positions >= 0 if given and x.shape[1] == 1 else order.real
         length = jnp.zeros(len(x), jnp.int32) if cache is None else cache.length
         reading = Reading(ordered(segments, order.there), real, length == 0)
-        held = None if cache is None else cache.layers
+        held = None if cache is None else (cache.layers, cache.taps)
         x, made = self._stack(ordered(x, order.there), held, reading)
         logits = self._head(ordered(x, order.back), embedding)
         if cache is None:
             return logits
-        return logits, States(made, jnp.maximum(length, positions.max(-1) + 1))
+        layers, taps = made
+        return logits, States(layers, jnp.maximum(length, positions.max(-1) + 1), taps)
 
     def _stack(self, x: jax.Array, held: Any, shared: Shared | Reading) -> tuple[jax.Array, Any]:
         """All layers, and what they made for the cache."""
@@ -207,13 +211,14 @@ class Decoder(nn.Module):
         if not self.tied:
             shape = (self.vocabulary, self.width)
             head = self.param("head", nn.initializers.normal(0.02), shape, jnp.float32)
-        return _logits(x, head.astype(self.dtype))
+        return _logits.of(x, head.astype(self.dtype))
 
     def empty_cache(self, batch: int, tokens: int, chunk: int = 1) -> Any:
         """A cache without tokens, of the compute dtype; needs no parameters.
 
         With attention a :class:`~ttt_jax.models.cache.Cache`, with TTT layers
-        :class:`~ttt_jax.models.cache.States`, of float32, whatever ``tokens`` and ``chunk`` are.
+        :class:`~ttt_jax.models.cache.States`, whatever ``tokens`` and ``chunk`` are: fast weights
+        of float32, inputs of convolutions of the compute dtype.
 
         Args:
           batch: N, sequences.
@@ -243,6 +248,7 @@ class Decoder(nn.Module):
             chunk_size=self.chunk_size,
             rope_base=self.rope_base,
             form=self.form,
+            pre_convolution=self.pre_convolution,
             dtype=self.dtype,
         )
 
@@ -361,30 +367,3 @@ def _parts(
             index = index + cache.length[:, None]
         positions = index
     return tokens, positions, segments
-
-
-def _products(x: jax.Array, head: jax.Array) -> jax.Array:
-    """``[N, T, width], [V, width] -> float32 [N, T, V]``, summed in float32; float64 stays so."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jax.lax.dot_general(
-        x, head, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide
-    )
-
-
-_logits = jax.custom_vjp(_products)
-
-
-def _logits_forward(x: jax.Array, head: jax.Array) -> Any:
-    # Not by the rule itself, which has no forward mode: this is differentiated once more.
-    return _products(x, head), (x, head)
-
-
-def _logits_backward(kept: Any, cotangent: jax.Array) -> Any:
-    # In the compute dtype: as a float32 product it is several times as slow on matrix units.
-    x, head = kept
-    narrow = cotangent.astype(x.dtype)
-    rows, flat = narrow.reshape(-1, narrow.shape[-1]), x.reshape(-1, x.shape[-1])
-    return narrow @ head, (rows.T @ flat).astype(head.dtype)
-
-
-_logits.defvjp(_logits_forward, _logits_backward)
