@@ -135,6 +135,7 @@ def reinforce(
         "num_rollouts": settings.rollouts,
         "num_trained": settings.rollouts // 2,
         "stop_ratio": settings.stop_ratio,
+        "min_consensus": settings.min_consensus,
         "truth": lambda x: x["truth"],
         "num_evaluated": settings.evaluated
         + (way == "samples") * settings.steps * settings.rollouts,
@@ -220,6 +221,9 @@ if __name__ == "__main__":
         "steps": flags.DEFINE_integer("steps", 30, "Steps of reinforcement.", 0),
         "rollouts": flags.DEFINE_integer("rollouts", 64, "Continuations of a prompt.", 2),
         "evaluated": flags.DEFINE_integer("evaluated", 64, "Continuations before and after.", 1),
+        "min_consensus": flags.DEFINE_float(
+            "min_consensus", 0.0, "Votes of a label at least.", 0.0, 1.0
+        ),
         "stop_ratio": flags.DEFINE_float("stop_ratio", 2.0, "See methods.ttrl.", 0.0),
     }
     flags.mark_flag_as_required("out")

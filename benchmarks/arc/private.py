@@ -20,6 +20,7 @@ from benchmarks.arc import answers
 from ttt_jax import losses, methods, models, select, votes
 from ttt_jax.data import grid_sequences
 from ttt_jax.data.few_shot import FewShotTask
+from ttt_jax.models.low_rank import narrow_factors
 from ttt_jax.views import grid_arrays
 
 # The task's own vectors, too: a decoder that never saw a task has drawn ones for it. A copy has the
@@ -114,7 +115,7 @@ def prepared(net: models.GridDecoder, params: Any, settings: Settings, seed: int
     @jax.jit
     def run(params: Any, x: Any, keys: Any, rate: Any) -> Any:
         learning = methods.few_shot_adapter(
-            net.apply,
+            lambda params, batch: net.apply(narrow_factors(params, net.dtype), batch),
             optimizer=optimizer_of(rate, settings.vector_factor),
             select=SELECTED,
             num_steps=settings.num_steps,
@@ -246,7 +247,10 @@ def answer(
         jobs[job.item.tag[0]].append(job)
     due = [max(job.due for job in each) for each in jobs]
     for least, slots in zip((0, *answers.BUCKETS), answers.BUCKETS, strict=False):
-        bucket = [place for place in range(len(queries)) if least < due[place] <= slots]
+        # The longest of a call decides how many steps it has.
+        bucket = sorted(
+            (n for n in range(len(queries)) if least < due[n] <= slots), key=due.__getitem__
+        )
         count = max(1, cache_tokens // (slots * num_views))
         run = _completion(copies, slots)
         for begin in range(0, len(bucket), count):
@@ -277,7 +281,7 @@ def _completion(copies: Copies, slots: int) -> Callable[[Any, Any], Any]:
     @jax.jit
     def run(fast: Any, inputs: Any) -> Any:
         def query(fast: Any, inputs: Any) -> jax.Array:
-            params = SELECTED.merge(fast, frozen)
+            params = narrow_factors(SELECTED.merge(fast, frozen), net.dtype)
             return models.complete_grids(net, params, inputs, slots=slots, num_tokens=slots).tokens
 
         return jax.vmap(query)(fast, inputs)
@@ -313,7 +317,8 @@ def score(
     @jax.jit
     def nats(fast: Any, batch: Any) -> jax.Array:
         def row(fast: Any, batch: Any) -> jax.Array:
-            logits = net.apply(SELECTED.merge(fast, frozen), batch)
+            params = narrow_factors(SELECTED.merge(fast, frozen), net.dtype)
+            logits = net.apply(params, batch)
             return losses.sequence_sums(logits, batch).nats
 
         return jax.vmap(row)(fast, batch)
