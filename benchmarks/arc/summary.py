@@ -105,13 +105,30 @@ def gap(rows: Sequence[Row], others: Sequence[Row], rule: str) -> Interval:
     return interval(np.array([float(first[task]) - float(second[task]) for task in common]))
 
 
+def total(record: Mapping[str, Any], rule: str = "experts", private: bool = False) -> float:
+    """Tasks that a rule solves in two attempts, by the private copies where wanted."""
+    rows = record["private"]["rows"] if private else record["rows"]
+    return float(sum(solved(rows, rule).values()))
+
+
+def private_total(record: Mapping[str, Any]) -> float:
+    """:func:`total` of the private copies."""
+    return total(record, private=True)
+
+
+def minutes(record: Mapping[str, Any]) -> float:
+    """From the start of the program to the scores, without private copies."""
+    parts = ("data", "training", "decoding", "scoring")
+    return sum(float(record["seconds"][part]) for part in parts) / 60
+
+
 def lines(record: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> list[str]:
     """The text of a record, and of its difference from the first one."""
     config = record["config"]
     training = "isolated" if config["isolated"] else "joint"
     made = [
         f"{config['version']} {training}, seed {config['seed']}, {config['num_steps']} steps, "
-        f"{record['seconds']['all'] / 60:.1f} minutes of one {record['device']}"
+        f"{minutes(record):.1f} minutes of one {record['device']}"
     ]
     parts = {"": record["rows"]}
     if "private" in record:

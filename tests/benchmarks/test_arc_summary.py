@@ -77,7 +77,8 @@ def test_the_text_has_every_rule_and_the_difference(tmp_path, capsys):
     record = {
         "config": {"version": "arcagi1", "isolated": False, "seed": 0, "num_steps": 5},
         "device": "card",
-        "seconds": {"all": 90.0},
+        # What private copies took is no part of the minutes to the scores.
+        "seconds": {"data": 5, "training": 60, "decoding": 15, "scoring": 10, "all": 300},
         "solved": {"votes": 1, "experts": 2, "oracle": 2},
         "rows": ROWS,
     }
@@ -89,6 +90,10 @@ def test_the_text_has_every_rule_and_the_difference(tmp_path, capsys):
     assert "votes: 1 [" in text and "experts: 2 [" in text and "of 3" in text
     assert "less the first record, experts: 0 [0, 0]" in text
     early.write_text(json.dumps(record | {"rows": []}))
+    assert summary.total(record) == 2 and summary.total(record, "votes") == 1
+    assert summary.private_total(record | {"private": {"rows": ROWS[:1]}}) == summary.total(
+        {"rows": ROWS[:1]}
+    )
     with pytest.raises(launch.UserError, match="must have answers"):
         summary.main([str(early)])
     with pytest.raises(launch.UserError, match="needs the files"):
