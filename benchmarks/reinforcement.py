@@ -98,7 +98,7 @@ WAYS = {
 
 
 def shares(generated: Any, truth: np.ndarray) -> dict[str, float]:
-    """Right continuations (pass@1) and right votes, means over the prompts of all sets."""
+    """Right continuations (pass@1), right votes and the most frequent answer, over all prompts."""
     tokens = jax.tree.map(lambda leaf: np.asarray(leaf), generated)
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tokens)
     made = jax.vmap(lambda g: answer(None, g))(flat)
@@ -110,6 +110,8 @@ def shares(generated: Any, truth: np.ndarray) -> dict[str, float]:
         "right": float(right.mean()),
         "votes_right": float((vote == truth.reshape(-1)).mean()),
         "no_answer": float((values < 0).mean()),
+        # All answers alike are a collapse that agreement alone does not show.
+        "most_frequent": float(counts.sum(0).max() / values.size),
     }
 
 

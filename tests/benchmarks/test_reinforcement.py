@@ -157,6 +157,7 @@ def test_shares_are_counted_over_prompts():
         "right": pytest.approx(3 / 9),
         "votes_right": pytest.approx(1 / 3),
         "no_answer": pytest.approx(3 / 9),
+        "most_frequent": pytest.approx(2 / 9),
     }
 
 
