@@ -114,3 +114,17 @@ def test_factors_beside_factors_are_refused(narrow):
     net, params = narrow
     with pytest.raises(ValueError, match=r"without low-rank leaves.*lora_a'?: name all paths"):
         models.low_rank(net, params, KEY, TOKENS, rank=2, alpha=2.0, paths=".*/up")
+
+
+def test_fast_weights_have_no_factors_and_projections_beside_them_do():
+    net = models.Decoder(vocabulary=9, width=8, depth=1, heads=2, mixer="ttt_linear", chunk_size=4)
+    tokens = np.arange(6, dtype=np.int32)[None]
+    params = jax.jit(net.init)(KEY, tokens)
+    given = {"rank": 2, "alpha": 2.0}
+    with pytest.raises(ValueError, match=r"outside of a loop; got \['\.\*'\].*'\.\*ttt/\.\*'"):
+        models.low_rank(net, params, KEY, tokens, paths=[".*"], **given)
+    wide, leaves = models.low_rank(net, params, KEY, tokens, paths=[".*ttt/.*"], **given)
+    made = {path for path in traverse_util.flatten_dict(leaves, sep="/") if "_lora_a" in path}
+    assert made and all("/ttt/" in path for path in made)
+    logits = [jax.jit(each.apply)(p, tokens) for each, p in ((net, params), (wide, leaves))]
+    np.testing.assert_array_equal(*logits)

@@ -61,8 +61,9 @@ def low_rank(
 
     Raises:
       ImportError: ``qwix`` is missing.
-      ValueError: an argument out of range, no module with a path that matches, or variables that
-        have low-rank leaves already.
+      ValueError: an argument out of range, no module with a path that matches, one that multiplies
+        parameters in a loop (the fast weights of a TTT layer), or variables that have low-rank
+        leaves already.
 
     References:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, Eq. 3.
@@ -82,8 +83,15 @@ def low_rank(
         flat = traverse_util.flatten_dict(widened.init(key, inputs), sep="/")
         return {path: leaf for path, leaf in flat.items() if re.search("_lora_[ab]$", path)}
 
-    # Compiled, so that the values of the base, which nobody asks for, are not computed.
-    made = jax.jit(factors)(key)
+    try:
+        # Compiled, so that the values of the base, which nobody asks for, are not computed.
+        made = jax.jit(factors)(key)
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+            "low_rank needs paths of modules that multiply their kernels outside of a loop; got "
+            f"{paths!r}, among them one that does not, as a TTT layer with its fast weights: name "
+            "projections, such as '.*ttt/.*' of one."
+        ) from error
     if not made:
         known = sorted(
             path.removesuffix("/kernel").partition("/")[2]
