@@ -208,25 +208,25 @@ if __name__ == "__main__":
         "family": flags.DEFINE_string("family", "chains", "Which problems."),
         "ways": flags.DEFINE_list("ways", list(WAYS), "Which rewards."),
         "seed": flags.DEFINE_integer("seed", 0, "Of weights, problems and rollouts.", 0),
-        "width": flags.DEFINE_integer("width", 128, "Of the decoder; a multiple of 32.", 32),
-        "depth": flags.DEFINE_integer("depth", 4, "Layers.", 1),
-        "num_steps": flags.DEFINE_integer("num_steps", 3000, "Of the training.", 1),
+        "width": flags.DEFINE_integer("width", 64, "Of the decoder; a multiple of 32.", 32),
+        "depth": flags.DEFINE_integer("depth", 2, "Layers.", 1),
+        "num_steps": flags.DEFINE_integer("num_steps", 5000, "Of the training.", 1),
         "rows": flags.DEFINE_integer("rows", 128, "Problems of a training step.", 1),
-        "easy_rare": flags.DEFINE_float("easy_rare", 0.02, "Share in the training.", 0.0, 1.0),
-        "hard_rare": flags.DEFINE_float("hard_rare", 0.5, "Share in what is asked.", 0.0, 1.0),
-        "slips": flags.DEFINE_float("slips", 0.0, "Share of rare steps learned wrong.", 0.0, 1.0),
+        "easy_rare": flags.DEFINE_float("easy_rare", 0.3, "Share in the training.", 0.0, 1.0),
+        "hard_rare": flags.DEFINE_float("hard_rare", 0.7, "Share in what is asked.", 0.0, 1.0),
+        "slips": flags.DEFINE_float("slips", 0.6, "Share of rare steps learned wrong.", 0.0, 1.0),
         "sets": flags.DEFINE_integer("sets", 1, "Sets of prompts, each with a copy.", 1),
         "prompts": flags.DEFINE_integer("prompts", 256, "Prompts of a set.", 1),
-        "held_out": flags.DEFINE_integer("held_out", 64, "Further prompts of a set.", 1),
+        "held_out": flags.DEFINE_integer("held_out", 256, "Further prompts of a set.", 1),
         "rank": flags.DEFINE_integer("rank", 8, "Of a copy.", 1),
         "rate": flags.DEFINE_float("rate", 1e-3, "Step size.", 0.0),
         "steps": flags.DEFINE_integer("steps", 30, "Steps of reinforcement.", 0),
-        "rollouts": flags.DEFINE_integer("rollouts", 64, "Continuations of a prompt.", 2),
+        "rollouts": flags.DEFINE_integer("rollouts", 32, "Continuations of a prompt.", 2),
         "evaluated": flags.DEFINE_integer("evaluated", 64, "Continuations before and after.", 1),
         "min_consensus": flags.DEFINE_float(
-            "min_consensus", 0.0, "Votes of a label at least.", 0.0, 1.0
+            "min_consensus", 0.4, "Votes of a label at least.", 0.0, 1.0
         ),
-        "stop_ratio": flags.DEFINE_float("stop_ratio", 2.0, "See methods.ttrl.", 0.0),
+        "stop_ratio": flags.DEFINE_float("stop_ratio", 0.97, "See methods.ttrl.", 0.0),
     }
     flags.mark_flag_as_required("out")
     options.start(run, _FLAGS)
