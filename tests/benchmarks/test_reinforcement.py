@@ -179,6 +179,7 @@ def settings(**changes):
         "rollouts": 4,
         "stop_ratio": 2.0,
         "evaluated": 3,
+        "min_consensus": 0.1,
     }
     return ml_collections.ConfigDict(values | changes)
 
