@@ -15,6 +15,7 @@ token of every sequence, beside the bandwidth of reading and writing the state, 
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ class Work(NamedTuple):
 WORKS = {"long": Work(4, 8192, 16, 64), "many": Work(64, 1024, 16, 64)}
 SMOKE = {"long": Work(1, 48, 2, 16), "many": Work(2, 16, 2, 16)}
 _SMOKE_SETTINGS = {
-    "configurations": ("split_two",),
+    "configurations": ("split_read_two",),
     "spacings": ("2",),
     "lengths": ("16",),
     "works": ("long",),
@@ -156,12 +157,16 @@ def reference(work: Work, chunk: int, dtype: Any) -> tuple[layer.Operands, jax.A
 
 
 def errors_of(function: Any, work: Work, chunk: int, dtype: Any) -> dict[str, float]:
-    """Relative, of the outputs and the nine gradients, beside XLA in float32."""
+    """Relative, of the outputs and the nine gradients, beside XLA in float32.
+
+    ``forward`` are the outputs where no gradient follows: those of another program.
+    """
     operands, dout, due = reference(work, chunk, dtype)
-    found = jax.jit(with_gradients(function))(operands, dout)
+    found = jax.jit(function)(operands), *jax.jit(with_gradients(function))(operands, dout)
     errors = {}
-    leaves = zip(jax.tree.leaves(found), jax.tree.leaves(due), strict=True)
-    for name, (ours, exact) in zip(("out", *layer.Operands._fields), leaves, strict=True):
+    leaves = zip(jax.tree.leaves(found), jax.tree.leaves((due[0], *due)), strict=True)
+    names = "forward", "out", *layer.Operands._fields
+    for name, (ours, exact) in zip(names, leaves, strict=True):
         error = jnp.linalg.norm((ours.astype(jnp.float32) - exact).ravel())
         # A nan is over no limit.
         relative = jnp.nan_to_num(error / jnp.linalg.norm(exact.ravel()), nan=jnp.inf)
@@ -226,11 +231,12 @@ def fla_row(way: str, work: Work, settings: Any) -> dict[str, Any]:
 
 
 def shape_row(shape: Shape, settings: Any) -> dict[str, Any]:
-    """Errors of the configurations that are chosen for few and many heads."""
+    """Errors of the configurations that are chosen, for few and many heads."""
+    cases = itertools.product((1, 1 << 16), (False, True))
     work = Work(4, settings.checked_tokens, 4, shape.width)
     found = {
         name: errors_of(functools.partial(kernels, configuration=name), work, *shape[1:])
-        for name in dict.fromkeys((limits.chosen(1), limits.chosen(1 << 16)))
+        for name in sorted({limits.chosen(*case) for case in cases})
     }
     worst = max(max(errors.values()) for errors in found.values())
     return {"errors": found, "worst": worst, "right": worst <= LIMIT}
@@ -334,7 +340,10 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     record = provenance.of(settings) | {"rows": []}
     record["versions"] |= {name: provenance.version(name) for name in ("torch", "fla-core")}
     programs = {name: work.batch * work.heads for name, work in WORKS.items()}
-    record["chosen"] = {name: limits.chosen(count) for name, count in programs.items()}
+    record["chosen"] = {
+        name: {"forward": limits.chosen(count, False), "both": limits.chosen(count, True)}
+        for name, count in programs.items()
+    }
     for row in rows_of(settings):
         record["rows"].append(row)
         launch.write_json(path, record)

@@ -37,7 +37,7 @@ def test_what_runs_is_timed_and_what_does_not_says_why(tmp_path, capsys):
     assert json.loads((tmp_path / "l.json").read_text())["rows"] == record["rows"]
     rows = {row["part"]: row for row in record["rows"]}
     kernels = rows["kernels"]
-    assert set(kernels["errors"]) == {"out", *layers.layer.Operands._fields}
+    assert set(kernels["errors"]) == {"forward", "out", *layers.layer.Operands._fields}
     assert 1e-4 < kernels["errors"]["out"] and kernels["right"]
     assert min(kernels[name] for name in ("forward_ms", "both_ms", "compile_seconds")) > 0
     assert rows["decode"]["step_ms"] > 0 and rows["decode"]["of_copy"] > 0

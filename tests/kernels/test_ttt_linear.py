@@ -91,9 +91,9 @@ def reference(tokens, dtype):
 # all kept and not, with and without prefetch.
 CASES = [
     ("two", 4, jnp.float32),
-    ("split_two", 2, jnp.float32),
-    ("one_no_prefetch", 1, jnp.float32),
-    ("split_no_prefetch", 3, jnp.bfloat16),
+    ("split_read_two", 2, jnp.float32),
+    ("one_pipelined", 1, jnp.float32),
+    ("split_pipelined", 3, jnp.bfloat16),
 ]
 
 
@@ -109,6 +109,16 @@ def test_outputs_states_and_nine_gradients(name, spacing, dtype):
     assert max(errors(found, due)) < limit, dict(zip(NAMES, errors(found[1], due[1]), strict=True))
     if dtype == jnp.bfloat16:
         assert max(errors(found, due)) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["two", "split", "split_read_two"])
+def test_outputs_where_no_gradient_follows(name):
+    """Then no state is kept, whatever the spacing, and a program may take two chunks."""
+    given = operands(72)
+    due = quickly(dual, given)
+    for spacing in (1, 4):
+        found = quickly(functools.partial(kernels, spacing=spacing, name=name), given)
+        assert max(errors(found, due)) < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -137,15 +147,17 @@ def test_a_map_makes_programs_and_no_loop(monkeypatch):
     seen = []
     chosen = limits.chosen
     monkeypatch.setattr(
-        limits, "chosen", lambda programs: seen.append(programs) or chosen(programs)
+        limits, "chosen", lambda *case: seen.append(case) or chosen(*case)
     )
     given = operands(48, (2,), (3,))
     jaxpr = jax.make_jaxpr(with_gradients(mapped(kernels)))(given, weights_of(mapped(dual), given))
     grids = [eqn.params["grid_mapping"].grid for eqn in equations(jaxpr.jaxpr, "pallas_call")]
-    assert len(grids) == 3 and all(grid[:2] in ((2, 3), (3, 2)) for grid in grids)
+    assert all(grid[:2] in ((2, 3), (3, 2)) for grid in grids)
     assert not list(equations(jaxpr.jaxpr, "while")) + list(equations(jaxpr.jaxpr, "scan"))
     # Six heads of sequences in all, in either pass.
-    assert seen.count(6) >= 2
+    assert seen.count((6, True)) >= 2
+    configuration = limits.CONFIGURATIONS[chosen(6, True)]
+    assert len(grids) == 3 + (configuration.read is not None) + 2 * configuration.split
 
 
 def equations(jaxpr, name):
@@ -189,7 +201,7 @@ def test_less_than_a_chunk_is_read_and_not_learned(tokens):
     np.testing.assert_allclose(last.bias, given.bias, atol=1e-7)
 
 
-LOWERED = [*[(name, jnp.bfloat16) for name in limits.CONFIGURATIONS], ("split_two", jnp.float32)]
+LOWERED = [*[(name, jnp.bfloat16) for name in limits.CONFIGURATIONS], ("split_read_two", jnp.float32)]
 
 
 @pytest.mark.parametrize(("name", "dtype"), LOWERED)

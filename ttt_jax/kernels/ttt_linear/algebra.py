@@ -1,10 +1,15 @@
 """The algebra of a few chunks of TTT-Linear, on arrays: the kernels call it on their tiles.
 
-All arrays are float32 but the operands of products. A chunk has c tokens of width d. The weights
-and the bias have no mean over the output axis, which the gradients of the inner losses never
-change; so the outputs z have a mean near zero, and ``mean(z^2) - mean(z)^2`` does not cancel. The
-mean must be subtracted all the same: rounding gives z a small one, the gradients would no longer
-sum to zero, and it would grow from chunk to chunk.
+All arrays are float32 but the operands of products. A chunk has c tokens of width d. Outputs and
+gradients have features as rows and tokens as columns, ``[d, c]``, and the weights the features of
+the output as rows: a product of the scan then has its left operand in registers, where the one
+before left it, and tokens as the right one, which wait in shared memory. What is left of the chain
+from chunk to chunk is two rounds of sums over the features.
+
+The weights and the bias have no mean over the features of the output, which the gradients of the
+inner losses never change; so the outputs z have a mean near zero, and ``mean(z^2) - mean(z)^2``
+does not cancel. The mean must be subtracted all the same: rounding gives z a small one, the
+gradients would no longer sum to zero, and it would grow from chunk to chunk.
 """
 
 from collections.abc import Sequence
@@ -25,8 +30,8 @@ class State(NamedTuple):
     """What a head has learned.
 
     Attributes:
-      weight: ``[d, d]``.
-      bias: ``[c, d]``, equal rows: its update then is a product, as that of the weight.
+      weight: ``[d, d]``, a row for each feature of the output.
+      bias: ``[d]``.
     """
 
     weight: jax.Array
@@ -34,7 +39,7 @@ class State(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Tokens.
+    """Tokens, as they are stored: a row each.
 
     Attributes:
       q: ``[c, d]``; None where nothing is read.
@@ -51,52 +56,54 @@ class Chunk(NamedTuple):
     gate: jax.Array
     step: jax.Array
 
+    @property
+    def target(self) -> jax.Array:
+        """``[d, c]``, what the inner losses are to come to."""
+        return (self.v - self.k).T
+
 
 class Shared(NamedTuple):
     """What all chunks share.
 
     Attributes:
       scale: ``[c]``, the factor of the step size by position of the token that reads.
-      gamma: ``[1, d]``.
-      beta: ``[1, d]``.
+      gamma: ``[d, 1]``.
+      beta: ``[d, 1]``.
+      last: the factor of the last position, a scalar.
       operand: the dtype of the products' operands.
     """
 
     scale: jax.Array
     gamma: jax.Array
     beta: jax.Array
+    last: jax.Array
     operand: Any
 
 
 class Inner(NamedTuple):
-    """The inner losses of a chunk, ``0.5 sum((LN(z) - target)^2)`` a row, at its outputs z.
+    """The inner losses of a chunk, ``0.5 sum((LN(z) - target)^2)`` a token, at its outputs z.
 
-    With the normalized rows ``x = (z - mean z) / deviation`` and ``h = gamma^2 x +
+    With the normalized columns ``x = (z - mean z) / deviation`` and ``h = gamma^2 x +
     gamma (beta - target)``, the gradient is ``(h - mean h - x mean(x h)) / deviation``.
 
     Attributes:
-      unit: ``[c, d]``, x.
-      pull: ``[c, d]``, h.
+      unit: ``[d, c]``, x.
+      pull: ``[d, c]``, h.
       rate: ``[c]``, one over the deviation.
-      along: ``[c]``, mean(x h).
       mean_pull: ``[c]``, mean h.
-      mean_square: ``[c]``, mean(gamma^2 x).
-      along_square: ``[c]``, mean(gamma^2 x^2).
+      along: ``[c]``, mean(x h).
     """
 
     unit: jax.Array
     pull: jax.Array
     rate: jax.Array
-    along: jax.Array
     mean_pull: jax.Array
-    mean_square: jax.Array
-    along_square: jax.Array
+    along: jax.Array
 
     @property
     def gradient(self) -> jax.Array:
-        """``[c, d]``, with respect to z."""
-        rest = self.pull - self.mean_pull[:, None] - self.unit * self.along[:, None]
-        return self.rate[:, None] * rest
+        """``[d, c]``, with respect to z."""
+        return self.rate[None] * (self.pull - self.mean_pull[None] - self.unit * self.along[None])
 
 
 def product(a: jax.Array, b: jax.Array, axes: tuple[int, int], operand: Any) -> jax.Array:
@@ -114,116 +121,138 @@ def product(a: jax.Array, b: jax.Array, axes: tuple[int, int], operand: Any) -> 
     )
 
 
-def mean(x: jax.Array) -> jax.Array:
-    """Of each row: ``[c, d]`` to ``[c]``."""
-    return jnp.sum(x, axis=1) * (1 / x.shape[1])
+def means(*arrays: jax.Array) -> list[jax.Array]:
+    """Over the features of each ``[d, c]``, so many that they are a power of two: each ``[c]``.
+
+    One reduction for all: the warps wait for each other in every one.
+    """
+    parts = list(arrays)
+    while len(parts) > 1:
+        half = len(parts) // 2
+        parts = [jnp.stack(pair, axis=-1) for pair in zip(parts[:half], parts[half:], strict=True)]
+    made = [jnp.sum(parts[0], axis=0) * (1 / arrays[0].shape[0])]
+    while made[0].ndim > 1:
+        halves = [jnp.unstack(part, axis=-1) for part in made]
+        made = [first for first, _ in halves] + [second for _, second in halves]
+    return made
+
+
+class Normalized(NamedTuple):
+    """Columns without mean, of mean square one.
+
+    Attributes:
+      unit: ``[d, c]``.
+      rate: ``[c]``, one over the deviation.
+    """
+
+    unit: jax.Array
+    rate: jax.Array
+
+
+def normalized(*arrays: jax.Array) -> list[Normalized]:
+    """Of each ``z [d, c]``, so many that they are a power of two."""
+    sums = means(*[part for z in arrays for part in (z, z * z)])
+    made = []
+    for z, center, power in zip(arrays, sums[::2], sums[1::2], strict=True):
+        rate = lax.rsqrt(power - center * center + EPSILON)
+        made.append(Normalized((z - center[None]) * rate[None], rate))
+    return made
 
 
 def inner(z: jax.Array, target: jax.Array, shared: Shared) -> Inner:
-    """The inner losses at ``z [c, d]``.
-
-    Every mean is over z, its square or inputs alone, none over the normalized rows: one round of
-    reductions, where the plain formula waits for three.
-    """
-    square = shared.gamma * shared.gamma
-    offset = shared.gamma * (shared.beta - target)
-    weighed = square * z
-    center, power = mean(z), mean(z * z)
-    first, second = mean(weighed), mean(weighed * z)
-    crossed, shift, whole = mean(offset * z), mean(offset), mean(square)
-    rate = lax.rsqrt(power - center * center + EPSILON)
-    mean_square = rate * (first - center * whole)
-    along_square = rate * rate * (second - 2 * center * first + center * center * whole)
-    unit = (z - center[:, None]) * rate[:, None]
-    return Inner(
-        unit=unit,
-        pull=square * unit + offset,
-        rate=rate,
-        along=along_square + rate * (crossed - center * shift),
-        mean_pull=mean_square + shift,
-        mean_square=mean_square,
-        along_square=along_square,
-    )
-
-
-def normalized(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The normalized rows ``[c, d]``, and one over the deviations ``[c]``."""
-    center = mean(z)
-    rate = lax.rsqrt(mean(z * z) - center * center + EPSILON)
-    return (z - center[:, None]) * rate[:, None], rate
-
-
-def last(shared: Shared) -> jax.Array:
-    """The factor of the last position, a scalar."""
-    size = shared.scale.shape[0]
-    is_last = lax.broadcasted_iota(jnp.int32, (size,), 0) == size - 1
-    return jnp.sum(jnp.where(is_last, shared.scale, 0.0))
+    """The inner losses at ``z [d, c]``."""
+    ((unit, rate),) = normalized(z)
+    pull = shared.gamma * (shared.gamma * unit + (shared.beta - target))
+    return Inner(unit, pull, rate, *means(pull, unit * pull))
 
 
 def rates_within(chunk: Chunk, shared: Shared) -> jax.Array:
-    """``[c, c]``: step sizes of token s (columns) for token t, 0 where t does not see it."""
+    """``[c, c]``: minus step sizes of token s (rows) for token t, 0 where t does not see it."""
     size = chunk.gate.shape[0]
-    reader = lax.broadcasted_iota(jnp.int32, (size, size), 0)
-    learned = lax.broadcasted_iota(jnp.int32, (size, size), 1)
-    return jnp.where(learned <= reader, shared.scale[:, None] * chunk.gate[None, :], 0.0)
+    learned = lax.broadcasted_iota(jnp.int32, (size, size), 0)
+    reader = lax.broadcasted_iota(jnp.int32, (size, size), 1)
+    return jnp.where(learned <= reader, -chunk.gate[:, None] * shared.scale[None], 0.0)
 
 
-def overlap(a: jax.Array, b: jax.Array, shared: Shared) -> jax.Array:
-    """``a b^T + 1``: the one is of the bias."""
-    return product(a, b, ROWS_ROWS, shared.operand) + 1.0
+def overlap(k: jax.Array, x: jax.Array, shared: Shared) -> jax.Array:
+    """``k x^T + 1``: the one is of the bias."""
+    return product(k, x, ROWS_ROWS, shared.operand) + 1.0
+
+
+def outputs(state: State, x: jax.Array, shared: Shared) -> jax.Array:
+    """``[d, c]``, of tokens ``x [c, d]`` before the LayerNorm."""
+    return product(state.weight, x, ROWS_ROWS, shared.operand) + state.bias[:, None]
+
+
+def stepped(
+    z: jax.Array, rates: Sequence[jax.Array], gradients: Sequence[jax.Array], shared: Shared
+) -> jax.Array:
+    """Outputs at weights that took the steps of some chunks, from those at the weights before.
+
+    Gradients beyond the rates are of later chunks.
+    """
+    for rate, gradient in zip(rates, gradients, strict=False):
+        z = z + product(gradient, rate, ROWS_COLUMNS, shared.operand)
+    return z
+
+
+def _rates(x: jax.Array, earlier: Chunk, shared: Shared) -> jax.Array:
+    """``[c, c]``: how much of each gradient of a whole chunk before is in the outputs of ``x``.
+
+    Steps go down: rates are negative, so that products are added to what the units hold.
+    """
+    return overlap(earlier.k, x, shared) * -earlier.step[:, None]
 
 
 def learn(state: State, chunks: Sequence[Chunk], shared: Shared) -> list[Inner]:
     """The inner losses of chunks that follow each other, the first of which begins at ``state``.
 
     A later chunk begins at weights that are not made: it sees the earlier ones as tokens do within
-    a chunk.
+    a chunk. What needs no gradient comes first: the kernels work in the order of the program.
     """
+    between = [
+        [_rates(chunk.k, earlier, shared) for earlier in chunks[:index]]
+        for index, chunk in enumerate(chunks)
+    ]
+    before = [outputs(state, chunk.k, shared) for chunk in chunks]
     made: list[Inner] = []
     gradients: list[jax.Array] = []
-    before = [
-        product(chunk.k, state.weight, ROWS_COLUMNS, shared.operand) + state.bias
-        for chunk in chunks
-    ]
-    for chunk, z in zip(chunks, before, strict=True):
-        z = z - _earlier(chunk.k, chunks[: len(gradients)], gradients, shared)
-        made.append(inner(z, chunk.v - chunk.k, shared))
+    for chunk, z, rates in zip(chunks, before, between, strict=True):
+        made.append(inner(stepped(z, rates, gradients, shared), chunk.target, shared))
         gradients.append(made[-1].gradient)
     return made
 
 
-def _earlier(
-    x: jax.Array, chunks: Sequence[Chunk], gradients: Sequence[jax.Array], shared: Shared
-) -> Any:
-    """What whole chunks before this one take from the outputs of ``x``."""
-    taken: Any = 0.0
-    for chunk, gradient in zip(chunks, gradients, strict=True):
-        rates = overlap(x, chunk.k, shared) * chunk.step[None, :]
-        taken = taken + product(rates, gradient, ROWS_COLUMNS, shared.operand)
-    return taken
+class Asked(NamedTuple):
+    """What the queries of a chunk read of weights that no chunk of the step has moved.
+
+    Attributes:
+      z: ``[d, c]``, outputs before the LayerNorm.
+      rates: how much of each gradient they see, ``[c, c]``: of the chunks before, then its own.
+    """
+
+    z: jax.Array
+    rates: list[jax.Array]
 
 
-def outputs(
-    state: State, chunks: Sequence[Chunk], gradients: Sequence[jax.Array], shared: Shared
-) -> list[jax.Array]:
-    """What the tokens of each chunk read, before the LayerNorm, ``[c, d]``."""
-    read = []
-    for index, (chunk, gradient) in enumerate(zip(chunks, gradients, strict=True)):
-        rates = overlap(chunk.q, chunk.k, shared) * rates_within(chunk, shared)
-        z = product(chunk.q, state.weight, ROWS_COLUMNS, shared.operand) + state.bias
-        z = z - product(rates, gradient, ROWS_COLUMNS, shared.operand)
-        read.append(z - _earlier(chunk.q, chunks[:index], gradients[:index], shared))
-    return read
+def asked(state: State, chunks: Sequence[Chunk], shared: Shared) -> list[Asked]:
+    """Of each chunk; no gradient is needed for it."""
+    made = []
+    for index, chunk in enumerate(chunks):
+        rates = [_rates(chunk.q, earlier, shared) for earlier in chunks[:index]]
+        own = overlap(chunk.k, chunk.q, shared) * rates_within(chunk, shared)
+        made.append(Asked(outputs(state, chunk.q, shared), [*rates, own]))
+    return made
 
 
 def read(
-    state: State, chunks: Sequence[Chunk], gradients: Sequence[jax.Array], shared: Shared
+    asked: Sequence[Asked], chunks: Sequence[Chunk], gradients: Sequence[jax.Array], shared: Shared
 ) -> list[jax.Array]:
-    """The outputs of the layer, ``q + LN(z)``, of each chunk."""
-    made = outputs(state, chunks, gradients, shared)
+    """The outputs of the layer, ``q + LN(z)``, of each chunk: ``[c, d]``."""
+    ended = [stepped(z, rates, gradients, shared) for z, rates in asked]
     return [
-        chunk.q + shared.gamma * normalized(z)[0] + shared.beta
-        for chunk, z in zip(chunks, made, strict=True)
+        chunk.q + (shared.gamma * each.unit + shared.beta).T
+        for chunk, each in zip(chunks, normalized(*ended), strict=True)
     ]
 
 
@@ -233,9 +262,7 @@ def moved(
     """The weights after the chunks."""
     weight, bias = state
     for chunk, gradient in zip(chunks, gradients, strict=True):
-        stepped = chunk.k * chunk.step[:, None]
-        weight = weight - product(stepped, gradient, COLUMNS_COLUMNS, shared.operand)
-        size = chunk.step.shape[0]
-        steps = jnp.broadcast_to(chunk.step[None, :], (size, size))
-        bias = bias - product(steps, gradient, ROWS_COLUMNS, shared.operand)
+        steps = gradient * -chunk.step[None]
+        weight = weight + product(steps, chunk.k, ROWS_COLUMNS, shared.operand)
+        bias = bias + jnp.sum(steps, axis=1)
     return State(weight, bias)

@@ -18,8 +18,7 @@ from ttt_jax.kernels.ttt_linear.derivatives import Gradients, Prepared
 from ttt_jax.kernels.ttt_linear.limits import Tiles
 from ttt_jax.kernels.ttt_linear.programs import Plan, Tokens
 
-_VECTORS = ("rate", "along", "mean_pull", "mean_square", "along_square")
-_TILES = ("unit", "pull", "output", "pulled")
+_VECTORS = ("rate", "mean_pull", "along")
 
 
 class Backward(NamedTuple):
@@ -74,29 +73,26 @@ def _whole_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
         later, sums, tiled = carry
         following = load(jnp.maximum(index - 1, np.int32(0))) if tiles.prefetch else None
         rows, weight, bias = tiled if tiles.prefetch else load(index)
-        bias = jnp.broadcast_to(bias[None, :], later.bias.shape)
         state = State(weight.astype(jnp.float32), bias)
         made, before = _of_chunk(refs, plan, index, rows, (state, later))
         _store(refs, made, pl.ds(index * chunk, chunk))
         sums = tuple(total + getattr(made, n) for total, n in zip(sums, _SUMMED, strict=True))
         return before, sums, following
 
-    bias = refs.last_bias[...]
-    later = State(refs.last_weight[...], jnp.broadcast_to(bias[None, :], (chunk, bias.shape[0])))
+    later = State(refs.last_weight[...], refs.last_bias[...])
     sums = tuple(jnp.zeros(getattr(refs, n).shape, jnp.float32) for n in _SUMMED)
     first = load(final) if tiles.prefetch else None
     later, sums, _ = programs.loop(plan.chunks, one, (later, sums, first))
     refs.dweight[...] = later.weight
-    refs.dbias[...] = forward.row_of(later.bias)
+    refs.dbias[...] = later.bias
     for name, total in zip(_SUMMED, sums, strict=True):
         getattr(refs, f"d{name}")[...] = total
 
 
 def _tokens_kernel(refs: Any, *, plan: Plan) -> None:
     rows = programs.loaded(refs, _ROWS, 0, plan.chunk)
-    state = forward.state_of(refs, plan)
-    bias = jnp.broadcast_to(refs.later_bias[...][None, :], state.bias.shape)
-    later = State(refs.later_weight[...].astype(jnp.float32), bias)
+    state = forward.state_of(refs)
+    later = State(refs.later_weight[...].astype(jnp.float32), refs.later_bias[...])
     made, _ = _of_chunk(refs, plan, pl.program_id(0), rows, (state, later))
     _store(refs, made, pl.ds(0, plan.chunk))
     for name in _SUMMED:
@@ -153,18 +149,20 @@ def _prepare_kernel(refs: Any, *, plan: Plan) -> None:
     shared = programs.shared_of(refs)
     *rows, dout = programs.loaded(refs, _ROWS, 0, plan.chunk)
     chunk = programs.chunk_of(rows, shared, 1.0)
-    state = forward.state_of(refs, plan)
+    state = forward.state_of(refs)
     ready, _ = derivatives.prepared(state, chunk, dout.astype(jnp.float32), shared)
-    for name in _TILES:
-        value = getattr(ready.inner if hasattr(ready.inner, name) else ready, name)
-        ref = getattr(refs, name)
-        ref[...] = value.astype(ref.dtype)
+    inner, output, pulled = ready
+    halves = [jnp.stack(pair, axis=-1) for pair in ((inner.unit, output), (inner.pull, pulled))]
+    refs.tiles[...] = jnp.swapaxes(jnp.stack(halves, axis=-1), 0, 1).astype(refs.tiles.dtype)
     for place, name in enumerate(_VECTORS):
         refs.vectors[place, :] = getattr(ready.inner, name)
 
 
 def prepare(plan: Plan, tiles: Tiles, given: Backward) -> dict[str, jax.Array]:
-    """What the chunks' gradients need of themselves alone: tiles ``[T, d]``, vectors ``[5, T]``."""
+    """What the chunks' gradients need of themselves alone: ``[T, d, 2, 2]``, vectors ``[3, T]``.
+
+    The tiles of a chunk stand together, so that the scan brings them to its layout at once.
+    """
     tokens = given.tokens
     length, width = tokens.k.shape
     inputs = {
@@ -172,13 +170,12 @@ def prepare(plan: Plan, tiles: Tiles, given: Backward) -> dict[str, jax.Array]:
         "weight": programs.entry(given.states.weight),
         "bias": programs.entry(given.states.bias),
     }
-    wide = programs.float32(length, width)
-    shapes = dict.fromkeys(_TILES, wide) | {
-        "output": jax.ShapeDtypeStruct((length, width), tokens.k.dtype)
-    }
-    outputs = {name: programs.rows(shape, plan.chunk) for name, shape in shapes.items()}
+    tiles_of = jax.ShapeDtypeStruct((length, width, 2, 2), tokens.k.dtype)
     vectors = programs.float32(len(_VECTORS), length)
-    outputs["vectors"] = programs.columns(vectors, plan.chunk)
+    outputs = {
+        "tiles": programs.rows(tiles_of, plan.chunk),
+        "vectors": programs.columns(vectors, plan.chunk),
+    }
     kernel = functools.partial(_prepare_kernel, plan=plan)
     return programs.call(kernel, "ttt_linear_prepare", tiles, plan.chunks, (inputs, outputs))
 
@@ -190,28 +187,29 @@ def _weights_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
     def load(index: Any) -> Any:
         place = pl.ds(index * chunk, chunk)
         vectors = [refs.vectors[row, place] for row in range(len(_VECTORS))]
-        return programs.loaded(refs, ("q", "k", "gate", *_TILES), index, chunk), vectors
+        rows = programs.loaded(refs, ("q", "k", "gate"), index, chunk)
+        return rows, refs.tiles[place, :, :, :], vectors
 
     def one(step: Any, carry: Any) -> Any:
         index = final - step
         later, tiled = carry
         following = load(jnp.maximum(index - 1, np.int32(0))) if tiles.prefetch else None
-        (q, k, gate, *rest), vectors = tiled if tiles.prefetch else load(index)
+        (q, k, gate), stacked, vectors = tiled if tiles.prefetch else load(index)
         refs.later_weight[index, :, :] = later.weight.astype(refs.later_weight.dtype)
-        refs.later_bias[index, :] = forward.row_of(later.bias)
-        unit, pull, output, pulled = (tile.astype(jnp.float32) for tile in rest)
+        refs.later_bias[index, :] = later.bias
+        halves = jnp.unstack(jnp.swapaxes(stacked, 0, 1).astype(jnp.float32), axis=-1)
+        (unit, output), (pull, pulled) = (jnp.unstack(half, axis=-1) for half in halves)
         ready = Prepared(Inner(unit, pull, *vectors), output, pulled)
         # The values count in what was prepared alone.
         whole = programs.wholeness(plan, index)
         tokens: Chunk = programs.chunk_of((q, k, k, gate), shared, whole)
         return derivatives.scanned(ready, tokens, later, shared), following
 
-    bias = refs.last_bias[...]
-    later = State(refs.last_weight[...], jnp.broadcast_to(bias[None, :], (chunk, bias.shape[0])))
+    later = State(refs.last_weight[...], refs.last_bias[...])
     first = load(final) if tiles.prefetch else None
     later, _ = programs.loop(plan.chunks, one, (later, first))
     refs.dweight[...] = later.weight
-    refs.dbias[...] = forward.row_of(later.bias)
+    refs.dbias[...] = later.bias
 
 
 def _weights(
@@ -220,8 +218,7 @@ def _weights(
     """The gradients of the weights after each chunk, and of the first ones."""
     tokens, total = given.tokens, plan.chunks
     length, width = tokens.k.shape
-    named = {"q": tokens.q, "k": tokens.k, "gate": tokens.gate}
-    named |= {name: ready[name] for name in _TILES}
+    named = {"q": tokens.q, "k": tokens.k, "gate": tokens.gate, "tiles": ready["tiles"]}
     inputs = {
         **{name: programs.rows(array, length) for name, array in named.items()},
         **programs.of_shared(given.shared),

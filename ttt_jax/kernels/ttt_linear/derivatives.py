@@ -1,14 +1,14 @@
 """The derivative of a chunk of TTT-Linear, on arrays: the backward kernels call it on their tiles.
 
-With the names of :mod:`~ttt_jax.kernels.ttt_linear.algebra`, a chunk is
+With the names and the layout of :mod:`~ttt_jax.kernels.ttt_linear.algebra`, a chunk is
 
-    z = k W + b,  G = the gradient of the inner losses at z,  M = rates * (q k^T + 1),
-    y = q W + b - M G,  out = q + LN(y),  W' = W - (step k)^T G,  b' = b - sum step G,
+    z = W k^T + b,  G = the gradient of the inner losses at z,  M = rates * (k q^T + 1),
+    y = W q^T + b + G M,  out = q + LN(y)^T,  W' = W - (step G) k,  b' = b - sum step G,
 
-and the gradients dW', db' of the next chunk's weights and dout of the outputs lead to its own:
+with negative rates, and the gradients dW', db' of the next chunk's weights and dout of the outputs lead to its own:
 
-    dy = LN's own,  dG = -M^T dy - step (k dW' + db'),  dz = H dG,
-    dW = dW' + q^T dy + k^T dz,  db = db' + sum dy + sum dz.
+    dy = LN's own,  dG = dy M^T - step (dW' k^T + db'),  dz = H dG,
+    dW = dW' + dy q + dz k,  db = db' + sum dy + sum dz.
 
 Of these dy and the first term of dG do not depend on later chunks, and H, the second derivative of
 the inner losses, on none at all: :func:`prepared` makes them for all chunks at once, and
@@ -30,7 +30,7 @@ from ttt_jax.kernels.ttt_linear.algebra import (
     Inner,
     Shared,
     State,
-    mean,
+    means,
     product,
 )
 
@@ -40,8 +40,8 @@ class Prepared(NamedTuple):
 
     Attributes:
       inner: its inner losses.
-      output: ``[c, d]``, dy.
-      pulled: ``[c, d]``, ``-M^T dy``.
+      output: ``[d, c]``, dy.
+      pulled: ``[d, c]``, ``dy M^T``.
     """
 
     inner: Inner
@@ -71,69 +71,61 @@ class Gradients(NamedTuple):
     beta: jax.Array
 
 
-def projected(inner: Inner, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``x [c, d]`` without its parts along one and the normalized rows; mean x, mean(unit x)."""
-    center, along = mean(x), mean(inner.unit * x)
-    return x - center[:, None] - inner.unit * along[:, None], center, along
+def projected(inner: Inner, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``x [d, c]`` without its parts along one and the normalized columns; mean(unit x)."""
+    center, along = means(x, inner.unit * x)
+    return x - center[None] - inner.unit * along[None], along
 
 
 def curved(inner: Inner, x: jax.Array, shared: Shared) -> jax.Array:
-    """The second derivative of the inner losses with respect to z, applied to ``x [c, d]``.
+    """The second derivative of the inner losses with respect to z, applied to ``x [d, c]``.
 
     With P the projection of :func:`projected` and h, s, r as in
     :class:`~ttt_jax.kernels.ttt_linear.algebra.Inner`, the gradient is r P h; its derivative in the
     direction x is ``r^2 (P (gamma^2 P x) - s P x - unit mean(h P x)) - r mean(unit x) gradient``.
-    All means of products with P x follow from those with x, in one round of reductions.
     """
     square = shared.gamma * shared.gamma
-    both = inner.pull + square * inner.unit
-    rest, center, along = projected(inner, x)
-    # mean(gamma^2 P x), and mean((h + gamma^2 unit) P x).
-    weighed = mean(square * x) - center * mean(square) - along * inner.mean_square
-    mean_both = inner.mean_pull + inner.mean_square
-    along_both = inner.along + inner.along_square
-    crossed = mean(both * x) - center * mean_both - along * along_both
-    rate = inner.rate[:, None]
-    bent = (square - inner.along[:, None]) * rest
-    bent = bent - weighed[:, None] - inner.unit * crossed[:, None]
-    return rate * rate * bent - rate * along[:, None] * inner.gradient
+    rest, along = projected(inner, x)
+    weighed, crossed = means(square * rest, inner.pull * rest + square * (inner.unit * rest))
+    # The gradient is written out: as a sum of its own it would be brought from another layout.
+    bent = (square - inner.along[None]) * rest - inner.pull * along[None]
+    bent = bent - inner.unit * (crossed - along * inner.along)[None]
+    bent = bent - (weighed - along * inner.mean_pull)[None]
+    return (inner.rate * inner.rate)[None] * bent
 
 
 def prepared(
     state: State, chunk: Chunk, dout: jax.Array, shared: Shared
 ) -> tuple[Prepared, jax.Array]:
-    """What a chunk's gradients need of itself, and the normalized rows that were read."""
+    """What a chunk's gradients need of itself, and the normalized columns that were read."""
     (inner,) = algebra.learn(state, [chunk], shared)
-    (z,) = algebra.outputs(state, [chunk], [inner.gradient], shared)
-    unit, rate = algebra.normalized(z)
-    pull = shared.gamma * dout
-    output = pull - mean(pull)[:, None] - unit * mean(unit * pull)[:, None]
-    output = rate[:, None] * output
-    rates = algebra.overlap(chunk.q, chunk.k, shared) * algebra.rates_within(chunk, shared)
-    pulled = -product(rates, output, COLUMNS_COLUMNS, shared.operand)
+    ((z, rates),) = algebra.asked(state, [chunk], shared)
+    ((unit, rate),) = algebra.normalized(
+        algebra.stepped(z, rates, [inner.gradient], shared)
+    )
+    pull = shared.gamma * dout.T
+    center, along = means(pull, unit * pull)
+    output = rate[None] * (pull - center[None] - unit * along[None])
+    pulled = product(output, rates[0], ROWS_ROWS, shared.operand)
     return Prepared(inner, output, pulled), unit
 
 
-def of_gradient(ready: Prepared, chunk: Chunk, later: State, shared: Shared) -> jax.Array:
-    """dG, from the gradients of the next chunk's weights."""
-    moved = product(chunk.k, later.weight, ROWS_COLUMNS, shared.operand) + later.bias
-    return ready.pulled - chunk.step[:, None] * moved
+def lost(chunk: Chunk, later: State, shared: Shared) -> jax.Array:
+    """``[d, c]``: how the loss grows with what each token takes from the next chunk's weights."""
+    return algebra.outputs(later, chunk.k, shared)
 
 
 def earlier(ready: Prepared, dz: jax.Array, chunk: Chunk, later: State, shared: Shared) -> State:
-    """The gradients of a chunk's weights, from those of the next one's; equal rows of the bias."""
-    weight = later.weight + product(chunk.q, ready.output, COLUMNS_COLUMNS, shared.operand)
-    weight = weight + product(chunk.k, dz, COLUMNS_COLUMNS, shared.operand)
-    size = chunk.k.shape[0]
-    ones = jnp.ones((size, size), jnp.float32)
-    both = product(ones, ready.output + dz, ROWS_COLUMNS, shared.operand)
-    return State(weight, later.bias + both)
+    """The gradients of a chunk's weights, from those of the next one's."""
+    weight = later.weight + product(ready.output, chunk.q, ROWS_COLUMNS, shared.operand)
+    weight = weight + product(dz, chunk.k, ROWS_COLUMNS, shared.operand)
+    return State(weight, later.bias + jnp.sum(ready.output + dz, axis=1))
 
 
 def scanned(ready: Prepared, chunk: Chunk, later: State, shared: Shared) -> State:
     """One chunk of the scan from the last chunk to the first, where all else was prepared."""
-    dz = curved(ready.inner, of_gradient(ready, chunk, later, shared), shared)
-    return earlier(ready, dz, chunk, later, shared)
+    dgradient = ready.pulled - chunk.step[None] * lost(chunk, later, shared)
+    return earlier(ready, curved(ready.inner, dgradient, shared), chunk, later, shared)
 
 
 def gradients(
@@ -152,39 +144,39 @@ def gradients(
     operand = shared.operand
     ready, unit = prepared(state, chunk, dout, shared)
     inner = ready.inner
-    dgradient = of_gradient(ready, chunk, later, shared)
+    gradient, taken = inner.gradient, lost(chunk, later, shared)
+    dgradient = ready.pulled - chunk.step[None] * taken
     dz = curved(inner, dgradient, shared)
 
     # The target is v - k, and stands in gamma (beta - target).
-    doffset = inner.rate[:, None] * projected(inner, dgradient)[0]
+    doffset = inner.rate[None] * projected(inner, dgradient)[0]
     dtarget = -shared.gamma * doffset
 
     rates = algebra.rates_within(chunk, shared)
-    overlap = algebra.overlap(chunk.q, chunk.k, shared)
-    dmixed = -product(ready.output, inner.gradient, ROWS_ROWS, operand)
+    overlap = algebra.overlap(chunk.k, chunk.q, shared)
+    dmixed = product(gradient, ready.output, COLUMNS_COLUMNS, operand)
     doverlap = dmixed * rates
-    moved = product(inner.gradient, later.weight, ROWS_ROWS, operand)
-    # Of the steps: what the next chunk's weights and bias lose by each token.
-    lost = jnp.sum(chunk.k * moved, axis=1) + jnp.sum(inner.gradient * later.bias, axis=1)
 
-    dq = dout + product(doverlap, chunk.k, ROWS_COLUMNS, operand)
-    dq = dq + product(ready.output, state.weight, ROWS_ROWS, operand)
-    dk = product(doverlap, chunk.q, COLUMNS_COLUMNS, operand)
-    dk = dk + product(dz, state.weight, ROWS_ROWS, operand)
-    dk = dk - chunk.step[:, None] * moved - dtarget
+    dq = dout + product(doverlap, chunk.k, COLUMNS_COLUMNS, operand)
+    dq = dq + product(ready.output, state.weight, COLUMNS_COLUMNS, operand)
+    dk = product(doverlap, chunk.q, ROWS_COLUMNS, operand)
+    dk = dk + product(dz, state.weight, COLUMNS_COLUMNS, operand)
+    dk = dk + product(gradient * -chunk.step[None], later.weight, COLUMNS_COLUMNS, operand)
+    dk = dk - dtarget.T
 
     size = chunk.gate.shape[0]
-    reader = lax.broadcasted_iota(jnp.int32, (size, size), 0)
-    learned = lax.broadcasted_iota(jnp.int32, (size, size), 1)
-    drates = jnp.where(learned <= reader, dmixed * overlap, 0.0)
-    dgate = jnp.sum(drates * shared.scale[:, None], axis=0)
-    dgate = dgate - whole * algebra.last(shared) * lost
-    dscale = jnp.sum(drates * chunk.gate[None, :], axis=1)
+    learned = lax.broadcasted_iota(jnp.int32, (size, size), 0)
+    reader = lax.broadcasted_iota(jnp.int32, (size, size), 1)
+    drates = -jnp.where(learned <= reader, dmixed * overlap, 0.0)
+    # Of the steps: what the next chunk's weights and bias lose by each token.
+    dstep = -whole * jnp.sum(gradient * taken, axis=0)
+    dgate = jnp.sum(drates * shared.scale[None], axis=1) + shared.last * dstep
+    dscale = jnp.sum(drates * chunk.gate[:, None], axis=0)
     is_last = lax.broadcasted_iota(jnp.int32, (size,), 0) == size - 1
-    dscale = dscale - jnp.where(is_last, whole * jnp.sum(chunk.gate * lost), 0.0)
+    dscale = dscale + jnp.where(is_last, jnp.sum(chunk.gate * dstep), 0.0)
 
-    beside = shared.beta - (chunk.v - chunk.k) + 2 * shared.gamma * inner.unit
-    dgamma = jnp.sum(dout * unit + doffset * beside, axis=0)
-    dbeta = jnp.sum(dout - dtarget, axis=0)
-    made = Gradients(dq, dk, dtarget, dgate, dscale, dgamma, dbeta)
+    beside = shared.beta - chunk.target + 2 * shared.gamma * inner.unit
+    dgamma = jnp.sum(dout.T * unit + doffset * beside, axis=1)
+    dbeta = jnp.sum(dout.T - dtarget, axis=1)
+    made = Gradients(dq, dk, dtarget.T, dgate, dscale, dgamma, dbeta)
     return made, earlier(ready, dz, chunk, later, shared)

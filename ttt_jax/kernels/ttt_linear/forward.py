@@ -67,7 +67,8 @@ def _scan_kernel(refs: Any, *, plan: Plan, tiles: Tiles, part: Part, per_step: i
             chunks.append(programs.chunk_of((q, *values[-3:]), shared, whole))
         made = [inner.gradient for inner in algebra.learn(state, chunks, shared)]
         if part.reads:
-            for place, out in enumerate(algebra.read(state, chunks, made, shared)):
+            asked = algebra.asked(state, chunks, shared)
+            for place, out in enumerate(algebra.read(asked, chunks, made, shared)):
                 rows = pl.ds((step * per_step + place) * chunk, chunk)
                 refs.out[rows, :] = out.astype(refs.out.dtype)
         return algebra.moved(state, chunks, made, shared), following
@@ -76,22 +77,15 @@ def _scan_kernel(refs: Any, *, plan: Plan, tiles: Tiles, part: Part, per_step: i
         if part.every:
             weight, bias = carry[0]
             refs.weights[index, :, :] = weight.astype(refs.weights.dtype)
-            refs.biases[index, :] = row_of(bias)
+            refs.biases[index, :] = bias
         inside = steps // groups
         return programs.loop(inside, lambda i, c: one(index * inside + i, c), carry)
 
     groups = held // part.every if part.every else 1
-    bias = jnp.broadcast_to(refs.bias[...][None, :], (chunk, refs.bias.shape[0]))
-    start = State(refs.weight[...].astype(jnp.float32), bias)
     first = load(np.int32(0)) if tiles.prefetch else None
-    state, _ = programs.loop(groups, group, (start, first))
+    state, _ = programs.loop(groups, group, (state_of(refs), first))
     refs.last_weight[...] = state.weight
-    refs.last_bias[...] = row_of(state.bias)
-
-
-def row_of(equal: jax.Array) -> jax.Array:
-    """``[d]``, from ``[c, d]`` with equal rows: a power of two of them, so the mean is exact."""
-    return jnp.sum(equal, axis=0) * (1 / equal.shape[0])
+    refs.last_bias[...] = state.bias
 
 
 def scan(
@@ -128,21 +122,21 @@ def scan(
 
 def _read_kernel(refs: Any, *, plan: Plan, per_step: int) -> None:
     shared = programs.shared_of(refs)
-    state = state_of(refs, plan)
+    state = state_of(refs)
     chunks = []
     for place in range(per_step):
         values = programs.loaded(refs, ("q", "k", "v", "gate"), place, plan.chunk)
         whole = programs.wholeness(plan, pl.program_id(0) * per_step + place)
         chunks.append(programs.chunk_of(values, shared, whole))
     made = [inner.gradient for inner in algebra.learn(state, chunks, shared)]
-    for place, out in enumerate(algebra.read(state, chunks, made, shared)):
+    asked = algebra.asked(state, chunks, shared)
+    for place, out in enumerate(algebra.read(asked, chunks, made, shared)):
         refs.out[pl.ds(place * plan.chunk, plan.chunk), :] = out.astype(refs.out.dtype)
 
 
-def state_of(refs: Any, plan: Plan) -> State:
+def state_of(refs: Any) -> State:
     """On chip, of a program that has one."""
-    bias = jnp.broadcast_to(refs.bias[...][None, :], (plan.chunk, refs.bias.shape[0]))
-    return State(refs.weight[...].astype(jnp.float32), bias)
+    return State(refs.weight[...].astype(jnp.float32), refs.bias[...])
 
 
 def read(

@@ -112,21 +112,27 @@ def by_programs(
     return call
 
 
-def _configuration(plan: Plan, programs: int) -> Configuration:
-    return plan.configuration or limits.CONFIGURATIONS[limits.chosen(programs)]
+def _configuration(plan: Plan, programs: int, learns: bool) -> Configuration:
+    return plan.configuration or limits.CONFIGURATIONS[limits.chosen(programs, learns)]
 
 
 def _parts(operands: Operands) -> tuple[Tokens, Shared, State]:
     tokens = Tokens(*operands[:4])
-    shared = Shared(operands.scale, operands.gamma, operands.beta, operands.k.dtype)
-    return tokens, shared, State(operands.weight[None], operands.bias[None])
+    scale, gamma, beta = operands.scale, operands.gamma, operands.beta
+    shared = Shared(scale, gamma, beta, scale[-1], operands.k.dtype)
+    return tokens, shared, _turned(State(operands.weight[None], operands.bias[None]))
+
+
+def _turned(state: State) -> State:
+    """The weights with the other axis first: the kernels have features of the output as rows."""
+    return State(jnp.swapaxes(state.weight, -1, -2), state.bias)
 
 
 def _forward(plan: Plan, keeps: bool) -> Callable[[int], Callable[..., Any]]:
     """By the number of programs: outputs, the last state, and those that are kept or None."""
 
     def build(programs: int) -> Callable[..., Any]:
-        chosen = _configuration(plan, programs)
+        chosen = _configuration(plan, programs, learns=keeps)
 
         def apply(*arrays: jax.Array) -> Any:
             tokens, shared, start = _parts(Operands(*arrays))
@@ -134,12 +140,13 @@ def _forward(plan: Plan, keeps: bool) -> Callable[[int], Callable[..., Any]]:
                 part = forward.Part(1, reads=True, every=plan.size if keeps else 0)
                 out, last, states = forward.scan(plan, chosen.scan, tokens, shared, start, part)
             else:
-                every = plan.per_step(chosen.scan, plan.size if keeps else plan.chunks)
+                every = plan.per_step(chosen.read, plan.size if keeps else plan.chunks)
                 part = forward.Part(1, reads=False, every=every)
                 _, last, states = forward.scan(plan, chosen.scan, tokens, shared, start, part)
                 out = forward.read(plan, chosen.read, tokens, shared, states, every)
-                states = jax.tree.map(lambda leaf: leaf[:: plan.size // every], states)
-            last = jax.tree.map(lambda leaf: leaf[0], last)
+                if keeps:
+                    states = jax.tree.map(lambda leaf: leaf[:: plan.size // every], states)
+            last = _turned(jax.tree.map(lambda leaf: leaf[0], last))
             return (out, last, states) if keeps else (out, last)
 
         return apply
@@ -151,7 +158,7 @@ def _backward(plan: Plan) -> Callable[[int], Callable[..., Any]]:
     """By the number of programs: all gradients."""
 
     def build(programs: int) -> Callable[..., Any]:
-        chosen = _configuration(plan, programs)
+        chosen = _configuration(plan, programs, learns=True)
 
         def apply(operands: Operands, states: State, dout: jax.Array, later: State) -> Operands:
             tokens, shared, _ = _parts(operands)
@@ -160,14 +167,13 @@ def _backward(plan: Plan) -> Callable[[int], Callable[..., Any]]:
                 one = chosen.states._replace(chunks=1)
                 states = forward.scan(plan, one, tokens, shared, states, part).states
             given = backward.Backward(tokens, shared, states, dout)
-            later = jax.tree.map(lambda leaf: leaf[None], later)
+            later = _turned(jax.tree.map(lambda leaf: leaf[None], later))
             if chosen.prepare is None:
                 made, first = backward.whole(plan, chosen.back, given, later)
             else:
                 tiles = chosen.prepare, chosen.back, chosen.tokens
                 made, first = backward.in_parts(plan, tiles, given, later)
-            first = jax.tree.map(lambda leaf: leaf[0], first)
-            weight, bias = first
+            weight, bias = _turned(jax.tree.map(lambda leaf: leaf[0], first))
             return Operands(**made._asdict(), weight=weight, bias=bias)
 
         return apply

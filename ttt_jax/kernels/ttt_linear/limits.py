@@ -29,7 +29,7 @@ class Tiles(NamedTuple):
     Attributes:
       chunks: that a step of its loop, or a program of a parallel kernel, takes at one set of
         weights; 1 or 2.
-      warps: per program.
+      warps: per program; the tensor cores' products of 64 rows take four.
       stages: of the compiler's software pipeline.
       prefetch: whether a step of the loop loads what the next one works on.
     """
@@ -45,8 +45,8 @@ class Configuration(NamedTuple):
 
     Attributes:
       scan: the chunks one after another.
-      read: the outputs of all chunks at once, from weights that the scan has left; None where the
-        scan reads as well.
+      read: the outputs of all chunks at once, from weights that the scan has left for every program
+        of it; None where the scan reads as well.
       states: the weights of the chunks between two that were kept.
       back: the gradients from the last chunk to the first.
       prepare: what does not depend on later chunks, before ``back``, which then has the gradients
@@ -67,40 +67,41 @@ class Configuration(NamedTuple):
         return self.prepare is not None
 
 
-_ONE, _TWO, _ONE_OF_TWO_WARPS = Tiles(), Tiles(chunks=2), Tiles(warps=2)
-# Never one or two warps in a scan of the backward pass: the compiler then spills (92 ms for 5).
-_HALF = (_ONE_OF_TWO_WARPS,) * 3
-_WHOLE = Configuration(_TWO, None, _ONE, _ONE, None, _ONE)
+_ONE, _TWO, _PIPELINED = Tiles(), Tiles(chunks=2), Tiles(stages=3, prefetch=False)
+_WHOLE = Configuration(_ONE, None, _ONE, _ONE, None, _ONE)
+_SPLIT = Configuration(_ONE, _ONE, _ONE, _ONE, _ONE, _ONE)
 
 CONFIGURATIONS: dict[str, Configuration] = {
-    "one": _WHOLE._replace(scan=_ONE),
-    "one_2warps": _WHOLE._replace(scan=_ONE_OF_TWO_WARPS),
-    "one_no_prefetch": _WHOLE._replace(
-        scan=Tiles(stages=3, prefetch=False), back=Tiles(stages=3, prefetch=False)
-    ),
-    "two": _WHOLE,
-    "two_8warps": _WHOLE._replace(scan=Tiles(chunks=2, warps=8), back=Tiles(warps=8)),
-    "split": Configuration(_ONE, _ONE, _ONE, _ONE, _ONE, _ONE),
-    "split_two": Configuration(_TWO, _TWO, _ONE, _ONE, _ONE, _ONE),
-    "split_back": Configuration(_TWO, None, _ONE, _ONE, _ONE, _ONE),
-    "split_back_one": Configuration(_ONE, None, _ONE, _ONE, _ONE, _ONE),
-    "split_2warps": Configuration(*_HALF, *_HALF)._replace(back=_ONE),
-    "split_back_2warps": Configuration(
-        _ONE_OF_TWO_WARPS, None, _ONE_OF_TWO_WARPS, _ONE, *[_ONE_OF_TWO_WARPS] * 2
-    ),
-    "split_no_prefetch": Configuration(
-        Tiles(stages=3, prefetch=False), _ONE, _ONE, Tiles(stages=3, prefetch=False), _ONE, _ONE
-    ),
+    "one": _WHOLE,
+    "one_pipelined": _WHOLE._replace(scan=_PIPELINED, back=_PIPELINED),
+    "two": _WHOLE._replace(scan=_TWO),
+    "split": _SPLIT,
+    "split_pipelined": _SPLIT._replace(scan=_PIPELINED, back=_PIPELINED),
+    "split_read_two": _SPLIT._replace(read=_TWO),
+    "split_back": _SPLIT._replace(read=None),
 }
 """Those that ``benchmarks.layers`` compares and times, by name."""
 
-# Programs from which on the cores are full, so that fewer warps each give more programs at once.
+# Programs from which on the cores are full.
 _MANY = 256
 
+# By whether they are many, and whether a backward pass follows.
+_CHOSEN = {
+    (False, False): "split",
+    (False, True): "split",
+    (True, False): "one",
+    (True, True): "one",
+}
 
-def chosen(programs: int) -> str:
-    """The name of the configuration for so many heads of sequences at once."""
-    return "one_2warps" if programs >= _MANY else "two"
+
+def chosen(programs: int, learns: bool) -> str:
+    """The name of the configuration.
+
+    Args:
+      programs: heads of sequences at once.
+      learns: whether a backward pass follows.
+    """
+    return _CHOSEN[programs >= _MANY, learns]
 
 
 def fits(width: int, chunk_size: int, dtype: Any) -> bool:

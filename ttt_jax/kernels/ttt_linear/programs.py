@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ttt_jax.kernels.ttt_linear import algebra
 from ttt_jax.kernels.ttt_linear.algebra import Chunk, Shared
 from ttt_jax.kernels.ttt_linear.limits import Configuration, Tiles
 
@@ -132,8 +131,10 @@ def call(
 
 def shared_of(refs: Any) -> Shared:
     """On chip, in the operands' dtype of the keys."""
-    gamma, beta = refs.gamma[...][None, :], refs.beta[...][None, :]
-    return Shared(refs.scale[...], gamma, beta, refs.k.dtype)
+    scale, gamma, beta = refs.scale[...], refs.gamma[...][:, None], refs.beta[...][:, None]
+    size = scale.shape[0]
+    is_last = lax.broadcasted_iota(jnp.int32, (size,), 0) == size - 1
+    return Shared(scale, gamma, beta, jnp.sum(jnp.where(is_last, scale, 0.0)), refs.k.dtype)
 
 
 def loaded(refs: Any, names: tuple[str, ...], index: Any, chunk: int) -> tuple[jax.Array, ...]:
@@ -158,7 +159,7 @@ def chunk_of(stored: Sequence[Any], shared: Shared, whole: Any) -> Chunk:
     q, k, v, gate = stored
     q = None if q is None else q.astype(jnp.float32)
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
-    return Chunk(q, k, v, gate, algebra.last(shared) * gate * whole)
+    return Chunk(q, k, v, gate, shared.last * gate * whole)
 
 
 def loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
