@@ -37,19 +37,6 @@ class Backward(NamedTuple):
     dout: jax.Array
 
 
-def _of_chunk(
-    refs: Any, plan: Plan, index: Any, values: Any, states: tuple[State, State]
-) -> tuple[Gradients, State]:
-    """Gradients of a chunk from its stored rows, with its weights and the later gradients."""
-    shared = programs.shared_of(refs)
-    *rows, dout = values
-    whole = programs.wholeness(plan, index)
-    chunk = programs.chunk_of(rows, shared, whole)
-    state, later = states
-    dout = dout.astype(jnp.float32)
-    return derivatives.gradients(state, chunk, dout, later, shared, whole)
-
-
 def _store(refs: Any, made: Gradients, place: Any) -> None:
     for name in ("q", "k", "v"):
         ref = getattr(refs, f"d{name}")
@@ -62,6 +49,7 @@ _SUMMED = ("scale", "gamma", "beta")
 
 
 def _whole_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
+    shared = programs.shared_of(refs)
     chunk, final = plan.chunk, np.int32(plan.chunks - 1)
 
     def load(index: Any) -> Any:
@@ -72,9 +60,15 @@ def _whole_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
         index = final - step
         later, sums, tiled = carry
         following = load(jnp.maximum(index - 1, np.int32(0))) if tiles.prefetch else None
-        rows, weight, bias = tiled if tiles.prefetch else load(index)
+        (*rows, dout), weight, bias = tiled if tiles.prefetch else load(index)
+        dout = dout.astype(jnp.float32)
+        whole = programs.wholeness(plan, index)
+        tokens = programs.chunk_of(rows, shared, whole)
         state = State(weight.astype(jnp.float32), bias)
-        made, before = _of_chunk(refs, plan, index, rows, (state, later))
+        ready, dgamma = derivatives.prepared(state, tokens, dout, shared)
+        ends = derivatives.Ends(state, later, whole)
+        made, before = derivatives.gradients(ready, tokens, dout, ends, shared)
+        made = made._replace(gamma=made.gamma + dgamma)
         _store(refs, made, pl.ds(index * chunk, chunk))
         sums = tuple(total + getattr(made, n) for total, n in zip(sums, _SUMMED, strict=True))
         return before, sums, following
@@ -90,10 +84,14 @@ def _whole_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
 
 
 def _tokens_kernel(refs: Any, *, plan: Plan) -> None:
-    rows = programs.loaded(refs, _ROWS, 0, plan.chunk)
-    state = forward.state_of(refs)
+    shared = programs.shared_of(refs)
+    *rows, dout = programs.loaded(refs, _ROWS, 0, plan.chunk)
+    whole = programs.wholeness(plan, pl.program_id(0))
+    chunk = programs.chunk_of(rows, shared, whole)
     later = State(refs.later_weight[...].astype(jnp.float32), refs.later_bias[...])
-    made, _ = _of_chunk(refs, plan, pl.program_id(0), rows, (state, later))
+    ends = derivatives.Ends(forward.state_of(refs), later, whole)
+    ready = _ready(*_stored(refs, 0, plan.chunk))
+    made, _ = derivatives.gradients(ready, chunk, dout.astype(jnp.float32), ends, shared)
     _store(refs, made, pl.ds(0, plan.chunk))
     for name in _SUMMED:
         getattr(refs, f"d{name}")[...] = getattr(made, name)
@@ -150,18 +148,31 @@ def _prepare_kernel(refs: Any, *, plan: Plan) -> None:
     *rows, dout = programs.loaded(refs, _ROWS, 0, plan.chunk)
     chunk = programs.chunk_of(rows, shared, 1.0)
     state = forward.state_of(refs)
-    ready, _ = derivatives.prepared(state, chunk, dout.astype(jnp.float32), shared)
+    ready, dgamma = derivatives.prepared(state, chunk, dout.astype(jnp.float32), shared)
     inner, output, pulled = ready
     halves = [jnp.stack(pair, axis=-1) for pair in ((inner.unit, output), (inner.pull, pulled))]
     refs.tiles[...] = jnp.swapaxes(jnp.stack(halves, axis=-1), 0, 1).astype(refs.tiles.dtype)
     for place, name in enumerate(_VECTORS):
-        refs.vectors[place, :] = getattr(ready.inner, name)
+        refs.vectors[place, :] = getattr(inner, name)
+    refs.dgamma[...] = dgamma
+
+
+def _stored(refs: Any, index: Any, chunk: int) -> Any:
+    """What was prepared for the chunk with this index, as it is stored."""
+    place = pl.ds(index * chunk, chunk)
+    return refs.tiles[place, :, :, :], [refs.vectors[row, place] for row in range(len(_VECTORS))]
+
+
+def _ready(tiles: jax.Array, vectors: list[jax.Array]) -> Prepared:
+    halves = jnp.unstack(jnp.swapaxes(tiles, 0, 1).astype(jnp.float32), axis=-1)
+    (unit, output), (pull, pulled) = (jnp.unstack(half, axis=-1) for half in halves)
+    return Prepared(Inner(unit, pull, *vectors), output, pulled)
 
 
 def prepare(plan: Plan, tiles: Tiles, given: Backward) -> dict[str, jax.Array]:
     """What the chunks' gradients need of themselves alone: ``[T, d, 2, 2]``, vectors ``[3, T]``.
 
-    The tiles of a chunk stand together, so that the scan brings them to its layout at once.
+    And their shares ``[chunks, d]`` in the gradient of gamma. The tiles of a chunk stand together, so that the scan brings them to its layout at once.
     """
     tokens = given.tokens
     length, width = tokens.k.shape
@@ -175,6 +186,7 @@ def prepare(plan: Plan, tiles: Tiles, given: Backward) -> dict[str, jax.Array]:
     outputs = {
         "tiles": programs.rows(tiles_of, plan.chunk),
         "vectors": programs.columns(vectors, plan.chunk),
+        "dgamma": programs.entry(programs.float32(plan.chunks, width)),
     }
     kernel = functools.partial(_prepare_kernel, plan=plan)
     return programs.call(kernel, "ttt_linear_prepare", tiles, plan.chunks, (inputs, outputs))
@@ -185,25 +197,19 @@ def _weights_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
     chunk, final = plan.chunk, np.int32(plan.chunks - 1)
 
     def load(index: Any) -> Any:
-        place = pl.ds(index * chunk, chunk)
-        vectors = [refs.vectors[row, place] for row in range(len(_VECTORS))]
-        rows = programs.loaded(refs, ("q", "k", "gate"), index, chunk)
-        return rows, refs.tiles[place, :, :, :], vectors
+        return programs.loaded(refs, ("q", "k", "gate"), index, chunk), _stored(refs, index, chunk)
 
     def one(step: Any, carry: Any) -> Any:
         index = final - step
         later, tiled = carry
         following = load(jnp.maximum(index - 1, np.int32(0))) if tiles.prefetch else None
-        (q, k, gate), stacked, vectors = tiled if tiles.prefetch else load(index)
+        (q, k, gate), stored = tiled if tiles.prefetch else load(index)
         refs.later_weight[index, :, :] = later.weight.astype(refs.later_weight.dtype)
         refs.later_bias[index, :] = later.bias
-        halves = jnp.unstack(jnp.swapaxes(stacked, 0, 1).astype(jnp.float32), axis=-1)
-        (unit, output), (pull, pulled) = (jnp.unstack(half, axis=-1) for half in halves)
-        ready = Prepared(Inner(unit, pull, *vectors), output, pulled)
         # The values count in what was prepared alone.
         whole = programs.wholeness(plan, index)
         tokens: Chunk = programs.chunk_of((q, k, k, gate), shared, whole)
-        return derivatives.scanned(ready, tokens, later, shared), following
+        return derivatives.scanned(_ready(*stored), tokens, later, shared), following
 
     later = State(refs.last_weight[...], refs.last_bias[...])
     first = load(final) if tiles.prefetch else None
@@ -253,8 +259,13 @@ def in_parts(
         "later_weight": programs.entry(after.weight),
         "later_bias": programs.entry(after.bias),
     }
+    inputs |= {
+        "tiles": programs.rows(ready["tiles"], plan.chunk),
+        "vectors": programs.columns(ready["vectors"], plan.chunk),
+    }
     outputs = _gradient_blocks(given, plan, plan.chunks)
     kernel = functools.partial(_tokens_kernel, plan=plan)
     name = "ttt_linear_back_tokens"
     made = programs.call(kernel, name, of_tokens, plan.chunks, (inputs, outputs))
-    return _summed(made), first
+    sums = _summed(made)
+    return sums._replace(gamma=sums.gamma + ready["dgamma"].sum(0)), first

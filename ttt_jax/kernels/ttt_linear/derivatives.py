@@ -97,7 +97,7 @@ def curved(inner: Inner, x: jax.Array, shared: Shared) -> jax.Array:
 def prepared(
     state: State, chunk: Chunk, dout: jax.Array, shared: Shared
 ) -> tuple[Prepared, jax.Array]:
-    """What a chunk's gradients need of itself, and the normalized columns that were read."""
+    """What a chunk's gradients need of itself; and of gamma ``[d]``, as it is at the outputs."""
     (inner,) = algebra.learn(state, [chunk], shared)
     ((z, rates),) = algebra.asked(state, [chunk], shared)
     ((unit, rate),) = algebra.normalized(
@@ -107,7 +107,7 @@ def prepared(
     center, along = means(pull, unit * pull)
     output = rate[None] * (pull - center[None] - unit * along[None])
     pulled = product(output, rates[0], ROWS_ROWS, shared.operand)
-    return Prepared(inner, output, pulled), unit
+    return Prepared(inner, output, pulled), jnp.sum(dout.T * unit, axis=1)
 
 
 def lost(chunk: Chunk, later: State, shared: Shared) -> jax.Array:
@@ -128,22 +128,34 @@ def scanned(ready: Prepared, chunk: Chunk, later: State, shared: Shared) -> Stat
     return earlier(ready, curved(ready.inner, dgradient, shared), chunk, later, shared)
 
 
+class Ends(NamedTuple):
+    """Of a chunk.
+
+    Attributes:
+      before: the weights with which it began.
+      later: the gradients of the next chunk's weights.
+      whole: 1 where it is whole, else 0: its tokens change no weights then.
+    """
+
+    before: State
+    later: State
+    whole: Any
+
+
 def gradients(
-    state: State, chunk: Chunk, dout: jax.Array, later: State, shared: Shared, whole: Any
+    ready: Prepared, chunk: Chunk, dout: jax.Array, ends: Ends, shared: Shared
 ) -> tuple[Gradients, State]:
-    """All gradients of a chunk.
+    """All gradients of a chunk, but of gamma what :func:`prepared` has.
 
     Args:
-      state: the weights with which the chunk began.
+      ready: of the chunk.
       chunk: its tokens.
       dout: ``[c, d]``.
-      later: the gradients of the next chunk's weights.
+      ends: the weights and gradients between which it is.
       shared: what all chunks share.
-      whole: 1 where the chunk is whole, else 0: its tokens change no weights then.
     """
-    operand = shared.operand
-    ready, unit = prepared(state, chunk, dout, shared)
-    inner = ready.inner
+    operand, inner = shared.operand, ready.inner
+    state, later, whole = ends
     gradient, taken = inner.gradient, lost(chunk, later, shared)
     dgradient = ready.pulled - chunk.step[None] * taken
     dz = curved(inner, dgradient, shared)
@@ -176,7 +188,7 @@ def gradients(
     dscale = dscale + jnp.where(is_last, jnp.sum(chunk.gate * dstep), 0.0)
 
     beside = shared.beta - chunk.target + 2 * shared.gamma * inner.unit
-    dgamma = jnp.sum(dout.T * unit + doffset * beside, axis=1)
+    dgamma = jnp.sum(doffset * beside, axis=1)
     dbeta = jnp.sum(dout.T - dtarget, axis=1)
     made = Gradients(dq, dk, dtarget.T, dgate, dscale, dgamma, dbeta)
     return made, earlier(ready, dz, chunk, later, shared)
