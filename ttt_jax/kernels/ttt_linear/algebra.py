@@ -23,7 +23,8 @@ EPSILON = 1e-6
 """Of the LayerNorm, as published."""
 
 # Axes over which a product of two matrices sums.
-ROWS_COLUMNS, ROWS_ROWS, COLUMNS_COLUMNS = (1, 0), (1, 1), (0, 0)
+ROWS_COLUMNS, ROWS_ROWS = (1, 0), (1, 1)
+COLUMNS_COLUMNS, COLUMNS_ROWS = (0, 0), (0, 1)
 
 
 class State(NamedTuple):
@@ -166,12 +167,16 @@ def inner(z: jax.Array, target: jax.Array, shared: Shared) -> Inner:
     return Inner(unit, pull, rate, *means(pull, unit * pull))
 
 
+def seen(x: jax.Array) -> jax.Array:
+    """``[c, c]`` of tokens s (rows) and t, 0 where t does not see s."""
+    learned = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    reader = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.where(learned <= reader, x, 0.0)
+
+
 def rates_within(chunk: Chunk, shared: Shared) -> jax.Array:
     """``[c, c]``: minus step sizes of token s (rows) for token t, 0 where t does not see it."""
-    size = chunk.gate.shape[0]
-    learned = lax.broadcasted_iota(jnp.int32, (size, size), 0)
-    reader = lax.broadcasted_iota(jnp.int32, (size, size), 1)
-    return jnp.where(learned <= reader, -chunk.gate[:, None] * shared.scale[None], 0.0)
+    return -seen(chunk.gate[:, None] * shared.scale[None])
 
 
 def overlap(k: jax.Array, x: jax.Array, shared: Shared) -> jax.Array:

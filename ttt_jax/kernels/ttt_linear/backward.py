@@ -37,15 +37,37 @@ class Backward(NamedTuple):
     dout: jax.Array
 
 
-def _store(refs: Any, made: Gradients, place: Any) -> None:
-    for name in ("q", "k", "v"):
-        ref = getattr(refs, f"d{name}")
-        ref[place, :] = getattr(made, name).astype(ref.dtype)
-    refs.dgate[place] = made.gate
-
-
 _ROWS = ("q", "k", "v", "gate", "dout")
-_SUMMED = ("scale", "gamma", "beta")
+
+
+class Sums(NamedTuple):
+    """Of what all chunks have in common.
+
+    Attributes:
+      scale: ``[c]``.
+      gamma: ``[d]``.
+      beta: ``[d]``.
+    """
+
+    scale: jax.Array
+    gamma: jax.Array
+    beta: jax.Array
+
+
+_SUMMED = Sums._fields
+
+
+def _store(refs: Any, made: Gradients, place: Any) -> None:
+    """What there is of the tokens' gradients."""
+    for name, value in zip(Gradients._fields, made, strict=True):
+        if value is not None and name not in _SUMMED:
+            ref = getattr(refs, f"d{name}")
+            ref[place, ...] = value.astype(ref.dtype)
+
+
+def _store_sums(refs: Any, sums: Any) -> None:
+    for name in _SUMMED:
+        getattr(refs, f"d{name}")[...] = getattr(sums, name)
 
 
 def _whole_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
@@ -65,54 +87,57 @@ def _whole_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
         whole = programs.wholeness(plan, index)
         tokens = programs.chunk_of(rows, shared, whole)
         state = State(weight.astype(jnp.float32), bias)
-        ready, dgamma = derivatives.prepared(state, tokens, dout, shared)
+        ready, read = derivatives.read(state, tokens, dout, shared)
         ends = derivatives.Ends(state, later, whole)
-        made, before = derivatives.gradients(ready, tokens, dout, ends, shared)
-        made = made._replace(gamma=made.gamma + dgamma)
+        learned, dz = derivatives.learned(ready, tokens, ends, shared)
+        before = derivatives.earlier(ready, dz, tokens, later, shared)
+        made = derivatives.total(read, learned)
         _store(refs, made, pl.ds(index * chunk, chunk))
-        sums = tuple(total + getattr(made, n) for total, n in zip(sums, _SUMMED, strict=True))
+        sums = Sums(*[a + getattr(made, n) for a, n in zip(sums, _SUMMED, strict=True)])
         return before, sums, following
 
     later = State(refs.last_weight[...], refs.last_bias[...])
-    sums = tuple(jnp.zeros(getattr(refs, n).shape, jnp.float32) for n in _SUMMED)
+    sums = Sums(*[jnp.zeros(getattr(refs, n).shape, jnp.float32) for n in _SUMMED])
     first = load(final) if tiles.prefetch else None
     later, sums, _ = programs.loop(plan.chunks, one, (later, sums, first))
     refs.dweight[...] = later.weight
     refs.dbias[...] = later.bias
-    for name, total in zip(_SUMMED, sums, strict=True):
-        getattr(refs, f"d{name}")[...] = total
+    _store_sums(refs, sums)
 
 
 def _tokens_kernel(refs: Any, *, plan: Plan) -> None:
     shared = programs.shared_of(refs)
-    *rows, dout = programs.loaded(refs, _ROWS, 0, plan.chunk)
+    k, v, gate, dk = programs.loaded(refs, ("k", "v", "gate", "dk_read"), 0, plan.chunk)
     whole = programs.wholeness(plan, pl.program_id(0))
-    chunk = programs.chunk_of(rows, shared, whole)
+    chunk = programs.chunk_of((None, k, v, gate), shared, whole)
     later = State(refs.later_weight[...].astype(jnp.float32), refs.later_bias[...])
     ends = derivatives.Ends(forward.state_of(refs), later, whole)
     ready = _ready(*_stored(refs, 0, plan.chunk))
-    made, _ = derivatives.gradients(ready, chunk, dout.astype(jnp.float32), ends, shared)
-    _store(refs, made, pl.ds(0, plan.chunk))
-    for name in _SUMMED:
-        getattr(refs, f"d{name}")[...] = getattr(made, name)
+    made, _ = derivatives.learned(ready, chunk, ends, shared)
+    _store(refs, made._replace(k=made.k + dk.astype(jnp.float32)), pl.ds(0, plan.chunk))
+    _store_sums(refs, made)
 
 
-def _gradient_blocks(given: Backward, plan: Plan, count: int) -> dict[str, Any]:
+def _gradient_blocks(
+    given: Backward, plan: Plan, count: int, names: tuple[str, ...] = ("q", "k", "v")
+) -> dict[str, Any]:
     """Of gradients: rows of the tokens, and a share of the sums for each of ``count`` programs."""
     tokens, width = given.tokens, given.dout.shape[1]
     each = plan.chunks // count * plan.chunk
     like = jax.ShapeDtypeStruct(tokens.k.shape, tokens.k.dtype)
-    sizes = {"scale": plan.chunk, "gamma": width, "beta": width}
+    sizes = Sums(plan.chunk, width, width)._asdict()
     return {
-        **{f"d{name}": programs.rows(like, each) for name in ("q", "k", "v")},
+        **{f"d{name}": programs.rows(like, each) for name in names},
         "dgate": programs.rows(programs.float32(tokens.gate.shape[0]), each),
         **{f"d{n}": programs.entry(programs.float32(count, size)) for n, size in sizes.items()},
     }
 
 
-def _summed(made: dict[str, jax.Array]) -> Gradients:
-    sums = {name: made[f"d{name}"].sum(0) for name in _SUMMED}
-    return Gradients(*[made[f"d{name}"] for name in ("q", "k", "v", "gate")], **sums)
+def _gradients(made: dict[str, jax.Array], *others: dict[str, jax.Array]) -> Gradients:
+    """The first one's, with the others' shares in what is float32."""
+    sums = {name: sum(each[f"d{name}"].sum(0) for each in (made, *others)) for name in _SUMMED}
+    gate = sum((each["dgate"] for each in others), made["dgate"])
+    return Gradients(made["dq"], made["dk"], made["dv"], gate, **sums)
 
 
 def _inputs(given: Backward, rows: int) -> dict[str, Any]:
@@ -140,7 +165,7 @@ def whole(plan: Plan, tiles: Tiles, given: Backward, later: State) -> tuple[Grad
     }
     kernel = functools.partial(_whole_kernel, plan=plan, tiles=tiles)
     made = programs.call(kernel, "ttt_linear_back", tiles, 1, (inputs, outputs))
-    return _summed(made), State(made["dweight"], made["dbias"])
+    return _gradients(made), State(made["dweight"], made["dbias"])
 
 
 def _prepare_kernel(refs: Any, *, plan: Plan) -> None:
@@ -148,13 +173,13 @@ def _prepare_kernel(refs: Any, *, plan: Plan) -> None:
     *rows, dout = programs.loaded(refs, _ROWS, 0, plan.chunk)
     chunk = programs.chunk_of(rows, shared, 1.0)
     state = forward.state_of(refs)
-    ready, dgamma = derivatives.prepared(state, chunk, dout.astype(jnp.float32), shared)
-    inner, output, pulled = ready
+    (inner, output, pulled), made = derivatives.read(state, chunk, dout.astype(jnp.float32), shared)
     halves = [jnp.stack(pair, axis=-1) for pair in ((inner.unit, output), (inner.pull, pulled))]
     refs.tiles[...] = jnp.swapaxes(jnp.stack(halves, axis=-1), 0, 1).astype(refs.tiles.dtype)
     for place, name in enumerate(_VECTORS):
         refs.vectors[place, :] = getattr(inner, name)
-    refs.dgamma[...] = dgamma
+    _store(refs, made, pl.ds(0, plan.chunk))
+    _store_sums(refs, made)
 
 
 def _stored(refs: Any, index: Any, chunk: int) -> Any:
@@ -170,9 +195,10 @@ def _ready(tiles: jax.Array, vectors: list[jax.Array]) -> Prepared:
 
 
 def prepare(plan: Plan, tiles: Tiles, given: Backward) -> dict[str, jax.Array]:
-    """What the chunks' gradients need of themselves alone: ``[T, d, 2, 2]``, vectors ``[3, T]``.
+    """What the chunks' gradients need of themselves alone, and the shares by way of the outputs.
 
-    And their shares ``[chunks, d]`` in the gradient of gamma. The tiles of a chunk stand together, so that the scan brings them to its layout at once.
+    Tiles ``[T, d, 2, 2]``, which stand together so that the scan brings them to its layout at once;
+    vectors ``[3, T]``.
     """
     tokens = given.tokens
     length, width = tokens.k.shape
@@ -186,7 +212,7 @@ def prepare(plan: Plan, tiles: Tiles, given: Backward) -> dict[str, jax.Array]:
     outputs = {
         "tiles": programs.rows(tiles_of, plan.chunk),
         "vectors": programs.columns(vectors, plan.chunk),
-        "dgamma": programs.entry(programs.float32(plan.chunks, width)),
+        **_gradient_blocks(given, plan, plan.chunks, ("q", "k")),
     }
     kernel = functools.partial(_prepare_kernel, plan=plan)
     return programs.call(kernel, "ttt_linear_prepare", tiles, plan.chunks, (inputs, outputs))
@@ -252,20 +278,19 @@ def in_parts(
     of_prepare, of_weights, of_tokens = tiles
     ready = prepare(plan, of_prepare, given)
     after, first = _weights(plan, of_weights, given, ready, later)
-    inputs = {
-        **_inputs(given, plan.chunk),
+    blocks = _inputs(given, plan.chunk)
+    inputs = {name: blocks[name] for name in ("k", "v", "gate", "scale", "gamma", "beta")}
+    inputs |= {
         "weight": programs.entry(given.states.weight),
         "bias": programs.entry(given.states.bias),
         "later_weight": programs.entry(after.weight),
         "later_bias": programs.entry(after.bias),
-    }
-    inputs |= {
         "tiles": programs.rows(ready["tiles"], plan.chunk),
         "vectors": programs.columns(ready["vectors"], plan.chunk),
+        "dk_read": programs.rows(ready["dk"], plan.chunk),
     }
-    outputs = _gradient_blocks(given, plan, plan.chunks)
+    outputs = _gradient_blocks(given, plan, plan.chunks, ("k", "v"))
     kernel = functools.partial(_tokens_kernel, plan=plan)
     name = "ttt_linear_back_tokens"
     made = programs.call(kernel, name, of_tokens, plan.chunks, (inputs, outputs))
-    sums = _summed(made)
-    return sums._replace(gamma=sums.gamma + ready["dgamma"].sum(0)), first
+    return _gradients(made | {"dq": ready["dq"]}, ready), first

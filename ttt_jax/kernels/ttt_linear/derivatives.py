@@ -11,8 +11,8 @@ with negative rates, and the gradients dW', db' of the next chunk's weights and 
     dW = dW' + dy q + dz k,  db = db' + sum dy + sum dz.
 
 Of these dy and the first term of dG do not depend on later chunks, and H, the second derivative of
-the inner losses, on none at all: :func:`prepared` makes them for all chunks at once, and
-:func:`earlier` is what remains to be done chunk by chunk.
+the inner losses, on none at all: :func:`read` makes them for all chunks at once, and
+:func:`scanned` is what remains to be done chunk by chunk; then :func:`learned` is for all at once.
 """
 
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from jax import lax
 from ttt_jax.kernels.ttt_linear import algebra
 from ttt_jax.kernels.ttt_linear.algebra import (
     COLUMNS_COLUMNS,
+    COLUMNS_ROWS,
     ROWS_COLUMNS,
     ROWS_ROWS,
     Chunk,
@@ -53,7 +54,7 @@ class Gradients(NamedTuple):
     """Of a chunk's tokens, and its share in those of what all chunks have in common.
 
     Attributes:
-      q: ``[c, d]``.
+      q: ``[c, d]``, or None, as the other two.
       k: ``[c, d]``.
       v: ``[c, d]``.
       gate: ``[c]``.
@@ -62,9 +63,9 @@ class Gradients(NamedTuple):
       beta: ``[d]``.
     """
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
+    q: Any
+    k: Any
+    v: Any
     gate: jax.Array
     scale: jax.Array
     gamma: jax.Array
@@ -94,20 +95,41 @@ def curved(inner: Inner, x: jax.Array, shared: Shared) -> jax.Array:
     return (inner.rate * inner.rate)[None] * bent
 
 
-def prepared(
+def read(
     state: State, chunk: Chunk, dout: jax.Array, shared: Shared
-) -> tuple[Prepared, jax.Array]:
-    """What a chunk's gradients need of itself; and of gamma ``[d]``, as it is at the outputs."""
+) -> tuple[Prepared, Gradients]:
+    """What a chunk's gradients need of itself; and their share by way of its outputs.
+
+    That share is all of the gradient of q, and none of v's, which is None.
+    """
+    operand = shared.operand
     (inner,) = algebra.learn(state, [chunk], shared)
     ((z, rates),) = algebra.asked(state, [chunk], shared)
-    ((unit, rate),) = algebra.normalized(
-        algebra.stepped(z, rates, [inner.gradient], shared)
-    )
-    pull = shared.gamma * dout.T
+    gradient = inner.gradient
+    ((unit, rate),) = algebra.normalized(algebra.stepped(z, rates, [gradient], shared))
+    wide = dout.T
+    pull = shared.gamma * wide
     center, along = means(pull, unit * pull)
     output = rate[None] * (pull - center[None] - unit * along[None])
-    pulled = product(output, rates[0], ROWS_ROWS, shared.operand)
-    return Prepared(inner, output, pulled), jnp.sum(dout.T * unit, axis=1)
+    pulled = product(output, rates[0], ROWS_ROWS, operand)
+
+    # Features as rows here, too: these products then have the sizes of the scan's.
+    dmixed = product(gradient, output, COLUMNS_COLUMNS, operand)
+    doverlap = dmixed * algebra.rates_within(chunk, shared)
+    dq = product(chunk.k, doverlap, COLUMNS_COLUMNS, operand)
+    dq = dq + product(state.weight, output, COLUMNS_COLUMNS, operand)
+    dk = product(chunk.q, doverlap, COLUMNS_ROWS, operand)
+    drates = -algebra.seen(dmixed * algebra.overlap(chunk.k, chunk.q, shared))
+    made = Gradients(
+        q=dout + dq.T,
+        k=dk.T,
+        v=None,
+        gate=jnp.sum(drates * shared.scale[None], axis=1),
+        scale=jnp.sum(drates * chunk.gate[:, None], axis=0),
+        gamma=jnp.sum(wide * unit, axis=1),
+        beta=jnp.sum(wide, axis=1),
+    )
+    return Prepared(inner, output, pulled), made
 
 
 def lost(chunk: Chunk, later: State, shared: Shared) -> jax.Array:
@@ -142,53 +164,42 @@ class Ends(NamedTuple):
     whole: Any
 
 
-def gradients(
-    ready: Prepared, chunk: Chunk, dout: jax.Array, ends: Ends, shared: Shared
-) -> tuple[Gradients, State]:
-    """All gradients of a chunk, but of gamma what :func:`prepared` has.
+def learned(
+    ready: Prepared, chunk: Chunk, ends: Ends, shared: Shared
+) -> tuple[Gradients, jax.Array]:
+    """The share of a chunk's gradients by way of its inner losses, and dz.
 
-    Args:
-      ready: of the chunk.
-      chunk: its tokens.
-      dout: ``[c, d]``.
-      ends: the weights and gradients between which it is.
-      shared: what all chunks share.
+    Of q there is none. All gradients are the sum of this and of what :func:`read` has.
     """
     operand, inner = shared.operand, ready.inner
-    state, later, whole = ends
-    gradient, taken = inner.gradient, lost(chunk, later, shared)
+    gradient, taken = inner.gradient, lost(chunk, ends.later, shared)
     dgradient = ready.pulled - chunk.step[None] * taken
     dz = curved(inner, dgradient, shared)
-
     # The target is v - k, and stands in gamma (beta - target).
     doffset = inner.rate[None] * projected(inner, dgradient)[0]
     dtarget = -shared.gamma * doffset
 
-    rates = algebra.rates_within(chunk, shared)
-    overlap = algebra.overlap(chunk.k, chunk.q, shared)
-    dmixed = product(gradient, ready.output, COLUMNS_COLUMNS, operand)
-    doverlap = dmixed * rates
-
-    dq = dout + product(doverlap, chunk.k, COLUMNS_COLUMNS, operand)
-    dq = dq + product(ready.output, state.weight, COLUMNS_COLUMNS, operand)
-    dk = product(doverlap, chunk.q, ROWS_COLUMNS, operand)
-    dk = dk + product(dz, state.weight, COLUMNS_COLUMNS, operand)
-    dk = dk + product(gradient * -chunk.step[None], later.weight, COLUMNS_COLUMNS, operand)
-    dk = dk - dtarget.T
-
-    size = chunk.gate.shape[0]
-    learned = lax.broadcasted_iota(jnp.int32, (size, size), 0)
-    reader = lax.broadcasted_iota(jnp.int32, (size, size), 1)
-    drates = -jnp.where(learned <= reader, dmixed * overlap, 0.0)
+    steps = gradient * -chunk.step[None]
+    dk = product(ends.before.weight, dz, COLUMNS_COLUMNS, operand)
+    dk = dk + product(ends.later.weight, steps, COLUMNS_COLUMNS, operand) - dtarget
     # Of the steps: what the next chunk's weights and bias lose by each token.
-    dstep = -whole * jnp.sum(gradient * taken, axis=0)
-    dgate = jnp.sum(drates * shared.scale[None], axis=1) + shared.last * dstep
-    dscale = jnp.sum(drates * chunk.gate[:, None], axis=0)
+    dstep = -ends.whole * jnp.sum(gradient * taken, axis=0)
+    size = chunk.gate.shape[0]
     is_last = lax.broadcasted_iota(jnp.int32, (size,), 0) == size - 1
-    dscale = dscale + jnp.where(is_last, jnp.sum(chunk.gate * dstep), 0.0)
-
     beside = shared.beta - chunk.target + 2 * shared.gamma * inner.unit
-    dgamma = jnp.sum(doffset * beside, axis=1)
-    dbeta = jnp.sum(dout.T - dtarget, axis=1)
-    made = Gradients(dq, dk, dtarget.T, dgate, dscale, dgamma, dbeta)
-    return made, earlier(ready, dz, chunk, later, shared)
+    made = Gradients(
+        q=None,
+        k=dk.T,
+        v=dtarget.T,
+        gate=shared.last * dstep,
+        scale=jnp.where(is_last, jnp.sum(chunk.gate * dstep), 0.0),
+        gamma=jnp.sum(doffset * beside, axis=1),
+        beta=-jnp.sum(dtarget, axis=1),
+    )
+    return made, dz
+
+
+def total(read: Gradients, learned: Gradients) -> Gradients:
+    """All gradients: of q by way of the outputs alone, of v by way of the inner losses."""
+    shares = zip(read, learned, strict=True)
+    return Gradients(*[a if b is None else b if a is None else a + b for a, b in shares])
