@@ -314,10 +314,10 @@ def rows_of(settings: Any) -> Iterator[dict[str, Any]]:
     for name in settings.works:
         yield from work_rows(name, works[name], settings)
     if "shapes" in settings.parts:
-        widths, chunks, dtypes = limits.HEAD_SIZES, limits.CHUNK_SIZES, limits.DTYPES
+        widths, chunks, dtypes = map(int, settings.widths), limits.CHUNK_SIZES, limits.DTYPES
         if settings.smoke:
-            widths, chunks, dtypes = widths[:1], chunks[:1], dtypes[:1]
-        for shape in (Shape(w, c, t) for t in dtypes for w in widths for c in chunks):
+            widths, chunks, dtypes = limits.HEAD_SIZES[:1], chunks[:1], dtypes[:1]
+        for shape in (Shape(w, c, t) for w in widths for t in dtypes for c in chunks):
             row = measured(functools.partial(shape_row, shape, settings))
             yield {"part": "shapes", "way": " ".join(map(str, shape))} | row
     if "scaling" in settings.parts:
@@ -329,6 +329,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     """Measures what is asked for, and writes the record after every row."""
     launch.chosen("part", settings.parts, PARTS)
     launch.chosen("work", settings.works, WORKS)
+    launch.chosen("width", settings.widths, list(map(str, limits.HEAD_SIZES)))
     launch.chosen("configuration", settings.configurations, limits.CONFIGURATIONS)
     for name in ("spacings", "lengths"):
         for value in settings[name]:
@@ -370,6 +371,7 @@ if __name__ == "__main__":
             "configurations", list(limits.CONFIGURATIONS), "Which configurations of the kernels."
         ),
         "spacings": flags.DEFINE_list("spacings", ["1", "4"], "Chunks between two kept states."),
+        "widths": flags.DEFINE_list("widths", list(map(str, limits.HEAD_SIZES)), "Of shapes."),
         "lengths": flags.DEFINE_list(
             "lengths", [str(1 << power) for power in range(10, 18)], "Tokens, in scaling."
         ),

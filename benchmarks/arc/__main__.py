@@ -14,7 +14,7 @@ import json
 import pathlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -139,8 +139,9 @@ def add_private(
     tasks: Sequence[Any],
     queries: Sequence[answers.Query],
     settings: Any,
+    save: Callable[[], None],
 ) -> None:
-    """What private copies on top solve by votes and experts of as many views.
+    """What private copies on top solve by votes and experts of as many views; saved before scores.
 
     Of several step sizes the one is taken under which held-out demonstrations of the first tasks
     cost least. A decoder that was trained on the demonstrations knows those that the guard holds
@@ -170,29 +171,78 @@ def add_private(
     views = {"num_views": settings.views, "cache_tokens": settings.cache_tokens}
     cast = private.answer(copies, asked, **views, seed=settings.seed)
     seconds["answering"] = time.perf_counter() - begin - seconds["learning"]
+    own = answers.candidates(cast)
+    names = [task.name for task in tasks]
+    guard = "unseen" if settings.isolated else "trained on by the source"
+    about = {
+        "settings": chosen._asdict(),
+        "guard": guard if settings.private_held_out else "none",
+        "steps": {names[number]: steps for number, steps in copies.steps.items()},
+        "held_out_nats": nats,
+    }
+
+    def keep(own: Sequence[answers.Answers]) -> None:
+        table = answers.solved(asked, own)
+        record["private"] = about | {
+            "solved": {rule: sum(each.values()) for rule, each in table.items()},
+            "rows": [row_of(*pair, names) for pair in zip(asked, own, strict=True)],
+            "seconds": seconds | {"all": time.perf_counter() - begin},
+        }
+        save()
+
+    keep(own)
     own = private.score(
         copies,
         asked,
-        answers.candidates(cast),
+        own,
         settings=chosen,
         num_views=settings.score_views,
         keep=settings.keep,
         seed=settings.seed,
     )
-    names = [task.name for task in tasks]
-    table = answers.solved(asked, own)
-    guard = "unseen" if settings.isolated else "trained on by the source"
-    guard = guard if settings.private_held_out else "none"
-    record["private"] = {
-        "settings": chosen._asdict(),
-        "guard": guard,
-        "steps": {names[number]: steps for number, steps in copies.steps.items()},
-        "solved": {rule: sum(each.values()) for rule, each in table.items()},
-        "rows": [row_of(*pair, names) for pair in zip(asked, own, strict=True)],
-        "held_out_nats": nats,
-        "seconds": seconds | {"all": time.perf_counter() - begin},
-    }
+    keep(own)
     print(f"private copies: {record['private']['solved']} of {len(copies.steps)}", flush=True)
+
+
+def add_source(
+    record: dict[str, Any],
+    net: models.GridDecoder,
+    params: Any,
+    tasks: Sequence[Any],
+    queries: Sequence[answers.Query],
+    rows: sources.Rows,
+    settings: Any,
+) -> None:
+    """What the decoder solves without copies, by votes and experts, and how long it takes."""
+    begin = time.perf_counter()
+    # A loop over layers is compiled sooner, and hardly slower token by token.
+    cast = answers.decode(
+        net.clone(unroll=1),
+        params,
+        queries,
+        num_views=settings.views,
+        cache_tokens=settings.cache_tokens,
+        seed=settings.seed,
+        log=print,
+    )
+    record["seconds"]["decoding"] = time.perf_counter() - begin
+    begin = time.perf_counter()
+    given = answers.score(
+        net,
+        params,
+        queries,
+        answers.candidates(cast),
+        rows=rows,
+        num_views=settings.score_views,
+        keep=settings.keep,
+        seed=settings.seed,
+    )
+    record["seconds"]["scoring"] = time.perf_counter() - begin
+    table = answers.solved(queries, given)
+    record["solved"] = {rule: sum(each.values()) for rule, each in table.items()}
+    names = [task.name for task in tasks]
+    record["rows"] = [row_of(*pair, names) for pair in zip(queries, given, strict=True)]
+    print(f"solved of {len(tasks)}: {json.dumps(record['solved'])}", flush=True)
 
 
 def rates_of(settings: Any) -> tuple[float, ...]:
@@ -246,43 +296,20 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     if state.step < settings.num_steps:
         launch.write_json(path, record | {"seconds": seconds})
         return record
+    record |= {"tasks": len(tasks), "seconds": seconds}
     queries = answers.queries_of(tasks)
-    begin = time.perf_counter()
-    # A loop over layers is compiled sooner, and hardly slower token by token.
-    cast = answers.decode(
-        net.clone(unroll=1),
-        state.params,
-        queries,
-        num_views=settings.views,
-        cache_tokens=settings.cache_tokens,
-        seed=settings.seed,
-        log=print,
-    )
-    seconds["decoding"] = time.perf_counter() - begin
-    begin = time.perf_counter()
-    given = answers.score(
-        net,
-        state.params,
-        queries,
-        answers.candidates(cast),
-        rows=rows,
-        num_views=settings.score_views,
-        keep=settings.keep,
-        seed=settings.seed,
-    )
-    seconds |= {"scoring": time.perf_counter() - begin, "all": time.perf_counter() - start}
-    table = answers.solved(queries, given)
-    record["solved"] = {rule: sum(each.values()) for rule, each in table.items()}
-    record["tasks"] = len(tasks)
-    record["seconds"] = seconds
-    names = [task.name for task in tasks]
-    record["rows"] = [row_of(*pair, names) for pair in zip(queries, given, strict=True)]
-    launch.write_json(path, record)
-    if settings.private_steps:
-        add_private(record, net, state.params, tasks, queries, settings)
-        record["seconds"] |= {"all": time.perf_counter() - start}
+
+    def save() -> None:
+        seconds["all"] = time.perf_counter() - start
         launch.write_json(path, record)
-    print(f"solved of {len(tasks)}: {json.dumps(record['solved'])}; seconds {seconds}", flush=True)
+
+    save()
+    if settings.source_answers:
+        add_source(record, net, state.params, tasks, queries, rows, settings)
+        save()
+    if settings.private_steps:
+        add_private(record, net, state.params, tasks, queries, settings, save)
+    print(f"seconds {seconds}", flush=True)
     return record
 
 
@@ -312,6 +339,9 @@ if __name__ == "__main__":
         "workers": flags.DEFINE_integer("workers", 8, "Processes that make batches.", 0),
         "log_every": flags.DEFINE_integer("log_every", 200, "Steps of a line.", 1),
         "isolated": flags.DEFINE_bool("isolated", False, "Leave out the tasks to be solved."),
+        "source_answers": flags.DEFINE_bool(
+            "source_answers", True, "Whether the decoder without copies answers, too."
+        ),
         "private_steps": flags.DEFINE_integer("private_steps", 0, "Of private copies; 0: none.", 0),
         "private_rates": flags.DEFINE_list("private_rates", ["1e-3"], "Their step sizes, to try."),
         "private_held_out": flags.DEFINE_integer("private_held_out", 1, "Of the guard.", 0),

@@ -119,7 +119,7 @@ def private_total(record: Mapping[str, Any]) -> float:
 def minutes(record: Mapping[str, Any]) -> float:
     """From the start of the program to the scores, without private copies."""
     parts = ("data", "training", "decoding", "scoring")
-    return sum(float(record["seconds"][part]) for part in parts) / 60
+    return sum(float(record["seconds"].get(part, 0.0)) for part in parts) / 60
 
 
 def lines(record: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> list[str]:
@@ -130,7 +130,7 @@ def lines(record: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> 
         f"{config['version']} {training}, seed {config['seed']}, {config['num_steps']} steps, "
         f"{minutes(record):.1f} minutes of one {record['device']}"
     ]
-    parts = {"": record["rows"]}
+    parts = {"": record["rows"]} if record["rows"] else {}
     if "private" in record:
         parts[" of private copies"] = record["private"]["rows"]
     for name, rows in parts.items():
@@ -139,20 +139,21 @@ def lines(record: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> 
             table = solved(rows, rule)
             sums = interval(np.array(list(table.values()), np.float64))
             made.append(f"  {rule}{name}: {sums} of {len(table)}")
-    if "private" in record:
+    if "private" in record and record["rows"]:
         taken = set(record["private"]["steps"])
         shared = [row for row in record["rows"] if row["task"] in taken]
         for rule in ("votes", "experts"):
             more = gap(record["private"]["rows"], shared, rule)
             made.append(f"  private copies less the source, {rule}: {more}")
-    bins, error = confidence(record["rows"])
+    # Of the decoder without copies where it answered.
+    bins, error = confidence(next(iter(parts.values())))
     made.append(f"  share of the votes as a confidence, calibration error {error:.3f}:")
     for each in bins:
         made.append(
             f"    {each.low:4.2f} to {each.high:4.2f}: {each.queries:4} queries, "
             f"share {each.share:.2f}, right {each.right:.2f}"
         )
-    if first is not None:
+    if first is not None and first["rows"] and record["rows"]:
         rule = "experts" if "experts" in record["solved"] else "votes"
         made.append(f"  less the first record, {rule}: {gap(record['rows'], first['rows'], rule)}")
     return made
@@ -168,7 +169,7 @@ def main(paths: Sequence[str]) -> None:
         raise launch.UserError("python -m benchmarks.arc.summary needs the files of records.")
     records = [json.loads(pathlib.Path(path).read_text("utf-8")) for path in paths]
     for path, record in zip(paths, records, strict=True):
-        if not record["rows"]:
+        if not record["rows"] and "private" not in record:
             raise launch.UserError(
                 f"{path} must have answers; its training ended early: go on with --state."
             )

@@ -158,6 +158,7 @@ def settings(**changes):
         "workers": 0,
         "log_every": 20,
         "isolated": False,
+        "source_answers": True,
         "private_steps": 0,
         "private_rates": ["1e-2", "1e-3"],
         "private_held_out": 1,
@@ -176,9 +177,9 @@ def test_private_copies_on_a_decoder_that_never_saw_the_tasks(toy_sets, tmp_path
     monkeypatch.setattr(
         sources, "batches", lambda *a: drawn.append(a[3]) or iter([sources.batch_of(*a[:3], 0, 0)])
     )
-    asked = settings(isolated=True, num_steps=1, private_steps=2)
+    asked = settings(isolated=True, num_steps=1, private_steps=2, source_answers=False)
     record = program.run(str(tmp_path / "a.json"), asked)
-    assert drawn == [[0.0]]
+    assert drawn == [[0.0]] and record["rows"] == [] and "decoding" not in record["seconds"]
     kept = json.loads((tmp_path / "a.json").read_text())["private"]
     assert kept["steps"].keys() == {"add1", "add2"} and len(kept["rows"]) == 2
     assert kept["solved"] == record["private"]["solved"] == dict.fromkeys(answers.RULES, 0)

@@ -94,6 +94,12 @@ def test_the_text_has_every_rule_and_the_difference(tmp_path, capsys):
     assert summary.private_total(record | {"private": {"rows": ROWS[:1]}}) == summary.total(
         {"rows": ROWS[:1]}
     )
+    copies = {"rows": ROWS, "steps": {"a": 1, "b": 1, "c": 1}}
+    early.write_text(json.dumps(record | {"rows": [], "private": copies}))
+    summary.main([str(early)])
+    text = capsys.readouterr().out
+    assert "experts of private copies: 2 [" in text and "less the source" not in text
+    early.write_text(json.dumps(record | {"rows": []}))
     with pytest.raises(launch.UserError, match="must have answers"):
         summary.main([str(early)])
     with pytest.raises(launch.UserError, match="needs the files"):

@@ -19,6 +19,7 @@ SETTINGS = {
     "repeats": 1,
     "calls": 1,
     "smoke": True,
+    "widths": ("16",),
 }
 
 
@@ -73,6 +74,7 @@ def test_a_wrong_configuration_is_never_best(tmp_path, monkeypatch):
     [
         ({"parts": ("torch",)}, "unknown part 'torch'"),
         ({"configurations": ("fast",)}, "unknown configuration 'fast'"),
+        ({"widths": ("48",)}, "unknown width '48'; choose from 16, 32, 64, 128"),
         ({"lengths": ("1k",)}, "--lengths takes positive integers; got '1k'"),
         ({"spacings": ("0",)}, "--spacings takes positive integers; got '0'"),
     ],

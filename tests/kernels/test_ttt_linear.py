@@ -146,9 +146,7 @@ def test_two_calls_are_equal_bit_for_bit(whole):
 def test_a_map_makes_programs_and_no_loop(monkeypatch):
     seen = []
     chosen = limits.chosen
-    monkeypatch.setattr(
-        limits, "chosen", lambda *case: seen.append(case) or chosen(*case)
-    )
+    monkeypatch.setattr(limits, "chosen", lambda *case: seen.append(case) or chosen(*case))
     given = operands(48, (2,), (3,))
     jaxpr = jax.make_jaxpr(with_gradients(mapped(kernels)))(given, weights_of(mapped(dual), given))
     grids = [eqn.params["grid_mapping"].grid for eqn in equations(jaxpr.jaxpr, "pallas_call")]
@@ -201,7 +199,10 @@ def test_less_than_a_chunk_is_read_and_not_learned(tokens):
     np.testing.assert_allclose(last.bias, given.bias, atol=1e-7)
 
 
-LOWERED = [*[(name, jnp.bfloat16) for name in limits.CONFIGURATIONS], ("split_read_two", jnp.float32)]
+LOWERED = [
+    *[(name, jnp.bfloat16) for name in limits.CONFIGURATIONS],
+    ("split_read_two", jnp.float32),
+]
 
 
 @pytest.mark.parametrize(("name", "dtype"), LOWERED)

@@ -5,7 +5,8 @@ With the names and the layout of :mod:`~ttt_jax.kernels.ttt_linear.algebra`, a c
     z = W k^T + b,  G = the gradient of the inner losses at z,  M = rates * (k q^T + 1),
     y = W q^T + b + G M,  out = q + LN(y)^T,  W' = W - (step G) k,  b' = b - sum step G,
 
-with negative rates, and the gradients dW', db' of the next chunk's weights and dout of the outputs lead to its own:
+with negative rates, and the gradients dW', db' of the next chunk's weights and dout of the outputs
+lead to its own:
 
     dy = LN's own,  dG = dy M^T - step (dW' k^T + db'),  dz = H dG,
     dW = dW' + dy q + dz k,  db = db' + sum dy + sum dz.
@@ -95,9 +96,7 @@ def curved(inner: Inner, x: jax.Array, shared: Shared) -> jax.Array:
     return (inner.rate * inner.rate)[None] * bent
 
 
-def read(
-    state: State, chunk: Chunk, dout: jax.Array, shared: Shared
-) -> tuple[Prepared, Gradients]:
+def read(state: State, chunk: Chunk, dout: jax.Array, shared: Shared) -> tuple[Prepared, Gradients]:
     """What a chunk's gradients need of itself; and their share by way of its outputs.
 
     That share is all of the gradient of q, and none of v's, which is None.

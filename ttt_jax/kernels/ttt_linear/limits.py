@@ -67,17 +67,20 @@ class Configuration(NamedTuple):
         return self.prepare is not None
 
 
-_ONE, _TWO, _PIPELINED = Tiles(), Tiles(chunks=2), Tiles(stages=3, prefetch=False)
+_ONE, _TWO, _HALF = Tiles(), Tiles(chunks=2), Tiles(warps=2)
+_PIPELINED = Tiles(stages=3, prefetch=False)
 _WHOLE = Configuration(_ONE, None, _ONE, _ONE, None, _ONE)
 _SPLIT = Configuration(_ONE, _ONE, _ONE, _ONE, _ONE, _ONE)
 
 CONFIGURATIONS: dict[str, Configuration] = {
     "one": _WHOLE,
+    "one_2warps": _WHOLE._replace(scan=_HALF),
     "one_pipelined": _WHOLE._replace(scan=_PIPELINED, back=_PIPELINED),
     "two": _WHOLE._replace(scan=_TWO),
     "split": _SPLIT,
     "split_pipelined": _SPLIT._replace(scan=_PIPELINED, back=_PIPELINED),
     "split_read_two": _SPLIT._replace(read=_TWO),
+    "split_read_2warps": _SPLIT._replace(read=_HALF),
     "split_back": _SPLIT._replace(read=None),
 }
 """Those that ``benchmarks.layers`` compares and times, by name."""
