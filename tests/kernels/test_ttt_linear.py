@@ -94,6 +94,8 @@ CASES = [
     ("split_read_two", 2, jnp.float32),
     ("one_pipelined", 1, jnp.float32),
     ("split_pipelined", 3, jnp.bfloat16),
+    ("shared_two", 2, jnp.float32),
+    ("shared", 1, jnp.float32),
 ]
 
 
@@ -111,7 +113,7 @@ def test_outputs_states_and_nine_gradients(name, spacing, dtype):
         assert max(errors(found, due)) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["two", "split", "split_read_two"])
+@pytest.mark.parametrize("name", ["two", "split", "split_read_two", "shared_two"])
 def test_outputs_where_no_gradient_follows(name):
     """Then no state is kept, whatever the spacing, and a program may take two chunks."""
     given = operands(72)

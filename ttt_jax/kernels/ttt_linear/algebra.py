@@ -150,19 +150,16 @@ class Normalized(NamedTuple):
     rate: jax.Array
 
 
-def normalized(*arrays: jax.Array) -> list[Normalized]:
-    """Of each ``z [d, c]``, so many that they are a power of two."""
-    sums = means(*[part for z in arrays for part in (z, z * z)])
-    made = []
-    for z, center, power in zip(arrays, sums[::2], sums[1::2], strict=True):
-        rate = lax.rsqrt(power - center * center + EPSILON)
-        made.append(Normalized((z - center[None]) * rate[None], rate))
-    return made
+def normalized(z: jax.Array) -> Normalized:
+    """Of ``z [d, c]``."""
+    center, power = means(z, z * z)
+    rate = lax.rsqrt(power - center * center + EPSILON)
+    return Normalized((z - center[None]) * rate[None], rate)
 
 
 def inner(z: jax.Array, target: jax.Array, shared: Shared) -> Inner:
     """The inner losses at ``z [d, c]``."""
-    ((unit, rate),) = normalized(z)
+    unit, rate = normalized(z)
     pull = shared.gamma * (shared.gamma * unit + (shared.beta - target))
     return Inner(unit, pull, rate, *means(pull, unit * pull))
 
@@ -228,37 +225,34 @@ def learn(state: State, chunks: Sequence[Chunk], shared: Shared) -> list[Inner]:
     return made
 
 
-class Asked(NamedTuple):
-    """What the queries of a chunk read of weights that no chunk of the step has moved.
+def asked(
+    state: State, chunks: Sequence[Chunk], gradients: Sequence[jax.Array], shared: Shared
+) -> tuple[jax.Array, jax.Array]:
+    """What the queries of the last of the chunks read, ``[d, c]``, before the LayerNorm.
 
-    Attributes:
-      z: ``[d, c]``, outputs before the LayerNorm.
-      rates: how much of each gradient they see, ``[c, c]``: of the chunks before, then its own.
+    And how much of its own gradients they see, ``[c, c]``: the rates, which are negative.
     """
-
-    z: jax.Array
-    rates: list[jax.Array]
-
-
-def asked(state: State, chunks: Sequence[Chunk], shared: Shared) -> list[Asked]:
-    """Of each chunk; no gradient is needed for it."""
-    made = []
-    for index, chunk in enumerate(chunks):
-        rates = [_rates(chunk.q, earlier, shared) for earlier in chunks[:index]]
-        own = overlap(chunk.k, chunk.q, shared) * rates_within(chunk, shared)
-        made.append(Asked(outputs(state, chunk.q, shared), [*rates, own]))
-    return made
+    *before, chunk = chunks
+    own = overlap(chunk.k, chunk.q, shared) * rates_within(chunk, shared)
+    rates = [*[_rates(chunk.q, earlier, shared) for earlier in before], own]
+    z = outputs(state, chunk.q, shared)
+    return stepped(z, rates, gradients, shared), own
 
 
 def read(
-    asked: Sequence[Asked], chunks: Sequence[Chunk], gradients: Sequence[jax.Array], shared: Shared
-) -> list[jax.Array]:
-    """The outputs of the layer, ``q + LN(z)``, of each chunk: ``[c, d]``."""
-    ended = [stepped(z, rates, gradients, shared) for z, rates in asked]
-    return [
-        chunk.q + (shared.gamma * each.unit + shared.beta).T
-        for chunk, each in zip(chunks, normalized(*ended), strict=True)
-    ]
+    state: State, chunks: Sequence[Chunk], gradients: Sequence[jax.Array], shared: Shared
+) -> jax.Array:
+    """The outputs of the layer, ``q + LN(z)``, of the last of the chunks: ``[c, d]``."""
+    z, _ = asked(state, chunks, gradients, shared)
+    return chunks[-1].q + (shared.gamma * normalized(z).unit + shared.beta).T
+
+
+def centered(given: State) -> State:
+    """Of weights with a column for each feature of the output, ours: without means."""
+    weight, bias = given.weight.T, given.bias
+    share = 1 / bias.shape[0]
+    means_of_inputs = jnp.sum(weight, axis=0) * share
+    return State(weight - means_of_inputs[None], bias - jnp.sum(bias) * share)
 
 
 def moved(

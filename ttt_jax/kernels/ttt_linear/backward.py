@@ -222,6 +222,12 @@ def _weights_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
     shared = programs.shared_of(refs)
     chunk, final = plan.chunk, np.int32(plan.chunks - 1)
 
+    _, stored = programs.shared_by(tiles)
+
+    def keep(index: Any, later: State) -> None:
+        refs.later_weight[index, :, :] = later.weight.astype(refs.later_weight.dtype)
+        refs.later_bias[index, :] = later.bias
+
     def load(index: Any) -> Any:
         return programs.loaded(refs, ("q", "k", "gate"), index, chunk), _stored(refs, index, chunk)
 
@@ -230,8 +236,7 @@ def _weights_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
         later, tiled = carry
         following = load(jnp.maximum(index - 1, np.int32(0))) if tiles.prefetch else None
         (q, k, gate), stored = tiled if tiles.prefetch else load(index)
-        refs.later_weight[index, :, :] = later.weight.astype(refs.later_weight.dtype)
-        refs.later_bias[index, :] = later.bias
+        stored(index, functools.partial(keep, index, later))
         # The values count in what was prepared alone.
         whole = programs.wholeness(plan, index)
         tokens: Chunk = programs.chunk_of((q, k, k, gate), shared, whole)

@@ -103,14 +103,14 @@ def read(state: State, chunk: Chunk, dout: jax.Array, shared: Shared) -> tuple[P
     """
     operand = shared.operand
     (inner,) = algebra.learn(state, [chunk], shared)
-    ((z, rates),) = algebra.asked(state, [chunk], shared)
     gradient = inner.gradient
-    ((unit, rate),) = algebra.normalized(algebra.stepped(z, rates, [gradient], shared))
+    z, rates = algebra.asked(state, [chunk], [gradient], shared)
+    unit, rate = algebra.normalized(z)
     wide = dout.T
     pull = shared.gamma * wide
     center, along = means(pull, unit * pull)
     output = rate[None] * (pull - center[None] - unit * along[None])
-    pulled = product(output, rates[0], ROWS_ROWS, operand)
+    pulled = product(output, rates, ROWS_ROWS, operand)
 
     # Features as rows here, too: these products then have the sizes of the scan's.
     dmixed = product(gradient, output, COLUMNS_COLUMNS, operand)

@@ -21,11 +21,14 @@ class Part(NamedTuple):
       programs: each has as many consecutive chunks of its own.
       reads: whether they make the outputs.
       every: chunks between two states that they store; 0 for none.
+      first: whether they begin at the weights of the call, ``[d, d]`` with a column for each
+        feature of the output, and with means.
     """
 
     programs: int
     reads: bool
     every: int
+    first: bool = True
 
 
 class Scanned(NamedTuple):
@@ -48,7 +51,8 @@ def _scan_kernel(refs: Any, *, plan: Plan, tiles: Tiles, part: Part, per_step: i
     chunk, held = plan.chunk, plan.chunks // part.programs
     steps = held // per_step
     names = ("q", "k", "v", "gate") if part.reads else ("k", "v", "gate")
-    before = pl.program_id(0) * held
+    program, stored = programs.shared_by(tiles)
+    before = program * held
 
     def load(step: Any) -> Any:
         at = [step * per_step + place for place in range(per_step)]
@@ -67,23 +71,31 @@ def _scan_kernel(refs: Any, *, plan: Plan, tiles: Tiles, part: Part, per_step: i
             chunks.append(programs.chunk_of((q, *values[-3:]), shared, whole))
         made = [inner.gradient for inner in algebra.learn(state, chunks, shared)]
         if part.reads:
-            asked = algebra.asked(state, chunks, shared)
-            for place, out in enumerate(algebra.read(asked, chunks, made, shared)):
-                rows = pl.ds((step * per_step + place) * chunk, chunk)
-                refs.out[rows, :] = out.astype(refs.out.dtype)
+            for place in range(per_step):
+                read = functools.partial(read_one, place, step, state, chunks, made)
+                stored(step * per_step + place, read)
         return algebra.moved(state, chunks, made, shared), following
+
+    def read_one(place: int, step: Any, state: State, chunks: Any, made: Any) -> None:
+        seen, gradients = chunks[: place + 1], made[: place + 1]
+        out = algebra.read(state, seen, gradients, shared)
+        rows = pl.ds((step * per_step + place) * chunk, chunk)
+        refs.out[rows, :] = out.astype(refs.out.dtype)
+
+    def keep(index: Any, state: State) -> None:
+        refs.weights[index, :, :] = state.weight.astype(refs.weights.dtype)
+        refs.biases[index, :] = state.bias
 
     def group(index: Any, carry: Any) -> Any:
         if part.every:
-            weight, bias = carry[0]
-            refs.weights[index, :, :] = weight.astype(refs.weights.dtype)
-            refs.biases[index, :] = bias
+            stored(index, functools.partial(keep, index, carry[0]))
         inside = steps // groups
         return programs.loop(inside, lambda i, c: one(index * inside + i, c), carry)
 
     groups = held // part.every if part.every else 1
     first = load(np.int32(0)) if tiles.prefetch else None
-    state, _ = programs.loop(groups, group, (state_of(refs), first))
+    start = algebra.centered(state_of(refs)) if part.first else state_of(refs)
+    state, _ = programs.loop(groups, group, (start, first))
     refs.last_weight[...] = state.weight
     refs.last_bias[...] = state.bias
 
@@ -129,8 +141,9 @@ def _read_kernel(refs: Any, *, plan: Plan, per_step: int) -> None:
         whole = programs.wholeness(plan, pl.program_id(0) * per_step + place)
         chunks.append(programs.chunk_of(values, shared, whole))
     made = [inner.gradient for inner in algebra.learn(state, chunks, shared)]
-    asked = algebra.asked(state, chunks, shared)
-    for place, out in enumerate(algebra.read(asked, chunks, made, shared)):
+    for place in range(per_step):
+        seen, gradients = chunks[: place + 1], made[: place + 1]
+        out = algebra.read(state, seen, gradients, shared)
         refs.out[pl.ds(place * plan.chunk, plan.chunk), :] = out.astype(refs.out.dtype)
 
 

@@ -23,8 +23,8 @@ class Operands(NamedTuple):
       v: ``[T, d]``.
       gate: ``[T]``, float32 as all that follows.
       scale: ``[c]``.
-      weight: ``[d, d]`` without a mean over the output axis.
-      bias: ``[d]`` without a mean.
+      weight: ``[d, d]``, a column for each feature of the output.
+      bias: ``[d]``.
       gamma: ``[d]``.
       beta: ``[d]``.
     """
@@ -69,8 +69,7 @@ def run(
     ]
     weight, bias = operands.weight, operands.bias
     q, k, v, gate = rows
-    centered = operands._replace(weight=_centered(weight), bias=_centered(bias))
-    given = centered._replace(q=q, k=k, v=v, gate=gate)
+    given = operands._replace(q=q, k=k, v=v, gate=gate)
     out, last = _layer(plan, given)
     # Their means never change: they are of no consequence to the layer.
     ended = _centered(last.weight) + _mean(weight), _centered(last.bias) + _mean(bias)
@@ -120,7 +119,7 @@ def _parts(operands: Operands) -> tuple[Tokens, Shared, State]:
     tokens = Tokens(*operands[:4])
     scale, gamma, beta = operands.scale, operands.gamma, operands.beta
     shared = Shared(scale, gamma, beta, scale[-1], operands.k.dtype)
-    return tokens, shared, _turned(State(operands.weight[None], operands.bias[None]))
+    return tokens, shared, State(operands.weight[None], operands.bias[None])
 
 
 def _turned(state: State) -> State:
@@ -163,7 +162,7 @@ def _backward(plan: Plan) -> Callable[[int], Callable[..., Any]]:
         def apply(operands: Operands, states: State, dout: jax.Array, later: State) -> Operands:
             tokens, shared, _ = _parts(operands)
             if plan.size > 1:
-                part = forward.Part(plan.groups, reads=False, every=1)
+                part = forward.Part(plan.groups, reads=False, every=1, first=False)
                 one = chosen.states._replace(chunks=1)
                 states = forward.scan(plan, one, tokens, shared, states, part).states
             given = backward.Backward(tokens, shared, states, dout)
@@ -174,7 +173,7 @@ def _backward(plan: Plan) -> Callable[[int], Callable[..., Any]]:
                 tiles = chosen.prepare, chosen.back, chosen.tokens
                 made, first = backward.in_parts(plan, tiles, given, later)
             weight, bias = _turned(jax.tree.map(lambda leaf: leaf[0], first))
-            return Operands(**made._asdict(), weight=weight, bias=bias)
+            return Operands(**made._asdict(), weight=_centered(weight), bias=_centered(bias))
 
         return apply
 

@@ -32,12 +32,15 @@ class Tiles(NamedTuple):
       warps: per program; the tensor cores' products of 64 rows take four.
       stages: of the compiler's software pipeline.
       prefetch: whether a step of the loop loads what the next one works on.
+      shares: programs that all go along the same chunks, and divide among them what is made beside
+        the chain from chunk to chunk; for calls with fewer heads than the GPU has cores.
     """
 
     chunks: int = 1
     warps: int = 4
     stages: int = 1
     prefetch: bool = True
+    shares: int = 1
 
 
 class Configuration(NamedTuple):
@@ -68,7 +71,7 @@ class Configuration(NamedTuple):
 
 
 _ONE, _TWO, _HALF = Tiles(), Tiles(chunks=2), Tiles(warps=2)
-_PIPELINED = Tiles(stages=3, prefetch=False)
+_PIPELINED, _SHARED = Tiles(stages=3, prefetch=False), Tiles(shares=2)
 _WHOLE = Configuration(_ONE, None, _ONE, _ONE, None, _ONE)
 _SPLIT = Configuration(_ONE, _ONE, _ONE, _ONE, _ONE, _ONE)
 
@@ -82,6 +85,9 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "split_read_two": _SPLIT._replace(read=_TWO),
     "split_read_2warps": _SPLIT._replace(read=_HALF),
     "split_back": _SPLIT._replace(read=None),
+    "shared": _SPLIT._replace(scan=_SHARED, read=None, back=_SHARED),
+    "shared_two": _SPLIT._replace(scan=_SHARED._replace(chunks=2), read=None, back=_SHARED),
+    "shared_pipelined": _SPLIT._replace(scan=_PIPELINED._replace(shares=2), read=None),
 }
 """Those that ``benchmarks.layers`` compares and times, by name."""
 

@@ -106,8 +106,8 @@ def call(
     Args:
       kernel: of one program.
       name: in profiles.
-      tiles: warps and stages.
-      grid: how many programs, next to those of ``vmap``.
+      tiles: warps and stages; and how many programs have the same blocks.
+      grid: how many programs have blocks of their own, next to those of ``vmap``.
       blocks: of inputs, and of outputs as ``jax.ShapeDtypeStruct``.
     """
     inputs, outputs = blocks
@@ -116,11 +116,15 @@ def call(
     def body(*refs: Any) -> None:
         kernel(types.SimpleNamespace(**dict(zip(names, refs, strict=True))))
 
+    def spec(given: pl.BlockSpec) -> pl.BlockSpec:
+        index = given.index_map
+        return pl.BlockSpec(given.block_shape, lambda i: index(lax.div(i, np.int32(tiles.shares))))
+
     made = pl.pallas_call(
         body,
-        grid=(grid,),
-        in_specs=[spec for _, spec in inputs.values()],
-        out_specs=[spec for _, spec in outputs.values()],
+        grid=(grid * tiles.shares,),
+        in_specs=[spec(given) for _, given in inputs.values()],
+        out_specs=[spec(given) for _, given in outputs.values()],
         out_shape=[shape for shape, _ in outputs.values()],
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=jax.default_backend() != "gpu",
@@ -172,3 +176,21 @@ def loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
 def float32(*shape: int) -> jax.ShapeDtypeStruct:
     """Of an output."""
     return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def shared_by(tiles: Tiles) -> tuple[Any, Callable[[Any, Callable[[], None]], None]]:
+    """The number of this program's blocks, and ``stored(index, store)``.
+
+    Of the programs that have the same blocks, ``stored`` lets the one store that has the index in
+    its share.
+    """
+    shares = np.int32(tiles.shares)
+    program = pl.program_id(0)
+    if tiles.shares == 1:
+        return program, lambda index, store: store()
+    share = lax.rem(program, shares)
+
+    def stored(index: Any, store: Callable[[], None]) -> None:
+        pl.when(lax.rem(index, shares) == share)(store)
+
+    return lax.div(program, shares), stored
