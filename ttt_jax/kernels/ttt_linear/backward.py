@@ -235,12 +235,12 @@ def _weights_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
         index = final - step
         later, tiled = carry
         following = load(jnp.maximum(index - 1, np.int32(0))) if tiles.prefetch else None
-        (q, k, gate), stored = tiled if tiles.prefetch else load(index)
+        (q, k, gate), prepared = tiled if tiles.prefetch else load(index)
         stored(index, functools.partial(keep, index, later))
         # The values count in what was prepared alone.
         whole = programs.wholeness(plan, index)
         tokens: Chunk = programs.chunk_of((q, k, k, gate), shared, whole)
-        return derivatives.scanned(_ready(*stored), tokens, later, shared), following
+        return derivatives.scanned(_ready(*prepared), tokens, later, shared), following
 
     later = State(refs.last_weight[...], refs.last_bias[...])
     first = load(final) if tiles.prefetch else None
