@@ -91,15 +91,15 @@ CONFIGURATIONS: dict[str, Configuration] = {
 }
 """Those that ``benchmarks.layers`` compares and times, by name."""
 
-# Programs from which on the cores are full.
-_MANY = 256
+# Of an H200: a core has room for two programs at a time.
+_CORES = 132
 
-# By whether they are many, and whether a backward pass follows.
+# By whether there are more heads than cores, and whether a backward pass follows.
 _CHOSEN = {
-    (False, False): "split",
-    (False, True): "split",
-    (True, False): "one",
-    (True, True): "one",
+    (False, False): "shared",
+    (False, True): "shared",
+    (True, False): "one_2warps",
+    (True, True): "one_2warps",
 }
 
 
@@ -110,7 +110,7 @@ def chosen(programs: int, learns: bool) -> str:
       programs: heads of sequences at once.
       learns: whether a backward pass follows.
     """
-    return _CHOSEN[programs >= _MANY, learns]
+    return _CHOSEN[programs > _CORES, learns]
 
 
 def fits(width: int, chunk_size: int, dtype: Any) -> bool:
