@@ -4,13 +4,15 @@
 sequences of 8,192 tokens (``long``) and 64 of 1,024 (``many``), forward, and forward and backward:
 
 * every configuration of the kernels (:data:`ttt_jax.kernels.ttt_linear.limits.CONFIGURATIONS`),
-  after its outputs and all nine gradients were compared with XLA's in float32 over 1,024 tokens of
-  random data; one whose largest relative error is over 1e-2 is marked wrong, and never best;
+  after its outputs, with and without a backward pass, and all nine gradients were compared with
+  XLA's in float32 over 1,024 tokens of random data; one whose largest relative error is over
+  1e-2 is marked wrong, and never best;
 * the dual form in XLA; cuDNN's causal attention; flash-linear-attention's TTT-Linear (another
   definition of the step sizes) and delta rule.
 
-Then ``shapes``: the kernels' errors at every width, chunk and dtype that they take. ``decode``: a
-token of every sequence, beside the bandwidth of reading and writing the state, and of a copy.
+Then ``shapes``: the errors of the configurations that are chosen, at the widths asked for (all by
+default) and every chunk and dtype that the kernels take. ``decode``: a token of every sequence,
+beside the bandwidth of reading and writing the state, and of a copy.
 ``scaling``: one sequence of 1k to 128k tokens, beside cuDNN. Medians; compilation apart.
 """
 
@@ -159,7 +161,7 @@ def reference(work: Work, chunk: int, dtype: Any) -> tuple[layer.Operands, jax.A
 def errors_of(function: Any, work: Work, chunk: int, dtype: Any) -> dict[str, float]:
     """Relative, of the outputs and the nine gradients, beside XLA in float32.
 
-    ``forward`` are the outputs where no gradient follows: those of another program.
+    ``forward``: of the outputs where no gradient follows, which come from another program.
     """
     operands, dout, due = reference(work, chunk, dtype)
     found = jax.jit(function)(operands), *jax.jit(with_gradients(function))(operands, dout)

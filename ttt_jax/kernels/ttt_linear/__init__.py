@@ -1,4 +1,4 @@
-"""TTT-Linear in kernels, a program for each head of each sequence, for an NVIDIA GPU.
+"""TTT-Linear in kernels for an NVIDIA GPU, one or two programs for each head of each sequence.
 
 :func:`ttt_linear` is the layer for what :func:`fits`; :func:`supported` says whether a machine has
 the kernels. Its form in XLA is ``form="dual"`` of :func:`ttt_jax.layers.ttt_linear`.

@@ -68,8 +68,8 @@ class Shared(NamedTuple):
 
     Attributes:
       scale: ``[c]``, the factor of the step size by position of the token that reads.
-      gamma: ``[d, 1]``.
-      beta: ``[d, 1]``.
+      gamma: ``[d, 1]``; ``[d]`` outside the kernels.
+      beta: as gamma.
       last: the factor of the last position, a scalar.
       operand: the dtype of the products' operands.
     """
@@ -189,11 +189,8 @@ def outputs(state: State, x: jax.Array, shared: Shared) -> jax.Array:
 def stepped(
     z: jax.Array, rates: Sequence[jax.Array], gradients: Sequence[jax.Array], shared: Shared
 ) -> jax.Array:
-    """Outputs at weights that took the steps of some chunks, from those at the weights before.
-
-    Gradients beyond the rates are of later chunks.
-    """
-    for rate, gradient in zip(rates, gradients, strict=False):
+    """Outputs at weights that took the steps of some chunks, from those at the weights before."""
+    for rate, gradient in zip(rates, gradients, strict=True):
         z = z + product(gradient, rate, ROWS_COLUMNS, shared.operand)
     return z
 

@@ -1,7 +1,8 @@
 """Kernels of TTT-Linear's backward pass: from the last chunk to the first, whole or in three parts.
 
-In three parts, what a chunk's gradients need of itself alone is made for all chunks at once, then
-the gradients of the weights chunk by chunk, then the gradients of the tokens for all at once.
+In three parts, what a chunk's gradients need of itself alone, and their shares by way of its
+outputs, are made for all chunks at once; then the gradients of the weights chunk by chunk; then the
+tokens' shares by way of the inner losses for all at once.
 """
 
 import functools
@@ -125,7 +126,7 @@ def _gradient_blocks(
     tokens, width = given.tokens, given.dout.shape[1]
     each = plan.chunks // count * plan.chunk
     like = jax.ShapeDtypeStruct(tokens.k.shape, tokens.k.dtype)
-    sizes = Sums(plan.chunk, width, width)._asdict()
+    sizes = dict(zip(_SUMMED, (plan.chunk, width, width), strict=True))
     return {
         **{f"d{name}": programs.rows(like, each) for name in names},
         "dgate": programs.rows(programs.float32(tokens.gate.shape[0]), each),
@@ -135,7 +136,8 @@ def _gradient_blocks(
 
 def _gradients(made: dict[str, jax.Array], *others: dict[str, jax.Array]) -> Gradients:
     """The first one's, with the others' shares in what is float32."""
-    sums = {name: sum(each[f"d{name}"].sum(0) for each in (made, *others)) for name in _SUMMED}
+    every = (made, *others)
+    sums: Any = {name: sum(each[f"d{name}"].sum(0) for each in every) for name in _SUMMED}
     gate = sum((each["dgate"] for each in others), made["dgate"])
     return Gradients(made["dq"], made["dk"], made["dv"], gate, **sums)
 

@@ -50,7 +50,7 @@ def run(
       spacing: chunks between two states that are kept for the backward pass, which makes those
         between again; at least 1.
       configuration: how the kernels run; None for the choice by the number of heads and sequences
-        over which the call is mapped.
+        over which the call is mapped, and by whether it is differentiated.
 
     Returns:
       ``out [T, d]``, and weights ``[d, d]`` and bias ``[d]`` after the last whole chunk.

@@ -32,8 +32,9 @@ class Tiles(NamedTuple):
       warps: per program; the tensor cores' products of 64 rows take four.
       stages: of the compiler's software pipeline.
       prefetch: whether a step of the loop loads what the next one works on.
-      shares: programs that all go along the same chunks, and divide among them what is made beside
-        the chain from chunk to chunk; for calls with fewer heads than the GPU has cores.
+      shares: of a scan: programs that all go along the same chunks, and divide among them what is
+        made beside the chain from chunk to chunk; for calls with fewer heads than the GPU has
+        cores.
     """
 
     chunks: int = 1
@@ -52,9 +53,11 @@ class Configuration(NamedTuple):
         of it; None where the scan reads as well.
       states: the weights of the chunks between two that were kept.
       back: the gradients from the last chunk to the first.
-      prepare: what does not depend on later chunks, before ``back``, which then has the gradients
-        of the weights alone; None where ``back`` has all gradients.
-      tokens: all other gradients of all chunks at once, after ``back``, with ``prepare``.
+      prepare: what does not depend on later chunks, among it the gradients by way of the outputs,
+        before ``back``, which then has the gradients of the weights alone; None where ``back`` has
+        all gradients.
+      tokens: what is left of the gradients, of all chunks at once, after ``back``; with
+        ``prepare``.
     """
 
     scan: Tiles

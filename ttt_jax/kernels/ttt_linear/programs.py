@@ -27,7 +27,8 @@ class Plan(NamedTuple):
       size: chunks between two states that are kept for the backward pass.
       groups: how many states are kept; ``groups * size`` chunks are worked on.
       whole: how many of them change weights; the rest are a part of a chunk, and padding.
-      configuration: how the kernels run; None for the choice by the number of programs.
+      configuration: how the kernels run; None for the choice by the number of programs and by
+        whether a backward pass follows.
     """
 
     chunk: int
@@ -117,7 +118,7 @@ def call(
         kernel(types.SimpleNamespace(**dict(zip(names, refs, strict=True))))
 
     def spec(given: pl.BlockSpec) -> pl.BlockSpec:
-        index = given.index_map
+        index: Any = given.index_map
         return pl.BlockSpec(given.block_shape, lambda i: index(lax.div(i, np.int32(tiles.shares))))
 
     made = pl.pallas_call(
