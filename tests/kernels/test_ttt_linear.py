@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec as P
 
 from tests.core.compiling import quickly
 from ttt_jax import layers
 from ttt_jax.kernels import ttt_linear
-from ttt_jax.kernels.ttt_linear import layer, limits
+from ttt_jax.kernels.ttt_linear import layer, limits, programs
 
 WIDTH, CHUNK = 16, 16
 NAMES = layer.Operands._fields
@@ -88,7 +89,7 @@ def reference(tokens, dtype):
 
 
 # Each way through the kernels: steps of one and two chunks, whole and in parts, states that are
-# all kept and not, with and without prefetch.
+# all kept and not, with and without prefetch, one program and two for the same chunks.
 CASES = [
     ("two", 4, jnp.float32),
     ("split_read_two", 2, jnp.float32),
@@ -191,6 +192,30 @@ def pick(given, sequence, head):
     return layer.Operands(*rows, given.scale, *[leaf[head] for leaf in given[5:]])
 
 
+def test_means_over_the_outputs_features_are_of_no_consequence():
+    """Means of a hundred times the weights: the sums of squares would cancel."""
+    given = operands(40)
+    weights = weights_of(dual, given)
+    moved = lambda g: g._replace(weight=g.weight + 10, bias=g.bias - 10)  # noqa: E731
+    run = jax.jit(with_gradients(kernels)).lower(given, weights).compile()
+    (found, last), grads = run(moved(given), weights)
+    due = run(given, weights)
+    assert max(errors((found, grads), (due[0][0], due[1]))) < 2e-5
+    assert max(errors(last, moved(due[0][1]))) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["two", "shared"])
+def test_means_over_the_outputs_features_do_not_change(name):
+    """Rounding of 16 bits gives those of the learned weights and of the gradients no other mean."""
+    given = operands(72, dtype=jnp.bfloat16)
+    weights = weights_of(dual, given)
+    run = with_gradients(functools.partial(kernels, name=name))
+    (_, last), grads = quickly(run, given, weights)
+    for found, due in ((last, given), (grads, weights[1])):
+        for leaf, start in ((found.weight, due.weight), (found.bias, due.bias)):
+            np.testing.assert_allclose(leaf.mean(-1), start.mean(-1), atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens", [1, 15])
 def test_less_than_a_chunk_is_read_and_not_learned(tokens):
     given = operands(tokens)
@@ -199,6 +224,25 @@ def test_less_than_a_chunk_is_read_and_not_learned(tokens):
     assert errors(out, due[0])[0] < 1e-5
     np.testing.assert_allclose(last.weight, given.weight, atol=1e-7)
     np.testing.assert_allclose(last.bias, given.bias, atol=1e-7)
+
+
+def test_programs_with_the_same_blocks_store_by_turns():
+    """Two for each of two blocks: an entry that both stored would have the later one's number."""
+    tiles = limits.Tiles(shares=2)
+
+    def kernel(refs):
+        number, stored = programs.shared_by(tiles)
+        both = jnp.stack([number, pl.program_id(0)])
+
+        def store(index):
+            refs.found[index, :] = both
+
+        for index in range(3):
+            stored(np.int32(index), functools.partial(store, index))
+
+    blocks = {}, {"found": programs.rows(jax.ShapeDtypeStruct((6, 2), jnp.int32), 3)}
+    made = programs.call(kernel, "stores", tiles, 2, blocks)["found"]
+    np.testing.assert_array_equal(made, [[0, 0], [0, 1], [0, 0], [1, 2], [1, 3], [1, 2]])
 
 
 LOWERED = [
