@@ -55,7 +55,7 @@ class Work(NamedTuple):
 WORKS = {"long": Work(4, 8192, 16, 64), "many": Work(64, 1024, 16, 64)}
 SMOKE = {"long": Work(1, 48, 2, 16), "many": Work(2, 16, 2, 16)}
 _SMOKE_SETTINGS = {
-    "configurations": ("split_read_two",),
+    "configurations": ("shared",),
     "spacings": ("2",),
     "lengths": ("16",),
     "works": ("long",),
@@ -234,11 +234,10 @@ def fla_row(way: str, work: Work, settings: Any) -> dict[str, Any]:
 
 def shape_row(shape: Shape, settings: Any) -> dict[str, Any]:
     """Errors of the configurations that are chosen, for few and many heads."""
-    cases = itertools.product((1, 1 << 16), (False, True))
     work = Work(4, settings.checked_tokens, 4, shape.width)
     found = {
         name: errors_of(functools.partial(kernels, configuration=name), work, *shape[1:])
-        for name in sorted({limits.chosen(*case) for case in cases})
+        for name in (limits.chosen(1), limits.chosen(1 << 16))
     }
     worst = max(max(errors.values()) for errors in found.values())
     return {"errors": found, "worst": worst, "right": worst <= LIMIT}
@@ -316,10 +315,13 @@ def rows_of(settings: Any) -> Iterator[dict[str, Any]]:
     for name in settings.works:
         yield from work_rows(name, works[name], settings)
     if "shapes" in settings.parts:
-        widths, chunks, dtypes = map(int, settings.widths), limits.CHUNK_SIZES, limits.DTYPES
-        if settings.smoke:
-            widths, chunks, dtypes = limits.HEAD_SIZES[:1], chunks[:1], dtypes[:1]
-        for shape in (Shape(w, c, t) for w in widths for t in dtypes for c in chunks):
+        most = 1 if settings.smoke else None
+        sizes = itertools.product(
+            [int(width) for width in settings.widths][:most],
+            limits.CHUNK_SIZES[:most],
+            limits.DTYPES[:most],
+        )
+        for shape in itertools.starmap(Shape, sizes):
             row = measured(functools.partial(shape_row, shape, settings))
             yield {"part": "shapes", "way": " ".join(map(str, shape))} | row
     if "scaling" in settings.parts:
@@ -343,10 +345,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     record = provenance.of(settings) | {"rows": []}
     record["versions"] |= {name: provenance.version(name) for name in ("torch", "fla-core")}
     programs = {name: work.batch * work.heads for name, work in WORKS.items()}
-    record["chosen"] = {
-        name: {"forward": limits.chosen(count, False), "both": limits.chosen(count, True)}
-        for name, count in programs.items()
-    }
+    record["chosen"] = {name: limits.chosen(count) for name, count in programs.items()}
     for row in rows_of(settings):
         record["rows"].append(row)
         launch.write_json(path, record)

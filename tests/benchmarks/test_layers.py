@@ -54,19 +54,19 @@ def test_a_wrong_configuration_is_never_best(tmp_path, monkeypatch):
         return {"forward_ms": times.pop(), "both_ms": 1.0, "compile_seconds": 0.0}
 
     def errors(function, *shape):
-        return {"out": 0.5 if function.keywords["configuration"] == "two" else 1e-3}
+        return {"out": 0.5 if function.keywords["configuration"] == "parts" else 1e-3}
 
     times = [3.0, 1.0, 2.0]
     monkeypatch.setattr(layers, "both_times", timeless)
     monkeypatch.setattr(layers, "errors_of", errors)
-    names = ("one", "two", "split")
+    names = ("one", "parts", "shared")
     record = layers.run(
         str(tmp_path / "l.json"), settings(parts=("kernels",), configurations=names)
     )
     assert [row.get("right") for row in record["rows"][:3]] == [True, False, True]
     best = {name: row for row in record["rows"][3:] for name in row if name.endswith("_ms")}
     assert best["forward_ms"]["way"] == "one, spacing 4" and best["forward_ms"]["forward_ms"] == 2.0
-    assert "two" not in best["both_ms"]["way"]
+    assert "parts" not in best["both_ms"]["way"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The algebra of a few chunks of TTT-Linear, on arrays: the kernels call it on their tiles.
+"""The algebra of a chunk of TTT-Linear, on arrays: the kernels call it on their tiles.
 
 All arrays are float32 but the operands of products. A chunk has c tokens of width d. Outputs and
 gradients have features as rows and tokens as columns, ``[d, c]``, and the weights the features of
@@ -12,7 +12,6 @@ does not cancel. The mean must be subtracted all the same: rounding gives z a sm
 gradients would no longer sum to zero, and it would grow from chunk to chunk.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -186,62 +185,27 @@ def outputs(state: State, x: jax.Array, shared: Shared) -> jax.Array:
     return product(state.weight, x, ROWS_ROWS, shared.operand) + state.bias[:, None]
 
 
-def stepped(
-    z: jax.Array, rates: Sequence[jax.Array], gradients: Sequence[jax.Array], shared: Shared
-) -> jax.Array:
-    """Outputs at weights that took the steps of some chunks, from those at the weights before."""
-    for rate, gradient in zip(rates, gradients, strict=True):
-        z = z + product(gradient, rate, ROWS_COLUMNS, shared.operand)
-    return z
-
-
-def _rates(x: jax.Array, earlier: Chunk, shared: Shared) -> jax.Array:
-    """``[c, c]``: how much of each gradient of a whole chunk before is in the outputs of ``x``.
-
-    Steps go down: rates are negative, so that products are added to what the units hold.
-    """
-    return overlap(earlier.k, x, shared) * -earlier.step[:, None]
-
-
-def learn(state: State, chunks: Sequence[Chunk], shared: Shared) -> list[Inner]:
-    """The inner losses of chunks that follow each other, the first of which begins at ``state``.
-
-    A later chunk begins at weights that are not made: it sees the earlier ones as tokens do within
-    a chunk. What needs no gradient comes first: the kernels work in the order of the program.
-    """
-    between = [
-        [_rates(chunk.k, earlier, shared) for earlier in chunks[:index]]
-        for index, chunk in enumerate(chunks)
-    ]
-    before = [outputs(state, chunk.k, shared) for chunk in chunks]
-    made: list[Inner] = []
-    gradients: list[jax.Array] = []
-    for chunk, z, rates in zip(chunks, before, between, strict=True):
-        made.append(inner(stepped(z, rates, gradients, shared), chunk.target, shared))
-        gradients.append(made[-1].gradient)
-    return made
+def learn(state: State, chunk: Chunk, shared: Shared) -> Inner:
+    """The inner losses of a chunk that begins at ``state``."""
+    return inner(outputs(state, chunk.k, shared), chunk.target, shared)
 
 
 def asked(
-    state: State, chunks: Sequence[Chunk], gradients: Sequence[jax.Array], shared: Shared
+    state: State, chunk: Chunk, gradient: jax.Array, shared: Shared
 ) -> tuple[jax.Array, jax.Array]:
-    """What the queries of the last of the chunks read, ``[d, c]``, before the LayerNorm.
+    """What the queries of a chunk read, ``[d, c]``, before the LayerNorm.
 
-    And how much of its own gradients they see, ``[c, c]``: the rates, which are negative.
+    And how much of the chunk's gradients they see, ``[c, c]``: the rates, which are negative.
     """
-    *before, chunk = chunks
-    own = overlap(chunk.k, chunk.q, shared) * rates_within(chunk, shared)
-    rates = [*[_rates(chunk.q, earlier, shared) for earlier in before], own]
+    rates = overlap(chunk.k, chunk.q, shared) * rates_within(chunk, shared)
     z = outputs(state, chunk.q, shared)
-    return stepped(z, rates, gradients, shared), own
+    return z + product(gradient, rates, ROWS_COLUMNS, shared.operand), rates
 
 
-def read(
-    state: State, chunks: Sequence[Chunk], gradients: Sequence[jax.Array], shared: Shared
-) -> jax.Array:
-    """The outputs of the layer, ``q + LN(z)``, of the last of the chunks: ``[c, d]``."""
-    z, _ = asked(state, chunks, gradients, shared)
-    return chunks[-1].q + (shared.gamma * normalized(z).unit + shared.beta).T
+def read(state: State, chunk: Chunk, gradient: jax.Array, shared: Shared) -> jax.Array:
+    """The outputs of the layer, ``q + LN(z)``, of a chunk: ``[c, d]``."""
+    z, _ = asked(state, chunk, gradient, shared)
+    return chunk.q + (shared.gamma * normalized(z).unit + shared.beta).T
 
 
 def centered(given: State) -> State:
@@ -252,13 +216,8 @@ def centered(given: State) -> State:
     return State(weight - means_of_inputs[None], bias - jnp.sum(bias) * share)
 
 
-def moved(
-    state: State, chunks: Sequence[Chunk], gradients: Sequence[jax.Array], shared: Shared
-) -> State:
-    """The weights after the chunks."""
-    weight, bias = state
-    for chunk, gradient in zip(chunks, gradients, strict=True):
-        steps = gradient * -chunk.step[None]
-        weight = weight + product(steps, chunk.k, ROWS_COLUMNS, shared.operand)
-        bias = bias + jnp.sum(steps, axis=1)
-    return State(weight, bias)
+def moved(state: State, chunk: Chunk, gradient: jax.Array, shared: Shared) -> State:
+    """The weights after a chunk. Steps go down: what is added is negative."""
+    steps = gradient * -chunk.step[None]
+    weight = state.weight + product(steps, chunk.k, ROWS_COLUMNS, shared.operand)
+    return State(weight, state.bias + jnp.sum(steps, axis=1))

@@ -71,7 +71,7 @@ def _store_sums(refs: Any, sums: Any) -> None:
         getattr(refs, f"d{name}")[...] = getattr(sums, name)
 
 
-def _whole_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
+def _whole_kernel(refs: Any, *, plan: Plan) -> None:
     shared = programs.shared_of(refs)
     chunk, final = plan.chunk, np.int32(plan.chunks - 1)
 
@@ -82,8 +82,8 @@ def _whole_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
     def one(step: Any, carry: Any) -> Any:
         index = final - step
         later, sums, tiled = carry
-        following = load(jnp.maximum(index - 1, np.int32(0))) if tiles.prefetch else None
-        (*rows, dout), weight, bias = tiled if tiles.prefetch else load(index)
+        following = load(jnp.maximum(index - 1, np.int32(0)))
+        (*rows, dout), weight, bias = tiled
         dout = dout.astype(jnp.float32)
         whole = programs.wholeness(plan, index)
         tokens = programs.chunk_of(rows, shared, whole)
@@ -99,7 +99,7 @@ def _whole_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
 
     later = State(refs.last_weight[...], refs.last_bias[...])
     sums = Sums(*[jnp.zeros(getattr(refs, n).shape, jnp.float32) for n in _SUMMED])
-    first = load(final) if tiles.prefetch else None
+    first = load(final)
     later, sums, _ = programs.loop(plan.chunks, one, (later, sums, first))
     refs.dweight[...] = later.weight
     refs.dbias[...] = later.bias
@@ -165,7 +165,7 @@ def whole(plan: Plan, tiles: Tiles, given: Backward, later: State) -> tuple[Grad
         "dweight": programs.entry(programs.float32(1, width, width)),
         "dbias": programs.entry(programs.float32(1, width)),
     }
-    kernel = functools.partial(_whole_kernel, plan=plan, tiles=tiles)
+    kernel = functools.partial(_whole_kernel, plan=plan)
     made = programs.call(kernel, "ttt_linear_back", tiles, 1, (inputs, outputs))
     return _gradients(made), State(made["dweight"], made["dbias"])
 
@@ -196,7 +196,7 @@ def _ready(tiles: jax.Array, vectors: list[jax.Array]) -> Prepared:
     return Prepared(Inner(unit, pull, *vectors), output, pulled)
 
 
-def prepare(plan: Plan, tiles: Tiles, given: Backward) -> dict[str, jax.Array]:
+def prepare(plan: Plan, given: Backward) -> dict[str, jax.Array]:
     """What the chunks' gradients need of themselves alone, and the shares by way of the outputs.
 
     Tiles ``[T, d, 2, 2]``, which stand together so that the scan brings them to its layout at once;
@@ -217,7 +217,7 @@ def prepare(plan: Plan, tiles: Tiles, given: Backward) -> dict[str, jax.Array]:
         **_gradient_blocks(given, plan, plan.chunks, ("q", "k")),
     }
     kernel = functools.partial(_prepare_kernel, plan=plan)
-    return programs.call(kernel, "ttt_linear_prepare", tiles, plan.chunks, (inputs, outputs))
+    return programs.call(kernel, "ttt_linear_prepare", Tiles(), plan.chunks, (inputs, outputs))
 
 
 def _weights_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
@@ -236,8 +236,8 @@ def _weights_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
     def one(step: Any, carry: Any) -> Any:
         index = final - step
         later, tiled = carry
-        following = load(jnp.maximum(index - 1, np.int32(0))) if tiles.prefetch else None
-        (q, k, gate), prepared = tiled if tiles.prefetch else load(index)
+        following = load(jnp.maximum(index - 1, np.int32(0)))
+        (q, k, gate), prepared = tiled
         stored(index, functools.partial(keep, index, later))
         # The values count in what was prepared alone.
         whole = programs.wholeness(plan, index)
@@ -245,7 +245,7 @@ def _weights_kernel(refs: Any, *, plan: Plan, tiles: Tiles) -> None:
         return derivatives.scanned(_ready(*prepared), tokens, later, shared), following
 
     later = State(refs.last_weight[...], refs.last_bias[...])
-    first = load(final) if tiles.prefetch else None
+    first = load(final)
     later, _ = programs.loop(plan.chunks, one, (later, first))
     refs.dweight[...] = later.weight
     refs.dbias[...] = later.bias
@@ -278,13 +278,10 @@ def _weights(
     return after, State(made["dweight"], made["dbias"])
 
 
-def in_parts(
-    plan: Plan, tiles: tuple[Tiles, Tiles, Tiles], given: Backward, later: State
-) -> tuple[Gradients, State]:
-    """:func:`whole` in three parts, each with tiles of its own."""
-    of_prepare, of_weights, of_tokens = tiles
-    ready = prepare(plan, of_prepare, given)
-    after, first = _weights(plan, of_weights, given, ready, later)
+def in_parts(plan: Plan, tiles: Tiles, given: Backward, later: State) -> tuple[Gradients, State]:
+    """:func:`whole` in three parts, of which ``tiles`` are of the scan."""
+    ready = prepare(plan, given)
+    after, first = _weights(plan, tiles, given, ready, later)
     blocks = _inputs(given, plan.chunk)
     inputs = {name: blocks[name] for name in ("k", "v", "gate", "scale", "gamma", "beta")}
     inputs |= {
@@ -299,5 +296,5 @@ def in_parts(
     outputs = _gradient_blocks(given, plan, plan.chunks, ("k", "v"))
     kernel = functools.partial(_tokens_kernel, plan=plan)
     name = "ttt_linear_back_tokens"
-    made = programs.call(kernel, name, of_tokens, plan.chunks, (inputs, outputs))
+    made = programs.call(kernel, name, Tiles(), plan.chunks, (inputs, outputs))
     return _gradients(made | {"dq": ready["dq"]}, ready), first

@@ -102,9 +102,9 @@ def read(state: State, chunk: Chunk, dout: jax.Array, shared: Shared) -> tuple[P
     That share is all of the gradient of q, and none of v's, which is None.
     """
     operand = shared.operand
-    (inner,) = algebra.learn(state, [chunk], shared)
+    inner = algebra.learn(state, chunk, shared)
     gradient = inner.gradient
-    z, rates = algebra.asked(state, [chunk], [gradient], shared)
+    z, rates = algebra.asked(state, chunk, gradient, shared)
     unit, rate = algebra.normalized(z)
     wide = dout.T
     pull = shared.gamma * wide

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ttt_jax.kernels import shared_outputs
 from ttt_jax.kernels.ttt_linear import backward, forward, limits
 from ttt_jax.kernels.ttt_linear.algebra import Shared, State
-from ttt_jax.kernels.ttt_linear.limits import Configuration
+from ttt_jax.kernels.ttt_linear.limits import Configuration, Tiles
 from ttt_jax.kernels.ttt_linear.programs import Plan, Tokens
 
 
@@ -50,7 +50,7 @@ def run(
       spacing: chunks between two states that are kept for the backward pass, which makes those
         between again; at least 1.
       configuration: how the kernels run; None for the choice by the number of heads and sequences
-        over which the call is mapped, and by whether it is differentiated.
+        over which the call is mapped.
 
     Returns:
       ``out [T, d]``, and weights ``[d, d]`` and bias ``[d]`` after the last whole chunk.
@@ -59,8 +59,6 @@ def run(
     chunks = -(-length // chunk)
     groups = -(-chunks // spacing)
     size = -(-chunks // groups)
-    # Even, so that a step may take two chunks.
-    size += size % 2 if size > 1 else 0
     plan = Plan(chunk, size, groups, length // chunk, configuration)
     padding = plan.chunks * chunk - length
     rows = [
@@ -111,8 +109,8 @@ def by_programs(
     return call
 
 
-def _configuration(plan: Plan, programs: int, learns: bool) -> Configuration:
-    return plan.configuration or limits.CONFIGURATIONS[limits.chosen(programs, learns)]
+def _configuration(plan: Plan, programs: int) -> Configuration:
+    return plan.configuration or limits.CONFIGURATIONS[limits.chosen(programs)]
 
 
 def _parts(operands: Operands) -> tuple[Tokens, Shared, State]:
@@ -131,20 +129,12 @@ def _forward(plan: Plan, keeps: bool) -> Callable[[int], Callable[..., Any]]:
     """By the number of programs: outputs, the last state, and those that are kept or None."""
 
     def build(programs: int) -> Callable[..., Any]:
-        chosen = _configuration(plan, programs, learns=keeps)
+        chosen = _configuration(plan, programs)
 
         def apply(*arrays: jax.Array) -> Any:
             tokens, shared, start = _parts(Operands(*arrays))
-            if chosen.read is None:
-                part = forward.Part(1, reads=True, every=plan.size if keeps else 0)
-                out, last, states = forward.scan(plan, chosen.scan, tokens, shared, start, part)
-            else:
-                every = plan.per_step(chosen.read, plan.size if keeps else plan.chunks)
-                part = forward.Part(1, reads=False, every=every)
-                _, last, states = forward.scan(plan, chosen.scan, tokens, shared, start, part)
-                out = forward.read(plan, chosen.read, tokens, shared, states, every)
-                if keeps:
-                    states = jax.tree.map(lambda leaf: leaf[:: plan.size // every], states)
+            part = forward.Part(1, reads=True, every=plan.size if keeps else 0)
+            out, last, states = forward.scan(plan, chosen.scan, tokens, shared, start, part)
             last = _turned(jax.tree.map(lambda leaf: leaf[0], last))
             return (out, last, states) if keeps else (out, last)
 
@@ -157,21 +147,17 @@ def _backward(plan: Plan) -> Callable[[int], Callable[..., Any]]:
     """By the number of programs: all gradients."""
 
     def build(programs: int) -> Callable[..., Any]:
-        chosen = _configuration(plan, programs, learns=True)
+        chosen = _configuration(plan, programs)
 
         def apply(operands: Operands, states: State, dout: jax.Array, later: State) -> Operands:
             tokens, shared, _ = _parts(operands)
             if plan.size > 1:
                 part = forward.Part(plan.groups, reads=False, every=1, first=False)
-                one = chosen.states._replace(chunks=1)
-                states = forward.scan(plan, one, tokens, shared, states, part).states
+                states = forward.scan(plan, Tiles(), tokens, shared, states, part).states
             given = backward.Backward(tokens, shared, states, dout)
             later = _turned(jax.tree.map(lambda leaf: leaf[None], later))
-            if chosen.prepare is None:
-                made, first = backward.whole(plan, chosen.back, given, later)
-            else:
-                tiles = chosen.prepare, chosen.back, chosen.tokens
-                made, first = backward.in_parts(plan, tiles, given, later)
+            through = backward.in_parts if chosen.parts else backward.whole
+            made, first = through(plan, chosen.back, given, later)
             weight, bias = _turned(jax.tree.map(lambda leaf: leaf[0], first))
             return Operands(**made._asdict(), weight=_centered(weight), bias=_centered(bias))
 

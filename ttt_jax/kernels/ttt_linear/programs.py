@@ -42,10 +42,6 @@ class Plan(NamedTuple):
         """All of them."""
         return self.size * self.groups
 
-    def per_step(self, tiles: Tiles, size: int) -> int:
-        """Chunks that a step takes where ``size`` are to be divided into steps."""
-        return tiles.chunks if size % tiles.chunks == 0 else 1
-
 
 class Tokens(NamedTuple):
     """Arrays of all tokens: ``q, k, v [T, d]`` and ``gate [T]``; q is None where nothing is read.
@@ -107,7 +103,7 @@ def call(
     Args:
       kernel: of one program.
       name: in profiles.
-      tiles: warps and stages; and how many programs have the same blocks.
+      tiles: warps, and how many programs have the same blocks.
       grid: how many programs have blocks of their own, next to those of ``vmap``.
       blocks: of inputs, and of outputs as ``jax.ShapeDtypeStruct``.
     """
@@ -127,7 +123,7 @@ def call(
         in_specs=[spec(given) for _, given in inputs.values()],
         out_specs=[spec(given) for _, given in outputs.values()],
         out_shape=[shape for shape, _ in outputs.values()],
-        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),
         interpret=jax.default_backend() != "gpu",
         name=name,
     )(*[array for array, _ in inputs.values()])
