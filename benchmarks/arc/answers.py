@@ -15,7 +15,7 @@ from ttt_jax.views import grid, grid_arrays
 
 BUCKETS = (256, 512, 896, 1408, 1920)
 """Slots of the caches that outputs are decoded with."""
-_SLACK, _MORE = 12, 1.1
+_SLACK, _MORE, _MOST = 12, 1.1, 1.5
 
 
 class Query(NamedTuple):
@@ -84,14 +84,17 @@ def decode(
     every = list(jobs(queries, num_views, seed))
     made: list[list[Any]] = [[None] * num_views for _ in queries]
     for least, slots in zip((0, *BUCKETS), BUCKETS, strict=False):
-        bucket = sorted((job for job in every if least < job.due <= slots), key=lambda job: job[:2])
+        # The longest output of a call decides how many steps it has.
+        bucket = sorted(
+            (job for job in every if least < job.due <= slots), key=lambda job: (job.most, job.size)
+        )
         count = max(1, cache_tokens // slots)
         run = _completion(net, slots)
         for begin in range(0, len(bucket), count):
-            part = [job.item for job in bucket[begin : begin + count]]
+            part = bucket[begin : begin + count]
             tokens = np.asarray(run(params, prefixes(part, count, slots)).tokens)
-            for item, row in zip(part, tokens, strict=False):
-                number, place, view = item.tag
+            for job, row in zip(part, tokens, strict=False):
+                number, place, view = job.item.tag
                 made[number][place] = vote_of(row, view)
         log(f"decoded {len(bucket)} sequences of at most {slots} tokens")
     return made
@@ -103,11 +106,13 @@ class Job(NamedTuple):
     Attributes:
       due: slots that its input and output need, as far as the demonstrations tell.
       size: tokens of the input.
+      most: tokens of the output after which it is cut: more than the demonstrations lead to.
       item: its sequence; the tag is the place of the query, that of the view, and the view.
     """
 
     due: int
     size: int
+    most: int
     item: sources.Item
 
 
@@ -120,7 +125,7 @@ def jobs(queries: Sequence[Query], num_views: int, seed: int) -> Iterator[Job]:
             item = grid_arrays.item(view, bare, number=query.task, tag=(number, place, view))
             size = len(item.sequence.token)
             due = min(size + int(_MORE * query.longest) + _SLACK, BUCKETS[-1])
-            yield Job(due, size, item)
+            yield Job(due, size, int(_MOST * query.longest) + _SLACK, item)
 
 
 def vote_of(tokens: np.ndarray, view: grid.GridView) -> votes.Vote:
@@ -137,18 +142,18 @@ def _completion(net: models.GridDecoder, slots: int) -> Callable[[Any, Any], Any
     return run
 
 
-def prefixes(part: Sequence[sources.Item], count: int, slots: int) -> dict[str, np.ndarray]:
+def prefixes(part: Sequence[Job], count: int, slots: int) -> dict[str, np.ndarray]:
     """Inputs of a batch; rows that are left over have length 0."""
     inputs = {
         name: np.zeros((count, slots), np.int8) for name in ("token", "row", "column", "part")
     }
-    inputs |= {name: np.zeros(count, np.int32) for name in ("length", "task", "view")}
-    for row, item in enumerate(part):
-        size = len(item.sequence.token)
+    inputs |= {name: np.zeros(count, np.int32) for name in ("length", "task", "view", "most")}
+    for row, job in enumerate(part):
+        item, size = job.item, job.size
         for name in ("token", "row", "column", "part"):
             inputs[name][row, :size] = getattr(item.sequence, name)
         inputs["length"][row], inputs["task"][row] = size, item.task
-        inputs["view"][row] = item.view
+        inputs["view"][row], inputs["most"][row] = item.view, job.most
     return inputs
 
 

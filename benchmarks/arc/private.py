@@ -231,8 +231,9 @@ def answer(
     num_views: int,
     cache_tokens: int,
     seed: int,
+    log: Callable[[str], None] = print,
 ) -> list[list[votes.Vote]]:
-    """A vote per view of every query, each by its task's copy, queries of like length together.
+    """A vote per view of every query, each by its task's copy, outputs of like length together.
 
     Args:
       copies: among them one for the task of every query.
@@ -240,26 +241,28 @@ def answer(
       num_views: V.
       cache_tokens: slots of all sequences that are decoded at once.
       seed: of the views.
+      log: takes a line per call.
     """
     made: list[Any] = [None] * len(queries)
     jobs: list[list[Any]] = [[] for _ in queries]
     for job in answers.jobs(queries, num_views, seed):
         jobs[job.item.tag[0]].append(job)
     due = [max(job.due for job in each) for each in jobs]
+    most = [(max(job.most for job in each), n) for n, each in enumerate(jobs)]
     for least, slots in zip((0, *answers.BUCKETS), answers.BUCKETS, strict=False):
-        # The longest of a call decides how many steps it has.
+        # The longest output of a call decides how many steps it has.
         bucket = sorted(
-            (n for n in range(len(queries)) if least < due[n] <= slots), key=due.__getitem__
+            (n for n in range(len(queries)) if least < due[n] <= slots), key=most.__getitem__
         )
         count = max(1, cache_tokens // (slots * num_views))
         run = _completion(copies, slots)
         for begin in range(0, len(bucket), count):
             part = bucket[begin : begin + count]
             filled = part + [part[-1]] * (count - len(part))
-            items = [[job.item for job in jobs[place]] for place in filled]
-            inputs = _stacked([answers.prefixes(each, num_views, slots) for each in items])
+            inputs = _stacked([answers.prefixes(jobs[n], num_views, slots) for n in filled])
             inputs["task"][:] = 0
             tokens = np.asarray(run(_own(copies, queries, filled), inputs))
+            log(f"{len(part)} queries of at most {slots} tokens, outputs of {most[part[-1]][0]}")
             for place, rows in zip(part, tokens, strict=False):
                 made[place] = [
                     answers.vote_of(row, job.item.tag[2])

@@ -1,6 +1,7 @@
 """The decoder of grids: packed or alone, taught or decoding, and what a token sees."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -127,6 +128,41 @@ def test_an_output_does_not_depend_on_its_company(params):
     room = slots - int(cut["length"][0])
     if sequences.END not in tokens[:room]:
         assert not tokens[room:].any() and sequences.decode(tokens) is None
+
+
+class Scripted(models.GridDecoder):
+    """Says what its parameters have for each step, whatever it reads."""
+
+    def apply(self, params, inputs, cache=None, keep=False):
+        if keep:
+            none = jnp.zeros((1, *inputs["token"].shape, 1, 1))
+            return None, models.grid_decoder.GridCache(none, none)
+        step = (inputs["slot"] - params["length"])[:, None]
+        said = jnp.take_along_axis(params["said"], step, axis=1)
+        return 9.0 * jax.nn.one_hot(said, sequences.CLASSES), cache
+
+
+def test_an_output_that_can_spell_no_grid_is_cut():
+    """Lines of two lengths, too many tokens; and a grid beside them, which is not."""
+    line, end = sequences.NEWLINE, sequences.END
+    said = [
+        [1, 1, line, 2, line, 3, 3, end],
+        [1, 1, line, 2, 2, line, 3, 3],
+        [1, line, 2, line, end, 0, 0, 0],
+    ]
+    inputs = inputs_of(0, 0, np.ones((1, 1), int), 16)
+    inputs = {name: np.concatenate([leaf] * 3) for name, leaf in inputs.items()}
+    given = {"said": jnp.array(said), "length": inputs["length"]}
+    net = Scripted(tasks=1)
+    run = lambda **more: np.asarray(  # noqa: E731
+        models.complete_grids(net, given, inputs | more, slots=32, num_tokens=8).tokens
+    )
+    whole = run()
+    assert whole[0].tolist() == [*said[0][:5], 0, 0, 0] and whole[1].tolist() == said[1]
+    assert sequences.decode(whole[0]) is None and sequences.decode(whole[2]).tolist() == [[1], [2]]
+    short = run(most=np.array([8, 4, 8]))
+    np.testing.assert_array_equal(short[[0, 2]], whole[[0, 2]])
+    assert short[1].tolist() == [*said[1][:4], 0, 0, 0, 0]
 
 
 def test_it_learns_a_rule_and_completes_with_it():

@@ -82,7 +82,8 @@ def ttt_linear(
         form in kernels for a GPU, interpreted on a CPU; d of 16, 32, 64 or 128, ``chunk_size`` of
         16, 32 or 64, float32 or bfloat16, no segments; differentiable once, in reverse mode, where
         the others have all derivatives. ``"auto"``: ``"kernel"`` on an NVIDIA GPU for
-        sizes that were compared there (none yet), else ``"dual"``.
+        the sizes that were compared there (``kernels.ttt_linear.limits.COMPARED``), else
+        ``"dual"``.
       remat: in the dual form and the kernels, chunks between two states that are kept for the
         backward pass, which computes the others again; 0 keeps everything.
 

@@ -19,7 +19,7 @@ class GridCompletion(NamedTuple):
 
     Attributes:
       tokens: int32 ``[N, T]``, of ``CLASSES``; ``END`` from the first end on. An output that was
-        cut, as it had no more room, has 0 from there on and no end: it spells no grid.
+        cut, as it had no more room or spelled no grid, has 0 from there on and no end: it spells no grid.
       log_prob: float32 ``[N]``, of the tokens up to the end, or to the cut.
     """
 
@@ -42,14 +42,16 @@ def complete_grids(
 ) -> GridCompletion:
     """The most probable token after each, until the end of every output.
 
-    The loop ends when all outputs have: sort sequences by the length that is expected of them.
+    The loop ends when all outputs have: sort sequences by the length that is expected of them. An
+    output that can no longer spell a grid, as a line is not as long as the first one, is cut.
 
     Args:
       module: the decoder.
       params: of the module.
       inputs: legends and inputs, ``token``, ``row``, ``column`` and ``part`` integers ``[N, P]``,
         padded at the end; ``length`` ``[N]``, how many tokens each has (0 for no sequence);
-        ``task`` and ``view`` ``[N]``.
+        ``task`` and ``view`` ``[N]``; where there is one, ``most`` ``[N]``, tokens of each output
+        at most.
       slots: S, what the cache holds: input and output; at least P.
       num_tokens: T, of an output at most.
 
@@ -61,13 +63,14 @@ def complete_grids(
     if slots < width:
         raise ValueError(f"slots must be at least the {width} tokens of an input; got {slots}.")
     length, state = given["length"], _begun(module, params, given, slots)
+    most = given.get("most", jnp.full(count, num_tokens))
 
     def unfinished(state: Any) -> jax.Array:
         step, *_, done = state
         return (step < num_tokens) & ~done.all()
 
     def body(state: Any) -> Any:
-        step, token, row, column, cache, made, log_prob, closed, done = state
+        step, token, row, column, first, cache, made, log_prob, closed, done = state
         slot = jnp.minimum(length + step, slots - 1)
         inputs = {"token": token, "row": row, "column": column, "part": jnp.full(count, OUTPUT)}
         inputs = {name: leaf[:, None] for name, leaf in inputs.items()}
@@ -80,13 +83,16 @@ def complete_grids(
         log_prob = log_prob + jnp.where(done, 0.0, logs.max(-1))
         made = made.at[:, step].set(jnp.where(done, jnp.where(closed, END, 0), token))
         ended = token == NEWLINE
+        ragged = ended & (row > 0) & (column != first)
+        first = jnp.where(ended & (row == 0), column, first)
         row = jnp.where(ended, row + 1, row)
         column = jnp.where(ended, 0, column + 1)
         outside = (row > MOST_CELLS) | (column > MOST_CELLS) | (length + step >= slots - 1)
+        outside = outside | ragged | (step + 1 >= most)
         closed = closed | (~done & (token == END))
         done = done | closed | outside
         row, column = (jnp.minimum(place, _LAST_PLACE) for place in (row, column))
-        return step + 1, token, row, column, cache, made, log_prob, closed, done
+        return step + 1, token, row, column, first, cache, made, log_prob, closed, done
 
     zeros = jnp.zeros(count, jnp.int32)
     made = jnp.zeros((count, num_tokens), jnp.int32)
@@ -94,6 +100,7 @@ def complete_grids(
     start = (
         0,
         zeros + BEGIN,
+        zeros,
         zeros,
         zeros,
         state,
@@ -112,12 +119,13 @@ def _given(inputs: Any) -> dict[str, jax.Array]:
     """The leaves of what is to be completed, checked."""
     ranks = {name: 2 for name in ("token", "row", "column", "part")}
     ranks |= {name: 1 for name in ("length", "task", "view")}
-    if not isinstance(inputs, Mapping) or set(inputs) != set(ranks):
+    if not isinstance(inputs, Mapping) or set(inputs) - {"most"} != set(ranks):
         known = sorted(map(str, inputs)) if isinstance(inputs, Mapping) else type(inputs).__name__
         raise ValueError(
             f"inputs of models.complete_grids must be a mapping with the leaves {sorted(ranks)}; "
             f"got {known}."
         )
+    ranks["most"] = 1
     given = {name: jnp.asarray(leaf) for name, leaf in inputs.items()}
     _checks.leading_size("inputs of models.complete_grids", given)
     for name, leaf in given.items():
