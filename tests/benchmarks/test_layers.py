@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks import layers
 from experiments import launch
+from experiments.report import committed
+from ttt_jax.kernels.ttt_linear import limits
 
 SETTINGS = {
     "parts": ("kernels", "cudnn", "fla_chunk", "decode"),
@@ -83,3 +85,15 @@ def test_options_that_are_refused(tmp_path, options, words):
     with pytest.raises(launch.UserError, match=words):
         layers.run(str(tmp_path / "l.json"), settings(**options))
     assert not list(tmp_path.iterdir())
+
+
+def test_auto_takes_the_sizes_that_the_record_has_as_right():
+    rows = committed.read("bench_ttt_linear_shapes")["rows"]
+    right = [row["way"].split() for row in rows if row.get("right")]
+    assert {(int(width), int(chunk), dtype) for width, chunk, dtype in right} == limits.COMPARED
+    assert all(
+        max(errors.values()) <= layers.LIMIT
+        for row in rows
+        if row.get("right")
+        for errors in row["errors"].values()
+    )
