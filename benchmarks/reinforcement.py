@@ -210,7 +210,7 @@ if __name__ == "__main__":
         "seed": flags.DEFINE_integer("seed", 0, "Of weights, problems and rollouts.", 0),
         "width": flags.DEFINE_integer("width", 64, "Of the decoder; a multiple of 32.", 32),
         "depth": flags.DEFINE_integer("depth", 2, "Layers.", 1),
-        "num_steps": flags.DEFINE_integer("num_steps", 5000, "Of the training.", 1),
+        "num_steps": flags.DEFINE_integer("num_steps", 10000, "Of the training.", 1),
         "rows": flags.DEFINE_integer("rows", 128, "Problems of a training step.", 1),
         "easy_rare": flags.DEFINE_float("easy_rare", 0.3, "Share in the training.", 0.0, 1.0),
         "hard_rare": flags.DEFINE_float("hard_rare", 0.7, "Share in what is asked.", 0.0, 1.0),
@@ -220,7 +220,7 @@ if __name__ == "__main__":
         "held_out": flags.DEFINE_integer("held_out", 256, "Further prompts of a set.", 1),
         "rank": flags.DEFINE_integer("rank", 8, "Of a copy.", 1),
         "rate": flags.DEFINE_float("rate", 1e-3, "Step size.", 0.0),
-        "steps": flags.DEFINE_integer("steps", 30, "Steps of reinforcement.", 0),
+        "steps": flags.DEFINE_integer("steps", 40, "Steps of reinforcement.", 0),
         "rollouts": flags.DEFINE_integer("rollouts", 32, "Continuations of a prompt.", 2),
         "evaluated": flags.DEFINE_integer("evaluated", 64, "Continuations before and after.", 1),
         "min_consensus": flags.DEFINE_float(
