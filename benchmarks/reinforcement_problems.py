@@ -5,6 +5,7 @@ frequent. With slips in what it learns from, the rare operation comes out wrong 
 less frequent than the right one: what a vote over its answers can mend.
 """
 
+import functools
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ STOP, PAD = (ALPHABET.index(sign) for sign in "; ")
 _TERMS, _SHOWN, _ASKED = 4, 5, 4
 # Draws per problem after which there are no further ones.
 _DRAWS = 100
+_DIGITS = np.random.default_rng(0).permuted(np.tile(np.arange(10), (3, 1)), axis=1).tolist()
+_SQUARE = [[_DIGITS[2][(a + b) % 10] for b in _DIGITS[1]] for a in _DIGITS[0]]
 
 
 class Problem(NamedTuple):
@@ -49,18 +52,33 @@ class Family(NamedTuple):
     solution: int
 
 
-def draw_chain(rng: np.random.Generator, rare: float, slips: float = 0.0) -> Problem:
+def times(a: int, b: int) -> int:
+    """The product modulo ten; zero, and five times an even digit, stay zero."""
+    return a * b % 10
+
+
+def square(a: int, b: int) -> int:
+    """A Latin square that follows no rule: every digit is as frequent as another, none stays."""
+    return _SQUARE[a][b]
+
+
+def draw_chain(
+    rng: np.random.Generator,
+    rare: float,
+    slips: float = 0.0,
+    product: Callable[[int, int], int] = times,
+) -> Problem:
     """Sums, differences and, rarely, products modulo ten, from left to right, step by step.
 
     ``3+4*2-5?`` goes on with ``3+4=7,7*2=4,4-5=9;``. After a slip the chain goes on from the wrong
-    product.
+    product. Another ``product`` of two digits may stand in its place.
     """
     value = int(rng.integers(10))
     prompt, steps = str(value), []
     for _ in range(_TERMS - 1):
         sign = RARE_SIGN if rng.random() < rare else COMMON_SIGNS[int(rng.integers(2))]
         digit = int(rng.integers(10))
-        result = {"+": value + digit, "-": value - digit, "*": value * digit}[sign] % 10
+        result = {"+": value + digit, "-": value - digit}.get(sign, product(value, digit)) % 10
         if slips and sign == RARE_SIGN and rng.random() < slips:
             result = (result + int(rng.integers(1, 10))) % 10
         prompt += f"{sign}{digit}"
@@ -95,6 +113,8 @@ def draw_sequence(rng: np.random.Generator, rare: float, slips: float = 0.0) -> 
 
 FAMILIES = {
     "chains": Family(draw_chain, 2 * _TERMS, 6 * (_TERMS - 1)),
+    # A wrong answer is right after all by another slip alone.
+    "squares": Family(functools.partial(draw_chain, product=square), 2 * _TERMS, 6 * (_TERMS - 1)),
     "sequences": Family(draw_sequence, 2 * _SHOWN, 3 + 2 * _ASKED),
 }
 

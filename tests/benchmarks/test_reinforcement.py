@@ -1,5 +1,6 @@
 """The problems of reinforcement: right by themselves, apart from the training, read as they are."""
 
+import functools
 import itertools
 import re
 
@@ -18,11 +19,24 @@ def text_of(tokens):
     return "".join(ALPHABET[token] for token in tokens)
 
 
-def chain_result(prompt):
-    """From left to right, by Python."""
+PRODUCTS = {
+    "chains": lambda a, b: a * b % 10,
+    "squares": lambda a, b: reinforcement_problems.square(a, b),
+}
+
+
+def step_result(name, left, sign, right):
+    """A step of a chain."""
+    if sign == "*":
+        return PRODUCTS[name](int(left), int(right))
+    return (int(left) + (1 if sign == "+" else -1) * int(right)) % 10
+
+
+def chain_result(name, prompt):
+    """From left to right."""
     value = int(prompt[0])
     for sign, digit in re.findall(r"([-+*])(\d)", prompt):
-        value = eval(f"({value}){sign}{digit}") % 10
+        value = step_result(name, value, sign, digit)
     return value
 
 
@@ -35,7 +49,14 @@ def sequence_result(prompt):
     return int((shown[0] + 4 * growth[:2].sum()) % 10)
 
 
-RESULTS = {"chains": chain_result, "sequences": sequence_result}
+RESULTS = {name: functools.partial(chain_result, name) for name in PRODUCTS}
+RESULTS["sequences"] = sequence_result
+
+
+def test_a_square_has_every_digit_once_in_each_row_and_column():
+    table = np.array([[reinforcement_problems.square(a, b) for b in range(10)] for a in range(10)])
+    for lines in (table, table.T):
+        np.testing.assert_array_equal(np.sort(lines, axis=1), np.tile(np.arange(10), (10, 1)))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -68,11 +89,11 @@ def test_the_share_of_the_rare_operation_is_the_difficulty(name, rare):
         assert np.mean(drawn) == pytest.approx(share, abs=0.05)
 
 
-def slipped(problem):
+def slipped(name, problem):
     """Whether the steps that the solution writes are another's than the prompt's."""
     if "=" in problem.solution:
         steps = problem.solution.rstrip(";").split(",")
-        return [eval(left) % 10 != int(right) for left, right in (s.split("=") for s in steps)]
+        return [step_result(name, *step[:3]) != int(step[-1]) for step in steps]
     shown = np.diff([int(digit) for digit in re.findall(r"\d", problem.prompt)][:3]) % 10
     return [int(sign) != step for sign, step in zip(problem.solution[:2], shown, strict=True)]
 
@@ -80,12 +101,12 @@ def slipped(problem):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_slips_are_of_the_rare_operation_alone(name):
     rng, family = np.random.default_rng(0), FAMILIES[name]
-    slips = np.concatenate([slipped(family.draw(rng, 1.0, 0.4)) for _ in range(300)])
+    slips = np.concatenate([slipped(name, family.draw(rng, 1.0, 0.4)) for _ in range(300)])
     assert slips.mean() == pytest.approx(0.4, abs=0.05)
-    assert not any(any(slipped(family.draw(rng, 0.0, 1.0))) for _ in range(100))
+    assert not any(any(slipped(name, family.draw(rng, 0.0, 1.0))) for _ in range(100))
     for _ in range(50):
         problem = family.draw(rng, 1.0, 1.0)
-        assert all(slipped(problem))
+        assert all(slipped(name, problem))
         assert (len(problem.prompt), len(problem.solution)) == (family.prompt, family.solution)
 
 
@@ -95,7 +116,7 @@ def test_after_a_slip_the_solution_goes_on_from_what_it_wrote(name):
     for _ in range(100):
         problem = family.draw(rng, 1.0, 0.5)
         digits = [int(digit) for digit in re.findall(r"\d", problem.solution)]
-        if name == "chains":
+        if name in PRODUCTS:
             steps = problem.solution.rstrip(";").split(",")
             assert [s[0] for s in steps[1:]] == [s[-1] for s in steps[:-1]]
         else:
@@ -128,7 +149,7 @@ def test_problems_are_distinct_and_say_their_answers():
         FAMILIES["chains"], np.random.default_rng(0), 40, 0.5
     )
     assert len(set(texts)) == 40
-    assert [chain_result(text) for text in texts] == asked["truth"].tolist()
+    assert [chain_result("chains", text) for text in texts] == asked["truth"].tolist()
 
 
 def test_more_problems_than_there_are():
