@@ -19,7 +19,7 @@ class GridCompletion(NamedTuple):
 
     Attributes:
       tokens: int32 ``[N, T]``, of ``CLASSES``; ``END`` from the first end on. An output that was
-        cut, as it had no more room or spelled no grid, has 0 from there on and no end: it spells no grid.
+        cut, as it had no more room or could spell no grid, has 0 from there on and no end.
       log_prob: float32 ``[N]``, of the tokens up to the end, or to the cut.
     """
 
