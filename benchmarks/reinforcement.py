@@ -138,6 +138,8 @@ def reinforce(
         "num_trained": settings.rollouts // 2,
         "stop_ratio": settings.stop_ratio,
         "min_consensus": settings.min_consensus,
+        "keep_votes": settings.keep_votes,
+        "kl": settings.kl,
         "truth": lambda x: x["truth"],
         "num_evaluated": settings.evaluated
         + (way == "samples") * settings.steps * settings.rollouts,
@@ -226,6 +228,8 @@ if __name__ == "__main__":
         "min_consensus": flags.DEFINE_float(
             "min_consensus", 0.4, "Votes of a label at least.", 0.0, 1.0
         ),
+        "keep_votes": flags.DEFINE_bool("keep_votes", False, "See methods.ttrl."),
+        "kl": flags.DEFINE_float("kl", 0.0, "See methods.ttrl.", 0.0),
         "stop_ratio": flags.DEFINE_float("stop_ratio", 0.97, "See methods.ttrl.", 0.0),
     }
     flags.mark_flag_as_required("out")

@@ -15,6 +15,7 @@ from ttt_jax.base import Key
 
 __all__ = [
     "Answers",
+    "Earlier",
     "Reward",
     "RewardFunction",
     "answered",
@@ -36,25 +37,38 @@ class Answers(NamedTuple):
     valid: jax.Array
 
 
+class Earlier(NamedTuple):
+    """Votes that were cast before.
+
+    Attributes:
+      answers: of E earlier rollouts, values ``[E]`` or ``[E, A]``.
+      cast: bool ``[E]``, False for a place that has no rollout yet.
+    """
+
+    answers: Answers
+    cast: jax.Array
+
+
 class Reward(NamedTuple):
     """The reward of G rollouts.
 
     Attributes:
       value: float32 ``[G]``.
       used: bool ``[G]``, which rollouts are learned from.
-      aux: named scalars for the report of a step.
+      aux: named scalars for the report of a step, and what a method keeps from step to step.
     """
 
     value: jax.Array
     used: jax.Array
-    aux: dict[str, jax.Array]
+    aux: dict[str, Any]
 
 
 RewardFunction: TypeAlias = Callable[[Any, Any, Key], Reward]
 AnswerFunction: TypeAlias = Callable[[Any, Any], Answers]
 
 
-def _answers(place: str, answer: AnswerFunction, x: Any, rollouts: Any) -> Answers:
+def answers_of(place: str, answer: AnswerFunction, x: Any, rollouts: Any) -> Answers:
+    """What G rollouts answer, values ``[G, A]``; ``place`` is named where it is no answer."""
     made = answer(x, rollouts)
     count = _checks.leading_size(place, rollouts)
     fits = isinstance(made, Answers) and jnp.shape(made.valid) == (count,)
@@ -65,6 +79,26 @@ def _answers(place: str, answer: AnswerFunction, x: Any, rollouts: Any) -> Answe
         )
     values = jnp.asarray(made.values)
     return Answers(values.reshape(count, -1), jnp.asarray(made.valid, bool))
+
+
+def _earlier(made: Any, answers: Answers) -> Earlier:
+    """Votes cast before, in the form of the answers that they are counted with."""
+    numbers = answers.values.shape[1]
+    fits = isinstance(made, Earlier) and isinstance(made.answers, Answers)
+    if fits:
+        shape = jnp.shape(made.cast)
+        forms = [(*shape, numbers), *([shape] if numbers == 1 else [])]
+        fits = len(shape) == 1 and jnp.shape(made.answers.valid) == shape
+        fits = fits and jnp.shape(made.answers.values) in forms
+    if not fits:
+        raise ValueError(
+            f"rewards.majority needs earlier(x) to return rewards.Earlier with answers of {numbers}"
+            f" numbers, values [E, {numbers}], valid [E] and cast [E]; got "
+            f"{_contract.described(made)}."
+        )
+    values = jnp.asarray(made.answers.values).reshape(-1, numbers)
+    cast = jnp.asarray(made.cast, bool)
+    return Earlier(Answers(values, jnp.asarray(made.answers.valid, bool) & cast), cast)
 
 
 def agreement(answers: Answers) -> jax.Array:
@@ -84,6 +118,7 @@ def majority(
     first_voter: int = 0,
     min_consensus: float | jax.Array = 0.0,
     rare: float | jax.Array | None = None,
+    earlier: Callable[[Any], Earlier] | None = None,
     truth: Callable[[Any], jax.Array] | None = None,
 ) -> RewardFunction:
     """Agreement with the most frequent answer, which stands for the unknown right one.
@@ -103,16 +138,19 @@ def majority(
         label; may be traced.
       rare: without a label, answers of at most this share are learned from as wrong ones (value
         0), and the others not at all: give ``advantages="fixed"`` with it. None for no such step.
+      earlier: ``earlier(x) -> Earlier``, votes that count with those of the rollouts and come
+        before them; they have no reward of their own. None for none.
       truth: ``truth(x) -> value`` of an answer, ``[]`` or ``[A]``; for the report alone.
 
     Returns:
       A reward with aux ``majority_ratio`` (votes of the most frequent answer over voters) and
       ``labelled`` (1 or 0); with ``truth`` also ``label_right``, whether the label is the truth,
-      and ``accuracy``, the share of right rollouts.
+      and ``accuracy``, the share of right rollouts; with ``earlier`` also ``votes``, the
+      :class:`Answers` of the rollouts that vote, to be kept for later ones.
 
     Raises:
-      ValueError: an argument out of range; when called: ``answer`` returns another thing, or
-        nobody votes.
+      ValueError: an argument out of range; when called: ``answer`` or ``earlier`` returns another
+        thing, or nobody votes.
 
     References:
       Zuo et al., `TTRL <https://arxiv.org/abs/2504.16084>`_, 2025, Eq. 3 and 4; `SCRL
@@ -121,30 +159,36 @@ def majority(
     _contract.require_function("answer", answer, "(x, rollouts) -> rewards.Answers")
 
     def reward(x: Any, rollouts: Any, key: Key) -> Reward:
-        answers = _answers("rewards.majority", answer, x, rollouts)
+        answers = answers_of("rewards.majority", answer, x, rollouts)
         count = len(answers.valid)
         if first_voter >= count:
             raise ValueError(
                 f"rewards.majority needs a voter; first_voter is {first_voter} of {count} "
                 "rollouts: draw more, or let more of them vote."
             )
-        same = agreement(answers)
         voters = jnp.arange(count) >= first_voter
+        aux: dict[str, Any] = {}
+        if earlier is not None:
+            aux["votes"] = jax.tree.map(lambda leaf: leaf[first_voter:], answers)
+            before = _earlier(earlier(x), answers)
+            answers = jax.tree.map(lambda *parts: jnp.concatenate(parts), before.answers, answers)
+            voters = jnp.concatenate([before.cast, voters])
+        same = agreement(answers)
         votes = (same & voters[None]).sum(1, dtype=jnp.float32)
         winner = jnp.argmax(jnp.where(voters, votes, -1.0))
         shares = votes / voters.sum(dtype=jnp.float32)
         ratio = shares[winner]
         labelled = answers.valid[winner] & (ratio >= min_consensus)
-        used = jnp.broadcast_to(labelled, (count,))
+        used = jnp.broadcast_to(labelled, answers.valid.shape)
         if rare is not None:
             used = jnp.where(labelled, used, answers.valid & (shares <= rare))
         value = (same[winner] & labelled).astype(jnp.float32)
-        aux = {"majority_ratio": ratio, "labelled": labelled.astype(jnp.float32)}
+        aux |= {"majority_ratio": ratio, "labelled": labelled.astype(jnp.float32)}
         if truth is not None:
             right = answers.valid & (answers.values == jnp.atleast_1d(truth(x))[None]).all(-1)
             aux["label_right"] = (labelled & right[winner]).astype(jnp.float32)
-            aux["accuracy"] = right.mean(dtype=jnp.float32)
-        return Reward(value, used, aux)
+            aux["accuracy"] = right[-count:].mean(dtype=jnp.float32)
+        return Reward(value[-count:], used[-count:], aux)
 
     return reward
 
@@ -192,7 +236,7 @@ def answered(answer: AnswerFunction) -> RewardFunction:
     _contract.require_function("answer", answer, "(x, rollouts) -> rewards.Answers")
 
     def reward(x: Any, rollouts: Any, key: Key) -> Reward:
-        valid = _answers("rewards.answered", answer, x, rollouts).valid
+        valid = answers_of("rewards.answered", answer, x, rollouts).valid
         value = valid.astype(jnp.float32)
         return Reward(value, jnp.ones_like(valid), {"accuracy": value.mean()})
 

@@ -201,6 +201,8 @@ def settings(**changes):
         "stop_ratio": 2.0,
         "evaluated": 3,
         "min_consensus": 0.1,
+        "keep_votes": True,
+        "kl": 0.01,
     }
     return ml_collections.ConfigDict(values | changes)
 

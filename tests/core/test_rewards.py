@@ -44,6 +44,31 @@ def test_the_most_frequent_answer_is_the_label(voters):
         assert aux["accuracy"] == pytest.approx((group == 1).mean())
 
 
+@pytest.mark.parametrize("voters", [0, 4])
+def test_earlier_votes_count_with_those_of_the_rollouts(voters):
+    """A place without a rollout is no voter, an earlier one without an answer is."""
+    rng = np.random.default_rng(1)
+    groups, past = rng.integers(-1, 4, (200, 9)), rng.integers(-1, 4, (200, 7))
+    cast = rng.random((200, 7)) < 0.6
+    earlier = lambda x: rewards.Earlier(rewards.Answers(x["past"], x["past"] >= 0), x["cast"])  # noqa: E731
+    reward = rewards.majority(
+        answer, first_voter=voters, earlier=earlier, truth=lambda x: jnp.int32(1)
+    )
+    x = {"past": past, "cast": cast}
+    made = jax.jit(jax.vmap(lambda x, group: reward(x, group, KEY)))(x, groups)
+    for row, group in enumerate(groups):
+        voting = np.concatenate([past[row][cast[row]], group[voters:]])
+        label, votes = label_by_counting(voting, 0)
+        assert made.used[row].all() == (label is not None) == made.used[row].any()
+        np.testing.assert_array_equal(made.value[row], (label is not None) & (group == label))
+        aux = {name: leaf[row] for name, leaf in made.aux.items() if name != "votes"}
+        assert aux["majority_ratio"] == pytest.approx(votes / len(voting))
+        assert aux["label_right"] == (label == 1)
+        assert aux["accuracy"] == pytest.approx((group == 1).mean())
+    np.testing.assert_array_equal(made.aux["votes"].values[..., 0], groups[:, voters:])
+    np.testing.assert_array_equal(made.aux["votes"].valid, groups[:, voters:] >= 0)
+
+
 def test_no_answer_is_no_class_of_the_vote():
     group = jnp.array([-1, -1, -1, -1, 2])
     made = rewards.majority(answer)(None, group, KEY)
@@ -93,5 +118,10 @@ def test_the_controls_know_nothing_of_the_answer():
 def test_what_is_no_answer_is_refused():
     with pytest.raises(ValueError, match=r"rewards.Answers with values \[4\]"):
         rewards.majority(lambda x, rollouts: rollouts)(None, jnp.zeros(4), KEY)
+    group = jnp.zeros((4, 2), jnp.int32)
+    none = rewards.Answers(jnp.zeros(3, jnp.int32), jnp.ones(3, bool))
+    for wrong in (none, rewards.Earlier(none, jnp.ones(3, bool))):
+        with pytest.raises(ValueError, match=r"earlier\(x\) to return rewards.Earlier .* 2 num"):
+            rewards.majority(answer, earlier=lambda x, wrong=wrong: wrong)(None, group, KEY)
     with pytest.raises(ValueError, match="first_voter is 4 of 4 rollouts"):
         rewards.majority(answer, first_voter=4)(None, jnp.zeros(4, jnp.int32), KEY)

@@ -83,6 +83,7 @@ PUBLISHED["ttrl"] = {
     "min_consensus": 0.0,
     "rare": None,
     "held_out_votes": False,
+    "keep_votes": False,
     "advantages": "group",
     "kl": 0.0,
     "stop_ratio": 2.0,

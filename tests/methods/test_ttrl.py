@@ -1,5 +1,6 @@
 """Reinforcement by votes on a reader of one layer, whose first token is the answer."""
 
+import collections
 import functools
 import sys
 
@@ -83,31 +84,75 @@ def test_the_vote_becomes_sharper_and_answers_follow():
     assert info.ok.all() and info.updated.all()
 
 
-def test_the_report_counts_the_labels_of_the_rollouts():
-    """The rollouts of the first step, drawn again with the same keys."""
-    _, info = trained()
+@functools.cache
+def _draw():
     draw = generation.generate(READ, num_tokens=2, sampler=generation.sample(1.0), stop=(STOP,))
-    x, group = groups(), 1
-    first_step = jax.random.fold_in(jax.random.split(KEYS[group])[0], 0)
+    return jax.jit(jax.vmap(draw, (None, None, 0)))
+
+
+def drawn_answers(group, step, place):
+    """The answers of the 16 rollouts of a step by the pristine weights, drawn again."""
+    x = groups()
+    prompt = {name: x[name][group, place] for name in ("tokens", "mask")}
+    key = jax.random.fold_in(jax.random.split(KEYS[group])[0], step)
+    key = jax.random.split(jax.random.fold_in(key, place))[0]
+    keys = jax.vmap(lambda g: jax.random.fold_in(key, g))(jnp.arange(16))
+    return np.asarray(_draw()(params(), prompt, keys)[0].tokens)[:, 0].tolist()
+
+
+def label_of(answers):
+    """The most frequent answer, the first among equals, and its votes."""
+    counts = collections.Counter(t for t in answers if t != STOP)
+    most = max(counts.values())
+    return next(t for t in answers if counts.get(t) == most), most
+
+
+def test_the_report_counts_the_labels_of_the_rollouts():
+    _, info = trained()
+    group = 1
     right, ratios, accuracy = [], [], []
     for place in range(PROMPTS):
-        prompt = {name: x[name][group, place] for name in ("tokens", "mask")}
-        key = jax.random.split(jax.random.fold_in(first_step, place))[0]
-        keys = jax.vmap(lambda g, key=key: jax.random.fold_in(key, g))(jnp.arange(16))
-        made = jax.jit(jax.vmap(lambda k, prompt=prompt: draw(params(), prompt, k)[0]))(keys)
-        tokens = np.asarray(made.tokens)[:, 0]
-        counts = np.bincount(tokens[tokens != STOP], minlength=small_reader.VOCABULARY)
-        label = next(t for t in tokens if t != STOP and counts[t] == counts.max())
-        truth = x["truth"][group, place]
+        answers, truth = drawn_answers(group, 0, place), groups()["truth"][group, place]
+        label, votes = label_of(answers)
         right.append(label == truth)
-        ratios.append(counts.max() / 16)
-        accuracy.append(np.mean(tokens == truth))
+        ratios.append(votes / 16)
+        accuracy.append(np.mean(np.equal(answers, truth)))
     for name, values in (
         ("label_right", right),
         ("majority_ratio", ratios),
         ("accuracy", accuracy),
     ):
         assert info.aux[name][group, 0] == pytest.approx(np.mean(values), abs=1e-6)
+
+
+@pytest.mark.parametrize("first_voter", [0, 8])
+def test_the_votes_of_all_steps_so_far_make_the_label(first_voter):
+    """Steps of size zero draw from the pristine weights, so that every vote is drawn again here."""
+    arguments = {"keep_votes": True, "optimizer": optax.sgd(0.0), "num_steps": 3}
+    _, info = run_of(held_out_votes=first_voter > 0, **arguments)(params(), groups(), KEYS)
+    for group in range(GROUPS):
+        ratios, right = np.zeros((2, 3))
+        for place in range(PROMPTS):
+            votes = []
+            for step in range(3):
+                votes += drawn_answers(group, step, place)[first_voter:]
+                label, most = label_of(votes)
+                ratios[step] += most / len(votes) / PROMPTS
+                right[step] += (label == groups()["truth"][group, place]) / PROMPTS
+        np.testing.assert_allclose(info.aux["majority_ratio"][group], ratios, atol=1e-6)
+        np.testing.assert_allclose(info.aux["label_right"][group], right, atol=1e-6)
+
+
+def test_kept_votes_change_nothing_at_the_first_step_and_the_labels_later():
+    plain, kept = trained()[1], run_of(keep_votes=True)(params(), groups(), KEYS)[1]
+    for name, leaf in plain.aux.items():
+        if name != "stopped":
+            np.testing.assert_array_equal(leaf[:, 0], kept.aux[name][:, 0])
+    assert (np.asarray(plain.loss[:, 1:]) != np.asarray(kept.loss[:, 1:])).any()
+    settings = {"reward": rewards.chance(), "num_steps": 2}
+    both = [run_of(keep_votes=kept, **settings)(params(), groups(), KEYS) for kept in (False, True)]
+    for leaf, wanted in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_array_equal(leaf, wanted)
 
 
 def test_wrong_answers_alone_are_learned_from_below_the_consensus():

@@ -15,6 +15,9 @@ from ttt_jax.generation import Generated
 from ttt_jax.losses.policy import policy_gradient
 from ttt_jax.readers import Reader
 
+# The leaf of a prompt that holds the votes of earlier steps.
+_EARLIER = "earlier_votes"
+
 
 class Reinforced(NamedTuple):
     """Continuations before and after adapting, E of each prompt.
@@ -55,6 +58,7 @@ def ttrl(
     min_consensus: float | jax.Array = 0.0,
     rare: float | jax.Array | None = None,
     held_out_votes: bool = False,
+    keep_votes: bool = False,
     advantages: Literal["group", "centered", "fixed"] = "group",
     kl: float | jax.Array = 0.0,
     stop_ratio: float | jax.Array = 2.0,
@@ -85,9 +89,11 @@ def ttrl(
 
     **Fails** where the majority is wrong: it becomes more so. The majority ratio rises either way
     until all rollouts agree and nothing more is learned; accuracy may fall long before
-    (``stop_ratio``). What it gains is what a vote before it has already, or little more: compare
-    with the vote of as many samples, with a label by held-out votes, and with random and format
-    rewards.
+    (``stop_ratio``). Labels that are made anew at each step follow the answers as these become
+    alike, right or wrong; the votes of all steps (``keep_votes``) hold them to what the pristine
+    weights answered, at no further rollout. What it gains is what a vote before it has already, or
+    little more: compare with the vote of as many samples, with a label by held-out votes, and with
+    random and format rewards.
 
     **Cost** of a step: ``P * num_rollouts`` continuations, and one forward and backward pass over
     ``P * num_trained`` of them. A prompt is read again for each of its continuations.
@@ -107,6 +113,10 @@ def ttrl(
       min_consensus: of the votes; below it a prompt has no label.
       rare: see :func:`ttt_jax.rewards.majority`; with ``advantages="fixed"``.
       held_out_votes: whether only those that are not learned from vote.
+      keep_votes: whether the rollouts of all steps so far vote, and not those of this step alone:
+        the labels of Laine and Aila's temporal ensembling, counted. ``min_consensus``, ``rare`` and
+        the majority ratio are then shares of all votes so far, and the leaf ``earlier_votes`` of a
+        prompt is the method's.
       advantages: see :func:`ttt_jax.losses.policy_gradient`.
       kl: weight of the divergence from the pristine weights.
       stop_ratio: no step is taken once the majority ratio, a mean over the prompts, has reached it;
@@ -134,7 +144,8 @@ def ttrl(
 
     References:
       Zuo et al., `TTRL <https://arxiv.org/abs/2504.16084>`_, 2025, Section 3 (github.com/
-      PRIME-RL/TTRL).
+      PRIME-RL/TTRL); Laine and Aila, `Temporal Ensembling <https://arxiv.org/abs/1610.02242>`_,
+      2017, for ``keep_votes``.
     """
     inner.check_num_steps(num_steps)
     if num_trained is not None:
@@ -150,6 +161,7 @@ def ttrl(
         first_voter=trained if held_out_votes else 0,
         min_consensus=min_consensus,
         rare=rare,
+        earlier=(lambda x: x[_EARLIER]) if keep_votes else None,
         truth=truth,
     )
     draw = generation.generate(
@@ -166,9 +178,10 @@ def ttrl(
     def log_prob(params: Params, x: Any, generated: Generated) -> Any:
         return score(params, x, generated), generated.mask
 
+    roll = generation.several(draw, num_rollouts)
     policy = functools.partial(
         policy_gradient,
-        generation.several(draw, num_rollouts),
+        roll,
         log_prob,
         vote,
         num_trained=trained,
@@ -177,23 +190,34 @@ def ttrl(
         report=True,
     )
 
-    def adapter_of(params: Params) -> Adapter:
-        loss = _over_prompts(policy(pristine=params), stop_ratio)
+    def adapter_of(params: Params, prompts: Any, key: Key) -> Adapter:
+        votes: Any = ()
+        if keep_votes and reward is None:
+            voters = num_rollouts - (trained if held_out_votes else 0)
+
+            def answers(params: Params, x: Any, key: Key) -> rewards.Answers:
+                return rewards.answers_of("methods.ttrl", answer, x, roll(params, x, key))
+
+            made = jax.eval_shape(_each_prompt(answers), params, prompts, key)
+            votes = _no_votes(made.values, num_steps * voters)
+        loss = _over_prompts(policy(pristine=params), stop_ratio, votes)
         return gradient_adapter(loss, optimizer, select=select, has_aux=True)
 
     return _before_and_after(adapter_of, num_steps, generation.several(evaluate, num_evaluated))
 
 
 def _before_and_after(
-    adapter_of: Callable[[Params], Adapter], num_steps: int, evaluate: Callable[..., Generated]
+    adapter_of: Callable[[Params, Any, Key], Adapter],
+    num_steps: int,
+    evaluate: Callable[..., Generated],
 ) -> Predictor:
     """Adapts to the prompts, and continues them and the others by both weights."""
     many = _each_prompt(evaluate)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Reinforced, Info]:
         prompts, held_out = _prompts(x)
-        adapter = adapter_of(params)
         train_key, evaluation_key = jax.random.split(key)
+        adapter = adapter_of(params, prompts, train_key)
         state = adapter.init(params)
         steps, infos = inner.inner_loop(adapter, num_steps)(params, state, prompts, train_key)
         ok = infos.finite.all()
@@ -242,22 +266,50 @@ def _prompts(x: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return leaves, held_out
 
 
-def _over_prompts(loss: Any, stop_ratio: float | jax.Array) -> StatefulLoss:
-    """The mean over prompts that are learned from, zero for good once the vote is as one."""
+def _no_votes(values: jax.ShapeDtypeStruct, count: int) -> rewards.Earlier:
+    """Places for ``count`` votes of each prompt, in the form of the answers ``values``."""
+    prompts, _, numbers = values.shape
+    empty = jnp.zeros((prompts, count, numbers), values.dtype)
+    none = jnp.zeros((prompts, count), bool)
+    return rewards.Earlier(rewards.Answers(empty, none), none)
+
+
+def _cast(votes: rewards.Earlier, made: rewards.Answers, step: jax.Array) -> rewards.Earlier:
+    """The votes of all prompts with those of this step."""
+    first = step * made.valid.shape[1]
+
+    def put(places: jax.Array, leaf: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(places, leaf, first, axis=1)
+
+    cast = put(votes.cast, jnp.ones_like(made.valid))
+    return rewards.Earlier(jax.tree.map(put, votes.answers, made), cast)
+
+
+def _over_prompts(loss: Any, stop_ratio: float | jax.Array, votes: Any = ()) -> StatefulLoss:
+    """The mean over prompts that are learned from, zero for good once the vote is as one.
+
+    ``votes`` are the places of those that are kept, :func:`_no_votes`; without any, none is.
+    """
     each = _each_prompt(loss)
 
-    def value(params: Params, stopped: jax.Array, prompts: Any, key: Key) -> Any:
+    def value(params: Params, memory: Any, prompts: Any, key: Key) -> Any:
+        stopped, votes, step = memory
+        if isinstance(votes, rewards.Earlier):
+            prompts = prompts | {_EARLIER: votes}
         values, aux = each(params, prompts, key)
+        aux = dict(aux)
+        if isinstance(votes, rewards.Earlier):
+            votes = _cast(votes, aux.pop("votes"), step)
         if "majority_ratio" in aux:
             stopped = stopped | (aux["majority_ratio"].mean() >= stop_ratio)
         mean = values.sum() / jnp.maximum(aux["used"].sum(), 1.0)
         aux = aux | {"stopped": jnp.broadcast_to(stopped.astype(jnp.float32), values.shape)}
-        return (jnp.where(stopped, 0.0, mean), aux), stopped
+        return (jnp.where(stopped, 0.0, mean), aux), (stopped, votes, step + 1)
 
     return StatefulLoss(
-        init=lambda params: jnp.zeros((), bool),
+        init=lambda params: (jnp.zeros((), bool), votes, jnp.zeros((), jnp.int32)),
         value=value,
-        after=lambda adapted, stopped: stopped,
+        after=lambda adapted, memory: memory,
     )
 
 

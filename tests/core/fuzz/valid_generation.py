@@ -101,6 +101,7 @@ add(
     temperature=1.0,
     min_consensus=0.1,
     rare=0.1,
+    keep_votes=True,
     advantages="fixed",
     kl=0.1,
     stop_ratio=2.0,
@@ -176,6 +177,11 @@ def numbers(x, rollouts):
     return rewards.Answers(rollouts, rollouts > 0)
 
 
+def earlier(x):
+    cast = np.array([True, False])
+    return rewards.Earlier(rewards.Answers(np.array([1, 2]), cast), cast)
+
+
 add(
     "rewards.majority",
     rewards.majority,
@@ -184,6 +190,7 @@ add(
     first_voter=1,
     min_consensus=0.1,
     rare=0.1,
+    earlier=earlier,
     kinds={"min_consensus": "number", "rare": "number"},
     ranges={"first_voter": (-1, 4), "min_consensus": 2.0, "rare": -0.5},
 )
