@@ -285,9 +285,12 @@ def _completion(copies: Copies, slots: int) -> Callable[[Any, Any], Any]:
     def run(fast: Any, inputs: Any) -> Any:
         def query(fast: Any, inputs: Any) -> jax.Array:
             params = narrow_factors(SELECTED.merge(fast, frozen), net.dtype)
-            return models.complete_grids(net, params, inputs, slots=slots, num_tokens=slots).tokens
+            made = models.complete_grids(
+                net, params, inputs, slots=slots, num_tokens=slots, axis_name="copies"
+            )
+            return made.tokens
 
-        return jax.vmap(query)(fast, inputs)
+        return jax.vmap(query, axis_name="copies")(fast, inputs)
 
     return run
 

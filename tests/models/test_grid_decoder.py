@@ -165,6 +165,38 @@ def test_an_output_that_can_spell_no_grid_is_cut():
     assert short[1].tolist() == [*said[1][:4], 0, 0, 0, 0]
 
 
+def test_loops_of_several_decoders_that_end_as_one_copy_no_cache(params):
+    """Mapped over parameters: the same tokens, and no cache chosen anew at every token."""
+    rng = np.random.default_rng(1)
+    several = jax.tree.map(
+        lambda leaf: leaf[None] + 0.05 * rng.normal(size=(3, *leaf.shape)).astype(np.float32),
+        params,
+    )
+    drawn = [inputs_of(*pair[:3], 40) for pair in pairs(3, seed=4)]
+    inputs = jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
+    inputs["most"] = np.array([[5], [9], [14]])
+
+    def completed(axis_name):
+        def complete(params, inputs):
+            sizes = {"slots": 72, "num_tokens": 24, "axis_name": axis_name}
+            return models.complete_grids(NET, params, inputs, **sizes)
+
+        run = jax.jit(jax.vmap(complete, axis_name=axis_name or "copies"))
+        text = run.lower(several, inputs).as_text()
+        # Decoders, layers, rows, slots, heads, size of a head.
+        copies = [
+            line for line in text.splitlines() if "select" in line and "3x2x1x72x2x16" in line
+        ]
+        return run(several, inputs), len(copies)
+
+    (apart, copied), (together, kept) = completed(None), completed("copies")
+    np.testing.assert_array_equal(apart.tokens, together.tokens)
+    np.testing.assert_allclose(apart.log_prob, together.log_prob, rtol=1e-5)
+    assert copied > kept == 0
+    with pytest.raises(ValueError, match=r"mapped over; got 'rows': call it under jax.vmap"):
+        models.complete_grids(NET, params, drawn[0], slots=72, num_tokens=24, axis_name="rows")
+
+
 def test_it_learns_a_rule_and_completes_with_it():
     """Add one to every color: all of five tasks share it, on grids that were not trained on."""
     batches = [packed(6)[0] for _ in range(1)]

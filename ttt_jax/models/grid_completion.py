@@ -39,6 +39,7 @@ def complete_grids(
     *,
     slots: int,
     num_tokens: int,
+    axis_name: str | None = None,
 ) -> GridCompletion:
     """The most probable token after each, until the end of every output.
 
@@ -54,20 +55,27 @@ def complete_grids(
         at most.
       slots: S, what the cache holds: input and output; at least P.
       num_tokens: T, of an output at most.
+      axis_name: under ``jax.vmap(..., axis_name=axis_name)``, for instance over parameters, the
+        name of that axis: all loops then end as one. Without it each ends for itself, for which XLA
+        copies the whole cache at every token.
 
     Raises:
-      ValueError: fewer slots than tokens of an input, or leaves of another shape.
+      ValueError: fewer slots than tokens of an input, leaves of another shape, or no axis of that
+        name.
     """
     given = _given(inputs)
     count, width = given["token"].shape
     if slots < width:
         raise ValueError(f"slots must be at least the {width} tokens of an input; got {slots}.")
+    if axis_name is not None:
+        _check_axis(axis_name)
     length, state = given["length"], _begun(module, params, given, slots)
     most = given.get("most", jnp.full(count, num_tokens))
 
     def unfinished(state: Any) -> jax.Array:
         step, *_, done = state
-        return (step < num_tokens) & ~done.all()
+        more = (step < num_tokens) & ~done.all()
+        return more if axis_name is None else jax.lax.pmax(more, axis_name)
 
     def body(state: Any) -> Any:
         step, token, row, column, first, cache, made, log_prob, closed, done = state
@@ -113,6 +121,16 @@ def complete_grids(
     # What the loop did not reach depends on what else was decoded, and must not.
     later = (jnp.arange(num_tokens)[None] >= steps) & closed[:, None]
     return GridCompletion(jnp.where(later, END, made), log_prob)
+
+
+def _check_axis(axis_name: str) -> None:
+    try:
+        jax.lax.axis_index(axis_name)
+    except NameError as error:
+        raise ValueError(
+            "axis_name must be the name of an axis that models.complete_grids is mapped over; got "
+            f"{axis_name!r}: call it under jax.vmap(..., axis_name={axis_name!r}), or leave it out."
+        ) from error
 
 
 def _given(inputs: Any) -> dict[str, jax.Array]:

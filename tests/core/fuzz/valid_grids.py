@@ -46,8 +46,9 @@ add(
     inputs=PREFIX,
     slots=24,
     num_tokens=2,
-    kinds={"inputs": "record", "params": "params"},
-    ranges={"slots": (0, 8), "num_tokens": 0},
+    axis_name=None,
+    kinds={"inputs": "record", "params": "params", "axis_name": "text"},
+    ranges={"slots": (0, 8), "num_tokens": 0, "axis_name": "rows"},
 )
 ROWS = {**BATCH, "example": np.zeros((1, 2), np.int32)}
 # A batch of two tasks.
