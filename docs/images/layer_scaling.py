@@ -36,14 +36,9 @@ def chart() -> alt.Chart:
             ),
             alt.Y("ms:Q", scale=heights, title="milliseconds"),
             alt.Color("way:N", title=None),
-            alt.StrokeDash(
-                "times:N",
-                title=None,
-                sort=list(_TIMES.values()),
-                legend=alt.Legend(symbolType="stroke", symbolSize=600),
-            ),
+            alt.Column("times:N", title=None, sort=list(_TIMES.values())),
         )
-        .properties(width=460, height=300)
+        .properties(width=300, height=260)
     )
 
 

@@ -190,17 +190,12 @@ def ttrl(
         report=True,
     )
 
-    def adapter_of(params: Params, prompts: Any, key: Key) -> Adapter:
-        votes: Any = ()
-        if keep_votes and reward is None:
-            voters = num_rollouts - (trained if held_out_votes else 0)
+    keeps = keep_votes and reward is None
+    voters = num_rollouts - (trained if held_out_votes else 0)
+    no_votes = _no_votes(answer, roll, num_steps * voters) if keeps else lambda *given: ()
 
-            def answers(params: Params, x: Any, key: Key) -> rewards.Answers:
-                return rewards.answers_of("methods.ttrl", answer, x, roll(params, x, key))
-
-            made = jax.eval_shape(_each_prompt(answers), params, prompts, key)
-            votes = _no_votes(made.values, num_steps * voters)
-        loss = _over_prompts(policy(pristine=params), stop_ratio, votes)
+    def adapter_of(*given: Any) -> Adapter:
+        loss = _over_prompts(policy(pristine=given[0]), stop_ratio, no_votes(*given))
         return gradient_adapter(loss, optimizer, select=select, has_aux=True)
 
     return _before_and_after(adapter_of, num_steps, generation.several(evaluate, num_evaluated))
@@ -266,12 +261,21 @@ def _prompts(x: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return leaves, held_out
 
 
-def _no_votes(values: jax.ShapeDtypeStruct, count: int) -> rewards.Earlier:
-    """Places for ``count`` votes of each prompt, in the form of the answers ``values``."""
-    prompts, _, numbers = values.shape
-    empty = jnp.zeros((prompts, count, numbers), values.dtype)
-    none = jnp.zeros((prompts, count), bool)
-    return rewards.Earlier(rewards.Answers(empty, none), none)
+def _no_votes(
+    answer: rewards.AnswerFunction, roll: Callable[..., Generated], count: int
+) -> Callable[[Params, Any, Key], rewards.Earlier]:
+    """``(params, prompts, key) ->`` places for ``count`` votes of each prompt."""
+
+    def answers(params: Params, x: Any, key: Key) -> rewards.Answers:
+        return rewards.answers_of("methods.ttrl", answer, x, roll(params, x, key))
+
+    def places(params: Params, prompts: Any, key: Key) -> rewards.Earlier:
+        made = jax.eval_shape(_each_prompt(answers), params, prompts, key).values
+        none = jnp.zeros((made.shape[0], count), bool)
+        empty = jnp.zeros((*none.shape, made.shape[-1]), made.dtype)
+        return rewards.Earlier(rewards.Answers(empty, none), none)
+
+    return places
 
 
 def _cast(votes: rewards.Earlier, made: rewards.Answers, step: jax.Array) -> rewards.Earlier:
