@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(case):
 
 
 def test_there_is_no_kernel_in_silence():
-    with pytest.raises(NotImplementedError, match="Use form='dual'"):
+    with pytest.raises(ValueError, match=r"no segments; got d = 8, a hidden .*Use form='dual'"):
         layers.ttt_mlp(*formulas.inputs(4, 8, 2), form="kernel")
     with pytest.raises(ValueError, match=r"no segments; got d = 8, .*Use form='dual'"):
         layers.ttt_linear(*formulas.inputs(4, 8), form="kernel")

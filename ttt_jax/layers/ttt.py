@@ -149,7 +149,9 @@ def ttt_mlp(
       norm: ``(gamma [d], beta [d])``.
       chunk_size: tokens of a chunk.
       segments: int ``[T]``, see :func:`ttt_linear`.
-      form: see :func:`ttt_linear`; there is no kernel, and ``"auto"`` is ``"dual"``.
+      form: see :func:`ttt_linear`; the kernels take d of 16, 32 or 64, h of 64, 128 or 256 and
+        ``chunk_size`` 16, and ``"auto"`` is ``"dual"`` until they were compared on a card
+        (``kernels.ttt_mlp.limits.COMPARED``).
       remat: see :func:`ttt_linear`.
 
     Returns:
@@ -157,8 +159,8 @@ def ttt_mlp(
 
     Raises:
       TypeError: an argument of another type.
-      ValueError: T is 0, shapes that do not fit, or an unknown form.
-      NotImplementedError: ``form="kernel"``.
+      ValueError: T is 0, shapes that do not fit or that the kernels do not take, or an unknown form.
+      NotImplementedError: ``form="kernel"`` where there are none.
 
     References:
       Sun et al., `Learning to (Learn at Test Time) <https://arxiv.org/abs/2407.04620>`_, 2024,

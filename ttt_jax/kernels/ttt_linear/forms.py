@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.kernels import _arguments
+from ttt_jax.kernels import _arguments, _heads
 from ttt_jax.kernels.ttt_linear import limits
 
 
@@ -30,8 +30,7 @@ def supported(width: int, chunk_size: int, dtype: Any) -> bool:
       chunk_size: tokens per chunk.
       dtype: of queries, keys and values.
     """
-    nvidia = jax.default_backend() == "gpu" and jax.devices()[0].platform != "rocm"
-    if not limits.fits(width, chunk_size, dtype) or not nvidia or layer() is None:
+    if not limits.fits(width, chunk_size, dtype) or not _heads.nvidia() or layer() is None:
         return False
     return (width, chunk_size, jnp.dtype(dtype).name) in limits.COMPARED
 
@@ -72,20 +71,14 @@ def ttt_linear(
       ValueError: shapes or dtypes that the kernels do not take.
       NotImplementedError: a jax without Pallas' Triton backend.
     """
-    q, k, v = (_arguments.array(n, a, 2) for n, a in (("q", q), ("k", k), ("v", v)))
-    gate, scale = _arguments.array("gate", gate, 1), _arguments.array("scale", scale, 1)
     _arguments.integer("spacing", spacing, 1)
-    named = {"W": 2, "b": 1, "gamma": 1, "beta": 1}
-    for name, pair in (("state", state), ("norm", norm)):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise TypeError(f"{name} must be a pair of arrays; got {type(pair).__name__}.")
-    values = zip(named, (*state, *norm), strict=True)
-    shared = [_arguments.array(name, value, named[name]) for name, value in values]
-    _check_shapes(q, k, v, gate, shared)
-    if not limits.fits(q.shape[1], scale.shape[0], q.dtype):
+    given = _heads.head((q, k, v, gate), scale, state, norm, {"W": 2, "b": 1})
+    width, chunk_size = given.q.shape[1], len(given.scale)
+    _heads.check_shapes(given, {"W": (width, width), "b": (width,)})
+    if not limits.fits(width, chunk_size, given.q.dtype):
         raise ValueError(
-            f"the kernels take {limits.described()}; got d = {q.shape[1]}, chunk_size = "
-            f"{scale.shape[0]} and {q.dtype}. Use layers.ttt_linear(form='dual')."
+            f"the kernels take {limits.described()}; got d = {width}, chunk_size = "
+            f"{chunk_size} and {given.q.dtype}. Use layers.ttt_linear(form='dual')."
         )
     module = layer()
     if module is None:
@@ -93,25 +86,7 @@ def ttt_linear(
             f"jax {jax.__version__} has no Triton backend of Pallas, which the kernels need. Use "
             "layers.ttt_linear(form='dual')."
         )
-    wide = [leaf.astype(jnp.float32) for leaf in (gate, scale, *shared)]
-    out, last = module.run(module.Operands(q, k, v, *wide), spacing=int(spacing))
+    shared = (given.gate, given.scale, *given.state.values(), *given.norm.values())
+    wide = [leaf.astype(jnp.float32) for leaf in shared]
+    out, last = module.run(module.Operands(*given[:3], *wide), spacing=int(spacing))
     return out, tuple(last)
-
-
-def _check_shapes(
-    q: jax.Array, k: jax.Array, v: jax.Array, gate: jax.Array, shared: list[jax.Array]
-) -> None:
-    length, width = q.shape
-    if not length:
-        raise ValueError(f"q must have at least one token; got shape {q.shape}.")
-    for name, array in (("k", k), ("v", v)):
-        if array.shape != q.shape or array.dtype != q.dtype:
-            raise ValueError(
-                f"{name} must have the shape and dtype of q, {q.shape} and {q.dtype}; got "
-                f"{array.shape} and {array.dtype}."
-            )
-    shapes = {"gate": (length,), "W": (width, width), "b": (width,)}
-    shapes |= {"gamma": (width,), "beta": (width,)}
-    for (name, due), array in zip(shapes.items(), (gate, *shared), strict=True):
-        if array.shape != due:
-            raise ValueError(f"{name} must have shape {due}; got {array.shape}.")

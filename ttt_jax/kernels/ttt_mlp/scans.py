@@ -131,7 +131,9 @@ def forward(
     if reads:
         out = jax.ShapeDtypeStruct(tokens.k.shape, tokens.k.dtype)
         outputs["out"] = programs.rows(out, held * plan.chunk)
-        outputs |= {f"last_{n}": programs.entry(_like(leaf)) for n, leaf in starts._asdict().items()}
+        outputs |= {
+            f"last_{n}": programs.entry(_like(leaf)) for n, leaf in starts._asdict().items()
+        }
     if every:
         kept = held // every
         for name, leaf in starts._asdict().items():
@@ -214,7 +216,9 @@ def backward(
         "dout": programs.rows(dout, length),
         **{f"later_{n}": programs.entry(leaf[None]) for n, leaf in later._asdict().items()},
     }
-    shapes = {n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for n, leaf in tokens._asdict().items()}
+    shapes = {
+        n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for n, leaf in tokens._asdict().items()
+    }
     outputs = {f"d{n}": programs.rows(shape, length) for n, shape in shapes.items()}
     single = shared._asdict() | later._asdict()
     outputs |= {f"d{n}": programs.entry(_like(leaf[None])) for n, leaf in single.items()}

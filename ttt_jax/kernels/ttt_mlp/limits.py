@@ -1,0 +1,52 @@
+"""Sizes that the kernels of TTT-MLP take.
+
+Free of Pallas: a machine without its Triton backend may ask as well.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from ttt_jax.kernels import _arguments
+
+HEAD_SIZES = (16, 32, 64)
+"""Features per head that they take."""
+
+HIDDEN_SIZES = (64, 128, 256)
+"""Hidden features; of larger ones the weights, or their gradients, have no room on a core."""
+
+CHUNK_SIZES = (16,)
+"""Tokens per chunk that they take, as published."""
+
+DTYPES = ("bfloat16", "float32")
+"""Of queries, keys and values."""
+
+COMPARED: frozenset[tuple[int, int, int, str]] = frozenset()
+"""Head size, hidden size, chunk size and dtype for which ``benchmarks.layers`` has found outputs
+and all gradients near those of XLA on a card: the layers take the kernels by themselves for these
+alone."""
+
+
+def fits(width: int, hidden: int, chunk_size: int, dtype: Any) -> bool:
+    """Whether the kernels take these heads.
+
+    Args:
+      width: d, features per head.
+      hidden: h, features of the hidden layer.
+      chunk_size: tokens per chunk.
+      dtype: of queries, keys and values.
+    """
+    for name, value in (("width", width), ("hidden", hidden), ("chunk_size", chunk_size)):
+        _arguments.integer(name, value)
+    _arguments.dtype("dtype", dtype)
+    sizes = width in HEAD_SIZES and hidden in HIDDEN_SIZES and chunk_size in CHUNK_SIZES
+    return sizes and jnp.dtype(dtype).name in DTYPES
+
+
+def described() -> str:
+    """What :func:`fits`, in words."""
+    widths, hidden = (", ".join(map(str, sizes)) for sizes in (HEAD_SIZES, HIDDEN_SIZES))
+    return (
+        f"d among {widths}, a hidden width among {hidden}, chunk_size "
+        f"{', '.join(map(str, CHUNK_SIZES))}, and {' or '.join(DTYPES)}"
+    )
