@@ -47,8 +47,8 @@ def form_of(
         packed = "no segments" if segments is None else "segments"
         width = f", a hidden width of {hidden[0]}" if hidden else ""
         raise ValueError(
-            f"form={form!r} takes {limits.described()}, and no segments; got d = {sizes[0]}{width}, "
-            f"chunk_size = {sizes[-2]}, {dtype} and {packed}. Use form='dual'."
+            f"form={form!r} takes {limits.described()}, and no segments; got d = {sizes[0]}"
+            f"{width}, chunk_size = {sizes[-2]}, {dtype} and {packed}. Use form='dual'."
         )
     return form
 

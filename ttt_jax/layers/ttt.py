@@ -159,7 +159,7 @@ def ttt_mlp(
 
     Raises:
       TypeError: an argument of another type.
-      ValueError: T is 0, shapes that do not fit or that the kernels do not take, or an unknown form.
+      ValueError: T is 0, shapes that do not fit, or that the kernels do not take; an unknown form.
       NotImplementedError: ``form="kernel"`` where there are none.
 
     References:

@@ -7,7 +7,7 @@ of the state, the tokens and what all chunks share; the backward kernel is its d
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -99,10 +99,12 @@ def _forward(a: jax.Array, b: jax.Array, axes: tuple[int, int], operand: Any) ->
 def _backward(axes: tuple[int, int], operand: Any, saved: Any, pull: jax.Array) -> Any:
     a, b = saved
     other_a, other_b = 1 - axes[0], 1 - axes[1]
+    made = functools.partial(product, operand=operand)
     # The axis that is summed over comes second in a row's factor and first in a column's.
-    of_a = (pull, b, (1, other_b)) if axes[0] == 1 else (b, pull, (other_b, 1))
-    of_b = (a, pull, (other_a, 0)) if axes[1] == 0 else (pull, a, (0, other_a))
-    return product(*of_a, operand), product(*of_b, operand)
+    rows, columns = axes[0] == 1, axes[1] == 0
+    of_a = made(pull, b, (1, other_b)) if rows else made(b, pull, (other_b, 1))
+    of_b = made(a, pull, (other_a, 0)) if columns else made(pull, a, (0, other_a))
+    return of_a, of_b
 
 
 differentiable.defvjp(_forward, _backward)
@@ -142,7 +144,7 @@ def _seen(x: jax.Array) -> jax.Array:
     return jnp.where(learned <= reader, x, 0.0)
 
 
-Product = Callable[[jax.Array, jax.Array, tuple[int, int]], jax.Array]
+Product: TypeAlias = Callable[[jax.Array, jax.Array, tuple[int, int]], jax.Array]
 
 
 def chunk(

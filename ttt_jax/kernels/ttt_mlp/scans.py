@@ -144,8 +144,9 @@ def forward(
     made = programs.call(kernel, "ttt_mlp_scan", tiles, groups, (inputs, outputs))
 
     def state(prefix: str) -> Any:
-        leaves = [made.get(f"{prefix}_{name}") for name in _STATE]
-        return None if leaves[0] is None else State(*leaves)
+        if f"{prefix}_first" not in made:
+            return None
+        return State(*(made[f"{prefix}_{name}"] for name in _STATE))
 
     return Scanned(made.get("out"), state("last"), state("kept"))
 
@@ -224,6 +225,8 @@ def backward(
     outputs |= {f"d{n}": programs.entry(_like(leaf[None])) for n, leaf in single.items()}
     kernel = functools.partial(_backward_kernel, plan=plan)
     made = programs.call(kernel, "ttt_mlp_back", tiles, 1, (inputs, outputs))
-    parts = (Tokens(*(made[f"d{n}"] for n in _TOKENS)),)
-    parts += tuple(kind(*(made[f"d{n}"][0] for n in kind._fields)) for kind in (Shared, State))
-    return Gradients(*parts)
+    return Gradients(
+        Tokens(*(made[f"d{n}"] for n in _TOKENS)),
+        Shared(*(made[f"d{n}"][0] for n in _SHARED)),
+        State(*(made[f"d{n}"][0] for n in _STATE)),
+    )
