@@ -23,6 +23,7 @@ MODULES = (
         "kernels.attention",
         "kernels.conv",
         "kernels.ttt_linear",
+        "kernels.ttt_mlp",
     ),
     *("generation", "losses", "methods", "metrics", "models", "neighbors", "online"),
     *("optimizers", "passages", "predictors", "readers", "resets", "serving"),

@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.core.fuzz import things, use
 from tests.core.fuzz.calls import Table
-from ttt_jax.kernels import attention, conv, ttt_linear
+from ttt_jax.kernels import attention, conv, ttt_linear, ttt_mlp
 from ttt_jax.views import augmix, image
 
 TABLE = Table()
@@ -185,6 +185,18 @@ for name in ("fits", "supported"):
         kinds={"dtype": "record"},
         allowed="dtype: none",
     )
+for name in ("fits", "supported"):
+    add(
+        f"kernels.ttt_mlp.{name}",
+        getattr(ttt_mlp, name),
+        traced=False,
+        width=64,
+        hidden=256,
+        chunk_size=16,
+        dtype=jnp.float32,
+        kinds={"dtype": "record"},
+        allowed="dtype: none",
+    )
 ROWS = dict.fromkeys(("q", "k", "v"), np.ones((4, 16), np.float32))
 ROW = np.ones(16, np.float32)
 add(
@@ -194,6 +206,17 @@ add(
     gate=np.ones(4, np.float32),
     scale=ROW,
     state=(np.ones((16, 16), np.float32), ROW),
+    norm=(ROW, ROW),
+    only_refusals=True,
+)
+WIDE = np.ones((16, 64), np.float32)
+add(
+    "kernels.ttt_mlp.ttt_mlp",
+    ttt_mlp.ttt_mlp,
+    **ROWS,
+    gate=np.ones(4, np.float32),
+    scale=ROW,
+    state=(WIDE, WIDE[0], WIDE.T, ROW),
     norm=(ROW, ROW),
     only_refusals=True,
 )

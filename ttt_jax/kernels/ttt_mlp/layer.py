@@ -8,12 +8,9 @@ import jax.numpy as jnp
 
 from ttt_jax.kernels import shared_outputs
 from ttt_jax.kernels.ttt_linear.limits import Tiles
-from ttt_jax.kernels.ttt_mlp import scans
+from ttt_jax.kernels.ttt_mlp import limits, scans
 from ttt_jax.kernels.ttt_mlp.algebra import Shared, State, Tokens
 from ttt_jax.kernels.ttt_mlp.scans import Plan
-
-# Half of a core's registers hold the weights, or their gradients, of heads of 64.
-_TILES = Tiles(warps=8)
 
 
 class Operands(NamedTuple):
@@ -30,13 +27,14 @@ class Operands(NamedTuple):
     state: State
 
 
-def run(operands: Operands, *, spacing: int) -> tuple[jax.Array, State]:
+def run(operands: Operands, *, spacing: int, warps: int = limits.WARPS) -> tuple[jax.Array, State]:
     """The layer for one head of one sequence of any length.
 
     Args:
       operands: any T.
       spacing: chunks between two states that are kept for the backward pass, which makes those
         between again; at least 1.
+      warps: of a program.
 
     Returns:
       ``out [T, d]`` and the state after the last whole chunk.
@@ -45,7 +43,7 @@ def run(operands: Operands, *, spacing: int) -> tuple[jax.Array, State]:
     chunks = -(-length // chunk)
     groups = -(-chunks // spacing)
     size = -(-chunks // groups)
-    plan = Plan(chunk, size, groups, length // chunk)
+    plan = Plan(chunk, size, groups, length // chunk, Tiles(warps))
     padding = plan.chunks * chunk - length
 
     def padded(leaf: jax.Array) -> jax.Array:
@@ -67,21 +65,21 @@ def _alone(tree: Any) -> Any:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _layer(plan: Plan, operands: Operands) -> tuple[jax.Array, State]:
     tokens, shared, state = operands
-    made = scans.forward(plan, _TILES, tokens, shared, _alone(state), every=0, reads=True)
+    made = scans.forward(plan, tokens, shared, _alone(state), every=0, reads=True)
     return made.out, _first(made.last)
 
 
 def _layer_forward(plan: Plan, operands: Operands) -> tuple[Any, Any]:
     tokens, shared, state = operands
-    made = scans.forward(plan, _TILES, tokens, shared, _alone(state), every=plan.size, reads=True)
+    made = scans.forward(plan, tokens, shared, _alone(state), every=plan.size, reads=True)
     return (made.out, _first(made.last)), (operands, made.kept)
 
 
 def _layer_backward(plan: Plan, saved: Any, cotangents: Any) -> tuple[Operands]:
     (tokens, shared, _), kept = saved
     if plan.size > 1:
-        kept = scans.forward(plan, _TILES, tokens, shared, kept, every=1, reads=False).kept
-    made = scans.backward(plan, _TILES, tokens, shared, kept, cotangents)
+        kept = scans.forward(plan, tokens, shared, kept, every=1, reads=False).kept
+    made = scans.backward(plan, tokens, shared, kept, cotangents)
     return (Operands(made.tokens, made.shared, made.state),)
 
 

@@ -21,6 +21,9 @@ CHUNK_SIZES = (16,)
 DTYPES = ("bfloat16", "float32")
 """Of queries, keys and values."""
 
+WARPS = 8
+"""Of a program: half of a core's registers hold the weights, or their gradients, of heads of 64."""
+
 COMPARED: frozenset[tuple[int, int, int, str]] = frozenset()
 """Head size, hidden size, chunk size and dtype for which ``benchmarks.layers`` has found outputs
 and all gradients near those of XLA on a card: the layers take the kernels by themselves for these

@@ -28,12 +28,14 @@ class Plan(NamedTuple):
       size: chunks between two states that are kept for the backward pass.
       groups: how many states are kept; ``groups * size`` chunks are worked on.
       whole: how many of them change the state; the rest are a part of a chunk, and padding.
+      tiles: how the kernels run.
     """
 
     chunk: int
     size: int
     groups: int
     whole: int
+    tiles: Tiles
 
     @property
     def chunks(self) -> int:
@@ -107,13 +109,12 @@ class Scanned(NamedTuple):
 
 
 def forward(
-    plan: Plan, tiles: Tiles, tokens: Tokens, shared: Shared, starts: State, every: int, reads: bool
+    plan: Plan, tokens: Tokens, shared: Shared, starts: State, every: int, reads: bool
 ) -> Scanned:
     """All chunks from the states ``starts`` (``[programs, ...]``) on.
 
     Args:
       plan: of the call.
-      tiles: how the kernel runs.
       tokens: of the sequence.
       shared: of all chunks.
       starts: of each program, which has as many consecutive chunks as another.
@@ -141,7 +142,7 @@ def forward(
             shape = jax.ShapeDtypeStruct((groups * kept, *leaf.shape[1:]), dtype)
             outputs[f"kept_{name}"] = programs.rows(shape, kept)
     kernel = functools.partial(_forward_kernel, plan=plan, groups=groups, every=every, reads=reads)
-    made = programs.call(kernel, "ttt_mlp_scan", tiles, groups, (inputs, outputs))
+    made = programs.call(kernel, "ttt_mlp_scan", plan.tiles, groups, (inputs, outputs))
 
     def state(prefix: str) -> Any:
         if f"{prefix}_first" not in made:
@@ -201,7 +202,6 @@ class Gradients(NamedTuple):
 
 def backward(
     plan: Plan,
-    tiles: Tiles,
     tokens: Tokens,
     shared: Shared,
     kept: State,
@@ -224,7 +224,7 @@ def backward(
     single = shared._asdict() | later._asdict()
     outputs |= {f"d{n}": programs.entry(_like(leaf[None])) for n, leaf in single.items()}
     kernel = functools.partial(_backward_kernel, plan=plan)
-    made = programs.call(kernel, "ttt_mlp_back", tiles, 1, (inputs, outputs))
+    made = programs.call(kernel, "ttt_mlp_back", plan.tiles, 1, (inputs, outputs))
     return Gradients(
         Tokens(*(made[f"d{n}"] for n in _TOKENS)),
         Shared(*(made[f"d{n}"][0] for n in _SHARED)),
