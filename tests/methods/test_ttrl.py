@@ -155,6 +155,18 @@ def test_kept_votes_change_nothing_at_the_first_step_and_the_labels_later():
         np.testing.assert_array_equal(leaf, wanted)
 
 
+def test_a_vote_of_the_users_own_may_have_earlier_ones():
+    """Twenty for one token: it is the label at every step, and nothing else is reported."""
+    token = 5
+    cast = jnp.ones(20, bool)
+    earlier = rewards.Earlier(rewards.Answers(jnp.full(20, token), cast), cast)
+    truth = lambda x: jnp.int32(token)  # noqa: E731
+    own = rewards.majority(answer, earlier=lambda x: earlier, truth=truth)
+    _, info = run_of(reward=own, num_steps=2)(params(), groups(), KEYS)
+    np.testing.assert_array_equal(info.aux["label_right"], 1)
+    assert set(info.aux) == set(trained()[1].aux)
+
+
 def test_wrong_answers_alone_are_learned_from_below_the_consensus():
     """The mean is over prompts that are learned from, with a label or without."""
 

@@ -77,3 +77,17 @@ def check_shapes(given: Head, state: Mapping[str, tuple[int, ...]]) -> None:
 def nvidia() -> bool:
     """Whether this machine computes on an NVIDIA GPU."""
     return jax.default_backend() == "gpu" and jax.devices()[0].platform != "rocm"
+
+
+def compiled(module: Any, layer: str) -> Any:
+    """The module of the kernels of a layer.
+
+    Raises:
+      NotImplementedError: None, as this jax has no Pallas for Triton.
+    """
+    if module is None:
+        raise NotImplementedError(
+            f"jax {jax.__version__} has no Triton backend of Pallas, which the kernels need. Use "
+            f"{layer}(form='dual')."
+        )
+    return module

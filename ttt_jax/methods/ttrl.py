@@ -301,9 +301,11 @@ def _over_prompts(loss: Any, stop_ratio: float | jax.Array, votes: Any = ()) -> 
         if isinstance(votes, rewards.Earlier):
             prompts = prompts | {_EARLIER: votes}
         values, aux = each(params, prompts, key)
-        aux = dict(aux)
+        # No number of a report: a vote with earlier ones names those of its own.
+        aux, made = dict(aux), aux.get("votes")
+        aux.pop("votes", None)
         if isinstance(votes, rewards.Earlier):
-            votes = _cast(votes, aux.pop("votes"), step)
+            votes = _cast(votes, made, step)
         if "majority_ratio" in aux:
             stopped = stopped | (aux["majority_ratio"].mean() >= stop_ratio)
         mean = values.sum() / jnp.maximum(aux["used"].sum(), 1.0)

@@ -80,12 +80,7 @@ def ttt_linear(
             f"the kernels take {limits.described()}; got d = {width}, chunk_size = "
             f"{chunk_size} and {given.q.dtype}. Use layers.ttt_linear(form='dual')."
         )
-    module = layer()
-    if module is None:
-        raise NotImplementedError(
-            f"jax {jax.__version__} has no Triton backend of Pallas, which the kernels need. Use "
-            "layers.ttt_linear(form='dual')."
-        )
+    module = _heads.compiled(layer(), "layers.ttt_linear")
     shared = (given.gate, given.scale, *given.state.values(), *given.norm.values())
     wide = [leaf.astype(jnp.float32) for leaf in shared]
     out, last = module.run(module.Operands(*given[:3], *wide), spacing=int(spacing))

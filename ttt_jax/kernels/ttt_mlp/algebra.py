@@ -13,8 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-EPSILON = 1e-6
-"""Of the LayerNorm, as published."""
+from ttt_jax.kernels.ttt_linear.algebra import (
+    COLUMNS_COLUMNS,
+    EPSILON,
+    ROWS_COLUMNS,
+    ROWS_ROWS,
+    product,
+)
 
 # Of gelu in its tanh form.
 _SLOPE, _CUBE = 0.7978845608028654, 0.044715
@@ -66,25 +71,9 @@ class Shared(NamedTuple):
     beta: jax.Array
 
 
-# Axes over which a product of two matrices sums.
-_ROWS_COLUMNS, _ROWS_ROWS, _COLUMNS_COLUMNS = (1, 0), (1, 1), (0, 0)
-
-
-def product(a: jax.Array, b: jax.Array, axes: tuple[int, int], operand: Any) -> jax.Array:
-    """The sum over one axis of each, float32, of operands rounded to ``operand``."""
-    exact = operand == jnp.float32
-    return lax.dot_general(
-        a.astype(operand),
-        b.astype(operand),
-        (((axes[0],), (axes[1],)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def differentiable(a: jax.Array, b: jax.Array, axes: tuple[int, int], operand: Any) -> jax.Array:
-    """:func:`product`, whose derivative has products of rounded operands, too.
+    """The product of TTT-Linear's kernels, whose derivative has products of rounded operands, too.
 
     Of its own it would have products of two dtypes, which tensor cores do not make.
     """
@@ -160,18 +149,18 @@ def chunk(
       dot: one of the products, with their operands' dtype.
     """
     q, k, v, gate = tokens
-    hidden, slope = gelu(dot(k, state.first, _ROWS_COLUMNS) + state.first_bias[None])
-    z = dot(hidden, state.second, _ROWS_COLUMNS) + state.second_bias[None]
+    hidden, slope = gelu(dot(k, state.first, ROWS_COLUMNS) + state.first_bias[None])
+    z = dot(hidden, state.second, ROWS_COLUMNS) + state.second_bias[None]
     outer = norm_gradient(z, v - k, shared)
-    inner = dot(outer, state.second, _ROWS_ROWS) * slope
+    inner = dot(outer, state.second, ROWS_ROWS) * slope
     rates = _seen(shared.scale[:, None] * gate[None])
 
     # One more than the products, as the biases learn as well.
-    read = dot(q, state.first, _ROWS_COLUMNS) + state.first_bias[None]
-    read -= dot((dot(q, k, _ROWS_ROWS) + 1.0) * rates, inner, _ROWS_COLUMNS)
+    read = dot(q, state.first, ROWS_COLUMNS) + state.first_bias[None]
+    read -= dot((dot(q, k, ROWS_ROWS) + 1.0) * rates, inner, ROWS_COLUMNS)
     asked, _ = gelu(read)
-    answer = dot(asked, state.second, _ROWS_COLUMNS) + state.second_bias[None]
-    answer -= dot((dot(asked, hidden, _ROWS_ROWS) + 1.0) * rates, outer, _ROWS_COLUMNS)
+    answer = dot(asked, state.second, ROWS_COLUMNS) + state.second_bias[None]
+    answer -= dot((dot(asked, hidden, ROWS_ROWS) + 1.0) * rates, outer, ROWS_COLUMNS)
     out = q + shared.gamma[None] * normalized(answer)[0] + shared.beta[None]
 
     size = shared.scale.shape[0]
@@ -179,9 +168,9 @@ def chunk(
     steps = (jnp.sum(jnp.where(is_last, shared.scale, 0.0)) * whole) * gate
     inner, outer = steps[:, None] * inner, steps[:, None] * outer
     new = State(
-        state.first - dot(k, inner, _COLUMNS_COLUMNS),
+        state.first - dot(k, inner, COLUMNS_COLUMNS),
         state.first_bias - inner.sum(0),
-        state.second - dot(hidden, outer, _COLUMNS_COLUMNS),
+        state.second - dot(hidden, outer, COLUMNS_COLUMNS),
         state.second_bias - outer.sum(0),
     )
     return new, out

@@ -87,12 +87,7 @@ def ttt_mlp(
             f"the kernels take {limits.described()}; got d = {width}, a hidden width of {hidden}, "
             f"chunk_size = {chunk_size} and {given.q.dtype}. Use layers.ttt_mlp(form='dual')."
         )
-    module = layer()
-    if module is None:
-        raise NotImplementedError(
-            f"jax {jax.__version__} has no Triton backend of Pallas, which the kernels need. Use "
-            "layers.ttt_mlp(form='dual')."
-        )
+    module = _heads.compiled(layer(), "layers.ttt_mlp")
 
     def wide(*leaves: jax.Array) -> list[jax.Array]:
         return [leaf.astype(jnp.float32) for leaf in leaves]
