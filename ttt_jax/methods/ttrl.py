@@ -302,8 +302,8 @@ def _over_prompts(loss: Any, stop_ratio: float | jax.Array, votes: Any = ()) -> 
             prompts = prompts | {_EARLIER: votes}
         values, aux = each(params, prompts, key)
         # No number of a report: a vote with earlier ones names those of its own.
-        aux, made = dict(aux), aux.get("votes")
-        aux.pop("votes", None)
+        aux = dict(aux)
+        made: Any = aux.pop("votes", None)
         if isinstance(votes, rewards.Earlier):
             votes = _cast(votes, made, step)
         if "majority_ratio" in aux:
