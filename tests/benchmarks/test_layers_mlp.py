@@ -7,7 +7,6 @@ import pytest
 
 from benchmarks import layers_mlp
 from experiments import launch
-from ttt_jax.kernels.ttt_mlp import limits
 
 SETTINGS = {
     "parts": ("kernels", "xla", "shapes"),
@@ -47,10 +46,6 @@ def test_a_wrong_kernel_is_marked(tmp_path, monkeypatch):
     record = layers_mlp.run(str(tmp_path / "l.json"), settings(parts=("shapes",)))
     (row,) = record["rows"]
     assert not row["right"] and row["errors"]["gamma"] == pytest.approx(0.05, rel=0.1)
-
-
-def test_auto_takes_nothing_that_was_not_compared():
-    assert not limits.COMPARED
 
 
 @pytest.mark.parametrize("options", [{"warps": ("3",)}, {"parts": ("all",)}])

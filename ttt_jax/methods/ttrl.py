@@ -96,7 +96,9 @@ def ttrl(
     random and format rewards.
 
     **Cost** of a step: ``P * num_rollouts`` continuations, and one forward and backward pass over
-    ``P * num_trained`` of them. A prompt is read again for each of its continuations.
+    ``P * num_trained`` of them. A prompt is read again for each of its continuations. With
+    ``keep_votes`` each prompt compares all pairs of ``num_steps * num_rollouts`` answers at every
+    step, which is little beside the continuations.
 
     Args:
       read: as for :func:`ttt_jax.generation.generate`.
@@ -271,9 +273,9 @@ def _no_votes(
 
     def places(params: Params, prompts: Any, key: Key) -> rewards.Earlier:
         made = jax.eval_shape(_each_prompt(answers), params, prompts, key).values
-        none = jnp.zeros((made.shape[0], count), bool)
-        empty = jnp.zeros((*none.shape, made.shape[-1]), made.dtype)
-        return rewards.Earlier(rewards.Answers(empty, none), none)
+        cast = jnp.zeros((made.shape[0], count), bool)
+        values = jnp.zeros((*cast.shape, made.shape[-1]), made.dtype)
+        return rewards.Earlier(rewards.Answers(values, cast), cast)
 
     return places
 
@@ -301,9 +303,9 @@ def _over_prompts(loss: Any, stop_ratio: float | jax.Array, votes: Any = ()) -> 
         if isinstance(votes, rewards.Earlier):
             prompts = prompts | {_EARLIER: votes}
         values, aux = each(params, prompts, key)
-        # No number of a report: a vote with earlier ones names those of its own.
         aux = dict(aux)
-        made: Any = aux.pop("votes", None)
+        # No number of a report: a vote with earlier ones names those of its own.
+        made: Any = aux.pop("votes") if isinstance(aux.get("votes"), rewards.Answers) else None
         if isinstance(votes, rewards.Earlier):
             votes = _cast(votes, made, step)
         if "majority_ratio" in aux:

@@ -65,8 +65,9 @@ def ttt_mlp(
       state: ``(W1 [d, h], b1 [h], W2 [h, d], b2 [d])``.
       norm: ``(gamma [d], beta [d])``.
       spacing: chunks between two states that are kept for the backward pass, which makes those
-        between again, all groups at once; at least 1. A kept state is ``2 d h`` numbers of q's
-        dtype.
+        between again, all groups at once; at least 1. A state is ``2 d h`` numbers of q's dtype;
+        the backward pass has one for each chunk whatever the spacing, which saves memory until
+        then.
 
     Returns:
       ``out [T, d]`` in the dtype of q, and the float32 state after the last whole chunk.

@@ -13,7 +13,7 @@ HEAD_SIZES = (16, 32, 64)
 """Features per head that they take."""
 
 HIDDEN_SIZES = (64, 128, 256)
-"""Hidden features; of larger ones the weights, or their gradients, have no room on a core."""
+"""Hidden features; the registers of a core hold ``2 d h`` float32 numbers of larger ones hardly."""
 
 CHUNK_SIZES = (16,)
 """Tokens per chunk that they take, as published."""
@@ -22,12 +22,13 @@ DTYPES = ("bfloat16", "float32")
 """Of queries, keys and values."""
 
 WARPS = 8
-"""Of a program: half of a core's registers hold the weights, or their gradients, of heads of 64."""
+"""Of a program. Weights of heads of 64 fill half of a core's registers; the backward pass, which
+has their gradients as well, spills some."""
 
 COMPARED: frozenset[tuple[int, int, int, str]] = frozenset()
-"""Head size, hidden size, chunk size and dtype for which ``benchmarks.layers`` has found outputs
-and all gradients near those of XLA on a card: the layers take the kernels by themselves for these
-alone."""
+"""Head size, hidden size, chunk size and dtype for which ``benchmarks.layers_mlp`` has found
+outputs and all gradients near those of XLA on a card: the layers take the kernels by themselves for
+these alone."""
 
 
 def fits(width: int, hidden: int, chunk_size: int, dtype: Any) -> bool:

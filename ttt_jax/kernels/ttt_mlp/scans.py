@@ -1,7 +1,7 @@
 """The kernels of TTT-MLP: the scan of the chunks, and the scan of their derivatives.
 
-Each program is one head of one sequence, with the weights, or their gradients, on chip over all
-chunks. Written in Pallas for its Triton backend.
+Each program is one head of one sequence and keeps the weights, or on the way back their gradients,
+from chunk to chunk without storing them. Written in Pallas for its Triton backend.
 """
 
 import functools
@@ -63,7 +63,7 @@ def _shared(refs: Any) -> Shared:
 
 
 def _forward_kernel(refs: Any, *, plan: Plan, groups: int, every: int, reads: bool) -> None:
-    """``groups`` programs' worth of chunks are of others; this one has ``chunks / groups``."""
+    """One of ``groups`` programs, with ``chunks / groups`` consecutive chunks."""
     shared = _shared(refs)
     dot = functools.partial(algebra.product, operand=refs.k.dtype)
     held = plan.chunks // groups
@@ -179,8 +179,8 @@ def _backward_kernel(refs: Any, *, plan: Plan) -> None:
         return later, jax.tree.map(jnp.add, of_shared, added)
 
     later = State(*(ref[...] for ref in _of(refs, tuple(f"later_{n}" for n in _STATE))))
-    none = jax.tree.map(jnp.zeros_like, shared)
-    first, of_shared = programs.loop(plan.chunks, one, (later, none))
+    zeros = jax.tree.map(jnp.zeros_like, shared)
+    first, of_shared = programs.loop(plan.chunks, one, (later, zeros))
     for made in (first, of_shared):
         for name, leaf in made._asdict().items():
             getattr(refs, f"d{name}")[...] = leaf
