@@ -169,11 +169,15 @@ def errors_of(function: Any, work: Work, chunk: int, dtype: Any) -> dict[str, fl
     leaves = zip(jax.tree.leaves(found), jax.tree.leaves((due[0], *due)), strict=True)
     names = "forward", "out", *layer.Operands._fields
     for name, (ours, exact) in zip(names, leaves, strict=True):
-        error = jnp.linalg.norm((ours.astype(jnp.float32) - exact).ravel())
-        # A nan is over no limit.
-        relative = jnp.nan_to_num(error / jnp.linalg.norm(exact.ravel()), nan=jnp.inf)
-        errors[name] = float(relative)
+        errors[name] = relative_error(ours, exact)
     return errors
+
+
+def relative_error(ours: jax.Array, exact: jax.Array) -> float:
+    """Of norms; infinite where it is not finite."""
+    error = jnp.linalg.norm((ours.astype(jnp.float32) - exact).ravel())
+    # A nan is over no limit.
+    return float(jnp.nan_to_num(error / jnp.linalg.norm(exact.ravel()), nan=jnp.inf))
 
 
 def timed(function: Any, operands: Any, settings: Any) -> tuple[float, float]:

@@ -30,10 +30,12 @@ from benchmarks.layers import (
     cotangent,
     described,
     measured,
+    relative_error,
     with_gradients,
 )
 from experiments import launch, provenance
 from ttt_jax import layers
+from ttt_jax.kernels.ttt_linear.limits import Configuration, Tiles
 from ttt_jax.kernels.ttt_mlp import layer, limits
 
 PARTS = ("kernels", "xla", "shapes")
@@ -67,9 +69,11 @@ def mapped(function: Any, operands: layer.Operands) -> jax.Array:
     return result
 
 
-def kernels(operands: layer.Operands, *, spacing: int = 4, warps: int = limits.WARPS) -> jax.Array:
+def kernels(
+    operands: layer.Operands, *, spacing: int = 4, configuration: Configuration | None = None
+) -> jax.Array:
     """Outputs of every head and sequence."""
-    one = functools.partial(layer.run, spacing=spacing, warps=warps)
+    one = functools.partial(layer.run, spacing=spacing, configuration=configuration)
     return mapped(lambda each: one(each)[0], operands)
 
 
@@ -104,10 +108,7 @@ def errors_of(function: Any, work: Work, hidden: int, dtype: Any) -> dict[str, f
     wanted = {"forward": due[0], "out": due[0]} | _named(due[1])
     errors = {}
     for name, exact in wanted.items():
-        error = jnp.linalg.norm((found[name].astype(jnp.float32) - exact).ravel())
-        # A nan is over no limit.
-        relative = jnp.nan_to_num(error / jnp.linalg.norm(exact.ravel()), nan=jnp.inf)
-        errors[name] = float(relative)
+        errors[name] = relative_error(found[name], exact)
     return errors
 
 
@@ -117,7 +118,8 @@ def _named(grads: layer.Operands) -> dict[str, jax.Array]:
 
 def kernel_row(warps: int, work: Work, hidden: int, settings: Any) -> dict[str, Any]:
     """Errors with so many warps, then times."""
-    run = functools.partial(kernels, spacing=settings.spacing, warps=warps)
+    configuration = Configuration(Tiles(warps), Tiles(warps), parts=False)
+    run = functools.partial(kernels, spacing=settings.spacing, configuration=configuration)
     checked = Work(4, settings.checked_tokens, 4, work.width)
     row: dict[str, Any] = {"errors": errors_of(run, checked, hidden, DTYPE)}
     row["right"] = max(row["errors"].values()) <= LIMIT

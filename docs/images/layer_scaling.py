@@ -4,10 +4,12 @@ Command: ``python docs/images/layer_scaling.py``; from the committed record of
 ``python -m benchmarks.layers --parts=scaling``.
 """
 
+import io
 import pathlib
 
 import altair as alt
 import pandas as pd
+from PIL import Image
 
 from experiments.report import committed
 
@@ -42,5 +44,12 @@ def chart() -> alt.Chart:
     )
 
 
+def main() -> None:
+    """Writes ``docs/images/layer_scaling.png``."""
+    drawn = io.BytesIO()
+    chart().save(drawn, format="png", ppi=144)
+    Image.open(drawn).convert("RGB").quantize(64).save(_FILE, optimize=True)
+
+
 if __name__ == "__main__":
-    chart().save(_FILE, ppi=144)
+    main()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.kernels import shared_outputs
-from ttt_jax.kernels.ttt_linear import backward, forward, limits
+from ttt_jax.kernels.ttt_linear import backward, forward, limits, programs
 from ttt_jax.kernels.ttt_linear.algebra import Shared, State
 from ttt_jax.kernels.ttt_linear.limits import Configuration, Tiles
 from ttt_jax.kernels.ttt_linear.programs import Plan, Tokens
@@ -56,15 +56,7 @@ def run(
       ``out [T, d]``, and weights ``[d, d]`` and bias ``[d]`` after the last whole chunk.
     """
     length, chunk = operands.q.shape[0], operands.scale.shape[0]
-    chunks = -(-length // chunk)
-    groups = -(-chunks // spacing)
-    size = -(-chunks // groups)
-    plan = Plan(chunk, size, groups, length // chunk, configuration)
-    padding = plan.chunks * chunk - length
-    rows = [
-        jnp.pad(leaf, ((0, padding), *((0, 0),) * (leaf.ndim - 1))) if padding else leaf
-        for leaf in operands[:4]
-    ]
+    plan, rows = programs.planned(list(operands[:4]), chunk, spacing, configuration)
     weight, bias = operands.weight, operands.bias
     q, k, v, gate = rows
     given = operands._replace(q=q, k=k, v=v, gate=gate)

@@ -43,6 +43,29 @@ class Plan(NamedTuple):
         return self.size * self.groups
 
 
+def planned(
+    tokens: Any, chunk: int, spacing: int, configuration: Configuration | None
+) -> tuple[Plan, Any]:
+    """The plan of a call, and its tokens, arrays ``[T, ...]`` of any T, padded to whole chunks.
+
+    Args:
+      tokens: a tree of arrays.
+      chunk: tokens of a chunk.
+      spacing: chunks between two states that are kept, at most; groups are made of equal size.
+      configuration: of the plan.
+    """
+    length = len(jax.tree.leaves(tokens)[0])
+    chunks = -(-length // chunk)
+    groups = -(-chunks // spacing)
+    plan = Plan(chunk, -(-chunks // groups), groups, length // chunk, configuration)
+    padding = plan.chunks * chunk - length
+
+    def padded(leaf: jax.Array) -> jax.Array:
+        return jnp.pad(leaf, ((0, padding), *((0, 0),) * (leaf.ndim - 1))) if padding else leaf
+
+    return plan, jax.tree.map(padded, tokens)
+
+
 class Tokens(NamedTuple):
     """Arrays of all tokens: ``q, k, v [T, d]`` and ``gate [T]``; q is None where nothing is read.
 

@@ -4,13 +4,13 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from ttt_jax.kernels import shared_outputs
-from ttt_jax.kernels.ttt_linear.limits import Tiles
-from ttt_jax.kernels.ttt_mlp import limits, scans
+from ttt_jax.kernels.ttt_linear import programs
+from ttt_jax.kernels.ttt_linear.limits import Configuration
+from ttt_jax.kernels.ttt_linear.programs import Plan
+from ttt_jax.kernels.ttt_mlp import scans
 from ttt_jax.kernels.ttt_mlp.algebra import Shared, State, Tokens
-from ttt_jax.kernels.ttt_mlp.scans import Plan
 
 
 class Operands(NamedTuple):
@@ -27,31 +27,24 @@ class Operands(NamedTuple):
     state: State
 
 
-def run(operands: Operands, *, spacing: int, warps: int = limits.WARPS) -> tuple[jax.Array, State]:
+def run(
+    operands: Operands, *, spacing: int, configuration: Configuration | None = None
+) -> tuple[jax.Array, State]:
     """The layer for one head of one sequence of any length.
 
     Args:
       operands: any T.
       spacing: chunks between two states that are kept for the backward pass, which makes those
         between again; at least 1.
-      warps: of a program.
+      configuration: how the kernels run; None for ``limits.CONFIGURATION``.
 
     Returns:
       ``out [T, d]`` and the state after the last whole chunk.
     """
-    length, chunk = len(operands.tokens.k), len(operands.shared.scale)
-    chunks = -(-length // chunk)
-    groups = -(-chunks // spacing)
-    size = -(-chunks // groups)
-    plan = Plan(chunk, size, groups, length // chunk, Tiles(warps))
-    padding = plan.chunks * chunk - length
-
-    def padded(leaf: jax.Array) -> jax.Array:
-        return jnp.pad(leaf, ((0, padding), *((0, 0),) * (leaf.ndim - 1))) if padding else leaf
-
-    given = operands._replace(tokens=jax.tree.map(padded, operands.tokens))
-    out, last = _layer(plan, given)
-    return out[:length], last
+    chunk = len(operands.shared.scale)
+    plan, tokens = programs.planned(operands.tokens, chunk, spacing, configuration)
+    out, last = _layer(plan, operands._replace(tokens=tokens))
+    return out[: len(operands.tokens.k)], last
 
 
 def _first(tree: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ttt_jax.kernels import _arguments
+from ttt_jax.kernels.ttt_linear.limits import Configuration, Tiles
 
 HEAD_SIZES = (16, 32, 64)
 """Features per head that they take."""
@@ -21,9 +22,9 @@ CHUNK_SIZES = (16,)
 DTYPES = ("bfloat16", "float32")
 """Of queries, keys and values."""
 
-WARPS = 8
-"""Of a program. Weights of heads of 64 fill half of a core's registers; the backward pass, which
-has their gradients as well, spills some."""
+CONFIGURATION = Configuration(Tiles(warps=8), Tiles(warps=8), parts=False)
+"""How the kernels run. Weights of heads of 64 fill half of a core's registers; the backward pass,
+which has their gradients as well, spills some."""
 
 COMPARED: frozenset[tuple[int, int, int, str]] = frozenset()
 """Head size, hidden size, chunk size and dtype for which ``benchmarks.layers_mlp`` has found

@@ -13,34 +13,11 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from ttt_jax.kernels.ttt_linear import programs
-from ttt_jax.kernels.ttt_linear.limits import Tiles
-from ttt_jax.kernels.ttt_mlp import algebra
+from ttt_jax.kernels.ttt_linear.programs import Plan
+from ttt_jax.kernels.ttt_mlp import algebra, limits
 from ttt_jax.kernels.ttt_mlp.algebra import Shared, State, Tokens
 
 _TOKENS, _SHARED, _STATE = Tokens._fields, Shared._fields, State._fields
-
-
-class Plan(NamedTuple):
-    """Of a call.
-
-    Attributes:
-      chunk: tokens of a chunk.
-      size: chunks between two states that are kept for the backward pass.
-      groups: how many states are kept; ``groups * size`` chunks are worked on.
-      whole: how many of them change the state; the rest are a part of a chunk, and padding.
-      tiles: how the kernels run.
-    """
-
-    chunk: int
-    size: int
-    groups: int
-    whole: int
-    tiles: Tiles
-
-    @property
-    def chunks(self) -> int:
-        """All of them."""
-        return self.size * self.groups
 
 
 def _of(refs: Any, names: tuple[str, ...]) -> list[Any]:
@@ -50,12 +27,6 @@ def _of(refs: Any, names: tuple[str, ...]) -> list[Any]:
 def _tokens(refs: Any, index: Any, chunk: int) -> Tokens:
     stored = programs.loaded(refs, _TOKENS, index, chunk)
     return Tokens(*(leaf.astype(jnp.float32) for leaf in stored))
-
-
-def _whole(plan: Plan, index: Any) -> Any:
-    if plan.whole == plan.chunks:
-        return np.float32(1.0)
-    return (index < plan.whole).astype(jnp.float32)
 
 
 def _shared(refs: Any) -> Shared:
@@ -72,7 +43,7 @@ def _forward_kernel(refs: Any, *, plan: Plan, groups: int, every: int, reads: bo
 
     def one(index: Any, state: State) -> State:
         tokens = _tokens(refs, index, plan.chunk)
-        whole = _whole(plan, before + index)
+        whole = programs.wholeness(plan, before + index)
         state, out = algebra.chunk(state, tokens, shared, whole, dot)
         if reads:
             refs.out[pl.ds(index * plan.chunk, plan.chunk), :] = out.astype(refs.out.dtype)
@@ -142,7 +113,8 @@ def forward(
             shape = jax.ShapeDtypeStruct((groups * kept, *leaf.shape[1:]), dtype)
             outputs[f"kept_{name}"] = programs.rows(shape, kept)
     kernel = functools.partial(_forward_kernel, plan=plan, groups=groups, every=every, reads=reads)
-    made = programs.call(kernel, "ttt_mlp_scan", plan.tiles, groups, (inputs, outputs))
+    tiles = (plan.configuration or limits.CONFIGURATION).scan
+    made = programs.call(kernel, "ttt_mlp_scan", tiles, groups, (inputs, outputs))
 
     def state(prefix: str) -> Any:
         if f"{prefix}_first" not in made:
@@ -165,7 +137,7 @@ def _backward_kernel(refs: Any, *, plan: Plan) -> None:
         index = np.int32(plan.chunks - 1) - number
         place = pl.ds(index * plan.chunk, plan.chunk)
         state = State(*(getattr(refs, f"kept_{n}")[index].astype(jnp.float32) for n in _STATE))
-        tokens, whole = _tokens(refs, index, plan.chunk), _whole(plan, index)
+        tokens, whole = _tokens(refs, index, plan.chunk), programs.wholeness(plan, index)
 
         def run(state: State, tokens: Tokens, shared: Shared) -> tuple[State, jax.Array]:
             return algebra.chunk(state, tokens, shared, whole, dot)
@@ -224,7 +196,8 @@ def backward(
     single = shared._asdict() | later._asdict()
     outputs |= {f"d{n}": programs.entry(_like(leaf[None])) for n, leaf in single.items()}
     kernel = functools.partial(_backward_kernel, plan=plan)
-    made = programs.call(kernel, "ttt_mlp_back", plan.tiles, 1, (inputs, outputs))
+    tiles = (plan.configuration or limits.CONFIGURATION).back
+    made = programs.call(kernel, "ttt_mlp_back", tiles, 1, (inputs, outputs))
     return Gradients(
         Tokens(*(made[f"d{n}"] for n in _TOKENS)),
         Shared(*(made[f"d{n}"][0] for n in _SHARED)),
