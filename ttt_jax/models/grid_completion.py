@@ -83,7 +83,9 @@ def complete_grids(
         inputs = {"token": token, "row": row, "column": column, "part": jnp.full(count, OUTPUT)}
         inputs = {name: leaf[:, None] for name, leaf in inputs.items()}
         zeros = jnp.zeros((count, 1), jnp.int32)
-        inputs |= {"segment": zeros, "first": zeros, "last": slot[:, None], "slot": slot}
+        # What is done sees nothing of its cache, which then is not read.
+        last = jnp.where(done, -1, slot)[:, None]
+        inputs |= {"segment": zeros, "first": zeros, "last": last, "slot": slot}
         inputs |= {name: given[name][:, None] for name in ("task", "view")}
         logits, cache = module.apply(params, inputs, cache)
         logs = jax.nn.log_softmax(logits[:, 0])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ttt_jax.data.grid_sequences import CLASSES, MOST_CELLS, VOCABULARY
 from ttt_jax.kernels.attention import form_of
+from ttt_jax.kernels.attention.decoding import attend_token
 from ttt_jax.kernels.attention.spans import attend_spans
 from ttt_jax.models import _grid_checks
 from ttt_jax.models._decoder_layer import Linear
@@ -40,13 +41,14 @@ class _Step(NamedTuple):
       angles: cosine and sine, each ``[N, T, D / 2]``.
       first: int32 ``[N, T]``; see :func:`ttt_jax.kernels.attention.spans.attend_spans`.
       last: int32 ``[N, T]``.
-      slot: int32 ``[N]``, where the one token of a row goes in the cache; None without a cache.
+      cache: of the tokens before, and where the one token of a row goes in it, int32 ``[N]``; None
+        without a cache.
     """
 
     angles: tuple[jax.Array, jax.Array]
     first: jax.Array
     last: jax.Array
-    slot: jax.Array | None
+    cache: tuple[GridCache, jax.Array] | None
 
 
 class GridDecoder(nn.Module):
@@ -113,9 +115,8 @@ class GridDecoder(nn.Module):
             _angles(self.width // self.heads, given),
             given["first"],
             given["last"],
-            None if cache is None else given["slot"],
+            None if cache is None else (cache, given["slot"]),
         )
-        held = None if cache is None else (cache.keys, cache.values)
         layer = nn.remat(_GridLayer, prevent_cse=False) if self.remat else _GridLayer
         layers = nn.scan(
             layer,
@@ -131,7 +132,7 @@ class GridDecoder(nn.Module):
             self.dtype,
             name="layers",
         )
-        out, rows = layers(x, held, x, shared)
+        out, rows = layers(x, jnp.arange(self.depth), x, shared)
         head = self.param("head", nn.initializers.normal(0.01), (self.width, CLASSES), jnp.float32)
         logits = jax.lax.dot_general(
             _normalized(out),
@@ -181,7 +182,7 @@ class _GridLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, held: Any, embedding: jax.Array, shared: _Step
+        self, x: jax.Array, layer: jax.Array, embedding: jax.Array, shared: _Step
     ) -> tuple[jax.Array, Any]:
         width = x.shape[-1]
         mix = self.param("mix", _first_of_two, (2,), jnp.float32).astype(self.dtype)
@@ -198,7 +199,7 @@ class _GridLayer(nn.Module):
             rotate(_normalized(query), shared.angles) * gain.astype(self.dtype)[None, None, :, None]
         )
         key = rotate(_normalized(key), shared.angles)
-        mixed, rows = self._attend(query, key, value, held, shared)
+        mixed, rows = self._attend(query, key, value, layer, shared)
         x = x + self._linear("out", width, zeros=True)(mixed.reshape(x.shape))
         y = _normalized(x)
         hidden = nn.silu(self._linear("gate", self.mlp_width)(y)) * self._linear(
@@ -212,29 +213,23 @@ class _GridLayer(nn.Module):
         return Linear(features, dtype=self.dtype, initializer=initializer, name=name)
 
     def _attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, held: Any, shared: _Step
+        self, query: jax.Array, key: jax.Array, value: jax.Array, layer: jax.Array, shared: _Step
     ) -> tuple[jax.Array, Any]:
         scale, rows = _SCORE_SCALE * query.shape[-1] ** -0.5, (key, value)
-        if held is None or shared.slot is None:
+        if shared.cache is None:
             mixed = attend_spans(
                 query, key, value, shared.first, shared.last, form=self.form, scale=scale
             )
             return mixed, rows
         # The token itself is no part of the cache yet: a cache that every layer returned would be
-        # copied as a whole with every token. Sums of products and no dots, whose operands would be
-        # copied into another order of axes: a cache is read once, where it lies.
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        keys, values = (array.astype(wide) for array in held)
-        query, key, value = (array[:, 0].astype(wide) for array in (query, key, value))
-        slots = jnp.arange(keys.shape[1])[None]
-        seen = (slots >= shared.first) & (slots <= shared.last) & (slots != shared.slot[:, None])
-        before = jnp.where(seen[:, :, None], (query[:, None] * keys).sum(-1) * scale, -1e30)
-        itself = (query * key).sum(-1) * scale
-        most = jnp.maximum(before.max(1), itself)
-        weights, own = jnp.exp(before - most[:, None]), jnp.exp(itself - most)
-        mixed = (weights[..., None] * values).sum(1) + own[..., None] * value
-        mixed = mixed / (weights.sum(1) + own)[..., None]
-        return mixed.astype(self.dtype)[:, None], rows
+        # copied as a whole with every token.
+        cache, slot = shared.cache
+        token = query[:, 0], key[:, 0], value[:, 0]
+        end = jnp.minimum(shared.last[:, 0] + 1, slot)
+        mixed = attend_token(
+            token, tuple(cache), layer, shared.first[:, 0], end, form=self.form, scale=scale
+        )
+        return mixed[:, None], rows
 
 
 def _first_of_two(key: Any, shape: Any, dtype: Any) -> jax.Array:

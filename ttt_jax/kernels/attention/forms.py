@@ -82,6 +82,16 @@ def sparse_kernel() -> Any:
     return module
 
 
+@functools.cache
+def decoding_kernel() -> Any:
+    """The module of the kernel of one token per sequence; None as for the others."""
+    try:
+        from ttt_jax.kernels.attention import decoding_kernel as module
+    except ImportError:
+        return None
+    return module
+
+
 def products(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """:func:`attend` in two products of the arguments' dtype, forward and backward.
 
