@@ -8,6 +8,7 @@ them; nowhere else. With ``--isolated`` the demonstrations are left out of the t
 ``--private_steps=S`` adapts a private copy per task to its demonstrations afterwards.
 ``--state=FOLDER`` keeps the training, on the way and at its end, ``--stop_at=STEP`` and
 ``--stop_after=SECONDS`` end it early; the command without them goes on from there.
+``--member=FOLDER`` keeps weights and votes for ``python -m benchmarks.arc.pooled``.
 """
 
 import json
@@ -23,21 +24,10 @@ import numpy as np
 from absl import flags
 
 from benchmarks import options
-from benchmarks.arc import answers, joint, private, sources
+from benchmarks.arc import answers, joint, pooled, private, sources
+from benchmarks.arc.networks import network
 from experiments import launch, provenance
 from ttt_jax import checkpoint, models
-
-SMALL = {"width": 64, "depth": 2, "heads": 4, "mlp_width": 96}
-
-
-def network(settings: Any, tasks: int) -> models.GridDecoder:
-    """The decoder: 57 million weights in matrices; a tiny one for a smoke run."""
-    if settings.smoke:
-        return models.GridDecoder(tasks=tasks, **SMALL)
-    return models.GridDecoder(
-        tasks=tasks, heads=settings.heads, dtype=jax.numpy.bfloat16, unroll=settings.unroll
-    )
-
 
 # What a kept training has to agree in with the command that goes on with it.
 _SAME = (
@@ -113,20 +103,6 @@ def _tree(state: joint.State) -> dict[str, Any]:
     return state._asdict() | {"step": np.asarray(state.step, np.int32)}
 
 
-def row_of(query: answers.Query, given: answers.Answers, names: Sequence[str]) -> dict[str, Any]:
-    """What the file keeps of a query: enough to choose anew."""
-    scores = given.log_probs.tolist()
-    return {
-        "task": names[query.task],
-        "query": query.place,
-        "votes": list(given.counts),
-        "missing": sum(vote.answer is None for vote in given.votes),
-        "right": answers.correct(query, given),
-        # A candidate that had no room to be scored has none, and JSON no infinity.
-        "log_probs": [[round(v, 3) if np.isfinite(v) else None for v in c] for c in scores],
-    }
-
-
 def _divisor(number: int, near: int) -> int:
     """The largest divisor that is at most ``near``, or 1."""
     return next((part for part in range(near, 0, -1) if number % part == 0), 1)
@@ -185,7 +161,7 @@ def add_private(
         table = answers.solved(asked, own)
         record["private"] = about | {
             "solved": {rule: sum(each.values()) for rule, each in table.items()},
-            "rows": [row_of(*pair, names) for pair in zip(asked, own, strict=True)],
+            "rows": [answers.row_of(*pair, names) for pair in zip(asked, own, strict=True)],
             "seconds": seconds | {"all": time.perf_counter() - begin},
         }
         save()
@@ -226,10 +202,14 @@ def add_source(
         log=print,
     )
     record["seconds"]["decoding"] = time.perf_counter() - begin
+    if settings.member:
+        spent = sum(record["seconds"][part] for part in ("data", "training", "decoding"))
+        about = {name: settings[name] for name in (*pooled.SHARED, "seed")}
+        pooled.save(settings.member, pooled.Member(params, cast, about, spent))
     begin = time.perf_counter()
     given = answers.score(
         net,
-        params,
+        [params],
         queries,
         answers.candidates(cast),
         rows=rows,
@@ -241,7 +221,7 @@ def add_source(
     table = answers.solved(queries, given)
     record["solved"] = {rule: sum(each.values()) for rule, each in table.items()}
     names = [task.name for task in tasks]
-    record["rows"] = [row_of(*pair, names) for pair in zip(queries, given, strict=True)]
+    record["rows"] = [answers.row_of(*pair, names) for pair in zip(queries, given, strict=True)]
     print(f"solved of {len(tasks)}: {json.dumps(record['solved'])}", flush=True)
 
 
@@ -319,6 +299,7 @@ if __name__ == "__main__":
         "version": flags.DEFINE_enum("version", None, ["arcagi1", "arcagi2"], "Which set."),
         "generated": flags.DEFINE_string("generated", "", "Generated examples (RE-ARC)."),
         "state": flags.DEFINE_string("state", "", "A folder that keeps the training."),
+        "member": flags.DEFINE_string("member", "", "A folder for benchmarks.arc.pooled."),
         "stop_at": flags.DEFINE_integer("stop_at", 0, "End before this step; 0 for none.", 0),
         "stop_after": flags.DEFINE_float(
             "stop_after", 0.0, "Seconds after which no step begins; 0 for none.", 0.0

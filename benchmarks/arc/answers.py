@@ -1,7 +1,10 @@
 """Answers of the decoder under many views, the candidates they make, and what is chosen."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import collections
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,8 @@ from ttt_jax import losses, models, votes
 from ttt_jax.data import grid_sequences
 from ttt_jax.data.few_shot import Example, FewShotTask
 from ttt_jax.views import grid, grid_arrays
+
+T = TypeVar("T")
 
 BUCKETS = (256, 512, 896, 1408, 1920)
 """Slots of the caches that outputs are decoded with."""
@@ -81,23 +86,45 @@ def decode(
       seed: of the views.
       log: takes a line per bucket.
     """
-    every = list(jobs(queries, num_views, seed))
     made: list[list[Any]] = [[None] * num_views for _ in queries]
-    for least, slots in zip((0, *BUCKETS), BUCKETS, strict=False):
+    buckets = bucketed(list(jobs(queries, num_views, seed)), lambda job: job.due)
+    counts = {slots: max(1, cache_tokens // slots) for slots in buckets}
+    programs = compiled(
+        {
+            slots: functools.partial(
+                _completion(net, slots).lower, params, prefixes((), count, slots)
+            )
+            for slots, count in counts.items()
+        }
+    )
+    for slots, bucket in buckets.items():
         # The longest output of a call decides how many steps it has.
-        bucket = sorted(
-            (job for job in every if least < job.due <= slots), key=lambda job: (job.most, job.size)
-        )
-        count = max(1, cache_tokens // slots)
-        run = _completion(net, slots)
-        for begin in range(0, len(bucket), count):
-            part = bucket[begin : begin + count]
-            tokens = np.asarray(run(params, prefixes(part, count, slots)).tokens)
+        bucket.sort(key=lambda job: (job.most, job.size))
+        for begin in range(0, len(bucket), counts[slots]):
+            part = bucket[begin : begin + counts[slots]]
+            inputs = prefixes(part, counts[slots], slots)
+            tokens = np.asarray(programs[slots](params, inputs).tokens)
             for job, row in zip(part, tokens, strict=False):
                 number, place, view = job.item.tag
                 made[number][place] = vote_of(row, view)
         log(f"decoded {len(bucket)} sequences of at most {slots} tokens")
     return made
+
+
+def bucketed(items: Sequence[T], due: Callable[[T], int]) -> dict[int, list[T]]:
+    """Items by the smallest bucket that has the slots that are due."""
+    made: dict[int, list[T]] = {}
+    for least, slots in zip((0, *BUCKETS), BUCKETS, strict=False):
+        if bucket := [item for item in items if least < due(item) <= slots]:
+            made[slots] = bucket
+    return made
+
+
+def compiled(lower: Mapping[int, Callable[[], Any]]) -> dict[int, Any]:
+    """Programs by their bucket, compiled side by side, from what lowers them."""
+    with futures.ThreadPoolExecutor() as pool:
+        every = pool.map(lambda each: each().compile(), lower.values())
+        return dict(zip(lower, every, strict=True))
 
 
 class Job(NamedTuple):
@@ -169,7 +196,7 @@ def candidates(all_votes: Sequence[Sequence[votes.Vote]]) -> list[Answers]:
 
 def score(
     net: models.GridDecoder,
-    params: Any,
+    members: Sequence[Any],
     queries: Sequence[Query],
     answers: Sequence[Answers],
     *,
@@ -178,7 +205,19 @@ def score(
     keep: int,
     seed: int,
 ) -> list[Answers]:
-    """The answers with the log-probabilities of their most voted candidates under fresh views."""
+    """The answers with the log-probabilities of their most voted candidates under fresh views.
+
+    Args:
+      net: the decoder.
+      members: parameters of it, of every decoder whose word counts; the log-probabilities of a
+        candidate under the views of the first one, then of the next.
+      queries: what was asked.
+      answers: to each of them.
+      rows: sizes of a batch.
+      num_views: that score.
+      keep: candidates of a query that are scored.
+      seed: of the views.
+    """
     views = scoring_views(num_views, seed)
 
     def everything() -> Iterator[sources.Item]:
@@ -189,11 +228,22 @@ def score(
     def nats(params: Any, batch: Any) -> jax.Array:
         return losses.sequence_sums(net.apply(params, batch), batch).nats
 
-    made = unscored(answers, num_views, keep)
+    made = unscored(answers, len(members) * num_views, keep)
+
+    def take(values: Sequence[jax.Array], tags: Any) -> None:
+        for member, each in enumerate(map(np.asarray, values)):
+            for row, slot, (number, candidate, place) in tags:
+                made[number][candidate, member * num_views + place] = -each[row, slot]
+
+    # A batch is made while the device is at the one before.
+    pending: collections.deque[Any] = collections.deque()
     for batch, tags in grid_sequences.pack(everything(), *rows):
-        values = np.asarray(nats(params, {k: jnp.asarray(v) for k, v in batch._asdict().items()}))
-        for row, slot, (number, candidate, place) in tags:
-            made[number][candidate, place] = -values[row, slot]
+        given = {name: jnp.asarray(leaf) for name, leaf in batch._asdict().items()}
+        pending.append(([nats(params, given) for params in members], tags))
+        if len(pending) > 1:
+            take(*pending.popleft())
+    for left in pending:
+        take(*left)
     return [given._replace(log_probs=scores) for given, scores in zip(answers, made, strict=True)]
 
 
@@ -259,3 +309,17 @@ def solved(
 def correct(query: Query, given: Answers) -> list[bool]:
     """Of each candidate, whether it is the output."""
     return [np.array_equal(answer, query.example.output) for answer in given.candidates]
+
+
+def row_of(query: Query, given: Answers, names: Sequence[str]) -> dict[str, Any]:
+    """What the file keeps of a query: enough to choose anew."""
+    scores = given.log_probs.tolist()
+    return {
+        "task": names[query.task],
+        "query": query.place,
+        "votes": list(given.counts),
+        "missing": sum(vote.answer is None for vote in given.votes),
+        "right": correct(query, given),
+        # A candidate that had no room to be scored has none, and JSON no infinity.
+        "log_probs": [[round(v, 3) if np.isfinite(v) else None for v in c] for c in scores],
+    }

@@ -149,7 +149,9 @@ def train(
     def step(params: Any, opt_state: Any, batch: Any) -> Any:
         key = jax.random.key(0)  # the loss draws nothing
         (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        # The products of Muon's iteration have 16-bit operands (Jordan, 2024).
+        with jax.default_matmul_precision("BF16_BF16_F32"):
+            updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, aux
 
     pending: list[dict[str, jax.Array]] = []

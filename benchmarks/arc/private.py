@@ -249,19 +249,30 @@ def answer(
         jobs[job.item.tag[0]].append(job)
     due = [max(job.due for job in each) for each in jobs]
     most = [(max(job.most for job in each), n) for n, each in enumerate(jobs)]
-    for least, slots in zip((0, *answers.BUCKETS), answers.BUCKETS, strict=False):
+    buckets = answers.bucketed(range(len(queries)), due.__getitem__)
+    counts = {slots: max(1, cache_tokens // (slots * num_views)) for slots in buckets}
+
+    def operands(part: Sequence[int], slots: int) -> tuple[Any, Any]:
+        filled = [*part, *[part[-1]] * (counts[slots] - len(part))]
+        inputs = _stacked([answers.prefixes(jobs[n], num_views, slots) for n in filled])
+        inputs["task"][:] = 0
+        return _own(copies, queries, filled), inputs
+
+    frozen = SELECTED.split(copies.params)[1]
+    programs = answers.compiled(
+        {
+            slots: lambda slots=slots, bucket=bucket: _completion(copies.net, slots).lower(
+                frozen, *operands(bucket[:1], slots)
+            )
+            for slots, bucket in buckets.items()
+        }
+    )
+    for slots, bucket in buckets.items():
         # The longest output of a call decides how many steps it has.
-        bucket = sorted(
-            (n for n in range(len(queries)) if least < due[n] <= slots), key=most.__getitem__
-        )
-        count = max(1, cache_tokens // (slots * num_views))
-        run = _completion(copies, slots)
-        for begin in range(0, len(bucket), count):
-            part = bucket[begin : begin + count]
-            filled = part + [part[-1]] * (count - len(part))
-            inputs = _stacked([answers.prefixes(jobs[n], num_views, slots) for n in filled])
-            inputs["task"][:] = 0
-            tokens = np.asarray(run(_own(copies, queries, filled), inputs))
+        bucket.sort(key=most.__getitem__)
+        for begin in range(0, len(bucket), counts[slots]):
+            part = bucket[begin : begin + counts[slots]]
+            tokens = np.asarray(programs[slots](frozen, *operands(part, slots)))
             log(f"{len(part)} queries of at most {slots} tokens, outputs of {most[part[-1]][0]}")
             for place, rows in zip(part, tokens, strict=False):
                 made[place] = [
@@ -276,13 +287,13 @@ def _own(copies: Copies, queries: Sequence[answers.Query], places: Sequence[int]
     return jax.tree.map(lambda leaf: leaf[rows], copies.fast)
 
 
-def _completion(copies: Copies, slots: int) -> Callable[[Any, Any], Any]:
-    """Tokens ``[N, V, T]`` of the views of one query of each of N copies."""
+def _completion(net: models.GridDecoder, slots: int) -> Any:
+    """Tokens ``[N, V, T]`` of the views of one query of each of N copies, jitted."""
     # A loop over layers is compiled sooner, and hardly slower token by token.
-    net, frozen = copies.net.clone(unroll=1), SELECTED.split(copies.params)[1]
+    net = net.clone(unroll=1)
 
     @jax.jit
-    def run(fast: Any, inputs: Any) -> Any:
+    def run(frozen: Any, fast: Any, inputs: Any) -> Any:
         def query(fast: Any, inputs: Any) -> jax.Array:
             params = narrow_factors(SELECTED.merge(fast, frozen), net.dtype)
             made = models.complete_grids(
@@ -321,7 +332,7 @@ def score(
     net, frozen = copies.net, SELECTED.split(copies.params)[1]
 
     @jax.jit
-    def nats(fast: Any, batch: Any) -> jax.Array:
+    def nats(frozen: Any, fast: Any, batch: Any) -> jax.Array:
         def row(fast: Any, batch: Any) -> jax.Array:
             params = narrow_factors(SELECTED.merge(fast, frozen), net.dtype)
             logits = net.apply(params, batch)
@@ -342,7 +353,7 @@ def score(
         part = every[begin : begin + at_once]
         filled = part + [part[-1]] * (at_once - len(part))
         fast = _own(copies, queries, [number for number, *_ in filled])
-        values = np.asarray(nats(fast, _stacked([batch for _, batch, _ in filled])))
+        values = np.asarray(nats(frozen, fast, _stacked([batch for _, batch, _ in filled])))
         for (_, _, tags), row in zip(part, values, strict=False):
             for _, slot, (number, candidate, place) in tags:
                 made[number][candidate, place] = -row[0, slot]

@@ -117,8 +117,8 @@ def private_total(record: Mapping[str, Any]) -> float:
 
 
 def minutes(record: Mapping[str, Any]) -> float:
-    """From the start of the program to the scores, without private copies."""
-    parts = ("data", "training", "decoding", "scoring")
+    """From the start of the program to the scores, without private copies; members included."""
+    parts = ("members", "data", "training", "decoding", "scoring")
     return sum(float(record["seconds"].get(part, 0.0)) for part in parts) / 60
 
 

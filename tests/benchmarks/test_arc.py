@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from benchmarks.arc import __main__ as program, answers, joint, sources
+from benchmarks.arc import __main__ as program, answers, joint, networks, pooled, sources, summary
 from experiments import launch
 from ttt_jax import votes
 from ttt_jax.data import few_shot, grid_sequences, isomorphism
@@ -141,6 +141,7 @@ def settings(**changes):
         "version": "arcagi1",
         "generated": "",
         "state": "",
+        "member": "",
         "stop_at": 0,
         "stop_after": 0.0,
         "keep_every": 15,
@@ -171,7 +172,7 @@ def settings(**changes):
 
 def test_private_copies_on_a_decoder_that_never_saw_the_tasks(toy_sets, tmp_path, monkeypatch):
     pytest.importorskip("qwix", reason="low-rank adaptation needs qwix")
-    monkeypatch.setattr(program, "SMALL", {"width": 32, "depth": 1, "heads": 2, "mlp_width": 32})
+    monkeypatch.setattr(networks, "SMALL", {"width": 32, "depth": 1, "heads": 2, "mlp_width": 32})
     monkeypatch.setattr(answers, "BUCKETS", (64,))
     drawn = []
     monkeypatch.setattr(
@@ -186,7 +187,7 @@ def test_private_copies_on_a_decoder_that_never_saw_the_tasks(toy_sets, tmp_path
 
 
 def test_a_training_in_two_commands_is_the_training_in_one(toy_sets, tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "SMALL", {"width": 32, "depth": 1, "heads": 2, "mlp_width": 32})
+    monkeypatch.setattr(networks, "SMALL", {"width": 32, "depth": 1, "heads": 2, "mlp_width": 32})
     monkeypatch.setattr(answers, "BUCKETS", (64,))
     whole = program.run(str(tmp_path / "a.json"), settings(state=str(tmp_path / "whole")))
     first = settings(state=str(tmp_path / "parts"), stop_at=20)
@@ -208,6 +209,61 @@ def test_a_training_in_two_commands_is_the_training_in_one(toy_sets, tmp_path, m
     assert record["solved"].keys() == set(answers.RULES) and record["tasks"] == 2
     for row in record["rows"]:
         assert sum(row["votes"]) + row["missing"] == 2
+
+
+def test_members_are_scored_and_counted_together(toy_sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(networks, "SMALL", {"width": 32, "depth": 1, "heads": 2, "mlp_width": 32})
+    monkeypatch.setattr(answers, "BUCKETS", (64,))
+    folders, records = [], []
+    for seed in (3, 4):
+        folders.append(str(tmp_path / f"member{seed}"))
+        own = settings(seed=seed, member=folders[-1], num_steps=5, keep=4)
+        records.append(program.run(str(tmp_path / f"{seed}.json"), own))
+    asked = {"score_views": 2, "keep": 4, "unroll": 1}
+    both = ml_collections.ConfigDict(asked | {"members": tuple(folders)})
+    record = pooled.run(str(tmp_path / "both.json"), both)
+    assert record["config"]["seed"] == [3, 4] and record["config"]["num_steps"] == 5
+    for row, *alone in zip(record["rows"], *(each["rows"] for each in records), strict=True):
+        assert sum(row["votes"]) + row["missing"] == 4
+        assert row["missing"] == sum(each["missing"] for each in alone)
+        assert all(len(scores) == 4 for scores in row["log_probs"])
+    spent = [sum(r["seconds"][p] for p in ("data", "training", "decoding")) for r in records]
+    seconds = record["seconds"]
+    np.testing.assert_allclose(seconds["members"], sum(spent))
+    due = (sum(spent) + seconds["data"] + seconds["scoring"]) / 60
+    np.testing.assert_allclose(summary.minutes(record), due)
+    assert "seed [3, 4]" in summary.lines(json.loads((tmp_path / "both.json").read_text()))[0]
+    for wrong, message in (
+        (("nowhere",), "which has no votes.json"),
+        ((folders[0], folders[0] + "/"), "seeds of their own; got 3"),
+    ):
+        bad = ml_collections.ConfigDict(asked | {"members": wrong})
+        with pytest.raises(launch.UserError, match=message):
+            pooled.run(str(tmp_path / "no.json"), bad)
+    kept = json.loads((tmp_path / "member4" / "votes.json").read_text())
+    kept["settings"]["num_steps"] = 6
+    (tmp_path / "member4" / "votes.json").write_text(json.dumps(kept))
+    with pytest.raises(launch.UserError, match="share --num_steps; got 6"):
+        pooled.run(str(tmp_path / "no.json"), both)
+
+
+def test_the_word_of_a_member_is_its_own():
+    """Scores of two decoders side by side are those of each alone."""
+    net = networks.network(ml_collections.ConfigDict({"smoke": True}), 3)
+    tasks = [added(number) for number in range(2)]
+    queries = answers.queries_of(tasks)
+    params = [
+        jax.jit(net.init)(jax.random.key(seed), grid_sequences.empty(*ROWS)._asdict())
+        for seed in range(2)
+    ]
+    given = [answers_of([2, 1], np.zeros((0, 0))) for _ in queries]
+    about = {"rows": ROWS, "num_views": 3, "keep": 2, "seed": 0}
+    both = answers.score(net, params, queries, given, **about)
+    alone = [answers.score(net, [each], queries, given, **about) for each in params]
+    for place, scores in enumerate(both):
+        due = np.concatenate([each[place].log_probs for each in alone], 1)
+        np.testing.assert_array_equal(scores.log_probs, due)
+        assert np.isfinite(due).all() and (due[:, :3] != due[:, 3:]).any()
 
 
 def test_arc_trains_on_no_answer():

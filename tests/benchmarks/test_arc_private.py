@@ -171,7 +171,7 @@ def test_every_query_is_answered_and_scored_by_its_own_copy(copies, monkeypatch)
         for ours, wanted in zip(cast[place], alone, strict=True):
             np.testing.assert_array_equal(ours.answer, wanted.answer)
             assert ours.view == wanted.view
-        due = answers.score(copies.net, whole, firsts, made, rows=rows, **scoring)[place]
+        due = answers.score(copies.net, [whole], firsts, made, rows=rows, **scoring)[place]
         assert np.isfinite(scored[place].log_probs).all()
         np.testing.assert_allclose(scored[place].log_probs, due.log_probs, rtol=2e-4, atol=1e-3)
     assert any((a.answer != b.answer).any() for a, b in zip(cast[0], cast[1], strict=True))

@@ -225,10 +225,9 @@ class _GridLayer(nn.Module):
         # copied as a whole with every token.
         cache, slot = shared.cache
         token = query[:, 0], key[:, 0], value[:, 0]
-        end = jnp.minimum(shared.last[:, 0] + 1, slot)
-        mixed = attend_token(
-            token, tuple(cache), layer, shared.first[:, 0], end, form=self.form, scale=scale
-        )
+        held = cache.keys, cache.values
+        span = shared.first[:, 0], jnp.minimum(shared.last[:, 0] + 1, slot)
+        mixed = attend_token(token, held, layer, *span, form=self.form, scale=scale)
         return mixed[:, None], rows
 
 

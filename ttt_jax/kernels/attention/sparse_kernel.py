@@ -29,7 +29,7 @@ _LOG2_E = math.log2(math.e)
 
 FORWARD = Tiles(queries=64, keys=64, warps=4, stages=4)
 BACKWARD_QUERY = Tiles(queries=64, keys=64, warps=4, stages=2)
-BACKWARD_KEY = Tiles(queries=64, keys=64, warps=4, stages=2)
+BACKWARD_KEY = Tiles(queries=64, keys=64, warps=4, stages=3)
 
 
 def _product(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
