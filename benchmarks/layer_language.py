@@ -367,7 +367,7 @@ if __name__ == "__main__":
         "parts": flags.DEFINE_list("parts", list(PARTS), "Which parts."),
         "nets": flags.DEFINE_list("nets", list(layer_nets.NETS), "Which nets, in this order."),
         "seeds": flags.DEFINE_list("seeds", ["0", "1"], "Of weights and batches."),
-        "form": flags.DEFINE_enum("form", "auto", ("auto", "dual", "kernel"), "Of TTT-Linear."),
+        "form": flags.DEFINE_enum("form", "auto", ("auto", "dual", "kernel"), "Of TTT layers."),
         "attention": flags.DEFINE_enum("attention", "fused", ("fused", "xla"), "Its form."),
         "backbone": flags.DEFINE_enum("backbone", "mamba", ("mamba", "transformer"), "Of TTT."),
         "length": flags.DEFINE_integer("length", 1024, "Tokens of a sequence in training.", 16),

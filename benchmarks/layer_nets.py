@@ -29,7 +29,7 @@ class Sizes(NamedTuple):
       mlp_width: of the net with attention; the others have what makes them as large.
       window: tokens that a token sees in the net with a window.
       backbone: of the layers that learn.
-      form: of TTT-Linear; TTT-MLP has no kernel.
+      form: of TTT layers.
       attention: ``"fused"`` or ``"xla"``.
       dtype: the compute dtype.
       head_size: of all heads.
@@ -66,7 +66,7 @@ def net(name: str, sizes: Sizes) -> models.Decoder:
         context=1 << 20,
         mixer="attention" if attends else name,
         backbone=sizes.backbone,
-        form=sizes.form if name == "ttt_linear" else "dual",
+        form="auto" if attends else sizes.form,
         attention=sizes.attention,
         dtype=sizes.dtype,
     )
