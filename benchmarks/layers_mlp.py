@@ -4,7 +4,8 @@
 features, four sequences of 8,192 tokens (``long``) and 64 of 1,024 (``many``), forward, and forward
 and backward: the kernels with every number of warps, after outputs and all eleven gradients were
 compared with XLA's in float32 over 1,024 tokens of random data (a relative error over 1e-2 is
-marked wrong), and the dual form in XLA. ``shapes``: the errors at all sizes that the kernels take.
+marked wrong; gradients of what heads and sequences share are compared before they are summed, as
+random ones cancel), and the dual form in XLA. ``shapes``: the errors at all sizes that they take.
 Medians; compilation apart.
 """
 
@@ -45,6 +46,8 @@ _HEAD = layer.Operands(_EVERY, layer.Shared(None, 0, 0), layer.State(0, 0, 0, 0)
 _SEQUENCE = layer.Operands(
     _EVERY, layer.Shared(None, None, None), layer.State(None, None, None, None)
 )
+# Of every sequence and head its own.
+_APART = layer.Operands(_EVERY, layer.Shared(0, 0, 0), layer.State(0, 0, 0, 0))
 
 
 def inputs(work: Work, hidden: int, dtype: Any = DTYPE) -> layer.Operands:
@@ -64,9 +67,24 @@ def inputs(work: Work, hidden: int, dtype: Any = DTYPE) -> layer.Operands:
 
 
 def mapped(function: Any, operands: layer.Operands) -> jax.Array:
-    """Outputs of a function of one head, over sequences and heads."""
-    result: jax.Array = jax.vmap(jax.vmap(function, (_HEAD,)), (_SEQUENCE,))(operands)
+    """Outputs of a function of one head, over sequences and heads; of :func:`apart`, too."""
+    axes = (_APART, _APART) if operands.shared.scale.ndim == 3 else (_HEAD, _SEQUENCE)
+    result: jax.Array = jax.vmap(jax.vmap(function, axes[:1]), axes[1:])(operands)
     return result
+
+
+def apart(operands: layer.Operands) -> layer.Operands:
+    """The operands with positions, norm and weights of every sequence and head, ``[B, H, ...]``."""
+    heads = operands.tokens.q.shape[:2]
+
+    def spread(leaf: jax.Array, own: int) -> jax.Array:
+        return jnp.broadcast_to(leaf, (*heads, *leaf.shape[leaf.ndim - own :]))
+
+    return layer.Operands(
+        operands.tokens,
+        layer.Shared(*(spread(leaf, 1) for leaf in operands.shared)),
+        layer.State(*map(spread, operands.state, (2, 1, 2, 1))),
+    )
 
 
 def kernels(
@@ -91,8 +109,8 @@ def dual(operands: layer.Operands) -> jax.Array:
 
 @functools.lru_cache(maxsize=1)
 def reference(work: Work, hidden: int, dtype: Any) -> tuple[layer.Operands, jax.Array, Any]:
-    """Random operands, a cotangent, and outputs and gradients of XLA in float32."""
-    operands = inputs(work, hidden, dtype)
+    """Random operands apart, a cotangent, and outputs and gradients of XLA in float32."""
+    operands = apart(inputs(work, hidden, dtype))
     dout = cotangent(operands.tokens.q.shape)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), operands)
     with jax.default_matmul_precision("highest"):
