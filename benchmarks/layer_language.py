@@ -12,6 +12,8 @@ attention, attention under a window, TTT-Linear and TTT-MLP (:mod:`benchmarks.la
   attention: all that was seen) dropped every such length. ``gain`` is the difference in the last
   eighth; ``late_gain`` that of its later half, where the control has seen half a length as well.
   A number that was hidden in a text and is asked for at its end; a sample.
+  ``--fresh=SHARE`` lets the other sequences of nets with a state go on in their book from the
+  state after the page before (:mod:`benchmarks.layer_pages`).
 * ``recall``: multi-query associative recall (:mod:`benchmarks.layer_recall`) by nets of two layers,
   the step size chosen on other draws than those that are reported.
 
@@ -32,13 +34,14 @@ from absl import flags
 from benchmarks import (
     layer_needles,
     layer_nets,
+    layer_pages,
     layer_recall,
     layer_scores,
     layer_texts,
     options,
 )
 from experiments import launch, provenance
-from ttt_jax import generation, losses, models
+from ttt_jax import generation, models
 
 PARTS = ("compare", "language", "recall")
 LIMIT = 5e-2
@@ -67,34 +70,6 @@ def sizes_of(settings: Any, texts: layer_texts.Texts) -> layer_nets.Sizes:
     )
 
 
-def next_token(module: models.Decoder) -> Callable[[Any, Any], jax.Array]:
-    """``(params, tokens [N, T]) -> mean nats``."""
-    loss = losses.next_token(module.apply, batch=True)
-    return lambda params, tokens: loss(params, tokens, jax.random.key(0))
-
-
-def pages(texts: layer_texts.Texts, length: int) -> tuple[Any, Callable[[Any, Any], jax.Array]]:
-    """The training books on the device, and ``(books, key) -> tokens [length]`` of one of them."""
-    books = [book for book in texts.books["train"] if len(book) >= length]
-    if not books:
-        raise launch.UserError(f"no training book has {length} tokens; choose a smaller --length.")
-    room = np.cumsum([len(book) - length + 1 for book in books])
-    data = {
-        "tokens": jnp.asarray(np.concatenate(books)),
-        "room": jnp.asarray(room),
-        # What has to be added to the number of a beginning to have its place.
-        "shift": jnp.arange(len(books)) * (length - 1),
-    }
-
-    def draw(data: Any, key: Any) -> jax.Array:
-        start = jax.random.randint(key, (), 0, data["room"][-1])
-        book = jnp.searchsorted(data["room"], start, side="right")
-        place = start + data["shift"][book]
-        return jax.lax.dynamic_slice_in_dim(data["tokens"], place, length).astype(jnp.int32)
-
-    return data, draw
-
-
 def sample(module: models.Decoder, params: Any, texts: layer_texts.Texts, settings: Any) -> str:
     """A continuation of the beginning of a validation book."""
     book = texts.books["validation"][0][: settings.sample_prompt].astype(np.int32)
@@ -114,6 +89,7 @@ class Language(NamedTuple):
       name: of the net.
       module: the net.
       data: the training books, on the device.
+      training: which pages are read in which order.
       program: of :func:`layer_nets.program`.
       score: of :func:`layer_scores.scorer`.
       texts: all books.
@@ -123,7 +99,8 @@ class Language(NamedTuple):
 
     name: str
     module: models.Decoder
-    data: Any
+    data: layer_pages.Books
+    training: layer_nets.Training
     program: Callable[..., Any]
     score: Callable[..., Any]
     texts: layer_texts.Texts
@@ -136,12 +113,12 @@ class Language(NamedTuple):
         per_call = self.settings.steps_per_call
         return layer_nets.fit(
             self.program,
+            self.training,
             start,
             self.data,
             seed=seed,
             rate=rate,
             calls=-(-steps // per_call),
-            steps_per_call=per_call,
             deadline=self.deadline,
         )
 
@@ -208,15 +185,22 @@ class Language(NamedTuple):
 def language(name: str, texts: layer_texts.Texts, settings: Any, deadline: float) -> Language:
     """A net and its programs."""
     module = layer_nets.net(name, sizes_of(settings, texts))
-    data, draw = pages(texts, settings.length)
-    several = jax.vmap(draw, (None, 0))
-    training = layer_nets.Training(
-        next_token(module),
-        lambda data, key: several(data, jax.random.split(key, settings.rows)),
-        settings.steps_per_call,
+    sizes = {name: settings[name] for name in ("length", "rows", "steps_per_call")}
+    if settings.fresh < 1 and module.mixer != "attention":
+        training = layer_pages.on(module, **sizes, fresh=settings.fresh)
+    else:
+        training = layer_pages.anywhere(module, **sizes)
+    return Language(
+        name,
+        module,
+        layer_pages.books_of(texts, settings.length),
+        training,
+        layer_nets.program(training),
+        layer_scores.scorer(module, texts.digits),
+        texts,
+        settings,
+        deadline,
     )
-    program, score = layer_nets.program(training), layer_scores.scorer(module, texts.digits)
-    return Language(name, module, data, program, score, texts, settings, deadline)
 
 
 def language_rows(name: str, texts: Any, settings: Any, deadline: float) -> Iterator[Any]:
@@ -241,7 +225,7 @@ def compared(name: str, texts: layer_texts.Texts, settings: Any) -> dict[str, An
     tokens, _ = layer_texts.spans(books, settings.length, settings.rows)
     # As many as in the training: kernels are configured by the number of heads at once.
     tokens = tokens[: settings.rows]
-    gaps = layer_nets.differences(name, sizes_of(settings, texts), tokens, next_token)
+    gaps = layer_nets.differences(name, sizes_of(settings, texts), tokens, layer_pages.next_token)
     right = max(gaps.values()) <= LIMIT
     return {"part": "compare", "net": name, "right": right} | gaps
 
@@ -376,6 +360,9 @@ if __name__ == "__main__":
         "mlp_width": flags.DEFINE_integer("mlp_width", 1792, "Of the net with attention.", 64),
         "window": flags.DEFINE_integer("window", 256, "Of the net with a window.", 1),
         "rows": flags.DEFINE_integer("rows", 64, "Sequences of a step.", 1),
+        "fresh": flags.DEFINE_float(
+            "fresh", 1.0, "Share of sequences that begin anew with a step, of TTT.", 0.0, 1.0
+        ),
         "steps": flags.DEFINE_integer("steps", 500, "Of a training.", 1),
         "steps_per_call": flags.DEFINE_integer("steps_per_call", 20, "Of a compiled call.", 1),
         "rates": flags.DEFINE_list("rates", ["1e-3", "2e-3", "4e-3"], "Step sizes to choose from."),

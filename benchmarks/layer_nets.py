@@ -103,14 +103,28 @@ class Training(NamedTuple):
     """How nets are trained.
 
     Attributes:
-      loss: ``(params, batch) -> scalar``.
-      draw: ``(data, key) -> batch``, inside the compiled program.
+      loss: ``(params, batch, memory) -> (scalar, memory)``.
+      draw: ``(data, key, memory) -> (batch, memory)``, inside the compiled program.
+      memory: before the first step, what one step leaves to the next.
       steps_per_call: of a compiled call.
     """
 
-    loss: Callable[[Any, Any], jax.Array]
-    draw: Callable[[Any, Any], Any]
+    loss: Callable[[Any, Any, Any], tuple[jax.Array, Any]]
+    draw: Callable[[Any, Any, Any], tuple[Any, Any]]
+    memory: Any
     steps_per_call: int
+
+
+def without_memory(
+    loss: Callable[[Any, Any], jax.Array], draw: Callable[[Any, Any], Any], steps_per_call: int
+) -> Training:
+    """Of ``loss(params, batch)`` and ``draw(data, key)``: every step is as if it were the first."""
+    return Training(
+        lambda params, batch, memory: (loss(params, batch), memory),
+        lambda data, key, memory: (draw(data, key), memory),
+        (),
+        steps_per_call,
+    )
 
 
 class Trained(NamedTuple):
@@ -162,13 +176,14 @@ def program(training: Training) -> Callable[..., Any]:
     @functools.partial(jax.jit, donate_argnums=0)
     def run(state: Any, data: Any, key: Any, rate: Any, total: Any, first: Any) -> Any:
         def step(state: Any, number: Any) -> Any:
-            params, held = state
-            batch = training.draw(data, jax.random.fold_in(key, number))
-            value, grads = jax.value_and_grad(training.loss)(params, batch)
+            params, held, memory = state
+            batch, memory = training.draw(data, jax.random.fold_in(key, number), memory)
+            whole = jax.value_and_grad(training.loss, has_aux=True)
+            (value, memory), grads = whole(params, batch, memory)
             updates, held = optimizer.update(grads, held, params)
             size = rate * schedule(number.astype(jnp.float32), total)
             params = jax.tree.map(lambda leaf, update: leaf - size * update, params, updates)
-            return (params, held), value
+            return (params, held, memory), value
 
         state, values = jax.lax.scan(step, state, first + jnp.arange(training.steps_per_call))
         return state, values.mean()
@@ -178,28 +193,31 @@ def program(training: Training) -> Callable[..., Any]:
 
 def fit(
     run: Callable[..., Any],
+    training: Training,
     start: Any,
     data: Any,
     *,
     seed: int,
     rate: float,
     calls: int,
-    steps_per_call: int,
     deadline: float,
 ) -> Trained:
     """Trains from ``start``.
 
     Args:
       run: of :func:`program`.
+      training: of that program.
       start: parameters, which are given up.
       data: of ``draw``.
       seed: of the batches.
       rate: the highest step size.
       calls: of ``run``.
-      steps_per_call: of it.
       deadline: of :func:`time.monotonic`, after which no call begins.
     """
-    state = start, _optimizer().init(start)
+    # A program gives up what it is given, and the memory begins more than one training.
+    memory = jax.tree.map(jnp.copy, training.memory)
+    state = start, _optimizer().init(start), memory
+    steps_per_call = training.steps_per_call
     losses, seconds, total = [], 0.0, jnp.float32(calls * steps_per_call)
     for call in range(calls):
         if time.monotonic() > deadline:

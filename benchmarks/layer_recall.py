@@ -117,7 +117,7 @@ def rows_of(name: str, settings: Any, deadline: float) -> Iterator[dict[str, Any
     shape = {"length": LENGTH, "vocabulary": settings.recall_vocabulary}
     draw = functools.partial(mixed, rows=settings.recall_rows, counts=PAIRS, **shape)
     per_call = min(100, settings.recall_steps)
-    training = layer_nets.Training(answer_loss(module), lambda data, key: draw(key), per_call)
+    training = layer_nets.without_memory(answer_loss(module), lambda data, key: draw(key), per_call)
     program = layer_nets.program(training)
 
     @jax.jit
@@ -136,8 +136,8 @@ def rows_of(name: str, settings: Any, deadline: float) -> Iterator[dict[str, Any
     def training_row(seed: int, rate: float) -> dict[str, Any]:
         start = layer_nets.fresh(module, seed)
         calls = -(-settings.recall_steps // per_call)
-        how = {"calls": calls, "steps_per_call": per_call, "deadline": deadline}
-        made = layer_nets.fit(program, start, (), seed=seed, rate=rate, **how)
+        how = {"rate": rate, "calls": calls, "deadline": deadline}
+        made = layer_nets.fit(program, training, start, (), seed=seed, **how)
         tokens = settings.recall_rows * LENGTH
         row = {"part": "recall", "net": name, "seed": seed, "chosen": False}
         row |= {"parameters": layer_nets.count(module)} | layer_nets.summary(made, rate, tokens)

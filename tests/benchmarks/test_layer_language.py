@@ -14,11 +14,13 @@ from benchmarks import (
     layer_language,
     layer_needles,
     layer_nets,
+    layer_pages,
     layer_recall,
     layer_scores,
     layer_texts,
 )
 from experiments import launch
+from ttt_jax.losses.tokens import token_nats
 
 pytest.importorskip("tokenizers", reason="the vocabulary is learned with tokenizers")
 WORDS = ("the", "house", "of", "a", "man", "stood", "by", "water", "and", "in", "1852", "née")
@@ -77,16 +79,65 @@ def test_spans_are_apart_and_of_one_book():
         layer_texts.spans(books, 40, 3)
 
 
+def counted(*lengths):
+    """Books whose tokens count on, a hundred apart."""
+    books = {"train": [100 * place + np.arange(n) for place, n in enumerate(lengths)]}
+    return layer_texts.Texts(books, {}, [], (np.zeros(0), np.zeros(0)), np.zeros(0))
+
+
 def test_pages_are_of_one_book_and_every_beginning_is_drawn():
-    books = {"train": [np.arange(6), 100 + np.arange(3), 200 + np.arange(8)]}
-    texts = layer_texts.Texts(books, {}, [], (np.zeros(0), np.zeros(0)), np.zeros(0))
-    data, draw = layer_language.pages(texts, 4)
+    books = layer_pages.books_of(counted(6, 3, 8), 4)
     keys = jax.random.split(jax.random.key(0), 300)
-    rows = np.asarray(jax.jit(jax.vmap(draw, (None, 0)))(data, keys))
+
+    def draw(key):
+        return layer_pages.page(books, layer_pages.place(books, key), 4)
+
+    rows = np.asarray(jax.jit(jax.vmap(draw))(keys))
     np.testing.assert_array_equal(rows - rows[:, :1], np.arange(4)[None].repeat(300, 0))
     assert set(rows[:, 0].tolist()) == {0, 1, 2, 200, 201, 202, 203, 204}
     with pytest.raises(launch.UserError, match="no training book has 9 tokens"):
-        layer_language.pages(texts, 9)
+        layer_pages.books_of(counted(6, 3, 8), 9)
+
+
+def test_pages_go_on_in_their_book_until_it_ends_or_they_begin_anew():
+    net = layer_nets.net("ttt_linear", SIZES._replace(depth=1))
+    books = layer_pages.books_of(counted(50, 3, 40), 16)
+    how = {"length": 16, "rows": 40, "steps_per_call": 1}
+    for fresh, at_least in ((0.0, 0.2), (0.5, 0.5)):
+        training = layer_pages.on(net, **how, fresh=fresh)
+        first, memory = training.draw(books, jax.random.key(0), training.memory)
+        assert not np.asarray(memory.cache.length).any()
+        memory = memory._replace(cache=memory.cache._replace(length=jnp.full(40, 16)))
+        second, after = training.draw(books, jax.random.key(1), memory)
+        goes_on = np.asarray(after.cache.length) == 16
+        assert (second[:, 0] == first[:, -1] + 1)[goes_on].all()
+        rows = np.asarray(second)
+        np.testing.assert_array_equal(rows - rows[:, :1], np.arange(16)[None].repeat(40, 0))
+        # Whose book has another page goes on, unless the share says otherwise.
+        begun = np.asarray(first[:, 0])
+        room = begun % 100 + 32 <= np.where(begun < 100, 50, 40)
+        assert not (goes_on & ~room).any() and (fresh or (goes_on == room).all())
+        assert at_least <= 1 - goes_on.mean() < 0.95 and goes_on.any()
+
+
+def test_a_state_that_is_passed_is_that_of_the_page_before_and_has_no_gradient():
+    net = layer_nets.net("ttt_linear", SIZES._replace(depth=1))
+    params = layer_nets.fresh(net, 0)
+    training = layer_pages.on(net, length=16, rows=2, steps_per_call=1, fresh=0.0)
+    tokens = jax.random.randint(jax.random.key(0), (2, 32), 0, 300)
+    _, memory = training.loss(params, tokens[:, :16], training.memory)
+    value, after = training.loss(params, tokens[:, 16:], memory)
+    logits = net.apply(params, tokens)
+    due = token_nats(logits[:, 16:-1], tokens[:, 17:]).mean()
+    np.testing.assert_allclose(value, due, rtol=1e-5)
+    assert np.asarray(after.cache.length).tolist() == [32, 32]
+
+    def left(params):
+        _, memory = training.loss(params, tokens[:, :16], training.memory)
+        return jax.tree.leaves(memory.cache.layers.memory)[0].sum()
+
+    slopes = jax.grad(left)(params)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(slopes))
 
 
 SIZES = layer_nets.Sizes(300, 64, 2, 256, 8, "mamba", "dual", "xla", jnp.float32, 32)
@@ -117,20 +168,20 @@ def test_the_schedule_rises_and_falls():
 
 def test_training_stops_at_its_deadline_and_learns_before():
     """Of one weight that has to be the mean of what is drawn."""
-    training = layer_nets.Training(
+    training = layer_nets.without_memory(
         lambda params, batch: (params["kernel"] - batch) ** 2,
         lambda data, key: data + 0.01 * jax.random.normal(key),
         steps_per_call=20,
     )
     program = layer_nets.program(training)
-    how = {"seed": 0, "rate": 0.1, "calls": 5, "steps_per_call": 20}
+    how = {"seed": 0, "rate": 0.1, "calls": 5}
     deadline = time.monotonic() + 600
     made = layer_nets.fit(
-        program, {"kernel": jnp.float32(1.0)}, jnp.float32(2.0), deadline=deadline, **how
+        program, training, {"kernel": jnp.float32(1.0)}, jnp.float32(2.0), deadline=deadline, **how
     )
     assert made.finished and made.steps == 80 and made.losses[-1] < 0.05 < made.losses[0]
     late = layer_nets.fit(
-        program, {"kernel": jnp.float32(1.0)}, jnp.float32(2.0), deadline=0.0, **how
+        program, training, {"kernel": jnp.float32(1.0)}, jnp.float32(2.0), deadline=0.0, **how
     )
     assert not late.finished and late.losses == [] and float(late.params["kernel"]) == 1.0
 
@@ -231,6 +282,7 @@ def settings(tokens, **changes):
         "attention": "fused",
         "backbone": "mamba",
         "samples": ("ttt_linear",),
+        "fresh": 1.0,
         "seconds": 600.0,
     }
     values |= {"smoke": True} | layer_language._SMOKE
@@ -262,6 +314,17 @@ def test_the_program_trains_scores_asks_and_writes(tmp_path, tokens, quick, caps
     (sample,) = [row for row in record["rows"] if row["part"] == "sample"]
     assert sample["net"] == "ttt_linear" and " || " in sample["text"]
     assert "ttt_linear 0" in capsys.readouterr().out
+
+
+def test_states_are_passed_to_nets_that_have_one(tokens):
+    texts = layer_texts.read(str(tokens))
+    for name, fresh, passed in (
+        ("window", 0.2, False),
+        ("ttt_mlp", 1.0, False),
+        ("ttt_mlp", 0.2, True),
+    ):
+        net = layer_language.language(name, texts, settings(tokens, fresh=fresh), 0.0)
+        assert isinstance(net.training.memory, layer_pages.Stopped) == passed
 
 
 def test_recall_is_trained_and_its_step_size_chosen(tmp_path, tokens, quick):
