@@ -1,13 +1,12 @@
 """The algebra of a chunk of TTT-MLP, on arrays: the kernels call it on their tiles.
 
 A chunk has c tokens of width d, a row each; the network is ``gelu(x W1 + b1) W2 + b2`` with h
-hidden features. All arrays are float32 but the operands of products. :func:`chunk` is one function
-of the state, the tokens and what all chunks share; the backward kernel is its derivative.
+hidden features. All arrays are float32 but the operands of products. :func:`chunk` goes forward;
+:mod:`ttt_jax.kernels.ttt_mlp.gradient` has its derivative.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from ttt_jax.kernels.ttt_linear.algebra import (
     EPSILON,
     ROWS_COLUMNS,
     ROWS_ROWS,
-    product,
 )
 
 # Of gelu in its tanh form.
@@ -29,7 +27,7 @@ class State(NamedTuple):
     """What a head has learned.
 
     Attributes:
-      first: W1 ``[d, h]``.
+      first: W1, transposed ``[h, d]``: its gradient then has rows enough for all warps.
       first_bias: ``[h]``.
       second: W2 ``[h, d]``.
       second_bias: ``[d]``.
@@ -71,41 +69,23 @@ class Shared(NamedTuple):
     beta: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def differentiable(a: jax.Array, b: jax.Array, axes: tuple[int, int], operand: Any) -> jax.Array:
-    """The product of TTT-Linear's kernels, whose derivative has products of rounded operands, too.
+class Gelu(NamedTuple):
+    """gelu in its tanh form at a point, its derivative, and the derivative of that."""
 
-    Of its own it would have products of two dtypes, which tensor cores do not make.
-    """
-    return product(a, b, axes, operand)
-
-
-def _forward(a: jax.Array, b: jax.Array, axes: tuple[int, int], operand: Any) -> Any:
-    a, b = a.astype(operand), b.astype(operand)
-    return product(a, b, axes, operand), (a, b)
+    value: jax.Array
+    slope: jax.Array
+    bend: jax.Array
 
 
-def _backward(axes: tuple[int, int], operand: Any, saved: Any, pull: jax.Array) -> Any:
-    a, b = saved
-    other_a, other_b = 1 - axes[0], 1 - axes[1]
-    made = functools.partial(product, operand=operand)
-    # The axis that is summed over comes second in a row's factor and first in a column's.
-    rows, columns = axes[0] == 1, axes[1] == 0
-    of_a = made(pull, b, (1, other_b)) if rows else made(b, pull, (other_b, 1))
-    of_b = made(a, pull, (other_a, 0)) if columns else made(pull, a, (0, other_a))
-    return of_a, of_b
-
-
-differentiable.defvjp(_forward, _backward)
-
-
-def gelu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """In its tanh form, and its derivative."""
+def gelu(x: jax.Array) -> Gelu:
+    """Each as the shape of ``x``; what is not used is not computed."""
     square = x * x
+    inner = _SLOPE * (1.0 + 3.0 * _CUBE * square)
     bent = jnp.tanh(_SLOPE * x * (1.0 + _CUBE * square))
-    half = 0.5 * (1.0 + bent)
-    slope = half + 0.5 * x * (1.0 - bent * bent) * _SLOPE * (1.0 + 3.0 * _CUBE * square)
-    return x * half, slope
+    half, steep = 0.5 * (1.0 + bent), 1.0 - bent * bent
+    slope = half + 0.5 * x * steep * inner
+    curved = 6.0 * _SLOPE * _CUBE * x - 2.0 * bent * inner * inner
+    return Gelu(x * half, slope, steep * (inner + 0.5 * x * curved))
 
 
 def normalized(z: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,18 +106,77 @@ def norm_gradient(z: jax.Array, target: jax.Array, shared: Shared) -> jax.Array:
     return rate[:, None] * (pull - (pull.sum(1) * count)[:, None] - unit * along)
 
 
-def _seen(x: jax.Array) -> jax.Array:
+def seen(x: jax.Array) -> jax.Array:
     """``[c, c]`` of readers (rows) and learned tokens, 0 where the reader does not see it."""
     reader = lax.broadcasted_iota(jnp.int32, x.shape, 0)
     learned = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return jnp.where(learned <= reader, x, 0.0)
 
 
+def last_of(scale: jax.Array) -> jax.Array:
+    """The factor of the position that every later chunk reads from."""
+    size = scale.shape[0]
+    is_last = lax.broadcasted_iota(jnp.int32, (size,), 0) == size - 1
+    return jnp.sum(jnp.where(is_last, scale, 0.0))
+
+
 Product: TypeAlias = Callable[[jax.Array, jax.Array, tuple[int, int]], jax.Array]
+"""One of the products, with their operands' dtype."""
+
+
+class Parts(NamedTuple):
+    """What a chunk's outputs and its next state are made of.
+
+    Attributes:
+      key: gelu at ``k W1 + b1``, each ``[c, h]``.
+      z: ``[c, d]``, the network's outputs for the keys.
+      outer: ``[c, d]``, the gradient of the inner losses with respect to ``z``.
+      inner: ``[c, h]``, the gradient with respect to ``k W1 + b1``.
+      bent: ``[c, h]``, the derivative of ``inner`` by ``k W1 + b1`` at a fixed ``outer``.
+      rates: ``[c, c]``, the step size of each token for each reader.
+      weights: ``[c, c]``, how alike queries and keys are, and one more, as the biases learn, too.
+      asked: gelu at what the readers ask of the first layer, each ``[c, h]``.
+      second_weights: as ``weights``, of the hidden features of the readers and of the keys.
+      answer: ``[c, d]``, of the network that each reader asks.
+      steps: ``[c, 1]``, the step sizes by which the state changes.
+    """
+
+    key: Gelu
+    z: jax.Array
+    outer: jax.Array
+    inner: jax.Array
+    bent: jax.Array
+    rates: jax.Array
+    weights: jax.Array
+    asked: Gelu
+    second_weights: jax.Array
+    answer: jax.Array
+    steps: jax.Array
+
+
+def parts_of(
+    state: State, tokens: Tokens, shared: Shared, whole: jax.Array | float, dot: Product
+) -> Parts:
+    """Of a chunk; the arguments are those of :func:`chunk`."""
+    q, k, v, gate = tokens
+    key = gelu(dot(k, state.first, ROWS_ROWS) + state.first_bias[None])
+    z = dot(key.value, state.second, ROWS_COLUMNS) + state.second_bias[None]
+    outer = norm_gradient(z, v - k, shared)
+    pulled = dot(outer, state.second, ROWS_ROWS)
+    inner, bent = pulled * key.slope, pulled * key.bend
+    rates = seen(shared.scale[:, None] * gate[None])
+    weights = dot(q, k, ROWS_ROWS) + 1.0
+    read = dot(q, state.first, ROWS_ROWS) + state.first_bias[None]
+    asked = gelu(read - dot(weights * rates, inner, ROWS_COLUMNS))
+    second_weights = dot(asked.value, key.value, ROWS_ROWS) + 1.0
+    answer = dot(asked.value, state.second, ROWS_COLUMNS) + state.second_bias[None]
+    answer -= dot(second_weights * rates, outer, ROWS_COLUMNS)
+    steps = ((last_of(shared.scale) * whole) * gate)[:, None]
+    return Parts(key, z, outer, inner, bent, rates, weights, asked, second_weights, answer, steps)
 
 
 def chunk(
-    state: State, tokens: Tokens, shared: Shared, whole: Any, dot: Product
+    state: State, tokens: Tokens, shared: Shared, whole: jax.Array | float, dot: Product
 ) -> tuple[State, jax.Array]:
     """The state after a chunk and its outputs ``[c, d]``, in dual form.
 
@@ -148,29 +187,15 @@ def chunk(
       whole: 1 where the chunk changes the state, else 0.
       dot: one of the products, with their operands' dtype.
     """
-    q, k, v, gate = tokens
-    hidden, slope = gelu(dot(k, state.first, ROWS_COLUMNS) + state.first_bias[None])
-    z = dot(hidden, state.second, ROWS_COLUMNS) + state.second_bias[None]
-    outer = norm_gradient(z, v - k, shared)
-    inner = dot(outer, state.second, ROWS_ROWS) * slope
-    rates = _seen(shared.scale[:, None] * gate[None])
-
-    # One more than the products, as the biases learn as well.
-    read = dot(q, state.first, ROWS_COLUMNS) + state.first_bias[None]
-    read -= dot((dot(q, k, ROWS_ROWS) + 1.0) * rates, inner, ROWS_COLUMNS)
-    asked, _ = gelu(read)
-    answer = dot(asked, state.second, ROWS_COLUMNS) + state.second_bias[None]
-    answer -= dot((dot(asked, hidden, ROWS_ROWS) + 1.0) * rates, outer, ROWS_COLUMNS)
-    out = q + shared.gamma[None] * normalized(answer)[0] + shared.beta[None]
-
-    size = shared.scale.shape[0]
-    is_last = lax.broadcasted_iota(jnp.int32, (size,), 0) == size - 1
-    steps = (jnp.sum(jnp.where(is_last, shared.scale, 0.0)) * whole) * gate
-    inner, outer = steps[:, None] * inner, steps[:, None] * outer
+    parts = parts_of(state, tokens, shared, whole, dot)
+    unit, _ = normalized(parts.answer)
+    out = tokens.q + shared.gamma[None] * unit + shared.beta[None]
+    # Added, for which the matrix units have an instruction.
+    inner, outer = -parts.steps * parts.inner, -parts.steps * parts.outer
     new = State(
-        state.first - dot(k, inner, COLUMNS_COLUMNS),
-        state.first_bias - inner.sum(0),
-        state.second - dot(hidden, outer, COLUMNS_COLUMNS),
-        state.second_bias - outer.sum(0),
+        state.first + dot(inner, tokens.k, COLUMNS_COLUMNS),
+        state.first_bias + inner.sum(0),
+        state.second + dot(parts.key.value, outer, COLUMNS_COLUMNS),
+        state.second_bias + outer.sum(0),
     )
     return new, out

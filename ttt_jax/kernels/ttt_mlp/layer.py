@@ -19,7 +19,7 @@ class Operands(NamedTuple):
     Attributes:
       tokens: ``[T, d]`` and ``[T]``; q, k and v in the operands' dtype, all else float32.
       shared: of all chunks.
-      state: before the first token.
+      state: before the first token; for :func:`run` the weights ``first`` are ``[d, h]``.
     """
 
     tokens: Tokens
@@ -41,10 +41,15 @@ def run(
     Returns:
       ``out [T, d]`` and the state after the last whole chunk.
     """
-    chunk = len(operands.shared.scale)
-    plan, tokens = programs.planned(operands.tokens, chunk, spacing, configuration)
-    out, last = _layer(plan, operands._replace(tokens=tokens))
-    return out[: len(operands.tokens.k)], last
+    tokens, shared, state = operands
+    plan, tokens = programs.planned(tokens, len(shared.scale), spacing, configuration)
+    out, last = _layer(plan, Operands(tokens, shared, _turned(state)))
+    return out[: len(operands.tokens.k)], _turned(last)
+
+
+def _turned(state: State) -> State:
+    """The first layer's weights as the kernels have them, or as others do."""
+    return state._replace(first=state.first.T)
 
 
 def _first(tree: Any) -> Any:

@@ -13,9 +13,11 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from ttt_jax.kernels.ttt_linear import programs
+from ttt_jax.kernels.ttt_linear.algebra import product
 from ttt_jax.kernels.ttt_linear.programs import Plan
 from ttt_jax.kernels.ttt_mlp import algebra, limits
 from ttt_jax.kernels.ttt_mlp.algebra import Shared, State, Tokens
+from ttt_jax.kernels.ttt_mlp.gradient import chunk_gradient
 
 _TOKENS, _SHARED, _STATE = Tokens._fields, Shared._fields, State._fields
 
@@ -36,7 +38,7 @@ def _shared(refs: Any) -> Shared:
 def _forward_kernel(refs: Any, *, plan: Plan, groups: int, every: int, reads: bool) -> None:
     """One of ``groups`` programs, with ``chunks / groups`` consecutive chunks."""
     shared = _shared(refs)
-    dot = functools.partial(algebra.product, operand=refs.k.dtype)
+    dot = functools.partial(product, operand=refs.k.dtype)
     held = plan.chunks // groups
     before = pl.program_id(0) * np.int32(held)
     start = State(*(ref[...].astype(jnp.float32) for ref in _of(refs, _STATE)))
@@ -130,7 +132,7 @@ def _like(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _backward_kernel(refs: Any, *, plan: Plan) -> None:
     shared = _shared(refs)
-    dot = functools.partial(algebra.differentiable, operand=refs.k.dtype)
+    dot = functools.partial(product, operand=refs.k.dtype)
 
     def one(number: Any, carry: Any) -> Any:
         later, of_shared = carry
@@ -138,21 +140,21 @@ def _backward_kernel(refs: Any, *, plan: Plan) -> None:
         place = pl.ds(index * plan.chunk, plan.chunk)
         state = State(*(getattr(refs, f"kept_{n}")[index].astype(jnp.float32) for n in _STATE))
         tokens, whole = _tokens(refs, index, plan.chunk), programs.wholeness(plan, index)
-
-        def run(state: State, tokens: Tokens, shared: Shared) -> tuple[State, jax.Array]:
-            return algebra.chunk(state, tokens, shared, whole, dot)
-
-        _, pull = jax.vjp(run, state, tokens, shared)
-        later, made, added = pull((later, refs.dout[place, :].astype(jnp.float32)))
-        for name, leaf in made._asdict().items():
+        dout = refs.dout[place, :].astype(jnp.float32)
+        made = chunk_gradient(state, tokens, shared, whole, (later, dout), dot)
+        for name, leaf in made.tokens._asdict().items():
             ref = getattr(refs, f"d{name}")
             rows = place if leaf.ndim == 1 else (place, slice(None))
             ref[rows] = leaf.astype(ref.dtype)
-        return later, jax.tree.map(jnp.add, of_shared, added)
+        added = Shared(made.scale, made.gamma, made.beta)
+        return made.state, jax.tree.map(jnp.add, of_shared, added)
 
     later = State(*(ref[...] for ref in _of(refs, tuple(f"later_{n}" for n in _STATE))))
-    zeros = jax.tree.map(jnp.zeros_like, shared)
+    # Those of the norm by row: a sum over rows makes all warps wait, and one at the end is enough.
+    of_rows = jnp.zeros((plan.chunk, shared.gamma.shape[0]), jnp.float32)
+    zeros = Shared(jnp.zeros_like(shared.scale), of_rows, of_rows)
     first, of_shared = programs.loop(plan.chunks, one, (later, zeros))
+    of_shared = Shared(of_shared.scale, of_shared.gamma.sum(0), of_shared.beta.sum(0))
     for made in (first, of_shared):
         for name, leaf in made._asdict().items():
             getattr(refs, f"d{name}")[...] = leaf
