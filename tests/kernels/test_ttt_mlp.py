@@ -14,7 +14,7 @@ from tests.core.compiling import quickly
 from tests.kernels.test_ttt_linear import equations, errors, weights_of, with_gradients
 from ttt_jax import layers
 from ttt_jax.kernels import ttt_mlp
-from ttt_jax.kernels.ttt_mlp import algebra, layer, limits
+from ttt_jax.kernels.ttt_mlp import algebra, gradient, layer, limits
 
 WIDTH, HIDDEN, CHUNK = 16, 64, 16
 # Sequences and heads; the scale is of all, weights and norm are of a head.
@@ -84,16 +84,33 @@ def test_outputs_states_and_gradients(spacing, dtype):
         assert max(errors(found, due)) > 1e-4
 
 
-@pytest.mark.parametrize("axes", [(1, 0), (1, 1), (0, 0), (0, 1)])
-def test_a_products_derivative_is_that_of_its_definition(axes):
+@pytest.mark.parametrize("whole", [1.0, 0.0])
+def test_the_derivative_of_a_chunk_is_that_of_its_definition(whole):
+    """In float64, with products that round nothing."""
     rng = np.random.default_rng(0)
-    a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 4), (4, 4)))
-    a = a[:, :3] if axes[0] == 1 else a[:3]
-    b = b[:3] if axes[1] == 0 else b[:, :3]
-    pull = jnp.asarray(rng.normal(size=(a.shape[1 - axes[0]], b.shape[1 - axes[1]])), jnp.float32)
-    made = jax.vjp(lambda a, b: algebra.differentiable(a, b, axes, jnp.float32), a, b)[1](pull)
-    due = jax.vjp(lambda a, b: algebra.product(a, b, axes, jnp.float32), a, b)[1](pull)
-    assert max(errors(made, due)) < 1e-6
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
+
+    def dot(a, b, axes):
+        return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())))
+
+    def state():
+        return algebra.State(draw(HIDDEN, WIDTH), draw(HIDDEN), draw(HIDDEN, WIDTH), draw(WIDTH))
+
+    with jax.enable_x64(True):
+        rows = [draw(CHUNK, WIDTH) for _ in range(3)]
+        tokens = algebra.Tokens(*rows, abs(draw(CHUNK)))
+        shared = algebra.Shared(draw(CHUNK), 1 + 0.3 * draw(WIDTH), draw(WIDTH))
+        before, later, dout = state(), state(), draw(CHUNK, WIDTH)
+
+        def run(*given):
+            return algebra.chunk(*given, whole, dot)
+
+        due = jax.vjp(run, before, tokens, shared)[1]((later, dout))
+        made = gradient.chunk_gradient(before, tokens, shared, whole, (later, dout), dot)
+        found = made.state, made.tokens, (made.scale, made.gamma.sum(0), made.beta.sum(0))
+        assert max(errors(found, due)) < 1e-12
+        # With a chunk that changes nothing the state's gradient is passed on, and more is added.
+        assert errors(made.state, later)[0] > 1e-3
 
 
 @pytest.fixture(scope="module")
