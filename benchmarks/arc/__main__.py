@@ -250,10 +250,12 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
     """Trains, answers, scores, and writes the record.
 
     Raises:
-      UserError: an ``out`` that is there.
+      UserError: an ``out`` that is there, or a member that could not be kept.
     """
     path, start = launch.new_file(out), time.perf_counter()
     settings.private_rates = rates_of(settings)
+    if settings.member:
+        pooled.require_room(settings.member, settings.source_answers)
     rows = sources.Rows(settings.rows, settings.length, settings.most)
     generated = pathlib.Path(settings.generated) if settings.generated else None
     data, tasks = sources.load(

@@ -24,7 +24,8 @@ from experiments import launch, provenance
 from ttt_jax import checkpoint, votes
 
 # What members have to agree in.
-SHARED = ("version", "isolated", "num_steps", "rows", "length", "most", "heads", "tasks", "smoke")
+SHARED = ("version", "generated", "isolated", "num_steps", "rows", "length", "most", "heads")
+SHARED += ("tasks", "smoke")
 _WEIGHTS, _VOTES = "weights", "votes.json"
 
 
@@ -42,6 +43,25 @@ class Member(NamedTuple):
     cast: list[list[votes.Vote]]
     settings: dict[str, Any]
     seconds: float
+
+
+def require_room(folder: str, source_answers: bool) -> None:
+    """Refuses a member that could not be kept, before it is trained.
+
+    Raises:
+      UserError: a folder that holds something, or no answers to keep.
+    """
+    place = pathlib.Path(folder)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise launch.UserError(
+            f"--member must be a folder that is not there yet, or empty; got {folder}: remove it "
+            "or choose another."
+        )
+    if not source_answers:
+        raise launch.UserError(
+            f"--member keeps the votes of the decoder without copies; got {folder} with "
+            "--nosource_answers: leave one of them out."
+        )
 
 
 def save(folder: str, member: Member) -> None:

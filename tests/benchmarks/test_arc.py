@@ -247,6 +247,18 @@ def test_members_are_scored_and_counted_together(toy_sets, tmp_path, monkeypatch
         pooled.run(str(tmp_path / "no.json"), both)
 
 
+def test_a_member_that_could_not_be_kept_is_refused_before_it_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "load", lambda *a, **k: pytest.fail("began"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "votes.json").write_text("{}")
+    for changes, message in (
+        ({"member": str(tmp_path / "full")}, "folder that is not there yet, or empty"),
+        ({"member": str(tmp_path / "new"), "source_answers": False}, "with --nosource_answers"),
+    ):
+        with pytest.raises(launch.UserError, match=message):
+            program.run(str(tmp_path / "out.json"), settings(**changes))
+
+
 def test_the_word_of_a_member_is_its_own():
     """Scores of two decoders side by side are those of each alone."""
     net = networks.network(ml_collections.ConfigDict({"smoke": True}), 3)
