@@ -12,8 +12,8 @@ attention, attention under a window, TTT-Linear and TTT-MLP (:mod:`benchmarks.la
   attention: all that was seen) dropped every such length. ``gain`` is the difference in the last
   eighth; ``late_gain`` that of its later half, where the control has seen half a length as well.
   A number that was hidden in a text and is asked for at its end; a sample.
-  ``--fresh=SHARE`` lets the other sequences of nets with a state go on in their book from the
-  state after the page before (:mod:`benchmarks.layer_pages`).
+  With ``--fresh=SHARE`` that share of the sequences of nets with a state begins anew in each
+  step; the others go on in their book, in plain XLA (:mod:`benchmarks.layer_pages`).
 * ``recall``: multi-query associative recall (:mod:`benchmarks.layer_recall`) by nets of two layers,
   the step size chosen on other draws than those that are reported.
 
@@ -187,6 +187,11 @@ def language(name: str, texts: layer_texts.Texts, settings: Any, deadline: float
     module = layer_nets.net(name, sizes_of(settings, texts))
     sizes = {name: settings[name] for name in ("length", "rows", "steps_per_call")}
     if settings.fresh < 1 and module.mixer != "attention":
+        if settings.form == "kernel":
+            raise launch.UserError(
+                "--fresh below 1 needs --form=dual or auto, as layers go on from a state in XLA "
+                "alone; got --form=kernel."
+            )
         training = layer_pages.on(module, **sizes, fresh=settings.fresh)
     else:
         training = layer_pages.anywhere(module, **sizes)

@@ -161,7 +161,9 @@ def vote_of(tokens: np.ndarray, view: grid.GridView) -> votes.Vote:
     return votes.Vote(None if answer is None else grid.apply(grid.inverse(view), answer), view)
 
 
-def _completion(net: models.GridDecoder, slots: int) -> Callable[[Any, Any], Any]:
+def _completion(net: models.GridDecoder, slots: int) -> Any:
+    """Outputs of a batch of inputs, jitted."""
+
     @jax.jit
     def run(params: Any, inputs: Any) -> Any:
         return models.complete_grids(net, params, inputs, slots=slots, num_tokens=slots)

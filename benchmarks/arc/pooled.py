@@ -24,8 +24,7 @@ from experiments import launch, provenance
 from ttt_jax import checkpoint, votes
 
 # What members have to agree in.
-SHARED = ("version", "generated", "isolated", "num_steps", "rows", "length", "most", "heads")
-SHARED += ("tasks", "smoke")
+SHARED = ("version", "isolated", "num_steps", "rows", "length", "most", "heads", "tasks", "smoke")
 _WEIGHTS, _VOTES = "weights", "votes.json"
 
 
@@ -103,21 +102,22 @@ def agreed(members: Mapping[str, Member]) -> dict[str, Any]:
     Raises:
       UserError: members of other settings, or two with one seed.
     """
-    (first, one), *others = members.items()
-    seeds = {one.settings["seed"]: first}
+    (first, reference), *others = members.items()
+    seeds = {reference.settings["seed"]: first}
     for folder, member in others:
         for name in SHARED:
-            if (value := member.settings[name]) != one.settings[name]:
+            if (value := member.settings[name]) != reference.settings[name]:
                 raise launch.UserError(
                     f"members must share --{name}; got {value!r} of {folder} and "
-                    f"{one.settings[name]!r} of {first}."
+                    f"{reference.settings[name]!r} of {first}: pool decoders of the same settings."
                 )
         if (seed := member.settings["seed"]) in seeds:
             raise launch.UserError(
-                f"members must have seeds of their own; got {seed} of {seeds[seed]} and {folder}."
+                f"members must have seeds of their own; got {seed} of {seeds[seed]} and {folder}: "
+                "train one of them with another --seed."
             )
         seeds[seed] = folder
-    return {name: one.settings[name] for name in SHARED} | {"seed": tuple(seeds)}
+    return {name: reference.settings[name] for name in SHARED} | {"seed": tuple(seeds)}
 
 
 def together(members: Sequence[Member]) -> list[answers.Answers]:
@@ -133,6 +133,11 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
       UserError: an ``out`` that is there, or members that cannot be pooled.
     """
     path, start = launch.new_file(out), time.perf_counter()
+    if len(set(settings.members)) < max(len(settings.members), 2):
+        raise launch.UserError(
+            f"--members must be two or more different folders; got {tuple(settings.members)}: name "
+            "every decoder once."
+        )
     members = {folder: load(folder) for folder in settings.members}
     settings = ml_collections.ConfigDict(settings)
     settings.update(agreed(members))

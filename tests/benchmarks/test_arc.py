@@ -234,7 +234,9 @@ def test_members_are_scored_and_counted_together(toy_sets, tmp_path, monkeypatch
     np.testing.assert_allclose(summary.minutes(record), due)
     assert "seed [3, 4]" in summary.lines(json.loads((tmp_path / "both.json").read_text()))[0]
     for wrong, message in (
-        (("nowhere",), "which has no votes.json"),
+        (("nowhere", folders[0]), "which has no votes.json"),
+        ((folders[0],) * 2, "two or more different folders"),
+        ((), "two or more different folders"),
         ((folders[0], folders[0] + "/"), "seeds of their own; got 3"),
     ):
         bad = ml_collections.ConfigDict(asked | {"members": wrong})

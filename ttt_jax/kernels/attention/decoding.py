@@ -24,17 +24,19 @@ def attend_token(
 ) -> jax.Array:
     """Returns ``softmax(scale query [held key, key]^T) [held value, value]``, one query a sequence.
 
-    The layer is chosen here, and not by whom it belongs to: a slice of a cache that a kernel reads
-    would be copied before. The fused form reads the slots that are seen and no others, so that a
-    short sequence in a long cache, and one that is done, cost what they hold.
+    The layer is an argument, as a slice of the cache made before the call would be copied. The
+    fused form reads the slots that are seen and no others, so that a short sequence in a long
+    cache, and one that is done, cost what they hold.
 
     Args:
       token: query, key and value of the new token, each ``[N, H, D]``. It sees itself.
       cache: keys and values, each ``[L, N, S, H, D]``.
       layer: int32 scalar, which of the L is read.
-      begin: int32 ``[N]``, the first slot that is seen.
-      end: int32 ``[N]``, one past the last one; not larger than ``begin`` where none is.
-      form: ``"xla"`` or ``"fused"``; see :func:`~ttt_jax.kernels.attention.forms.form_of`.
+      begin: int32 ``[N]``, the first slot that is seen, at least 0.
+      end: int32 ``[N]``, one past the last one, at most S; not larger than ``begin`` where none is.
+      form: ``"xla"``, to which slots that are not seen must be finite, or ``"fused"``, which is the
+        same for a D that is not in ``limits.HEAD_SIZES``; see
+        :func:`~ttt_jax.kernels.attention.forms.form_of`.
       scale: of the scores; ``None`` for ``1 / sqrt(D)``.
 
     Returns:

@@ -29,6 +29,8 @@ _LOG2_E = math.log2(math.e)
 
 FORWARD = Tiles(queries=64, keys=64, warps=4, stages=4)
 BACKWARD_QUERY = Tiles(queries=64, keys=64, warps=4, stages=2)
+# With heads of 64, rows of 2,048 tokens and sequences of 340: three stages 6.5 ms, two 6.8, of
+# eight layers forward and backward.
 BACKWARD_KEY = Tiles(queries=64, keys=64, warps=4, stages=3)
 
 

@@ -1,7 +1,7 @@
 """The derivative of a chunk of TTT-MLP, on arrays, from the gradients of what comes after it.
 
-By hand: half the instructions of what :func:`jax.vjp` makes of a chunk, whose sums over broadcast
-rows put whole rows into the registers of every thread. Products of rounded operands, as forward.
+By hand: of what :func:`jax.vjp` makes of a chunk, sums over broadcast rows would put whole rows
+into the registers of every thread. Products of rounded operands, as forward.
 """
 
 from typing import NamedTuple
