@@ -111,6 +111,12 @@ def agreed(members: Mapping[str, Member]) -> dict[str, Any]:
                     f"members must share --{name}; got {value!r} of {folder} and "
                     f"{reference.settings[name]!r} of {first}: pool decoders of the same settings."
                 )
+        sizes = [each.params["params"]["task"].shape[0] for each in (member, reference)]
+        if sizes[0] != sizes[1]:
+            raise launch.UserError(
+                f"members must be trained on the same tasks; got tables of {sizes[0]} in {folder} "
+                f"and of {sizes[1]} in {first}: give all the same --generated."
+            )
         if (seed := member.settings["seed"]) in seeds:
             raise launch.UserError(
                 f"members must have seeds of their own; got {seed} of {seeds[seed]} and {folder}: "

@@ -242,6 +242,10 @@ def test_members_are_scored_and_counted_together(toy_sets, tmp_path, monkeypatch
         bad = ml_collections.ConfigDict(asked | {"members": wrong})
         with pytest.raises(launch.UserError, match=message):
             pooled.run(str(tmp_path / "no.json"), bad)
+    larger = pooled.load(folders[1])
+    larger.params["params"]["task"] = np.zeros((9, 32), np.float32)
+    with pytest.raises(launch.UserError, match=r"same tasks; got tables of 9 .* same --generated"):
+        pooled.agreed({"a": pooled.load(folders[0]), "b": larger})
     kept = json.loads((tmp_path / "member4" / "votes.json").read_text())
     kept["settings"]["num_steps"] = 6
     (tmp_path / "member4" / "votes.json").write_text(json.dumps(kept))

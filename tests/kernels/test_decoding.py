@@ -51,7 +51,7 @@ def test_the_scale_is_that_of_the_head_size_where_it_is_not_given():
 
 
 @pytest.mark.parametrize("form", ["xla", "fused"])
-def test_slots_that_are_not_seen_are_not_read(form):
+def test_slots_that_are_not_seen_have_no_weight(form):
     token, cache = operands()
     place = jnp.arange(SLOTS)[None]
     hidden = ((place < BEGIN[:, None]) | (place >= END[:, None]))[None, :, :, None, None]
@@ -78,24 +78,36 @@ def test_caches_of_several_decoders_at_once_are_each_alone():
     token, cache = jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
     ends = jnp.stack([END, END - 1, jnp.minimum(END, 20)])
 
-    def one(token, cache, end):
+    def single(token, cache, end):
         return decoding.attend_token(token, cache, 1, BEGIN, end, form="fused")
 
-    together = jax.jit(jax.vmap(one))(token, cache, ends)
+    together = jax.jit(jax.vmap(single))(token, cache, ends)
     for number, (own, held) in enumerate(made):
-        np.testing.assert_allclose(together[number], one(own, held, ends[number]), atol=1e-6)
+        np.testing.assert_allclose(together[number], single(own, held, ends[number]), atol=1e-6)
 
 
-def test_gradients_of_the_kernel_are_those_of_the_sums():
-    def loss(form):
-        def of(token, cache):
-            out = decoding.attend_token(token, cache, 1, BEGIN, END, form=form)
-            return (out * jnp.arange(out.size).reshape(out.shape)).sum()
+@pytest.mark.parametrize("form", ["xla", "fused"])
+def test_gradients_are_those_of_a_softmax_over_what_is_seen(form):
+    """Written as a masked softmax over the slots and the token, for :func:`jax.grad`."""
 
-        return jax.grad(of, (0, 1))(*operands())
+    def masked(token, cache):
+        keys, values = (
+            jnp.concatenate([held[1], own[:, None]], 1)
+            for held, own in zip(cache, token[1:], strict=True)
+        )
+        place = jnp.arange(SLOTS + 1)[None]
+        seen = (place >= BEGIN[:, None]) & (place < END[:, None]) | (place == SLOTS)
+        scores = jnp.einsum("nhd,nshd->nsh", token[0], keys) * SIZE**-0.5
+        weights = jax.nn.softmax(jnp.where(seen[..., None], scores, -jnp.inf), axis=1)
+        return jnp.einsum("nsh,nshd->nhd", weights, values)
 
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-        loss("fused"),
-        loss("xla"),
-    )
+    def attend(token, cache):
+        return decoding.attend_token(token, cache, 1, BEGIN, END, form=form)
+
+    given = operands()
+    pull = jax.random.normal(jax.random.key(0), given[0][0].shape)
+    with jax.default_matmul_precision("highest"):
+        computed, due = (jax.vjp(function, *given)[1](pull) for function in (attend, masked))
+    for left, right in zip(jax.tree.leaves(computed), jax.tree.leaves(due), strict=True):
+        np.testing.assert_allclose(left, right, atol=2e-6)
+        assert np.asarray(right).any()

@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 
 # Slots of a tile, and warps of a program.
 TILE, WARPS = 64, 4
-# Finite, as of a slot that is not seen.
+# Of a slot that is not seen: finite, as a difference of infinities is no number.
 _LOWEST = -1e30
 _LOG2_E = math.log2(math.e)
 
