@@ -187,11 +187,6 @@ def language(name: str, texts: layer_texts.Texts, settings: Any, deadline: float
     module = layer_nets.net(name, sizes_of(settings, texts))
     sizes = {name: settings[name] for name in ("length", "rows", "steps_per_call")}
     if settings.fresh < 1 and module.mixer != "attention":
-        if settings.form == "kernel":
-            raise launch.UserError(
-                "--fresh below 1 needs --form=dual or auto, as layers go on from a state in XLA "
-                "alone; got --form=kernel."
-            )
         training = layer_pages.on(module, **sizes, fresh=settings.fresh)
     else:
         training = layer_pages.anywhere(module, **sizes)

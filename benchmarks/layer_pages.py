@@ -99,8 +99,6 @@ def on(
 ) -> layer_nets.Training:
     """Pages that go on in their book, from the state after the one before.
 
-    Layers read from a cache in plain XLA, whatever the form of the module.
-
     Args:
       module: with TTT layers, whose state is as large after any number of tokens.
       length: tokens of a page.

@@ -3,8 +3,10 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import pytest
 
 from benchmarks.arc import __main__ as program, answers, joint, networks, pooled, sources, summary
@@ -329,3 +331,28 @@ def test_the_step_sizes_rise_and_fall_to_zero():
     sizes = np.array(sizes)
     assert (sizes[0] < sizes[9]).all() and (sizes[-1] < sizes[9] / 20).all()
     np.testing.assert_allclose(sizes[10, [0, 2]], [3e-3, 1e-2], rtol=0.05)
+
+
+def test_matrices_move_as_by_muon_in_float32():
+    """Momentum stays float32; what is made orthogonal in 16 bits is near what float32 makes."""
+    training = joint.Training(num_steps=10**6, warmup=1)
+    stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    due = optax.contrib.muon(
+        training.matrices,
+        weight_decay=training.weight_decay,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers={"kernel": stacked},
+    )
+    params = {"kernel": jax.random.normal(jax.random.key(0), (2, 16, 24))}
+    made = []
+    for optimizer in (joint.optimizer_of(training), due):
+        state = optimizer.init(params)
+        update = jax.jit(optimizer.update)
+        for number in range(30):
+            noise = jax.random.normal(jax.random.key(number + 1), (2, 16, 24))
+            grads = {"kernel": 1e-7 * (noise + params["kernel"])}
+            updates, state = update(grads, state, params)
+        made.append(updates["kernel"])
+        kept = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (2, 16, 24)]
+        assert any(leaf.dtype == np.float32 for leaf in kept)
+    assert float(jnp.linalg.norm(made[0] - made[1]) / jnp.linalg.norm(made[1])) < 0.03

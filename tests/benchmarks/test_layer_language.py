@@ -325,9 +325,6 @@ def test_states_are_passed_to_nets_that_have_one(tokens):
     ):
         net = layer_language.language(name, texts, settings(tokens, fresh=fresh), 0.0)
         assert isinstance(net.training.memory, layer_pages.Stopped) == passed
-    with pytest.raises(launch.UserError, match="needs --form=dual or auto"):
-        asked = settings(tokens, fresh=0.2, form="kernel")
-        layer_language.language("ttt_mlp", texts, asked, 0.0)
 
 
 def test_recall_is_trained_and_its_step_size_chosen(tmp_path, tokens, quick):

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.layers import _windows, decode, ttt
-from ttt_jax.layers._forms import TTTCache
+from ttt_jax.layers import _pairs, _windows, decode, ttt
+from ttt_jax.layers._forms import Rows, TTTCache, choose
+from ttt_jax.layers._kernel import Start
 from ttt_jax.layers._net import Norm, Weights
 
 BACKBONES = ("transformer", "mamba")
@@ -77,9 +78,7 @@ def turned(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     frequencies = base ** (-jnp.arange(0, size, 2, dtype=wide) / size)
     angle = (positions[..., None].astype(wide) * frequencies[None, None])[:, :, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    even, odd = x[..., 0::2].astype(wide), x[..., 1::2].astype(wide)
-    pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
-    return pairs.reshape(x.shape).astype(x.dtype)
+    return _pairs.turned(x.astype(wide), cos, sin, neighbors=True).astype(x.dtype)
 
 
 def convolved(
@@ -139,16 +138,33 @@ def whole(
 
 
 def further(
-    rows: Heads, scale: jax.Array, norm: Norm, memory: TTTCache, lengths: jax.Array
+    rows: Heads,
+    scale: jax.Array,
+    norm: Norm,
+    memory: TTTCache,
+    lengths: jax.Array | None,
+    *,
+    form: str,
+    remat: int,
 ) -> tuple[jax.Array, TTTCache]:
-    """The outputs ``[N, T, H, D]`` from a cache on, and the cache after ``lengths [N]`` tokens."""
+    """The outputs ``[N, T, H, D]`` from a cache on, and the cache after the real tokens.
+
+    ``lengths [N]`` are how many those are; None for all.
+    """
+    tokens = rows.q.shape[1]
+    form = "dual" if form == "primal" else form
+    # One answer for all, so that one execution is made.
+    whole = (memory.position == 0).all()
 
     def head(q: Any, k: Any, v: Any, gate: Any, held: TTTCache, norm: Norm, length: Any) -> Any:
-        if q.shape[0] > 1:
-            return decode.ttt_prefill(q, k, v, gate, scale, held, norm, length=length)
+        if tokens > 1:
+            start = Start(held, whole, length)
+            return decode.prefilled(Rows(q, k, v, gate), scale, start, norm, form=form, remat=remat)
         out, new = decode.ttt_decode(q[0], k[0], v[0], gate[0], scale, held, norm)
-        return out[None], jax.tree.map(lambda a, b: jnp.where(length > 0, a, b), new, held)
+        real = jnp.bool_(True) if length is None else length > 0
+        return out[None], choose(real, new, held)
 
     heads = jax.vmap(head, in_axes=(1, 1, 1, 1, 0, 0, None), out_axes=(1, 0))
-    batch = jax.vmap(heads, in_axes=(0, 0, 0, 0, 0, None, 0))
+    own = None if lengths is None else 0
+    batch = jax.vmap(heads, in_axes=(0, 0, 0, 0, 0, None, own))
     return batch(*rows, memory, norm, lengths)

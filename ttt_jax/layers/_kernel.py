@@ -1,6 +1,6 @@
 """Which calls of the TTT layers the kernels take, and those calls."""
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from ttt_jax import _varying
 from ttt_jax.kernels import ttt_linear, ttt_mlp
 from ttt_jax.kernels.ttt_linear import limits as linear_limits
 from ttt_jax.kernels.ttt_mlp import limits as mlp_limits
-from ttt_jax.layers import _inputs
-from ttt_jax.layers._forms import Rows
+from ttt_jax.layers import _inputs, _windows
+from ttt_jax.layers._forms import Rows, TTTCache, fresh
 from ttt_jax.layers._net import Norm, Weights
 
 
@@ -64,3 +64,88 @@ def run(
     layer: Any = ttt_linear.ttt_linear if len(weights) == 2 else ttt_mlp.ttt_mlp
     made = layer(q, k, v, rows.gate, scale, weights, norm, spacing=max(remat, 1))
     return cast("tuple[jax.Array, Weights]", made)
+
+
+class Start(NamedTuple):
+    """Where tokens go on.
+
+    Attributes:
+      cache: what was learned before them.
+      whole: bool scalar, whether the cache stands between two chunks. One for all sequences that
+        are mapped over, or both executions are made and one is chosen.
+      length: int32, how many of the tokens are real; None for all.
+    """
+
+    cache: TTTCache
+    whole: jax.Array
+    length: jax.Array | None
+
+
+def run_on(
+    rows: Rows, scale: jax.Array, start: Start, norm: Norm, remat: int
+) -> tuple[jax.Array, TTTCache]:
+    """From a cache on: in kernels where it stands between two chunks, else in XLA.
+
+    Returns:
+      ``out [T, d]`` and the cache after the last real token.
+    """
+
+    def kernels(given: tuple[Rows, jax.Array, Start, Norm]) -> tuple[jax.Array, TTTCache]:
+        return _whole_chunks(*given, remat)
+
+    # Kept of it for a derivative are the arguments alone: kernels and XLA would keep both their
+    # own, whichever of them runs.
+    @jax.checkpoint
+    def chunks(given: tuple[Rows, jax.Array, Start, Norm]) -> tuple[jax.Array, TTTCache]:
+        rows, scale, (cache, _, length), norm = given
+        return dual_on(rows, scale, cache, norm, length, remat)
+
+    return cast(
+        "tuple[jax.Array, TTTCache]",
+        jax.lax.cond(start.whole, kernels, chunks, (rows, scale, start, norm)),
+    )
+
+
+def dual_on(
+    rows: Rows,
+    scale: jax.Array,
+    cache: TTTCache,
+    norm: Norm,
+    length: jax.Array | None,
+    remat: int,
+) -> tuple[jax.Array, TTTCache]:
+    """The same in XLA, from anywhere in a chunk."""
+    tokens = rows.gate.shape[0]
+    due = jnp.int32(tokens) if length is None else length
+    wide, shared, (held, due) = _inputs.widened(rows, scale, norm, cache, due)
+    at = _windows.places(None, held.position, due, tokens, scale.shape[0])
+    out, new = _windows.run(wide, held, shared._replace(remat=remat), at, None)
+    return out.astype(shared.operand), new
+
+
+def _whole_chunks(
+    rows: Rows, scale: jax.Array, start: Start, norm: Norm, remat: int
+) -> tuple[jax.Array, TTTCache]:
+    """The chunks that are whole in kernels, and the rest, less than a chunk, in XLA."""
+    chunk, tokens = scale.shape[0], rows.gate.shape[0]
+    if start.length is None:
+        out, last = run(rows, scale, start.cache.weights, norm, remat)
+        cache, whole = fresh(last), tokens // chunk * chunk
+        if whole < tokens:
+            rest = jax.tree.map(lambda leaf: leaf[whole:], rows)
+            out_rest, cache = dual_on(rest, scale, cache, norm, None, remat)
+            out = jnp.concatenate([out[:whole], out_rest])
+        return out, cache
+    done = start.length // chunk * chunk
+    # What comes after learns nothing, and has no values: a nan times 0 is a nan.
+    learned = jnp.arange(tokens, dtype=jnp.int32) < done
+    full = jax.tree.map(lambda leaf: _windows.where_rows(learned, leaf), rows)
+    out, last = run(full, scale, start.cache.weights, norm, remat)
+
+    def padded(leaf: jax.Array) -> jax.Array:
+        return jnp.pad(leaf, [(0, chunk), *[(0, 0)] * (leaf.ndim - 1)])
+
+    rest = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(padded(leaf), done, chunk), rows)
+    out_rest, cache = dual_on(rest, scale, fresh(last), norm, start.length - done, remat)
+    out = jax.lax.dynamic_update_slice_in_dim(padded(out), out_rest, done, axis=0)
+    return out[:tokens], cache

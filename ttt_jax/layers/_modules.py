@@ -162,15 +162,15 @@ def call(
     run = _backbones.beginnings(marks, begun, tokens)
     rows, plain = _rows(sizes, parts, x, run, taps)
     scale = _backbones.scales(parts.tau)
+    how: dict[str, Any] = {"form": sizes.form, "remat": sizes.remat}
     if cache is None:
-        shared, how = (parts.weights, parts.layer_norm), {"form": sizes.form, "remat": sizes.remat}
+        shared = parts.weights, parts.layer_norm
         return _mixed(parts, x, _backbones.whole(rows, scale, shared, marks, **how))
-    lengths = jnp.full(batch, tokens, jnp.int32)
-    if mask is not None:
-        lengths = jnp.asarray(mask).sum(-1, dtype=jnp.int32)
-    out, memory = _backbones.further(rows, scale, parts.layer_norm, cache.memory, lengths)
+    lengths = None if mask is None else jnp.asarray(mask).sum(-1, dtype=jnp.int32)
+    out, memory = _backbones.further(rows, scale, parts.layer_norm, cache.memory, lengths, **how)
     if taps is not None:
-        taps = _backbones.later_taps(plain, taps, lengths).astype(taps.dtype)
+        read = jnp.full(batch, tokens, jnp.int32) if lengths is None else lengths
+        taps = _backbones.later_taps(plain, taps, read).astype(taps.dtype)
     return _mixed(parts, x, out), LayerCache(memory, taps)
 
 

@@ -66,7 +66,8 @@ def places(
     return Places(position, start, kind, index < length)
 
 
-def _where(real: jax.Array, leaf: jax.Array) -> jax.Array:
+def where_rows(real: jax.Array, leaf: jax.Array) -> jax.Array:
+    """``leaf [T, ...]``, zero where ``real [T]`` is False."""
     return jnp.where(real.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0)
 
 
@@ -102,7 +103,7 @@ def run(
     depth = len(cache.weights) // 2
     causal = jnp.tril(jnp.ones((chunk, chunk), bool))
     # Padding learns nothing, and has no values: a nan times 0 is a nan.
-    rows = Rows(*(_where(at.real, leaf) for leaf in rows))
+    rows = Rows(*(where_rows(at.real, leaf) for leaf in rows))
 
     def step(held: tuple[Weights, Weights], x: tuple[Rows, Places]) -> Any:
         row, place = x

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax import _arguments
-from ttt_jax.layers import _forms, _inputs, _windows
+from ttt_jax.layers import _forms, _inputs, _kernel
 from ttt_jax.layers._forms import Rows, TTTCache
 from ttt_jax.layers._net import Weights
 
@@ -88,8 +88,19 @@ def ttt_decode(
     return out.astype(shared.operand), new
 
 
+PREFILL_FORMS = ("auto", "dual", "kernel")
+# Chunks from which the kernels are taken: one more is made in XLA at either end.
+_LEAST_CHUNKS = 4
+
+
 @_arguments.checked(
-    q=_inputs.table, k=_inputs.table, v=_inputs.table, gate=_inputs.vector, length=None, **_RULES
+    q=_inputs.table,
+    k=_inputs.table,
+    v=_inputs.table,
+    gate=_inputs.vector,
+    length=None,
+    remat=_arguments.count(0),
+    **_RULES,
 )
 def ttt_prefill(
     q: jax.Array,
@@ -101,14 +112,20 @@ def ttt_prefill(
     norm: tuple[jax.Array, jax.Array],
     *,
     length: int | jax.Array | None = None,
+    form: str = "auto",
+    remat: int = 4,
 ) -> tuple[jax.Array, TTTCache]:
     """Many tokens of :func:`ttt_linear` or :func:`ttt_mlp` from a cache on, chunk by chunk.
 
     The same as T calls of :func:`ttt_decode`: after a prompt of any length, in the middle of a
     chunk as well, the cache is where the next token goes on.
 
-    **Cost:** about twice that of :func:`ttt_linear`, as the chunks of tokens need not begin where
-    the windows that are computed at once do.
+    **Cost:** about twice that of :func:`ttt_linear` with ``form="dual"``, as the chunks of tokens
+    need not begin where the windows that are computed at once do. With a cache between two chunks,
+    as after :func:`ttt_cache`, kernels make all whole chunks of the tokens at the cost of
+    :func:`ttt_linear`, and XLA the rest of them; from a cache in the middle of a chunk on XLA makes
+    all. Which it is, is decided as the program runs: where positions are mapped over, both are
+    made, and one is chosen.
 
     Args:
       q: ``[T, d]``, T at least 1.
@@ -120,6 +137,9 @@ def ttt_prefill(
       norm: ``(gamma [d], beta [d])``.
       length: how many of the T tokens there are in truth, where padding follows them; may be
         traced. None for all.
+      form: ``"dual"`` in XLA; ``"kernel"``, see :func:`ttt_linear`; ``"auto"`` takes the kernels
+        for 4 chunks of tokens or more, where they run and were compared.
+      remat: see :func:`ttt_linear`.
 
     Returns:
       ``out [T, d]`` in the dtype of q, k and v, of no meaning for padding, and the cache after the
@@ -127,17 +147,42 @@ def ttt_prefill(
 
     Raises:
       TypeError: an argument of another type.
-      ValueError: T is 0, shapes that do not fit, or a length out of range.
+      ValueError: T is 0, shapes that do not fit, or that the kernels do not take; a length out of
+        range; an unknown form.
+      NotImplementedError: ``form="kernel"`` where there are none.
 
     References:
       Sun et al., `Learning to (Learn at Test Time) <https://arxiv.org/abs/2407.04620>`_, 2024.
     """
     rows = Rows(q, k, v, gate)
+    if form not in PREFILL_FORMS:
+        raise ValueError(f"form of ttt_prefill must be one of {PREFILL_FORMS}; got {form!r}.")
     _inputs.check_shapes(rows, scale, norm)
     _inputs.check_weights("cache", cache.weights, q.shape[1])
-    tokens = q.shape[0]
-    count = _inputs.count_of("length", tokens if length is None else length, tokens)
-    wide, shared, (held, count) = _inputs.widened(rows, scale, norm, cache, count)
-    at = _windows.places(None, held.position, count, tokens, scale.shape[0])
-    out, new = _windows.run(wide, held, shared, at, None)
-    return out.astype(shared.operand), new
+    count = None if length is None else _inputs.count_of("length", length, q.shape[0])
+    whole = cache.position == 0
+    return prefilled(rows, scale, _kernel.Start(cache, whole, count), norm, form=form, remat=remat)
+
+
+def prefilled(
+    rows: Rows,
+    scale: jax.Array,
+    start: _kernel.Start,
+    norm: tuple[jax.Array, jax.Array],
+    *,
+    form: str,
+    remat: int,
+) -> tuple[jax.Array, TTTCache]:
+    """:func:`ttt_prefill` of arguments that were checked.
+
+    Raises:
+      ValueError: sizes that the kernels do not take.
+      NotImplementedError: no kernels here.
+    """
+    cache, _, count = start
+    if form == "auto" and rows.gate.shape[0] < _LEAST_CHUNKS * scale.shape[0]:
+        form = "dual"
+    form = _kernel.form_of(form, rows, scale, (cache.weights, norm), None)
+    if form == "kernel":
+        return _kernel.run_on(rows, scale, start, norm, remat)
+    return _kernel.dual_on(rows, scale, cache, norm, count, remat)

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.layers import _pairs
+
 
 def angles(positions: jax.Array, size: int, base: float | jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of every pair's angle, float32.
@@ -34,14 +36,6 @@ def rotate(
     Returns:
       ``[N, T, H, D]`` of the dtype of ``x``; the products are float32 at least.
     """
-    cos, sin = (part[:, :, None] for part in turn)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    half = x.shape[-1] // 2
-    if interleaved:
-        first, second = wide[..., 0::2], wide[..., 1::2]
-    else:
-        first, second = wide[..., :half], wide[..., half:]
-    first, second = first * cos - second * sin, first * sin + second * cos
-    if interleaved:
-        return jnp.stack([first, second], -1).reshape(x.shape).astype(x.dtype)
-    return jnp.concatenate([first, second], -1).astype(x.dtype)
+    cos, sin = (part[:, :, None] for part in turn)
+    return _pairs.turned(wide, cos, sin, neighbors=interleaved).astype(x.dtype)

@@ -64,6 +64,8 @@ add(
     **GIVEN,
     **OF_CACHE,
     length=3,
+    form="dual",
+    remat=2,
     kinds={"length": "count"},
     ranges={"cache": STATE, "length": 5},
     allowed=ALIKE,
