@@ -8,6 +8,7 @@ import pytest
 
 import ttt_jax as ttt
 from ttt_jax import losses
+from ttt_jax.losses import tokens
 
 from .compiling import quickly
 
@@ -271,3 +272,21 @@ def test_tokens_of_narrow_integers_do_not_wrap(dtype, vocabulary):
     )
     assert np.isfinite(narrow[0])
     jax.tree.map(np.testing.assert_array_equal, narrow, wide)
+
+
+def test_one_pass_over_the_logits_is_two():
+    """Of any size, infinite ones and none among them; and so are the gradients of either."""
+    rows = 10 * jax.random.normal(jax.random.key(0), (6, 5))
+    rows = rows.at[0, 1].set(jnp.inf).at[1].set(-jnp.inf).at[2, 3].set(-jnp.inf)
+    rows = rows.at[3, 0].set(jnp.nan).at[4].set(jnp.array([1e30, 1e30, -1e30, 0.0, 1e29]))
+    for made, due in zip(
+        jax.jit(tokens.in_one_pass)(rows), tokens.in_two_passes(rows), strict=True
+    ):
+        np.testing.assert_allclose(made, due, rtol=1e-6)
+    for row in rows:
+        total, gradient = jax.value_and_grad(tokens.log_sum_exp)(row)
+        due, expected = jax.value_and_grad(jax.nn.logsumexp)(row)
+        np.testing.assert_allclose(total, due, rtol=1e-6)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+    second = jax.hessian(tokens.log_sum_exp)(rows[5])
+    np.testing.assert_allclose(second, jax.hessian(jax.nn.logsumexp)(rows[5]), atol=1e-6)

@@ -8,7 +8,7 @@ def turned(x: jax.Array, cos: jax.Array, sin: jax.Array, *, neighbors: bool) -> 
     """Pairs ``(a, b)`` become ``(a cos - b sin, a sin + b cos)``.
 
     The other one of a pair is had by reversing an axis of two: the transpose of that is a reversal
-    too, while that of a slice is a padding, which takes a GPU three times as long.
+    too, while that of a slice is a padding, which is slow on a GPU.
 
     Args:
       x: ``[..., D]``, of the dtype of the products.
@@ -22,7 +22,8 @@ def turned(x: jax.Array, cos: jax.Array, sin: jax.Array, *, neighbors: bool) -> 
     half = x.shape[-1] // 2
     axis = x.ndim if neighbors else x.ndim - 1
     pairs = x.reshape(*x.shape[:-1], *((half, 2) if neighbors else (2, half)))
-    sign = jnp.array([-1, 1], x.dtype)
     cos, sin = (jnp.expand_dims(part, -1 if neighbors else -2) for part in (cos, sin))
-    signed = (sign if neighbors else sign[:, None]) * sin
+    shape = [1] * sin.ndim
+    shape[-1 if neighbors else -2] = 2
+    signed = jnp.array([-1, 1], x.dtype).reshape(shape) * sin
     return (pairs * cos + jax.lax.rev(pairs, (axis,)) * signed).reshape(x.shape)

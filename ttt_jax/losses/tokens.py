@@ -21,7 +21,55 @@ def token_nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     targets = targets.astype(jnp.int32)
     inside = (targets >= 0) & (targets < logits.shape[-1])
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(inside, _chosen(logits, targets), jnp.nan)
+    return log_sum_exp(logits) - jnp.where(inside, _chosen(logits, targets), jnp.nan)
+
+
+def log_sum_exp(logits: jax.Array) -> jax.Array:
+    """``log sum_v exp(logits[..., v])``; on a GPU the logits are read once for it, not twice."""
+    largest, total = _largest_and_sum(logits)
+    return largest + jnp.log(total)
+
+
+@jax.custom_jvp
+def _largest_and_sum(logits: jax.Array) -> Any:
+    """The largest of each row, 0 where that is not finite, and ``sum_v exp(logits[v] - it)``."""
+    return jax.lax.platform_dependent(logits, default=in_two_passes, cuda=in_one_pass)
+
+
+@_largest_and_sum.defjvp
+def _largest_and_sum_derivative(primals: Any, tangents: Any) -> Any:
+    # No sum depends on what it is relative to, so that this is a constant.
+    largest, total = _largest_and_sum(*primals)
+    moved = (jnp.exp(primals[0] - largest[..., None]) * tangents[0]).sum(-1)
+    return (largest, total), (jnp.zeros_like(largest), moved)
+
+
+def in_two_passes(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """:func:`_largest_and_sum`, in a reduction for each."""
+    largest = logits.max(-1)
+    largest = jnp.where(jnp.isfinite(largest), largest, 0)
+    return largest, jnp.exp(logits - largest[..., None]).sum(-1)
+
+
+def in_one_pass(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same in a single reduction, whose sum is relative to the largest so far.
+
+    Milakov and Gimelshein, `Online normalizer calculation for softmax
+    <https://arxiv.org/abs/1805.02867>`_, 2018, algorithm 3.
+    """
+
+    def joined(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> Any:
+        largest = jnp.maximum(a[0], b[0])
+        # Equal infinities have no difference.
+        first, second = (jnp.where(top == largest, 1, jnp.exp(top - largest)) for top, _ in (a, b))
+        return largest, first * a[1] + second * b[1]
+
+    zero, lowest = jnp.zeros((), logits.dtype), jnp.full((), -jnp.inf, logits.dtype)
+    largest, total = jax.lax.reduce(
+        (logits, jnp.ones_like(logits)), (lowest, zero), joined, (logits.ndim - 1,)
+    )
+    finite = jnp.isfinite(largest)
+    return jnp.where(finite, largest, 0), jnp.where(finite, total, jnp.exp(largest))
 
 
 @jax.custom_jvp
