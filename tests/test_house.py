@@ -28,6 +28,7 @@ _MANY_PARAMETERS: set[str] = set()
 # The arrays of a formula and the choices of a layer are an argument each.
 _LAYERS = (
     "ttt_jax/layers/ttt.py:ttt_",
+    "ttt_jax/layers/decode.py:ttt_prefill",
     "ttt_jax/layers/fast_weights.py:fast_weight",
     "ttt_jax/layers/nnx.py:__init__",
 )

@@ -33,7 +33,8 @@ def log_sum_exp(logits: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def _largest_and_sum(logits: jax.Array) -> Any:
     """The largest of each row, 0 where that is not finite, and ``sum_v exp(logits[v] - it)``."""
-    return jax.lax.platform_dependent(logits, default=in_two_passes, cuda=in_one_pass)
+    # On a CPU a reduction of pairs is not vectorized.
+    return (in_one_pass if jax.default_backend() == "gpu" else in_two_passes)(logits)
 
 
 @_largest_and_sum.defjvp

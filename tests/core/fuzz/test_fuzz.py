@@ -21,6 +21,7 @@ MODULES = (
         "evaluation",
         "inner",
         "kernels.attention",
+        "kernels.gating",
         "kernels.conv",
         "kernels.ttt_linear",
         "kernels.ttt_mlp",
