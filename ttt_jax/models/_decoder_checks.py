@@ -4,8 +4,8 @@ from typing import Any
 
 from ttt_jax import _arguments
 from ttt_jax.kernels.attention import FORMS
-from ttt_jax.kernels.gating.forms import ACTIVATIONS
 from ttt_jax.layers import _backbones, _inputs
+from ttt_jax.models._decoder_layer import ACTIVATIONS
 from ttt_jax.models._ttt_mixer import MIXERS
 
 _COUNTS = (

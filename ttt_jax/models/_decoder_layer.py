@@ -1,5 +1,6 @@
 """One layer of :class:`ttt_jax.models.Decoder`, and what all layers of a call share."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 
 from ttt_jax.kernels.attention.cached import Reach, attend_cached
 from ttt_jax.kernels.attention.masked import attend_masked
-from ttt_jax.kernels.gating.forms import gated
 from ttt_jax.models import rotary
 from ttt_jax.models._ttt_mixer import Learner, PreConvolution, Reading, mix
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": nn.silu, "gelu": nn.gelu}
+"""Gates of the MLP: SwiGLU, and GeGLU in its tanh form."""
 
 
 class Sizes(NamedTuple):
@@ -201,7 +204,8 @@ class GatedMLP(nn.Module):
         width, dtype = self.sizes.mlp_width, self.sizes.dtype
         gate = Linear(width, dtype=dtype, name="gate")(x)
         up = Linear(width, dtype=dtype, name="up")(x)
-        hidden = gated(gate, up, activation=self.sizes.activation, form=self.sizes.form)
+        activation = ACTIVATIONS[self.sizes.activation]
+        hidden = activation(gate) * up
         # Kept where it is asked for (models.hidden_reader), and else no operation.
         self.sow("intermediates", "hidden", hidden)
         return Linear(x.shape[-1], dtype=dtype, name="down")(hidden)

@@ -11,7 +11,6 @@ from ttt_jax.data.grid_sequences import CLASSES, MOST_CELLS, VOCABULARY
 from ttt_jax.kernels.attention import form_of
 from ttt_jax.kernels.attention.decoding import attend_token
 from ttt_jax.kernels.attention.spans import attend_spans
-from ttt_jax.kernels.gating.forms import gated
 from ttt_jax.models import _grid_checks
 from ttt_jax.models._decoder_layer import Linear
 from ttt_jax.models.rotary import rotate
@@ -203,8 +202,9 @@ class _GridLayer(nn.Module):
         mixed, rows = self._attend(query, key, value, layer, shared)
         x = x + self._linear("out", width, zeros=True)(mixed.reshape(x.shape))
         y = _normalized(x)
-        gate, up = (self._linear(name, self.mlp_width)(y) for name in ("gate", "up"))
-        hidden = gated(gate, up, activation="silu", form=self.form)
+        hidden = nn.silu(self._linear("gate", self.mlp_width)(y)) * self._linear(
+            "up", self.mlp_width
+        )(y)
         return x + self._linear("down", width, zeros=True)(hidden), rows
 
     def _linear(self, name: str, features: int, zeros: bool = False) -> Linear:

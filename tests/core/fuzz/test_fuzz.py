@@ -21,7 +21,6 @@ MODULES = (
         "evaluation",
         "inner",
         "kernels.attention",
-        "kernels.gating",
         "kernels.conv",
         "kernels.ttt_linear",
         "kernels.ttt_mlp",

@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.core.fuzz import things, use
 from tests.core.fuzz.calls import Table
-from ttt_jax.kernels import attention, conv, gating, ttt_linear, ttt_mlp
+from ttt_jax.kernels import attention, conv, ttt_linear, ttt_mlp
 from ttt_jax.views import augmix, image
 
 TABLE = Table()
@@ -107,15 +107,6 @@ HEADS = dict.fromkeys(("query", "value"), np.ones((1, 4, 2, 8), np.float32))
 HEADS["key"] = np.ones((1, 4, 2, 8), np.float32)
 ARRAYS = {"key": "array"}
 add("kernels.attention.attend", attention.attend, **HEADS, form="xla", kinds=ARRAYS)
-GATED = {name: HEADS["query"][:, :, 0] for name in ("gate", "up")}
-add(
-    "kernels.gating.gated",
-    gating.gated,
-    **GATED,
-    activation="silu",
-    form="xla",
-    kinds=dict.fromkeys(GATED, "array"),
-)
 add("kernels.attention.products", attention.products, **HEADS, kinds=ARRAYS)
 add(
     "kernels.attention.flash",
