@@ -174,6 +174,8 @@ def rows_of(settings: Any) -> Iterator[dict[str, Any]]:
         sizes = (limits.HEAD_SIZES[:most], limits.HIDDEN_SIZES[:most], limits.DTYPES[-1:])
         sizes = sizes if settings.smoke else (*sizes[:2], limits.DTYPES)
         for width, hidden_size, dtype in itertools.product(*sizes):
+            if not limits.fits(width, hidden_size, CHUNK, dtype):
+                continue
             row = functools.partial(shape_row, width, hidden_size, jnp.dtype(dtype), settings)
             yield {"part": "shapes", "way": f"{width} {hidden_size} {dtype}"} | measured(row)
 

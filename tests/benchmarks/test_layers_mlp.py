@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks import layers_mlp
 from experiments import launch
+from experiments.report import committed
+from ttt_jax.kernels.ttt_mlp import limits
 
 SETTINGS = {
     "parts": ("kernels", "xla", "shapes"),
@@ -52,3 +54,19 @@ def test_a_wrong_kernel_is_marked(tmp_path, monkeypatch):
 def test_options_that_are_refused(tmp_path, options):
     with pytest.raises(launch.UserError, match=r"3|all"):
         layers_mlp.run(str(tmp_path / "l.json"), settings(**options))
+
+
+def test_auto_takes_the_sizes_that_the_record_has_as_right():
+    rows = committed.read("bench_ttt_mlp_shapes")["rows"]
+    right = {row["way"]: row for row in rows if row.get("right")}
+    taken = {f"{width} {hidden} {dtype}" for width, hidden, _, dtype in limits.COMPARED}
+    assert set(right) == taken and {chunk for _, _, chunk, _ in limits.COMPARED} == {16}
+    assert all(max(row["errors"].values()) <= layers_mlp.LIMIT for row in right.values())
+
+
+def test_the_configuration_that_calls_take_was_right_when_it_was_timed():
+    rows = committed.read("bench_ttt_mlp")["rows"]
+    warps = {tiles.warps for tiles in limits.CONFIGURATION[:2]}
+    assert warps == {8}
+    timed = [row for row in rows if row["way"] == "8 warps"]
+    assert {row["work"] for row in timed} == {"long", "many"} and all(row["right"] for row in timed)

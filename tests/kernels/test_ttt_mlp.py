@@ -214,6 +214,11 @@ def test_auto_takes_what_was_compared_on_a_card(monkeypatch):
 WRONG = {
     "a width": (dict(width=24), {}, r"d among 16, .*; got d = 24, a hidden width of 64"),
     "a hidden width": (dict(hidden=48), {}, r"a hidden width among 64, .*width of 48"),
+    "both of the largest": (
+        dict(width=64, hidden=256),
+        {},
+        r"the largest of either in bfloat16 alone.*d = 64, a hidden width of 256",
+    ),
     "segments": ({}, dict(segments=jnp.zeros(20, jnp.int32)), r"no segments; got .* and segments"),
     "a dtype": (dict(dtype=jnp.float16), {}, "float16 and no segments. Use form='dual'"),
 }
