@@ -204,7 +204,7 @@ def add_source(
     record["seconds"]["decoding"] = time.perf_counter() - begin
     if settings.member:
         spent = sum(record["seconds"][part] for part in ("data", "training", "decoding"))
-        about = {name: settings[name] for name in (*pooled.SHARED, "seed")}
+        about = {name: settings[name] for name in (*pooled.SHARED, *pooled.OWN)}
         pooled.save(settings.member, pooled.Member(params, cast, about, spent))
     begin = time.perf_counter()
     given = answers.score(

@@ -24,7 +24,9 @@ from experiments import launch, provenance
 from ttt_jax import checkpoint, votes
 
 # What members have to agree in.
-SHARED = ("version", "isolated", "num_steps", "rows", "length", "most", "heads", "tasks", "smoke")
+SHARED = ("version", "isolated", "rows", "length", "most", "heads", "tasks", "smoke")
+# What is of each.
+OWN = ("seed", "num_steps")
 _WEIGHTS, _VOTES = "weights", "votes.json"
 
 
@@ -97,7 +99,7 @@ def load(folder: str) -> Member:
 
 
 def agreed(members: Mapping[str, Member]) -> dict[str, Any]:
-    """The settings that all members share.
+    """The settings that all members share, and of each its seed and its number of steps.
 
     Raises:
       UserError: members of other settings, or two with one seed.
@@ -123,7 +125,10 @@ def agreed(members: Mapping[str, Member]) -> dict[str, Any]:
                 "train one of them with another --seed."
             )
         seeds[seed] = folder
-    return {name: reference.settings[name] for name in SHARED} | {"seed": tuple(seeds)}
+    shared = {name: reference.settings[name] for name in SHARED}
+    return shared | {
+        name: tuple(member.settings[name] for member in members.values()) for name in OWN
+    }
 
 
 def together(members: Sequence[Member]) -> list[answers.Answers]:

@@ -217,14 +217,14 @@ def test_members_are_scored_and_counted_together(toy_sets, tmp_path, monkeypatch
     monkeypatch.setattr(networks, "SMALL", {"width": 32, "depth": 1, "heads": 2, "mlp_width": 32})
     monkeypatch.setattr(answers, "BUCKETS", (64,))
     folders, records = [], []
-    for seed in (3, 4):
+    for seed, steps in ((3, 5), (4, 3)):
         folders.append(str(tmp_path / f"member{seed}"))
-        own = settings(seed=seed, member=folders[-1], num_steps=5, keep=4)
+        own = settings(seed=seed, member=folders[-1], num_steps=steps, keep=4)
         records.append(program.run(str(tmp_path / f"{seed}.json"), own))
     asked = {"score_views": 2, "keep": 4, "unroll": 1}
     both = ml_collections.ConfigDict(asked | {"members": tuple(folders)})
     record = pooled.run(str(tmp_path / "both.json"), both)
-    assert record["config"]["seed"] == [3, 4] and record["config"]["num_steps"] == 5
+    assert record["config"]["seed"] == [3, 4] and record["config"]["num_steps"] == [5, 3]
     for row, *alone in zip(record["rows"], *(each["rows"] for each in records), strict=True):
         assert sum(row["votes"]) + row["missing"] == 4
         assert row["missing"] == sum(each["missing"] for each in alone)
@@ -249,9 +249,9 @@ def test_members_are_scored_and_counted_together(toy_sets, tmp_path, monkeypatch
     with pytest.raises(launch.UserError, match=r"same tasks; got tables of 9 .* same --generated"):
         pooled.agreed({"a": pooled.load(folders[0]), "b": larger})
     kept = json.loads((tmp_path / "member4" / "votes.json").read_text())
-    kept["settings"]["num_steps"] = 6
+    kept["settings"]["heads"] = 6
     (tmp_path / "member4" / "votes.json").write_text(json.dumps(kept))
-    with pytest.raises(launch.UserError, match="share --num_steps; got 6"):
+    with pytest.raises(launch.UserError, match="share --heads; got 6"):
         pooled.run(str(tmp_path / "no.json"), both)
 
 
