@@ -170,3 +170,44 @@ def test_what_the_kernels_do_not_take_is_said():
         norm = jnp.ones(10), jnp.zeros(10)
         cache = layers.ttt_cache((jnp.zeros((10, 10)), jnp.zeros(10)))
         layers.ttt_prefill(*odd, jnp.ones(CHUNK), cache, norm, form="kernel")
+
+
+@every_layer
+def test_one_answer_for_all_that_are_mapped_over(name):
+    """Between two chunks in all, or XLA for all; derivatives of each, and of all, too."""
+    rows, scale, state, norm = case(name)
+
+    def caches(begin):
+        first = (leaf[:16] for leaf in rows)
+        read = functools.partial(layers.ttt_prefill, form="dual")
+        return read(*first, scale, layers.ttt_cache(state), norm, length=begin)[1]
+
+    for begins in (jnp.array([0, 16]), jnp.array([0, 5])):
+        held = jax.vmap(caches)(begins)
+
+        def value(weights, position, form, held=held):
+            cache = held._replace(weights=weights, position=position)
+            part = (leaf[:32] for leaf in rows)
+            out, cache = layers.ttt_prefill(*part, scale, cache, norm, form=form)
+            return jnp.sin(out).sum() + sum(jnp.sin(leaf).sum() for leaf in cache.weights)
+
+        def each(weights, position, sums, form, value=value, held=held):
+            def one(weights, position, sums):
+                return value(weights, position, form, held._replace(sums=sums))
+
+            return jax.vmap(jax.grad(one))(weights, position, sums)
+
+        def together(weights, position, sums, form, value=value, held=held):
+            def all_of(weights):
+                return jax.vmap(lambda w, p, s: value(w, p, form, held._replace(sums=s)))(
+                    weights, position, sums
+                ).sum()
+
+            return jax.grad(all_of)(weights)
+
+        given = held.weights, held.position, held.sums
+        due = quickly(functools.partial(each, form="dual"), *given)
+        for way in (each, together):
+            close(quickly(functools.partial(way, form="kernel"), *given), due)
+        program = jax.make_jaxpr(functools.partial(each, form="kernel"))(*given)
+        assert list(equations(program.jaxpr, "cond"))

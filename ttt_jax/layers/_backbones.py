@@ -153,12 +153,10 @@ def further(
     """
     tokens = rows.q.shape[1]
     form = "dual" if form == "primal" else form
-    # One answer for all, so that one execution is made.
-    whole = (memory.position == 0).all()
 
     def head(q: Any, k: Any, v: Any, gate: Any, held: TTTCache, norm: Norm, length: Any) -> Any:
         if tokens > 1:
-            start = Start(held, whole, length)
+            start = Start(held, length)
             return decode.prefilled(Rows(q, k, v, gate), scale, start, norm, form=form, remat=remat)
         out, new = decode.ttt_decode(q[0], k[0], v[0], gate[0], scale, held, norm)
         real = jnp.bool_(True) if length is None else length > 0

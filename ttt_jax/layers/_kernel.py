@@ -71,14 +71,25 @@ class Start(NamedTuple):
 
     Attributes:
       cache: what was learned before them.
-      whole: bool scalar, whether the cache stands between two chunks. One for all sequences that
-        are mapped over, or both executions are made and one is chosen.
       length: int32, how many of the tokens are real; None for all.
     """
 
     cache: TTTCache
-    whole: jax.Array
     length: jax.Array | None
+
+
+@jax.custom_batching.custom_vmap
+def between_chunks(position: jax.Array) -> jax.Array:
+    """Whether all caches that are mapped over stand between two chunks: one answer for all.
+
+    With an answer for each, a condition would make both executions and choose among them.
+    """
+    return (position == 0).all()
+
+
+@between_chunks.def_vmap
+def _of_all(axis_size: int, is_mapped: Any, position: jax.Array) -> tuple[jax.Array, bool]:
+    return between_chunks(position), False
 
 
 def run_on(
@@ -97,12 +108,14 @@ def run_on(
     # own, whichever of them runs.
     @jax.checkpoint
     def chunks(given: tuple[Rows, jax.Array, Start, Norm]) -> tuple[jax.Array, TTTCache]:
-        rows, scale, (cache, _, length), norm = given
+        rows, scale, (cache, length), norm = given
         return dual_on(rows, scale, cache, norm, length, remat)
 
     return cast(
         "tuple[jax.Array, TTTCache]",
-        jax.lax.cond(start.whole, kernels, chunks, (rows, scale, start, norm)),
+        jax.lax.cond(
+            between_chunks(start.cache.position), kernels, chunks, (rows, scale, start, norm)
+        ),
     )
 
 

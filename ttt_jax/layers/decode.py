@@ -124,8 +124,8 @@ def ttt_prefill(
     need not begin where the windows that are computed at once do. With a cache between two chunks,
     as after :func:`ttt_cache`, kernels make all whole chunks of the tokens at the cost of
     :func:`ttt_linear`, and XLA the rest of them; from a cache in the middle of a chunk on XLA makes
-    all. Which it is, is decided as the program runs: where positions are mapped over, both are
-    made, and one is chosen.
+    all. Which it is, is decided as the program runs, once for all heads and sequences that are
+    mapped over: one in the middle of a chunk has XLA make all of them.
 
     Args:
       q: ``[T, d]``, T at least 1.
@@ -160,8 +160,7 @@ def ttt_prefill(
     _inputs.check_shapes(rows, scale, norm)
     _inputs.check_weights("cache", cache.weights, q.shape[1])
     count = None if length is None else _inputs.count_of("length", length, q.shape[0])
-    whole = cache.position == 0
-    return prefilled(rows, scale, _kernel.Start(cache, whole, count), norm, form=form, remat=remat)
+    return prefilled(rows, scale, _kernel.Start(cache, count), norm, form=form, remat=remat)
 
 
 def prefilled(
@@ -179,7 +178,7 @@ def prefilled(
       ValueError: sizes that the kernels do not take.
       NotImplementedError: no kernels here.
     """
-    cache, _, count = start
+    cache, count = start
     if form == "auto" and rows.gate.shape[0] < _LEAST_CHUNKS * scale.shape[0]:
         form = "dual"
     form = _kernel.form_of(form, rows, scale, (cache.weights, norm), None)
