@@ -13,7 +13,7 @@ attention, attention under a window, TTT-Linear and TTT-MLP (:mod:`benchmarks.la
   eighth; ``late_gain`` that of its later half, where the control has seen half a length as well.
   A number that was hidden in a text and is asked for at its end; a sample.
   With ``--fresh=SHARE`` that share of the sequences of nets with a state begins anew in each
-  step; the others go on in their book, in plain XLA (:mod:`benchmarks.layer_pages`).
+  step; the others go on in their book (:mod:`benchmarks.layer_pages`).
 * ``recall``: multi-query associative recall (:mod:`benchmarks.layer_recall`) by nets of two layers,
   the step size chosen on other draws than those that are reported.
 

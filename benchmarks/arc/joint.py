@@ -68,7 +68,9 @@ def optimizer_of(training: Training) -> optax.GradientTransformation:
     muon = optax.chain(
         optax.trace(_MOMENTUM, nesterov=True),
         _each(lambda leaf: leaf.astype(jnp.bfloat16)),
-        optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=axes),
+        optax.contrib.scale_by_muon(
+            beta=0.0, nesterov=False, mu_dtype=jnp.bfloat16, weight_dimension_numbers=axes
+        ),
         _each(_of_equal_size),
         optax.add_decayed_weights(training.weight_decay),
         optax.scale_by_learning_rate(schedule(training.matrices)),

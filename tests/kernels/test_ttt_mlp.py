@@ -217,7 +217,7 @@ WRONG = {
     "both of the largest": (
         dict(width=64, hidden=256),
         {},
-        r"the largest of either in bfloat16 alone.*d = 64, a hidden width of 256",
+        r"d = 64 with 256 in bfloat16 alone.*got d = 64, a hidden width of 256",
     ),
     "segments": ({}, dict(segments=jnp.zeros(20, jnp.int32)), r"no segments; got .* and segments"),
     "a dtype": (dict(dtype=jnp.float16), {}, "float16 and no segments. Use form='dual'"),

@@ -27,7 +27,7 @@ class Sizes(NamedTuple):
       chunk_size: tokens that are learned from one set of weights.
       base_rate: of the step sizes.
       rope_base: of the rotary frequencies.
-      form: of whole sequences.
+      form: of more tokens than one.
       remat: chunks between two kept states.
       hidden: how many times D the hidden layer of the fast weights is; 0 for none.
       dtype: the compute dtype.

@@ -89,7 +89,7 @@ def ttt_decode(
 
 
 PREFILL_FORMS = ("auto", "dual", "kernel")
-# Chunks from which the kernels are taken: one more is made in XLA at either end.
+# Chunks from which the kernels are taken: one more may be made in XLA at the end.
 _LEAST_CHUNKS = 4
 
 
@@ -138,7 +138,8 @@ def ttt_prefill(
       length: how many of the T tokens there are in truth, where padding follows them; may be
         traced. None for all.
       form: ``"dual"`` in XLA; ``"kernel"``, see :func:`ttt_linear`; ``"auto"`` takes the kernels
-        for 4 chunks of tokens or more, where they run and were compared.
+        for 4 chunks of tokens or more, where they run and were compared. What they make is
+        differentiable once, in reverse mode; choose ``"dual"`` for second derivatives.
       remat: see :func:`ttt_linear`.
 
     Returns:

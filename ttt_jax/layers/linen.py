@@ -154,7 +154,8 @@ class TTTLinear(_Layer):
       chunk_size: tokens that are learned from one set of weights.
       base_rate: of the step size ``base_rate / D * sigmoid(rate(x))``.
       rope_base: of the geometric series of the rotary frequencies.
-      form: of the whole sequences, see :func:`~ttt_jax.layers.ttt_linear`.
+      form: see :func:`~ttt_jax.layers.ttt_linear`, and with a cache
+        :func:`~ttt_jax.layers.ttt_prefill`, where ``"primal"`` is ``"dual"``.
       remat: chunks between two kept states, see :func:`~ttt_jax.layers.ttt_linear`.
       dtype: the compute dtype; parameters and fast weights are float32.
 
@@ -188,7 +189,8 @@ class TTTMLP(_Layer):
       chunk_size: tokens that are learned from one set of weights.
       base_rate: of the step size ``base_rate / D * sigmoid(rate(x))``.
       rope_base: of the geometric series of the rotary frequencies.
-      form: of the whole sequences, see :func:`~ttt_jax.layers.ttt_linear`.
+      form: see :func:`~ttt_jax.layers.ttt_linear`, and with a cache
+        :func:`~ttt_jax.layers.ttt_prefill`, where ``"primal"`` is ``"dual"``.
       remat: chunks between two kept states, see :func:`~ttt_jax.layers.ttt_linear`.
       dtype: the compute dtype; parameters and fast weights are float32.
 

@@ -122,7 +122,8 @@ class TTTLinear(_Layer):
       chunk_size: tokens that are learned from one set of weights.
       base_rate: of the step size ``base_rate / D * sigmoid(rate(x))``; None for the published 1.0.
       rope_base: of the geometric series of the rotary frequencies.
-      form: of whole sequences, see :func:`ttt_jax.layers.ttt_linear`.
+      form: see :func:`ttt_jax.layers.ttt_linear`, and with a cache
+        :func:`ttt_jax.layers.ttt_prefill`, where ``"primal"`` is ``"dual"``.
       remat: chunks between two kept states.
       dtype: the compute dtype.
       rngs: whose stream ``params`` the initial weights are drawn from.

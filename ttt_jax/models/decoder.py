@@ -75,7 +75,8 @@ class Decoder(nn.Module):
         convolution of each channel over the residual stream, width 4.
 
     Logits have a rule of their own for reverse mode alone: ``jax.jvp`` is refused by JAX. Second
-    derivatives, forward or reverse over reverse, need ``attention="xla"``.
+    derivatives, forward or reverse over reverse, need ``attention="xla"``, and of TTT layers
+    ``form="dual"``.
 
     Raises:
       ValueError: when built: sizes that do not fit, or an attribute out of range.

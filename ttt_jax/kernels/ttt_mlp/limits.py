@@ -53,8 +53,8 @@ def described() -> str:
     widths, hidden = (", ".join(map(str, sizes)) for sizes in (HEAD_SIZES, HIDDEN_SIZES))
     return (
         f"d among {widths}, a hidden width among {hidden}, chunk_size "
-        f"{', '.join(map(str, CHUNK_SIZES))}, and {' or '.join(DTYPES)} (the largest of either "
-        "in bfloat16 alone)"
+        f"{', '.join(map(str, CHUNK_SIZES))}, and {' or '.join(DTYPES)} (d = 64 with "
+        "256 in bfloat16 alone)"
     )
 
 
