@@ -53,7 +53,7 @@ def test_a_served_prompt_with_an_adapter_beside_one_without(smollm2):
     net, params, tokenizer = smollm2
     lesson = np.array(tokenizer.encode("The capital of Zubrowka is Lutz."), np.int32)
     read = models.reader(net)
-    learn = methods.document_adapter(read, optimizer=optax.adam(5e-3), num_steps=20)
+    learn = methods.document_adapter(read, optimizer=optax.adam(5e-3), num_steps=30)
     fast, info = jax.jit(learn)(params, lesson[None], KEY)
     # Known to its end: with less, what follows the name is a matter of rounding.
     assert info.ok and info.loss[-1] < 0.1
