@@ -11,7 +11,8 @@ base, float32 factors, random weights and tokens:
 For each N of ``--tasks_at_once``: ours; the bound, which is the forward and backward pass without
 factors (the gradient goes to the norms alone) and without an optimizer that has a state; stacked
 factors in PyTorch, eager and as a CUDA graph of compiled layers; and PEFT, one task after another.
-Medians; compilation apart. Ours begins its documents with an empty cache, so that the first four
+Medians; compilation apart. PyTorch's logits are bfloat16; ours are of each dtype of ``--logits``,
+all sums over them in float32. Ours begins its documents with an empty cache, so that the first four
 chunks see less than the window; PyTorch's cache is full from the first step.
 """
 
@@ -95,7 +96,7 @@ SMOKE = {
 }
 
 
-def _module(work: Work, unroll: bool) -> models.Decoder:
+def _module(work: Work, unroll: bool, logits: str = "float32") -> models.Decoder:
     sizes = work.sizes
     return models.Decoder(
         **{name: getattr(sizes, name) for name in Sizes._fields[:6]},
@@ -103,6 +104,7 @@ def _module(work: Work, unroll: bool) -> models.Decoder:
         sinks=4 if work.window else 0,
         unroll=sizes.depth if unroll else 1,
         dtype=DTYPE,
+        logits_dtype=jnp.dtype(logits),
     )
 
 
@@ -121,10 +123,17 @@ def _params(module: models.Decoder, work: Work, factors: bool) -> tuple[models.D
 
 
 def jax_call(
-    work: Work, tasks: int, *, steps: int, bound: bool, unroll: bool, at_once: int = _AT_ONCE
+    work: Work,
+    tasks: int,
+    *,
+    steps: int,
+    bound: bool,
+    unroll: bool,
+    logits: str = "float32",
+    at_once: int = _AT_ONCE,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A function of ``steps`` steps of every task, and its arguments."""
-    module, params = _params(_module(work, unroll), work, not bound)
+    module, params = _params(_module(work, unroll, logits), work, not bound)
     select = NORMS if bound else ttt.select.lora()
     optimizer = optax.sgd(0.0) if bound else optax.adam(3e-3, b1=0.9, b2=0.95, eps=1e-10)
     if bound:
@@ -162,10 +171,12 @@ def steps_of(settings: Any, tasks: int) -> int:
     return settings.steps if tasks < _AT_ONCE else -(-settings.steps // 2)
 
 
-def time_jax(work: Work, tasks: int, settings: Any, bound: bool) -> dict[str, Any]:
+def time_jax(work: Work, tasks: int, settings: Any, bound: bool, logits: str) -> dict[str, Any]:
     """A row: the rate after the first steps, seconds of compilation, bytes of the program."""
     steps = steps_of(settings, tasks)
-    run, arguments = jax_call(work, tasks, steps=steps, bound=bound, unroll=settings.unroll)
+    run, arguments = jax_call(
+        work, tasks, steps=steps, bound=bound, unroll=settings.unroll, logits=logits
+    )
     start = time.perf_counter()
     compiled = jax.jit(run).lower(*arguments).compile()
     compilation = time.perf_counter() - start
@@ -173,6 +184,7 @@ def time_jax(work: Work, tasks: int, settings: Any, bound: bool) -> dict[str, An
     memory = compiled.memory_analysis()
     return {
         "way": "bound" if bound else "ttt_jax",
+        "logits": logits,
         "rate": tasks * steps * work.per_step / seconds,
         "compile_seconds": compilation,
         "steps": steps,
@@ -243,9 +255,10 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
             makers: dict[str, Callable[[], dict[str, Any]]] = {}
             for way in settings.ways:
                 if way in ("ttt_jax", "bound"):
-                    makers[way] = functools.partial(
-                        time_jax, works[name], tasks, settings, way == "bound"
-                    )
+                    for dtype in settings.logits:
+                        makers[f"{way}, logits {dtype}"] = functools.partial(
+                            time_jax, works[name], tasks, settings, way == "bound", dtype
+                        )
                 elif not way.startswith("peft") or tasks == 1:
                     makers[way] = functools.partial(time_torch, works[name], tasks, settings, way)
             for make in makers.values():
@@ -253,7 +266,7 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
                 record["rows"].append(row)
                 launch.write_json(path, record)
                 print(
-                    f"{name} N={tasks} {row['way']}: "
+                    f"{name} N={tasks} {row['way']} {row.get('logits', '')}: "
                     f"{row.get('rate', row.get('message'))} {works[name].unit}, "
                     f"compilation {row.get('compile_seconds', float('nan')):.0f} s",
                     flush=True,
@@ -278,6 +291,9 @@ if __name__ == "__main__":
             "Which ways.",
         ),
         "tasks_at_once": flags.DEFINE_list("tasks_at_once", ["1", "8", "32", "128", "512"], "N."),
+        "logits": flags.DEFINE_list(
+            "logits", ["float32", "bfloat16"], "Dtypes of the logits in ours."
+        ),
         "steps": flags.DEFINE_integer("steps", 32, "Steps of a timed call.", 1),
         "unroll": flags.DEFINE_bool("unroll", True, "Whether layers are unrolled in ours."),
         "repeats": flags.DEFINE_integer("repeats", 3, "Timed calls per row.", 1),

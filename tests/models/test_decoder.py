@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 
 import ttt_jax as ttt
-from ttt_jax import methods, models
+from ttt_jax import losses, methods, models
 
 VOCABULARY, TOKENS = 32, 22
 SIZES = dict(
@@ -214,6 +214,27 @@ def test_logits_are_float32_whatever_the_compute_dtype(whole):
     assert logits.dtype == jnp.float32
     assert narrow.empty_cache(1, 4).keys.dtype == jnp.bfloat16
     assert 0 < np.abs(logits - whole["llama"]).max() < 0.2
+
+
+def test_logits_of_another_dtype_are_those_rounded():
+    """So are their gradients, which come through products in the compute dtype either way."""
+    variables, tokens = VARIABLES["llama"], DOCUMENT[:, :8]
+    wide, narrow = (
+        LLAMA.clone(dtype=jnp.bfloat16, logits_dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    logits, rounded = (jax.jit(net.apply)(variables, tokens) for net in (wide, narrow))
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(logits.astype(jnp.bfloat16), rounded)
+
+    def gradient(net):
+        loss = losses.next_token(models.decoder_function(net), batch=True)
+        return jax.jit(jax.grad(loss))(variables, tokens, jax.random.key(0))
+
+    leaves = zip(jax.tree.leaves(gradient(wide)), jax.tree.leaves(gradient(narrow)), strict=True)
+    for due, made in leaves:
+        assert made.dtype == due.dtype
+        assert jnp.abs(made - due).max() < 0.03 * jnp.abs(due).max()
+    assert LLAMA.clone(logits_dtype=jnp.bfloat16).empty_cache(1, 4).keys.dtype == jnp.float32
 
 
 LARGEST_CONSTANT = 1 << 20

@@ -60,10 +60,14 @@ def in_one_pass(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
 
     def joined(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> Any:
-        largest = jnp.maximum(a[0], b[0])
-        # Equal infinities have no difference.
-        first, second = (jnp.where(top == largest, 1, jnp.exp(top - largest)) for top, _ in (a, b))
-        return largest, first * a[1] + second * b[1]
+        (first, first_sum), (second, second_sum) = a, b
+        # One of the two keeps its sum, so that an exponential is enough; equal infinities have no
+        # difference.
+        apart = jnp.where(first == second, 0, jnp.abs(first - second))
+        shrink = jnp.exp(-apart)
+        above = first > second
+        kept = jnp.where(above, first_sum, second_sum)
+        return jnp.maximum(first, second), kept + shrink * jnp.where(above, second_sum, first_sum)
 
     zero, lowest = jnp.zeros((), logits.dtype), jnp.full((), -jnp.inf, logits.dtype)
     largest, total = jax.lax.reduce(

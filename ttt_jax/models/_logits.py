@@ -1,29 +1,33 @@
 """Logits of hidden states, with a backward pass in the compute dtype."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def _products(x: jax.Array, head: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def of(x: jax.Array, head: jax.Array, dtype: Any) -> jax.Array:
+    """A head's products, summed in float32: ``[N, T, width], [V, width] -> [N, T, V]``."""
+    return _products(x, head, dtype)
+
+
+def _products(x: jax.Array, head: jax.Array, dtype: Any) -> jax.Array:
     # float64 stays so.
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = x.dtype if x.dtype == jnp.float64 else dtype
     return jax.lax.dot_general(
         x, head, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=wide
     )
 
 
-of = jax.custom_vjp(_products)
-"""``[N, T, width], [V, width] -> float32 [N, T, V]``: a head's products, summed in float32."""
-
-
-def _forward(x: jax.Array, head: jax.Array) -> Any:
+def _forward(x: jax.Array, head: jax.Array, dtype: Any) -> Any:
     # Not by the rule itself, which has no forward mode: this is differentiated once more.
-    return _products(x, head), (x, head)
+    return _products(x, head, dtype), (x, head)
 
 
-def _backward(kept: Any, cotangent: jax.Array) -> Any:
+def _backward(dtype: Any, kept: Any, cotangent: jax.Array) -> Any:
+    del dtype
     # In the compute dtype: as a float32 product it is several times as slow on matrix units.
     x, head = kept
     narrow = cotangent.astype(x.dtype)

@@ -66,7 +66,10 @@ class Decoder(nn.Module):
       unroll: how many layers a step of a scan has; as many as the layers, and there is no loop:
         the fastest program, as no activation is copied for the backward pass, and the slowest to
         compile.
-      dtype: the compute dtype; parameters are float32, logits too.
+      dtype: the compute dtype; parameters are float32.
+      logits_dtype: of the logits, whose products are summed in float32 whatever it is. Beside a
+        large vocabulary they are most of a call's memory, and bfloat16 halves what is written and
+        read; a logit of 16 is then rounded to the next of 1/16.
       mixer: ``"attention"``, ``"ttt_linear"`` or ``"ttt_mlp"``.
       backbone: of a TTT layer, ``"transformer"`` or ``"mamba"``.
       chunk_size: of a TTT layer, tokens that are learned from one set of weights.
@@ -117,6 +120,7 @@ class Decoder(nn.Module):
     cache_gradients: bool = False
     unroll: int = 1
     dtype: Any = jnp.float32
+    logits_dtype: Any = jnp.float32
     mixer: str = "attention"
     backbone: str = "transformer"
     chunk_size: int = 16
@@ -141,9 +145,10 @@ class Decoder(nn.Module):
           write: whether the tokens are put into the cache.
 
         Returns:
-          float32 ``[N, T, V]``; with a cache, the pair of them and the cache with the tokens, or
-          without ``write`` the :class:`~ttt_jax.models.cache.Rows` that are to be put into it; of
-          TTT layers, the :class:`~ttt_jax.models.cache.States` after the tokens either way.
+          ``[N, T, V]`` of ``logits_dtype``; with a cache, the pair of them and the cache with the
+          tokens, or without ``write`` the :class:`~ttt_jax.models.cache.Rows` that are to be put
+          into it; of TTT layers, the :class:`~ttt_jax.models.cache.States` after the tokens either
+          way.
 
         Raises:
           ValueError: tokens without two axes or of no integers, or segments beside a cache.
@@ -212,7 +217,7 @@ class Decoder(nn.Module):
         if not self.tied:
             shape = (self.vocabulary, self.width)
             head = self.param("head", nn.initializers.normal(0.02), shape, jnp.float32)
-        return _logits.of(x, head.astype(self.dtype))
+        return _logits.of(x, head.astype(self.dtype), jnp.dtype(self.logits_dtype))
 
     def empty_cache(self, batch: int, tokens: int, chunk: int = 1) -> Any:
         """A cache without tokens, of the compute dtype; needs no parameters.

@@ -283,7 +283,7 @@ add(
     depth=2,
     heads=2,
     kinds={
-        **{key: None for key in ("parent", "name", "dtype")},
+        **{key: None for key in ("parent", "name", "dtype", "logits_dtype")},
         "attention": "text",
         "form": "text",
     },
