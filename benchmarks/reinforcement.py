@@ -98,15 +98,26 @@ WAYS = {
 }
 
 
-def shares(generated: Any, truth: np.ndarray) -> dict[str, float]:
-    """Right continuations (pass@1), right votes and the most frequent answer, over all prompts."""
+def _counted(generated: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Answers of all prompts, -1 for none; how often each is given; and the votes."""
     tokens = jax.tree.map(lambda leaf: np.asarray(leaf), generated)
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tokens)
     made = jax.vmap(lambda g: answer(None, g))(flat)
     values = np.where(np.asarray(made.valid), np.asarray(made.values), -1)
-    right = values == truth.reshape(-1, 1)
     counts = (values[..., None] == np.arange(10)).sum(1)
-    vote = np.where(counts.max(1) > 0, counts.argmax(1), -1)
+    return values, counts, np.where(counts.max(1) > 0, counts.argmax(1), -1)
+
+
+def turned(before: Any, after: Any, truth: np.ndarray) -> dict[str, float]:
+    """Shares of the prompts whose vote was right before and is not after, and the reverse."""
+    first, last = (_counted(part)[2] == truth.reshape(-1) for part in (before, after))
+    return {"harmed": float((first & ~last).mean()), "mended": float((~first & last).mean())}
+
+
+def shares(generated: Any, truth: np.ndarray) -> dict[str, float]:
+    """Right continuations (pass@1), right votes and the most frequent answer, over all prompts."""
+    values, counts, vote = _counted(generated)
+    right = values == truth.reshape(-1, 1)
     return {
         "right": float(right.mean()),
         "votes_right": float((vote == truth.reshape(-1)).mean()),
@@ -156,6 +167,8 @@ def reinforce(
         "trained_after": shares(made.after, x["truth"]),
         "held_out_before": shares(made.held_out_before, x["held_out"]["truth"]),
         "held_out_after": shares(made.held_out_after, x["held_out"]["truth"]),
+        "trained_votes": turned(made.before, made.after, x["truth"]),
+        "held_out_votes": turned(made.held_out_before, made.held_out_after, x["held_out"]["truth"]),
         "ok": bool(info.ok.all()),
         "curve": {name: leaf.mean(0).round(4).tolist() for name, leaf in info.aux.items()},
         "seconds": time.perf_counter() - begin,
@@ -210,12 +223,26 @@ def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:
         launch.write_json(path, record)
         for part in ("trained", "held_out"):
             before, after = row[f"{part}_before"], row[f"{part}_after"]
+            votes = row[f"{part}_votes"]
             print(
                 f"{way:15} {part:9} right {before['right']:.3f} to {after['right']:.3f}, "
-                f"votes {before['votes_right']:.3f} to {after['votes_right']:.3f}",
+                f"votes {before['votes_right']:.3f} to {after['votes_right']:.3f}, "
+                f"harmed {votes['harmed']:.3f}, mended {votes['mended']:.3f}",
                 flush=True,
             )
+        curve = {name: leaf for name, leaf in row["curve"].items() if leaf and name in CURVE}
+        if "label_right" in curve:
+            ends = ", ".join(f"{n} {leaf[0]:.3f} to {leaf[-1]:.3f}" for n, leaf in curve.items())
+            print(f"{way:15} {ends}, stopped after {stopped_after(row)} steps", flush=True)
     return record
+
+
+CURVE = ("accuracy", "label_right", "right_to_wrong", "wrong_to_right", "agreement")
+
+
+def stopped_after(row: Mapping[str, Any]) -> int:
+    """How many steps were taken before the rule ended them."""
+    return row["curve"].get("stopped", []).count(0.0)
 
 
 if __name__ == "__main__":

@@ -143,9 +143,10 @@ def majority(
       truth: ``truth(x) -> value`` of an answer, ``[]`` or ``[A]``; for the report alone.
 
     Returns:
-      A reward with aux ``majority_ratio`` (votes of the most frequent answer over voters) and
-      ``labelled`` (1 or 0); with ``truth`` also ``label_right``, whether the label is the truth,
-      and ``accuracy``, the share of right rollouts; with ``earlier`` also ``votes``, the
+      A reward with aux ``majority_ratio`` (votes of the most frequent answer over voters),
+      ``agreement`` (the same of these rollouts alone: another number where ``earlier`` ones vote)
+      and ``labelled`` (1 or 0); with ``truth`` also ``label_right``, whether the label is the
+      truth, and ``accuracy``, the share of right rollouts; with ``earlier`` also ``votes``, the
       :class:`Answers` of the rollouts that vote, to be kept for later ones.
 
     Raises:
@@ -183,7 +184,12 @@ def majority(
         if rare is not None:
             used = jnp.where(labelled, used, answers.valid & (shares <= rare))
         value = (same[winner] & labelled).astype(jnp.float32)
-        aux |= {"majority_ratio": ratio, "labelled": labelled.astype(jnp.float32)}
+        own = voters[-count:].astype(jnp.float32)
+        aux |= {
+            "majority_ratio": ratio,
+            "agreement": (same[winner][-count:] * own).sum() / own.sum(),
+            "labelled": labelled.astype(jnp.float32),
+        }
         if truth is not None:
             right = answers.valid & (answers.values == jnp.atleast_1d(truth(x))[None]).all(-1)
             aux["label_right"] = (labelled & right[winner]).astype(jnp.float32)

@@ -230,3 +230,17 @@ def test_sets_are_apart_and_fresh():
     assert x["tokens"].shape[:2] == (3, 4) and x["held_out"]["tokens"].shape[:2] == (3, 2)
     every = [*x["tokens"].reshape(12, -1), *x["held_out"]["tokens"].reshape(6, -1)]
     assert {text_of(row) for row in every} == texts and len(texts) == 18
+
+
+def test_a_vote_turns_by_prompt():
+    """Three prompts, three answers each: the first vote is lost, the second won, the third kept."""
+
+    def spoken(*rows):
+        texts = np.array(
+            [[[ALPHABET.index(sign) for sign in f"{d};"] for d in row] for row in rows]
+        )
+        return Generated(texts, np.ones(texts.shape, bool), np.zeros(texts.shape, np.float32))
+
+    before, after = spoken("334", "115", "772"), spoken("344", "551", "777")
+    made = reinforcement.turned(before, after, np.array([3, 5, 7]))
+    assert made == {"harmed": pytest.approx(1 / 3), "mended": pytest.approx(1 / 3)}

@@ -262,12 +262,21 @@ def test_held_out_prompts_are_continued_and_not_learned_from():
 
 
 def test_the_rule_stops_for_good():
-    ratio = trained()[1].aux["majority_ratio"]
-    limit = float(np.median(ratio))
-    _output, info = run_of(stop_ratio=limit)(params(), groups(), KEYS)
+    """At the agreement of a step's own rollouts, whichever votes make the label."""
+    agreement = trained()[1].aux["agreement"]
+    np.testing.assert_array_equal(agreement, trained()[1].aux["majority_ratio"])
+    limit = float(np.median(agreement))
+    for keeps in (False, True):
+        check_stops(limit, keeps)
+
+
+def check_stops(limit, keeps):
+    _output, info = run_of(stop_ratio=limit, keep_votes=keeps)(params(), groups(), KEYS)
+    if keeps:
+        assert (info.aux["agreement"] > info.aux["majority_ratio"] + 0.01)[:, 2:].any()
     stopped = np.asarray(info.aux["stopped"]) > 0
     for row in range(GROUPS):
-        reached = np.flatnonzero(np.asarray(info.aux["majority_ratio"][row]) >= limit)
+        reached = np.flatnonzero(np.asarray(info.aux["agreement"][row]) >= limit)
         first = reached[0] if reached.size else STEPS
         np.testing.assert_array_equal(stopped[row], np.arange(STEPS) >= first)
         np.testing.assert_array_equal(np.asarray(info.loss)[row, first:], 0)
@@ -302,6 +311,25 @@ def test_labels_may_come_from_rollouts_that_are_not_learned_from():
     assert info.updated.all()
     with pytest.raises(ValueError, match="num_trained=16 of num_rollouts=16"):
         predictor(held_out_votes=True, num_trained=None)
+
+
+def test_labels_change_sides_only_where_there_are_two():
+    """By hand: a label that was not there, or is not, was neither right nor wrong."""
+    labelled = np.array([[1, 1, 1, 0, 0, 1], [1, 1, 0, 1, 1, 1]], np.float32)
+    right = np.array([[1, 0, 1, 0, 0, 0], [0, 1, 0, 1, 0, 0]], np.float32)
+    aux = MODULE._of_all_prompts({"labelled": jnp.array(labelled), "label_right": jnp.array(right)})
+    np.testing.assert_allclose(aux["right_to_wrong"], [0, 1 / 6])
+    np.testing.assert_allclose(aux["wrong_to_right"], [0, 1 / 6])
+
+
+def test_settings_that_would_make_no_step_are_refused():
+    with pytest.raises(ValueError, match=r"rare needs advantages='fixed'.*rare=0.2 and advantages"):
+        predictor(rare=0.2, min_consensus=0.99)
+    with pytest.raises(ValueError, match=r"advantages must be one of .*; got 'foo'"):
+        predictor(advantages="foo")
+    assert run_of(rare=0.5, min_consensus=0.99, advantages="fixed")(params(), groups(), KEYS)[
+        1
+    ].updated.all()
 
 
 def test_other_instances_are_refused():

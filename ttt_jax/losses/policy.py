@@ -64,6 +64,15 @@ def entropic_advantages(budget: float | jax.Array = 0.6931471805599453) -> Advan
     return advantages
 
 
+def check_advantages(advantages: Any) -> None:
+    """Raises ``TypeError`` or ``ValueError`` for what is neither a name of them nor a function."""
+    if not isinstance(advantages, str):
+        form = f"(rewards[G], used[G]) -> [G], or one of {ADVANTAGES}"
+        _contract.require_function("advantages", advantages, form)
+    elif advantages not in ADVANTAGES:
+        raise ValueError(f"advantages must be one of {ADVANTAGES}; got {advantages!r}.")
+
+
 def advantages_of(reward: Reward, kind: str | AdvantageFunction) -> jax.Array:
     """Advantages ``[G]``, 0 for what is not used.
 
@@ -151,11 +160,7 @@ def policy_gradient(
     _contract.require_function("sample", sample, "(params, x, key) -> rollouts")
     _contract.require_function("log_prob", log_prob, "(params, x, rollouts) -> [G]")
     _contract.require_function("reward", reward, "(x, rollouts, key) -> rewards.Reward")
-    if not isinstance(advantages, str):
-        form = f"(rewards[G], used[G]) -> [G], or one of {ADVANTAGES}"
-        _contract.require_function("advantages", advantages, form)
-    elif advantages not in ADVANTAGES:
-        raise ValueError(f"advantages must be one of {ADVANTAGES}; got {advantages!r}.")
+    check_advantages(advantages)
     if num_trained is not None:
         _checks.check_count("num_trained, unless None,", num_trained)
     regularized = not (isinstance(kl, int | float) and kl == 0)

@@ -12,7 +12,7 @@ from ttt_jax import _arguments, _checks, _trees, generation, inner, readers, rew
 from ttt_jax.adapters import gradient_adapter
 from ttt_jax.base import Adapter, Info, Key, Params, Predictor, Selection, StatefulLoss
 from ttt_jax.generation import Generated
-from ttt_jax.losses.policy import policy_gradient
+from ttt_jax.losses.policy import check_advantages, policy_gradient
 from ttt_jax.readers import Reader
 
 # The leaf of a prompt that holds the votes of earlier steps.
@@ -121,8 +121,8 @@ def ttrl(
         prompt is the method's.
       advantages: see :func:`ttt_jax.losses.policy_gradient`.
       kl: weight of the divergence from the pristine weights.
-      stop_ratio: no step is taken once the majority ratio, a mean over the prompts, has reached it;
-        the default is never reached. May be traced.
+      stop_ratio: no step is taken once the share of a step's rollouts that give the label, a mean
+        over the prompts, has reached it; the default is never reached. May be traced.
       truth: ``truth(x) -> value`` of the right answer of a prompt, for the report alone.
       reward: another reward, in place of the vote; the arguments of the vote then do nothing.
       num_evaluated: E, static.
@@ -133,9 +133,10 @@ def ttrl(
       ``mask`` ``[P, L]`` and what ``answer`` and ``truth`` read, each with a leading axis P; and
       where wanted ``held_out``, such a mapping of other prompts. Output :class:`Reinforced`.
       ``Info.aux``, each ``[S]``, means over the prompts: ``reward``, ``used`` (whether a prompt is
-      learned from), ``majority_ratio``, ``labelled``, ``stopped``; with ``truth`` also
-      ``label_right``, ``accuracy``, ``right_to_wrong`` and ``wrong_to_right``, the shares of
-      prompts whose label was right, or wrong, at the first step and is not any more. An instance
+      learned from), ``majority_ratio``, ``agreement``, ``labelled``, ``stopped``; with ``truth``
+      also ``label_right``, ``accuracy``, ``right_to_wrong`` and ``wrong_to_right``, the shares of
+      prompts whose label was right, or wrong, at the first step and is the other now: one that has
+      no label, then or now, is in neither. An instance
       with a step that is not finite returns the pristine continuations in both places, ``ok``
       False.
 
@@ -152,6 +153,13 @@ def ttrl(
     inner.check_num_steps(num_steps)
     if num_trained is not None:
         _checks.check_count("num_trained, unless None,", num_trained)
+    check_advantages(advantages)
+    if rare is not None and advantages in ("group", "centered"):
+        raise ValueError(
+            "rare needs advantages='fixed', as the wrong answers of a prompt without a label are "
+            f"all of reward 0, which others make no step of; got rare={rare} and advantages="
+            f"{advantages!r}."
+        )
     trained = num_rollouts if num_trained is None else min(num_trained, num_rollouts)
     if held_out_votes and trained == num_rollouts:
         raise ValueError(
@@ -308,8 +316,8 @@ def _over_prompts(loss: Any, stop_ratio: float | jax.Array, votes: Any = ()) -> 
         made: Any = aux.pop("votes") if isinstance(aux.get("votes"), rewards.Answers) else None
         if isinstance(votes, rewards.Earlier):
             votes = _cast(votes, made, step)
-        if "majority_ratio" in aux:
-            stopped = stopped | (aux["majority_ratio"].mean() >= stop_ratio)
+        if "agreement" in aux:
+            stopped = stopped | (aux["agreement"].mean() >= stop_ratio)
         mean = values.sum() / jnp.maximum(aux["used"].sum(), 1.0)
         aux = aux | {"stopped": jnp.broadcast_to(stopped.astype(jnp.float32), values.shape)}
         return (jnp.where(stopped, 0.0, mean), aux), (stopped, votes, step + 1)
@@ -326,6 +334,7 @@ def _of_all_prompts(aux: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     means = {name: leaf.mean(1) for name, leaf in aux.items()}
     if "label_right" in aux and len(aux["label_right"]):
         right = aux["label_right"] > 0
-        means["right_to_wrong"] = (right[:1] & ~right).mean(1, dtype=jnp.float32)
-        means["wrong_to_right"] = (~right[:1] & right).mean(1, dtype=jnp.float32)
+        wrong = (aux["labelled"] > 0) & ~right
+        means["right_to_wrong"] = (right[:1] & wrong).mean(1, dtype=jnp.float32)
+        means["wrong_to_right"] = (wrong[:1] & right).mean(1, dtype=jnp.float32)
     return means
