@@ -237,7 +237,7 @@ def test_a_vote_turns_by_prompt():
 
     def spoken(*rows):
         texts = np.array(
-            [[[ALPHABET.index(sign) for sign in f"{d};"] for d in row] for row in rows]
+            [[[[ALPHABET.index(sign) for sign in f"{digit};"] for digit in row] for row in rows]]
         )
         return Generated(texts, np.ones(texts.shape, bool), np.zeros(texts.shape, np.float32))
 
