@@ -21,9 +21,15 @@ _CLEAN = "clean"
 def shown(candidates: Mapping[str, Sequence[settings.Candidate]]) -> str | None:
     """Returns the first method that takes gradient steps, of those that adapt each instance alone.
 
-    Without such a one, the first that takes steps at all; None where none does.
+    Without such a one, the first that takes steps at all; None where none does. A control whose
+    step size is 0 takes none.
     """
-    steps = [each[0] for each in candidates.values() if each[0].select is not None]
+    steps = [
+        each[0]
+        for each in candidates.values()
+        if each[0].select is not None
+        and any(candidate.settings.get("learning_rate", 1.0) != 0 for candidate in each)
+    ]
     alone = [candidate for candidate in steps if candidate.scope == "per_sample"]
     return next((candidate.label for candidate in [*alone, *steps]), None)
 

@@ -98,8 +98,8 @@ def _check_layout(due: PyTree, fast: PyTree) -> None:
     if odd := sorted(layout(due) ^ layout(fast)):
         raise ValueError(
             "adapted needs an adapter like select.split(params)[0], None in place of every other "
-            f"leaf; they differ at {odd[0][0]!r}, shape {odd[0][1]}. A rank is padded by "
-            "models.pad_rank."
+            f"leaf; they differ at {odd[0][0]!r}, shape {odd[0][1]}. Ranks and targets "
+            "are padded by models.pad_rank."
         )
 
 

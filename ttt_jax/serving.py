@@ -265,7 +265,7 @@ def _checked(
         raise ValueError(
             f"{name} needs an adapter in the layout of the server's select; they differ at "
             f"{odd[0][0]!r}, {odd[0][1]}. Build the server with select=..., give the leaves it "
-            "chooses, and pad ranks with models.pad_rank."
+            "chooses, and pad ranks and targets with models.pad_rank."
         )
     return jax.tree.map(jnp.asarray, fast), request.key, jnp.asarray(count, jnp.int32)
 

@@ -7,7 +7,8 @@ with its fresh low-rank leaves, then the same with ``experiments.adapt`` and
 Face, or a GGUF file. Its parts are a tuple of paths.
 
 Cost: hours on one GPU with whole books; ``--config.data.chunks=48`` reads the first 3,072 tokens
-of each. Data: JSON-lines files with a ``text``, such as ``data/text/books_val8.jsonl.xz``.
+of each. Data: JSON-lines files with a ``text``; ``--config.data.validation`` and ``reported`` name
+others.
 
 Expect: fewer bits per byte the longer a document is; little in its first thousand tokens.
 """
@@ -25,9 +26,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict(
         {
             "name": "books and code",
-            "validation": ("data/text/books_val8.jsonl.xz",),
+            "validation": ("data/text/books_val8_heldout_authors.jsonl.xz",),
             "reported": tuple(
-                f"data/text/{name}.jsonl.xz" for name in ("books_test20", "code_c", "code_python")
+                f"data/text/{name}.jsonl.xz"
+                for name in ("books_test20_heldout_authors", "code_c", "code_python")
             ),
             "chunk": 64,
             "chunks": 16384,

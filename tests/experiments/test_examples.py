@@ -63,6 +63,10 @@ def test_what_is_kept_was_predicted_by_the_method_that_is_shown(run, tmp_path):
     # Each instance alone goes before streams, whatever their order in the config.
     assert examples.shown(candidates) == "memo"
     assert examples.shown({"source": candidates["source"]}) is None
+    # Whatever it is called: the methods come in the order of their names.
+    memo = candidates["memo"][0]
+    control = memo._replace(label="control", settings={**memo.settings, "learning_rate": 0.0})
+    assert examples.shown({"control": [control], **candidates}) == "memo"
     params = checkpoint.load(run / "checkpoints" / "seed_0", like=None).params
     options = {"role": "reported", "seed": 0, "chunk_size": config.adapt.chunk_size}
     keeper = examples.PICTURES

@@ -119,6 +119,38 @@ def test_less_than_a_chunk_is_read_and_not_learned():
     assert not jax.tree.leaves(state.optimizer)[0].any()
 
 
+OPTIMIZERS = {
+    "clipped": optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(1.0)),
+    "orthogonal": optax.chain(inner_optimizers.orthogonal(), optax.sgd(0.1)),
+    "normalized": optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("step", ["token", "chunk"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradients_of_a_rest_are_those_of_whole_chunks(name, step):
+    """An optimizer that takes a norm has no derivative at a step of zero, so there must be none."""
+    rule = {"memory": LINEAR, "optimizer": OPTIMIZERS[name], "reads": "before", "step": step}
+
+    def total(gate, weight, length, remat=0):
+        state = layers.fast_state((weight,), optimizer=OPTIMIZERS[name])
+        rows = (leaf[:length].astype(float) for leaf in (Q, K, V))
+        rates = layers.Rates(gate[:length])
+        out, _ = layers.fast_weight(*rows, rates, state, chunk_size=CHUNK, remat=remat, **rule)
+        return jnp.sin(out[:9]).sum()
+
+    def gradients(length, remat=0):
+        given = GATE.astype(float), WEIGHT.astype(float)
+        return jax.grad(lambda *given: total(*given, length, remat), (0, 1))(*given)
+
+    with jax.enable_x64(True):
+        whole, rest, grouped = quickly(lambda: (gradients(12), gradients(9), gradients(9, 2)))
+    assert jnp.abs(whole[1]).max() > 1e-3
+    for made in (rest, grouped):
+        for leaf, due in zip(made, whole, strict=True):
+            np.testing.assert_allclose(leaf, due, rtol=1e-7, atol=1e-9)
+
+
 def test_kept_states_change_no_gradient():
     def gradients(remat):
         def loss(*a):
@@ -312,6 +344,12 @@ def test_what_does_not_fit_is_refused_in_one_sentence(case):
     with pytest.raises(ValueError) as caught:
         layers.fast_weight(**{**given, "state": layers.fast_state((WEIGHT,)), **changes})
     assert words in str(caught.value)
+
+
+def test_a_state_of_another_optimizer_is_refused():
+    state = layers.fast_state((WEIGHT,), optimizer=optax.adam(1.0))
+    with pytest.raises(ValueError, match=r"state.optimizer must be of the layer's optimizer"):
+        layers.fast_weight(Q, K, V, layers.Rates(GATE), state, memory=LINEAR)
 
 
 def test_targets_that_a_loss_cannot_take_are_refused():

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.core.compiling import quickly
 from tests.layers.test_linen import (
@@ -94,3 +95,82 @@ def test_a_sequence_that_has_ended_keeps_its_cache():
         np.testing.assert_array_equal(leaf[1], old[1])
     np.testing.assert_array_equal(after.memory.position, [[2, 2], [1, 1]])
     assert (after.taps[0] != cache.taps[0]).any()
+
+
+@every_backbone
+@pytest.mark.parametrize("what", [np.nan, np.inf, 1e30])
+def test_whatever_stands_in_padding_changes_nothing(backbone, what):
+    """Neither outputs nor gradients, without a cache and beside one."""
+    x, net = tokens()[:, :8], module("linear", backbone)
+    mask = np.ones((BATCH, 8), bool)
+    mask[0, 5:] = mask[1, 7:] = False
+    spoiled = np.where(mask[..., None], x, what)
+
+    def total(p, x, caches):
+        held = {"cache": net.apply(p, BATCH, method="empty_cache")} if caches else {}
+        out = net.apply(p, x, mask=mask, **held)
+        out = out[0] if caches else out
+        return jnp.where(mask[..., None], jnp.sin(out), 0).sum(), out
+
+    def both(p, x):
+        return [jax.value_and_grad(total, (0, 1), has_aux=True)(p, x, c) for c in (False, True)]
+
+    with jax.enable_x64(True):
+        run = jax.jit(both)
+        actual, due = (run(parameters("linear", backbone), rows) for rows in (spoiled, x))
+    for (made, given), (wanted, expected) in zip(actual, due, strict=True):
+        np.testing.assert_array_equal(made[1][mask], wanted[1][mask])
+        jax.tree.map(np.testing.assert_array_equal, given[0], expected[0])
+        np.testing.assert_array_equal(given[1][mask], expected[1][mask])
+
+
+@every_kind
+@every_backbone
+def test_packed_gradients_are_those_of_separate_sequences(kind, backbone):
+    x, net = tokens(), module(kind, backbone)
+    bounds = [np.flatnonzero(np.diff(marks)) + 1 for marks in SEGMENTS]
+
+    def packed(p, x):
+        return jnp.sin(net.apply(p, x, segments=SEGMENTS.astype(np.int32))).sum()
+
+    def apart(p, x):
+        parts = [part for row, cut in zip(x, bounds, strict=True) for part in jnp.split(row, cut)]
+        return sum(jnp.sin(net.apply(p, part[None])).sum() for part in parts)
+
+    with jax.enable_x64(True):
+        p = parameters(kind, backbone)
+        actual, due = quickly(lambda: [jax.grad(f, (0, 1))(p, x) for f in (packed, apart)])
+    for made, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(due), strict=True):
+        assert relative(made, wanted) < 1e-11
+
+
+@pytest.mark.parametrize("pair", [(72, 200, np.uint8), (5, 133, np.uint8), (-128, 0, np.int8)])
+def test_segments_of_narrow_integers_stay_apart_beside_a_mask(pair):
+    """Twice these numbers are one number, eight bits wide."""
+    first, second, dtype = pair
+    x = tokens()
+    marks = np.repeat([first, second], [10, 12])[None].repeat(BATCH, 0)
+    mask = np.ones((BATCH, TOKENS), bool)
+    mask[:, -2:] = False
+    actual = applied("linear", "transformer", x, mask=mask, segments=marks.astype(dtype))
+    due = applied("linear", "transformer", x, mask=mask, segments=marks.astype(np.int32))
+    np.testing.assert_array_equal(actual[mask], due[mask])
+    one = applied("linear", "transformer", x, mask=mask)
+    assert np.abs(due - one)[mask].max() > 1e-3
+
+
+def test_a_cache_of_another_layer_is_refused():
+    x = tokens()[:, :4]
+    p, other = parameters("linear", "transformer"), parameters("mlp", "transformer")
+    net, mlp = module("linear", "transformer"), module("mlp", "transformer")
+    with jax.enable_x64(True):
+        own, more = (net.apply(p, count, method="empty_cache") for count in (BATCH, 3))
+        learned = mlp.apply(other, BATCH, method="empty_cache")
+        for cache in (more, learned):
+            with pytest.raises(ValueError, match="takes a cache of its own, weights of shapes"):
+                net.apply(p, x, cache=cache)
+        mask = np.array([[False, True, True, True]] * BATCH)
+        with pytest.raises(ValueError, match="a mask with padding before a token"):
+            net.apply(p, x, mask=mask, cache=own)
+        with pytest.raises(ValueError, match="N and T at least 1"):
+            net.apply(p, x[:0])

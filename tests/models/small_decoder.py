@@ -24,11 +24,11 @@ def base():
 
 
 @functools.cache
-def with_factors(rank=RANK, alpha=ALPHA):
+def with_factors(rank=RANK, alpha=ALPHA, paths=TARGETS):
     """The decoder with low-rank leaves, and its variables; what they add is zero at first."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     return models.low_rank(
-        NET, base(), jax.random.key(1), tokens, rank=rank, alpha=alpha, paths=TARGETS
+        NET, base(), jax.random.key(1), tokens, rank=rank, alpha=alpha, paths=paths
     )
 
 

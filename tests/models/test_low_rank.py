@@ -86,6 +86,39 @@ def test_a_padded_rank_makes_the_same_updates(narrow, wide):
     assert np.abs(other.apply(full, TOKENS) - wide[0].apply(full, TOKENS)).max() > 1e-3
 
 
+def test_tasks_of_other_targets_and_ranks_stand_side_by_side(wide):
+    """One adapts queries alone, rank 2, one all: each as if alone, and no more than its own.
+
+    Weight decay and moments move what has no gradient no more than the gradient does.
+    """
+    net, params = wide
+    own = small.with_factors(small.RANK, small.ALPHA, paths=".*/query")
+    split = select.lora().split
+    filled = models.pad_rank(split(own[1])[0], WIDE, like=split(params)[0])
+    stacked = jax.tree.map(lambda *rows: jnp.stack(rows), split(params)[0], filled)
+    documents, keys = small.draw_tokens(2, 2, 4), ttt.sample_keys(KEY, np.arange(2))
+
+    def learn_of(module):
+        optimizer = optax.adamw(0.05, weight_decay=0.1)
+        return methods.document_adapter(models.reader(module), optimizer=optimizer)
+
+    run = ttt.batched(ttt.adapted(learn_of(net), select=select.lora()))
+    found, info = jax.jit(run)(params, (stacked, documents), keys)
+    assert info.updated.all()
+    for row, (module, variables) in enumerate(((net, params), (own[0], own[1]))):
+        due, _ = jax.jit(learn_of(module))(variables, documents[row], keys[row])
+        due = models.pad_rank(due, WIDE, like=split(params)[0])
+        ttt.audit.require_close(small.row_of(found, row), due, num_steps=2)
+    added = {p: leaf[1] for p, leaf in flat(found).items() if "/down/" in p and leaf is not None}
+    assert len(added) == 2 and all((leaf == 0).all() for leaf in added.values())
+    with pytest.raises(
+        ValueError, match=r"like must have every leaf .* at 'params/layers/mlp/down"
+    ):
+        models.pad_rank(split(params)[0], WIDE, like=split(own[1])[0])
+    with pytest.raises(ValueError, match="like of pad_rank must have leaves named"):
+        models.pad_rank(split(params)[0], WIDE, like=small.base())
+
+
 def test_a_rank_that_is_there_already_stays(narrow):
     same = models.pad_rank(narrow[1], small.RANK)
     jax.tree.map(np.testing.assert_array_equal, same, narrow[1])

@@ -49,7 +49,10 @@ def runs(mask: jax.Array | None, segments: jax.Array | None) -> jax.Array | None
         return jnp.asarray(mask).astype(jnp.int32)
     if mask is None:
         return jnp.asarray(segments)
-    return 2 * jnp.asarray(segments) + jnp.asarray(mask).astype(segments.dtype)
+    # Counted, as twice a number of a narrow dtype may be another segment's.
+    marks = jnp.stack([jnp.asarray(segments), jnp.asarray(mask).astype(segments.dtype)])
+    changed = (marks[:, :, 1:] != marks[:, :, :-1]).any(0)
+    return jnp.pad(jnp.cumsum(changed, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 def beginnings(marks: jax.Array | None, begun: jax.Array, tokens: int) -> jax.Array:

@@ -74,6 +74,8 @@ def check_shapes(rows: Rows, scale: jax.Array, norm: tuple[jax.Array, jax.Array]
         raise ValueError(
             f"q must have at least one token; got shape {rows.q.shape}. Leave out empty sequences."
         )
+    if not rows.q.shape[-1]:
+        raise ValueError(f"q must have at least one feature; got shape {rows.q.shape}.")
     if not scale.shape[0]:
         raise ValueError(
             f"scale must have a factor for each position of a chunk; got shape {scale.shape}."

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ttt_jax import _arguments
 from ttt_jax.layers import _backbones, _net
@@ -152,8 +153,13 @@ def call(
 ) -> Any:
     """The call of a module; see :meth:`ttt_jax.layers.TTTLinear.__call__`."""
     _check(sizes, x, mask, segments, cache)
+    if cache is not None:
+        _check_cache(parts, x.shape[0], mask, cache)
     batch, tokens, _ = x.shape
     x = x.astype(sizes.dtype)
+    if mask is not None:
+        # Whatever stands in padding: a nan times 0 is a nan.
+        x = jnp.where(jnp.asarray(mask)[..., None], x, 0)
     if cache is None:
         marks = _backbones.runs(mask, segments)
         begun, taps = jnp.zeros(batch, jnp.int32), _no_taps(sizes, batch)
@@ -210,9 +216,9 @@ def _mixed(parts: Parts, x: jax.Array, out: jax.Array) -> jax.Array:
 
 
 def _check(sizes: Sizes, x: Any, mask: Any, segments: Any, cache: Any) -> None:
-    if x.ndim != 3 or x.shape[-1] != sizes.width or not x.shape[1]:
+    if x.ndim != 3 or x.shape[-1] != sizes.width or not x.size:
         raise ValueError(
-            f"A TTT layer takes x [N, T, width] with T of at least 1 and width {sizes.width}; got "
+            f"A TTT layer takes x [N, T, width], N and T at least 1 and width {sizes.width}; got "
             f"shape {x.shape}."
         )
     for word, rows in (("mask", mask), ("segments", segments)):
@@ -224,4 +230,20 @@ def _check(sizes: Sizes, x: Any, mask: Any, segments: Any, cache: Any) -> None:
     if segments is not None and cache is not None:
         raise ValueError(
             "A TTT layer takes segments or a cache, got both: read packed sequences in one call."
+        )
+
+
+def _check_cache(parts: Parts, batch: int, mask: Any, cache: LayerCache) -> None:
+    due = [(batch, *leaf.shape) for leaf in parts.weights]
+    got = [jnp.shape(leaf) for leaf in cache.memory.weights]
+    if due != got:
+        raise ValueError(
+            f"A TTT layer takes a cache of its own, weights of shapes {due}; got {got}: make it "
+            "with empty_cache of this layer and the batch of x."
+        )
+    known = mask is not None and not isinstance(mask, jax.core.Tracer)
+    if known and (np.diff(np.asarray(mask, np.int8), axis=-1) > 0).any():
+        raise ValueError(
+            "A TTT layer takes padding after the tokens beside a cache; got a mask with padding "
+            "before a token. Move the padding to the end, or read without a cache."
         )

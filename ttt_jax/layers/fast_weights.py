@@ -169,7 +169,7 @@ def fast_weight(
     rule = Rule(memory, loss, retention, extended, reads, step, window)
     tokens = q.shape[0]
     check(rule, (q, k, v), rates, segments, chunk_size)
-    check_state(state, rates.gate, window)
+    check_state(rule, state, rates.gate)
     state = begun(state, (k, v, rates.gate), window)
     given = (q, k, v, rates, state)
     q, k, v, rates, state = _varying.along(given, (*given, segments))
@@ -185,12 +185,16 @@ def fast_weight(
         return _segments.run(rule, apply, state, rows, rates.scale, segments, sizes)
     groups, size = _scans.groups(-(-tokens // chunk_size), remat)
     missing = groups * size * chunk_size - tokens
-    # What fills the last chunks is finite where the tokens are: its gradients are not used.
+    # What fills the last chunks is as the last token, so that every gradient is finite where that
+    # one's is: a gate of 0 makes a step of 0, at which the norm of an optimizer has no derivative.
     rows = jax.tree.map(
         lambda leaf: jnp.pad(leaf, ((0, missing), *((0, 0),) * (leaf.ndim - 1)), mode="edge"), rows
     )
-    real = jnp.arange(tokens + missing) < tokens
-    rows = rows._replace(gate=jax.tree.map(lambda gate: jnp.where(real, gate, 0), rows.gate))
+    if step == "chunk":
+        # Nor may it be a part of the step of a chunk that has tokens.
+        index = jnp.arange(tokens + missing)
+        zero = (index >= tokens) & (index < -(-tokens // chunk_size) * chunk_size)
+        rows = rows._replace(gate=jax.tree.map(lambda gate: jnp.where(zero, 0, gate), rows.gate))
     begins = None if segments is None else _scans.padded(boundaries(segments), tokens + missing)
 
     def body(held: tuple[FastState, jax.Array], x: tuple[Chunk, jax.Array | None]) -> Any:

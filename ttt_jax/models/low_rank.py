@@ -139,32 +139,31 @@ _written_once.defvjp(
 
 
 @_arguments.checked(rank=_arguments.count(1))
-def pad_rank(params: Any, rank: int) -> Any:
-    """Low-rank leaves padded with zeros to a larger rank, so that tasks of several ranks stack.
+def pad_rank(params: Any, rank: int, like: Any = None) -> Any:
+    """Low-rank leaves padded with zeros, so that tasks of several ranks and targets stack.
 
     What is added has gradient zero, as both of its factors are zero, and stays zero under any
     optimizer that does not move a leaf without a gradient. The model of the larger rank R computes
     ``alpha / R * a b``: build it with an ``alpha`` R / r times as large as that of rank r, and
-    output, gradients and updates are those of rank r.
+    output, gradients and updates are those of rank r. With ``like``, of a model that has low-rank
+    leaves in more places, a task whose own are in fewer gets factors of zeros in the others: it
+    adapts its own alone, beside tasks that adapt all.
 
     Args:
       params: variables, or an adapter with None in place of the base's leaves.
       rank: R, at least that of every pair of factors.
+      like: a tree of the same kind, with the leaves that the padded one is to have; None for those
+        of ``params``. Its values do not matter.
 
     Returns:
-      A tree like ``params``.
+      A tree like ``params``, and with ``like`` one of its layout but for the ranks.
 
     Raises:
-      ValueError: no low-rank leaves, a larger rank among them, or factors whose ranks differ.
+      ValueError: no low-rank leaves, a larger rank among them, factors whose ranks differ, or, with
+        ``like``, leaves that it does not have.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
-    pairs = [path for path, leaf in flat.items() if path.endswith("_lora_a") and leaf is not None]
-    if not pairs:
-        raise ValueError(
-            "params of pad_rank must have leaves named ..._lora_a and ..._lora_b; got "
-            f"{_contract.described(params)} without: give the variables that low_rank returned, or "
-            "select.lora().split of them."
-        )
+    pairs = _pairs_of("params", flat, params)
     for path in pairs:
         other = path.removesuffix("a") + "b"
         a, b = flat[path], flat.get(other)
@@ -177,4 +176,32 @@ def pad_rank(params: Any, rank: int) -> Any:
         missing = rank - a.shape[-1]
         flat[path] = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)])
         flat[other] = jnp.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, missing), (0, 0)])
+    if like is not None:
+        wanted = traverse_util.flatten_dict(like, sep="/")
+        places = _pairs_of("like", wanted, like)
+        if extra := sorted(set(flat) - set(wanted)):
+            raise ValueError(
+                f"like must have every leaf of params; it has none at {extra[0]!r}: give the "
+                "variables, or the adapter, of the model with more low-rank leaves."
+            )
+        for path in set(places) - set(pairs):
+            a, b = wanted[path], wanted[path.removesuffix("a") + "b"]
+            flat[path] = jnp.zeros((*a.shape[:-1], rank), a.dtype)
+            flat[path.removesuffix("a") + "b"] = jnp.zeros(
+                (*b.shape[:-2], rank, b.shape[-1]), b.dtype
+            )
+        # In the order of the other, so that the trees are of one structure.
+        flat = {path: flat.get(path) for path in wanted}
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _pairs_of(name: str, flat: dict[str, Any], tree: Any) -> list[str]:
+    """The paths of the first factors."""
+    pairs = [path for path, leaf in flat.items() if path.endswith("_lora_a") and leaf is not None]
+    if not pairs:
+        raise ValueError(
+            f"{name} of pad_rank must have leaves named ..._lora_a and ..._lora_b; got "
+            f"{_contract.described(tree)} without: give the variables that low_rank returned, or "
+            "select.lora().split of them."
+        )
+    return pairs

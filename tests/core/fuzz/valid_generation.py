@@ -290,7 +290,8 @@ add(
     models.pad_rank,
     params=FAST,
     rank=3,
-    ranges={"params": (BASE,), "rank": 1},
+    like=FAST,
+    ranges={"params": (BASE,), "rank": 1, "like": (BASE,)},
 )
 TOKENS = np.array([[1, 2]])
 add(
