@@ -6,17 +6,19 @@ each record after the first, its difference from the first one, paired over task
 computed anew but from the rows.
 """
 
+import functools
 import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.arc import answers
 from experiments import launch
+from experiments.report import committed
 
 _DRAWS = 5000
 _BINS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -120,6 +122,27 @@ def minutes(record: Mapping[str, Any]) -> float:
     """From the start of the program to the scores, without private copies; members included."""
     parts = ("members", "data", "training", "decoding", "scoring")
     return sum(float(record["seconds"].get(part, 0.0)) for part in parts) / 60
+
+
+def turned(rows: Sequence[Row], others: Sequence[Row], rule: str) -> tuple[int, int]:
+    """How many tasks the first rows solve and the others do not, and the reverse: the harm."""
+    first, second = solved(rows, rule), solved(others, rule)
+    common = sorted(set(first) & set(second))
+    won = sum(first[task] and not second[task] for task in common)
+    return won, sum(second[task] and not first[task] for task in common)
+
+
+JOINT = ("arc1_joint", "arc1_joint_seed1", "arc1_joint_seed2")
+"""The committed records of the joint decoder, a seed each."""
+
+
+def of_seeds(record: Mapping[str, Any], of: Callable[[Mapping[str, Any]], float] = total) -> float:
+    """The mean over the committed seeds of which ``record`` is the first."""
+    others = [committed.read(name) for name in JOINT[1:]]
+    return sum(of(each) for each in (record, *others)) / len(JOINT)
+
+
+minutes_of_seeds = functools.partial(of_seeds, of=minutes)
 
 
 def lines(record: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> list[str]:

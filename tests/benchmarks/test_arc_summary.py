@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.arc import summary
 from experiments import launch
+from experiments.report import committed
 
 
 def row(task, votes, right, log_probs=(), missing=0):
@@ -43,10 +44,20 @@ def test_what_was_not_scored_is_chosen_by_votes():
     assert summary.order_of(rows[0], "experts") == [1, 0, 2]
 
 
+def test_the_figures_of_seeds_are_their_mean():
+    records = [committed.read(name) for name in summary.JOINT]
+    assert [record["config"]["seed"] for record in records] == [0, 1, 2]
+    totals = [record["solved"]["experts"] for record in records]
+    assert summary.of_seeds(records[0]) == pytest.approx(sum(totals) / 3)
+    assert summary.minutes_of_seeds(records[0]) < 15
+
+
 def test_differences_are_paired_over_tasks():
     better = [row(r["task"], [1], [True], [[-1.0]]) for r in ROWS]
     made = summary.gap(better, ROWS, "votes")
     assert made.value == 2 and made.low >= 0 and made.high <= 3
+    assert summary.turned(better, ROWS, "votes") == (2, 0)
+    assert summary.turned(ROWS, better, "votes") == (0, 2)
     same = summary.gap(ROWS, ROWS, "votes")
     assert same == (0, 0, 0)
     with pytest.raises(launch.UserError, match="tasks in common"):
