@@ -133,7 +133,7 @@ def _check_segments(rule: Rule, segments: jax.Array, tokens: int) -> None:
 
 def check_state(rule: Rule, state: FastState, gate: Any) -> None:
     """Raises ``ValueError`` for gates that are not laid out as the weights, or another's state."""
-    due = jax.tree.structure(jax.eval_shape(rule.optimizer.init, state.weights))
+    due: Any = jax.tree.structure(jax.eval_shape(rule.optimizer.init, state.weights))
     if due != (got := jax.tree.structure(state.optimizer)):
         raise ValueError(
             f"state.optimizer must be of the layer's optimizer, {due}; got {got}: give fast_state "

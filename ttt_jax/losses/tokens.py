@@ -11,16 +11,19 @@ from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs
 
 
-def token_nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def token_nats(logits: jax.Array, targets: jax.Array, inputs: jax.Array | None = None) -> jax.Array:
     """Nats of each target, ``logits[..., V], targets[...] -> float32 [...]``; float64 stays so.
 
     ``logsumexp`` less the target's logit: no array of log-probabilities is written. A target
-    outside the vocabulary has NaN.
+    outside the vocabulary has NaN, and one whose predecessor is, in ``inputs[...]``: a model cuts
+    such an index, and its logits seem right.
     """
     # Narrow integers of a text's own dtype would wrap at the size of the vocabulary.
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     targets = targets.astype(jnp.int32)
     inside = (targets >= 0) & (targets < logits.shape[-1])
+    if inputs is not None:
+        inside &= (inputs >= 0) & (inputs < logits.shape[-1])
     return log_sum_exp(logits) - jnp.where(inside, _chosen(logits, targets), jnp.nan)
 
 
@@ -95,9 +98,11 @@ def _chosen_derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Arra
 def masked_mean(nats: jax.Array, mask: jax.Array) -> jax.Array:
     """``sum(mask * nats) / max(sum mask, 1)``; a masked NaN is no part of it.
 
-    An empty mask gives 0, with gradient 0.
+    An empty mask gives 0, with gradient 0; a negative weight, which would have a model unlearn what
+    it reads, gives NaN.
     """
     weights = mask.astype(jnp.promote_types(nats.dtype, jnp.float32))
+    weights = jnp.where(weights < 0, jnp.nan, weights)
     return jnp.where(weights != 0, nats * weights, 0.0).sum() / jnp.maximum(weights.sum(), 1.0)
 
 
@@ -121,7 +126,7 @@ def next_token(
 
     Returns:
       An ``AuxLoss`` over ``x``: integers ``[T]``, or a mapping of ``tokens``, optionally ``mask``
-      ``[T]`` (which targets count, bool or weights) and what else the model takes.
+      ``[T]`` (which targets count, bool or weights of at least 0) and what else the model takes.
 
     Raises:
       ValueError: when called: tokens of another rank or dtype, fewer than two, a mask of another

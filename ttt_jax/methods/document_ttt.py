@@ -75,7 +75,8 @@ def document_ttt(
       select: the parameters that adapt.
       num_steps: inner steps per chunk, static; 0 scores with the pristine weights, the control.
       bos: the token that the model was trained to see before a text; ``None`` for none, and then
-        the first token has no score.
+        the first token has no score. After one outside the vocabulary, as after such a token, the
+        score is NaN.
       remat: of a gradient through the chunks, see :func:`ttt_jax.unroll`.
       mixed: whether such a gradient differentiates the updates forward over reverse, see
         :func:`ttt_jax.gradient_adapter`.
@@ -83,13 +84,14 @@ def document_ttt(
     Returns:
       A :class:`~ttt_jax.Predictor` over one document ``x``: integers ``[T, L]``, T chunks of L
       tokens, or a mapping of ``tokens`` and ``mask`` ``[T, L]`` (which tokens are scored and
-      learned from, bool or weights). Tokens of mask 0 are read as context; those after the last
-      scored one are padding, which nothing reads, so that documents of unequal length go side by
-      side. With ``start``, bool ``[T]``, several documents go one after the other: at a chunk where
-      it is true, weights, optimizer state and memory are the pristine ones again, so that short
-      documents fill the rows of a batch of long ones. Output: float32 ``[T, L]``, nats of each
-      scored token, 0 for the others. ``Info`` has the ``T * num_steps`` steps. A chunk whose step
-      is not finite is neither learned from nor remembered; its own scores stay as they came out.
+      learned from, bool or weights of at least 0). Tokens of mask 0 are read as context; those
+      after the last scored one are padding, which nothing reads, so that documents of unequal
+      length go side by side. With ``start``, bool ``[T]``, several documents go one after the
+      other: at a chunk where it is true, weights, optimizer state and memory are the pristine ones
+      again, so that short documents fill the rows of a batch of long ones. Output: float32
+      ``[T, L]``, nats of each scored token, 0 for the others. ``Info`` has the ``T * num_steps``
+      steps. A chunk whose step is not finite is neither learned from nor remembered; its own scores
+      stay as they came out.
 
     Raises:
       TypeError: ``read`` is no reader.
@@ -137,6 +139,11 @@ def document_of(name: str, x: Any, *more: str) -> tuple[jax.Array, jax.Array]:
             f"methods.{name} needs integer tokens [T, L], T chunks of L; got shape {tokens.shape} "
             f"and dtype {tokens.dtype}. Cut the document into chunks, pad the last one and give "
             "it a mask; map over documents with ttt_jax.batched."
+        )
+    if not tokens.size:
+        raise ValueError(
+            f"methods.{name} needs at least one chunk of at least one token; got shape "
+            f"{tokens.shape}. Leave out empty documents."
         )
     mask = jnp.asarray(leaves.get("mask", jnp.ones(tokens.shape, bool)))
     if mask.shape != tokens.shape:
@@ -206,7 +213,7 @@ def _inputs(chunk: Any) -> dict[str, jax.Array]:
 def _score(read: Parts, params: Params, memory: Any, chunk: Any) -> Any:
     """The mean over a chunk, the nats of every token, and what is to be remembered."""
     logits, rows = read.ahead(params, memory, _inputs(chunk))
-    nats = token_nats(logits[0], chunk["targets"])
+    nats = token_nats(logits[0], chunk["targets"], chunk["inputs"])
     nats_of_mask = jnp.where(chunk["mask"] != 0, nats, 0.0)
     return (masked_mean(nats, chunk["mask"]), {"nats": nats_of_mask}), rows
 

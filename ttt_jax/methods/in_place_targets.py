@@ -87,7 +87,7 @@ def in_place_targets(
             own, memory = carry
             inputs = {"tokens": chunk["inputs"][None], "positions": chunk["positions"][None]}
             logits, after, hidden = read.read(select.merge(own, frozen), memory, inputs)
-            nats = token_nats(logits[0], chunk["targets"])
+            nats = token_nats(logits[0], chunk["targets"], chunk["inputs"])
             loss = masked_mean(nats, chunk["mask"])
             pair = {"tokens": inputs["tokens"], "targets": chunk["targets"][None]}
             updates = _updates(own, hidden, targets(params, pair), rate * chunk["mask"])

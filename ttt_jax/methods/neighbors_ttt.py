@@ -185,7 +185,7 @@ def learner(
         length = passage["tokens"].shape[0]
         inputs = {"tokens": chunk["inputs"], "positions": chunk["positions"]}
         logits, _ = read.read(params, read.init(1, length, length), inputs)
-        return masked_mean(token_nats(logits, chunk["targets"]), chunk["mask"])
+        return masked_mean(token_nats(logits, chunk["targets"], chunk["inputs"]), chunk["mask"])
 
     return inner.guarded(gradient_adapter(loss, optimizer, select=select))
 
