@@ -12,6 +12,7 @@ import pytest
 import ttt_jax as ttt
 from tests.core import small_reader
 from ttt_jax import losses, methods
+from ttt_jax.readers import Reader
 
 # The package gives the function by this name.
 MODULE = sys.modules["ttt_jax.methods.discover"]
@@ -102,6 +103,49 @@ def test_problems_at_once_equal_one_after_another_in_any_order():
     one = jax.jit(predictor())(params(), {"target": problems()["target"][2]}, KEYS[2])
     for leaf, single in zip(jax.tree.leaves((found, info)), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(leaf[2], single, rtol=1e-3, atol=1e-3)
+
+
+def test_a_problem_that_diverges_harms_no_other_and_the_base_stays():
+    """Of one problem the prompt has a mark at which the model has no logits."""
+    mark, bad = small_reader.VOCABULARY - 1, 1
+
+    def read(given, memory, inputs):
+        logits, memory = small_reader.read(given, memory, inputs)
+        begun = (inputs["tokens"][:, :1] == mark) & (inputs["positions"][:, :1] == 0)
+        return jnp.where(begun[..., None], jnp.nan, logits), memory
+
+    def marked(x, state):
+        first = jnp.where(x["target"][0] < 0, mark, 1)
+        return jnp.concatenate([jnp.atleast_1d(first), state])
+
+    settings = {"num_tokens": LENGTH, "select": ttt.select.everything(), "num_steps": 3}
+    run = jax.jit(
+        ttt.batched(
+            methods.discover(
+                Reader(small_reader.init, read),
+                starts,
+                marked,
+                solution,
+                score,
+                **settings,
+                num_starts=2,
+                num_rollouts=4,
+                pool_size=4,
+            )
+        )
+    )
+    before = jax.tree.map(np.array, params())
+    spoiled = {"target": problems()["target"].copy()}
+    spoiled["target"][bad, 0] = -1
+    (due, well), (found, info) = (run(params(), x, KEYS) for x in (problems(), spoiled))
+    rest = np.arange(PROBLEMS) != bad
+    assert well.ok.all() and well.updated.all()
+    np.testing.assert_array_equal(info.ok, rest)
+    for leaf, other in zip(
+        jax.tree.leaves((due, well)), jax.tree.leaves((found, info)), strict=True
+    ):
+        np.testing.assert_array_equal(leaf[rest], other[rest])
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(params()))
 
 
 def test_what_cannot_be_scored_is_never_kept():

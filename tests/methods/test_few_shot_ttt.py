@@ -145,7 +145,9 @@ def test_a_copy_that_diverges_harms_no_other(plain):
 
     rows["task"][1] = 1
     run = jax.jit(ttt.batched(methods.few_shot_ttt(answer, sick, **SETTINGS)))
+    before = jax.tree.map(np.array, PARAMS)
     output, info = run(PARAMS, spoiled, KEYS)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(PARAMS))
     well, _ = plain(PARAMS, XS, KEYS)
     assert info.ok.tolist() == [True, False, True] and (output[1] == 0).all()
     np.testing.assert_array_equal(np.asarray(output)[[0, 2]], np.asarray(well)[[0, 2]])

@@ -294,7 +294,9 @@ def test_a_group_that_diverges_harms_no_other():
     clean = groups()
     spoiled = jax.tree.map(np.copy, clean)
     spoiled["truth"][bad] = -1
+    before = jax.tree.map(np.array, params())
     (right, ok), (made, info) = (run(params(), x, KEYS) for x in (clean, spoiled))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(params()))
     assert ok.ok.all()
     np.testing.assert_array_equal(info.ok, np.arange(GROUPS) != bad)
     rest = np.arange(GROUPS) != bad
