@@ -22,18 +22,16 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 
 
-def module(kind, backbone, dtype=jnp.float64):
-    return KINDS[kind](
-        width=WIDTH, heads=HEADS, head_size=6, chunk_size=CHUNK, backbone=backbone, dtype=dtype
-    )
+def module(kind, backbone, dtype=jnp.float64, chunk=CHUNK, **settings):
+    sizes = {"width": WIDTH, "heads": HEADS, "head_size": 6, "chunk_size": chunk}
+    return KINDS[kind](**sizes, backbone=backbone, dtype=dtype, **settings)
 
 
 @functools.cache
-def parameters(kind, backbone):
+def parameters(kind, backbone, chunk=CHUNK):
     """Float64, all of them away from the values that they begin with."""
-    shapes = jax.eval_shape(
-        module(kind, backbone, jnp.float32).init, jax.random.key(0), jnp.zeros((1, 1, WIDTH))
-    )
+    net = module(kind, backbone, jnp.float32, chunk)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 1, WIDTH)))
     random = np.random.default_rng(0)
     size = {"gamma": 1.0, "scale": 1.0}
 
@@ -47,9 +45,9 @@ def tokens(count=TOKENS, batch=BATCH, seed=1):
     return np.random.default_rng(seed).normal(size=(batch, count, WIDTH))
 
 
-def in_numpy(kind, backbone, x):
+def in_numpy(kind, backbone, x, chunk=CHUNK):
     """One sequence ``[T, width]`` from the parameters, head by head."""
-    p = parameters(kind, backbone)["params"]
+    p = parameters(kind, backbone, chunk)["params"]
     count = len(x)
 
     def dense(name):
@@ -67,11 +65,11 @@ def in_numpy(kind, backbone, x):
     v, rates = dense("value"), dense("rate")
     names = ("weight", "bias") if kind == "linear" else ("weight_1", "bias_1", "weight_2", "bias_2")
     base = 1.0 if kind == "linear" else 0.1
-    scale = np.maximum(1 / np.arange(1, CHUNK + 1) + p["position"], 0)
+    scale = np.maximum(1 / np.arange(1, chunk + 1) + p["position"], 0)
     outs = []
     for h in range(HEADS):
         own = slice(6 * h, 6 * h + 6)
-        heads = [rotated(part[:, own]) for part in (q, k)]
+        heads = [rotated(part[:, own], chunk) for part in (q, k)]
         gate = base / 6 / (1 + np.exp(-rates[:, h]))
         state, norm = [p[n][h] for n in names], (p["gamma"][h], p["beta"][h])
         outs.append(formulas.ttt(*heads, v[:, own], gate, scale, state, norm)[0])
@@ -82,11 +80,11 @@ def in_numpy(kind, backbone, x):
     return mixed @ p["out"]["kernel"]
 
 
-def rotated(x):
+def rotated(x, chunk):
     """Pairs as complex numbers, by their position in the chunk."""
     pairs = x[:, 0::2] + 1j * x[:, 1::2]
     speed = 1e4 ** (-np.arange(0, 6, 2) / 6)
-    pairs = pairs * np.exp(1j * np.outer(np.arange(len(x)) % CHUNK, speed))
+    pairs = pairs * np.exp(1j * np.outer(np.arange(len(x)) % chunk, speed))
     return np.stack([pairs.real, pairs.imag], -1).reshape(x.shape)
 
 
@@ -110,13 +108,40 @@ def test_a_layer_is_its_formula(kind, backbone, count):
     assert relative(out, due) < 1e-12
 
 
-@pytest.mark.parametrize(("kind", "backbone"), [("linear", "transformer"), ("mlp", "mamba")])
+@every_kind
+@every_backbone
 def test_a_layer_is_its_formula_over_a_thousand_tokens(kind, backbone):
     x = tokens(1000, 1)
     assert relative(applied(kind, backbone, x)[0], in_numpy(kind, backbone, x[0])) < 1e-11
 
 
-@pytest.mark.parametrize(("kind", "backbone"), [("linear", "transformer"), ("mlp", "mamba")])
+@every_kind
+@every_backbone
+@pytest.mark.parametrize("count", [15, 16, 17, 100])
+def test_a_layer_of_chunks_of_sixteen_is_its_formula(kind, backbone, count):
+    """Around a whole chunk of the published size, in every form that runs here."""
+    x, params = tokens(count, 1), parameters(kind, backbone, 16)
+    due = in_numpy(kind, backbone, x[0], 16)
+    with jax.enable_x64(True):
+        for form in ("dual", "primal"):
+            net = module(kind, backbone, chunk=16, form=form)
+            assert relative(quickly(net.apply, params, x)[0], due) < 1e-12
+
+
+@every_kind
+@every_backbone
+def test_no_token_of_a_layer_sees_a_later_one(kind, backbone):
+    x, params = to(np.float32, tokens()), to(np.float32, parameters(kind, backbone))
+    run = jax.jit(module(kind, backbone, jnp.float32).apply)
+    due = np.asarray(run(params, x))
+    for token in (0, 3, 9, TOKENS - 1):
+        actual = np.asarray(run(params, x.at[:, token].add(0.5)))
+        np.testing.assert_array_equal(actual[:, :token], due[:, :token])
+        assert (actual[:, token] != due[:, token]).any()
+
+
+@every_kind
+@every_backbone
 def test_in_single_and_half_precision(kind, backbone):
     x = tokens(128, 1)
     due = in_numpy(kind, backbone, x[0])

@@ -16,7 +16,8 @@ KINDS = {"linear": layers.nnx.TTTLinear, "mlp": layers.nnx.TTTMLP}
 SIZES = {"width": 8, "heads": 2, "head_size": 6, "chunk_size": 4}
 
 
-@pytest.mark.parametrize(("kind", "backbone"), [("linear", "transformer"), ("mlp", "mamba")])
+@pytest.mark.parametrize("backbone", ["transformer", "mamba"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_both_have_one_tree_of_parameters(kind, backbone):
     """And the same outputs, of whole, packed and padded sequences and from a cache."""
     linen = test_linen.module(kind, backbone, jnp.float32)

@@ -51,12 +51,14 @@ def test_it_is_the_formula_at_every_length(name, form, tokens):
     assert relative(state, after[-1] if after else arguments[5]) < 1e-13
 
 
+@every_layer
 @every_form
-def test_it_is_the_formula_over_a_thousand_tokens(form):
-    arguments = formulas.inputs(1000, 16)
+def test_it_is_the_formula_over_a_thousand_tokens(name, form):
+    function, depth = LAYERS[name]
+    arguments = formulas.inputs(1000, 16, depth)
     due, after = formulas.ttt(*arguments)
     with jax.enable_x64(True):
-        out, state = quickly(lambda *a: layers.ttt_linear(*a, form=form), *arguments)
+        out, state = quickly(lambda *a: function(*a, form=form), *arguments)
     assert relative(out, due) < 1e-11
     # A rest of 8 tokens is read and not learned.
     assert len(after) == 62 and relative(state, after[-1]) < 1e-11
@@ -141,15 +143,17 @@ def test_two_halves_are_the_whole(name):
 
 
 # Where, in a chunk and between chunks of segments, a token is changed.
+@every_layer
 @every_form
 @pytest.mark.parametrize("packed", [False, True])
-def test_no_token_sees_a_later_one(form, packed):
+def test_no_token_sees_a_later_one(name, form, packed):
+    function, depth = LAYERS[name]
     segments = SEGMENTS if packed else None
-    arguments = to(np.float32, formulas.inputs(LONGEST, 8))
+    arguments = to(np.float32, formulas.inputs(LONGEST, 8, depth))
 
     @jax.jit
     def read(*rows):
-        return layers.ttt_linear(*rows, *arguments[4:], segments=segments, form=form)[0]
+        return function(*rows, *arguments[4:], segments=segments, form=form)[0]
 
     due = np.asarray(read(*arguments[:4]))
     for token in (0, 7, 18, 40, 56, 99):

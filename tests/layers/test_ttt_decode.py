@@ -52,6 +52,30 @@ def test_a_prompt_and_single_tokens_are_the_whole(case, prompt):
 
 
 @every_layer
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "least"), [(1000, np.float64, 1e-11), (128, np.float32, 3e-6)]
+)
+def test_single_tokens_are_the_formula(name, tokens, dtype, least):
+    """All of them, over a thousand, and in single precision."""
+    arguments = formulas.inputs(tokens, 16, LAYERS[name][1])
+    due, after = formulas.ttt(*arguments)
+
+    def read(q, k, v, gate, scale, state, norm):
+        def step(held, row):
+            out, held = layers.ttt_decode(*row, scale, held, norm)
+            return held, out
+
+        cache, out = jax.lax.scan(step, layers.ttt_cache(state), (q, k, v, gate))
+        return out, cache.weights
+
+    with jax.enable_x64(dtype == np.float64):
+        out, weights = quickly(read, *to(dtype, arguments))
+    assert out.dtype == dtype
+    assert relative(out, due) < least
+    assert relative(weights, after[-1]) < least
+
+
+@every_layer
 def test_a_prompt_may_come_in_any_parts(name):
     _, depth = LAYERS[name]
     arguments = formulas.inputs(44, 8, depth, chunk=8)
