@@ -116,18 +116,23 @@ def yaad():
 
 
 def memora():
-    """On the weights themselves: W <- 3 softmax(alpha log W - eta grad)."""
-    weights, out, logits = 3 * np.exp(MATRIX), [], None
-    weights = weights / np.exp(MATRIX).sum(-1, keepdims=True)
+    """On the weights themselves, of both layers: W <- 3 softmax(alpha log W - eta grad)."""
+
+    def of_sum_three(grown):
+        return 3 * grown / grown.sum(-1, keepdims=True)
+
+    weights, out = [of_sum_three(np.exp(leaf)) for leaf in TWO], []
     for first in range(0, TOKENS, CHUNK):
         start = weights
         for t in range(first, min(first + CHUNK, TOKENS)):
-            gradient = np.outer(K[t], K[t] @ start - V[t])
-            grown = weights ** RETAIN[t] * np.exp(-GATE[t] * gradient)
-            weights = 3 * grown / grown.sum(-1, keepdims=True)
-            out.append(Q[t] @ weights)
-        logits = start if first + CHUNK > TOKENS else weights
-    return out, (logits,)
+            made = of_two_layers(K[t], two_layers(K[t], start) - V[t], start)
+            weights = [
+                of_sum_three(w ** RETAIN[t] * np.exp(-GATE[t] * g))
+                for w, g in zip(weights, made, strict=True)
+            ]
+            out.append(two_layers(Q[t], weights))
+        done = start if first + CHUNK > TOKENS else weights
+    return out, done
 
 
 def orthogonal(x):
@@ -271,7 +276,7 @@ TABLE = {
     ),
     "Memora": (
         memora,
-        of((MATRIX,), rates=FADE, retention=retentions.kl(3.0), chunk_size=CHUNK, **LINEAR),
+        of(TWO, rates=FADE, retention=retentions.kl(3.0), chunk_size=CHUNK, **MLP),
     ),
     "LaCT": (
         lact,
@@ -320,8 +325,8 @@ def test_a_row_is_its_formula(name):
         out, state = quickly(run, *given)
     assert relative(out, np.array(due)) < 1e-12
     if name == "Memora":
-        logits = state.weights[0]
-        state = state._replace(weights=(3 * np.exp(logits) / np.exp(logits).sum(-1)[:, None],))
+        grown = [np.exp(logits) for logits in state.weights]
+        state = state._replace(weights=tuple(3 * w / w.sum(-1, keepdims=True) for w in grown))
     assert relative(state.weights, tuple(last)) < 1e-12
 
 

@@ -112,7 +112,7 @@ def fast_weight(
     Titans         mlp         squared         decay, late  momentum   before  16 - 2,048
     Moneta         mlp         power(3)        power_norm   SGD        after   any
     Yaad           mlp         huber           decay, late  SGD        after   any
-    Memora         linear      squared         kl           SGD        after   any
+    Memora         mlp         squared         kl           SGD        after   any
     LaCT           swiglu      dot_product     norms        orthogonal before  2,048 up
     ATLAS          mlp         squared         decay, late  orthogonal after   any
     OmegaNet       mlp         squared         decay, late  SGD        after   any
@@ -120,8 +120,9 @@ def fast_weight(
 
     SGD has a learning rate of 1, as the gates are the step sizes; TTT layers have ``Rates.scale``,
     LaCT ``step="chunk"``, ATLAS and OmegaNet a ``window``; with the orthogonal updates goes a
-    momentum. :func:`ttt_linear` and :func:`ttt_mlp` give the same results in
-    products of matrices.
+    momentum. ATLAS reads keys and queries through polynomial features, which are the caller's to
+    apply; Yaad's published loss switches at the norm of the error, ``huber`` at each entry.
+    :func:`ttt_linear` and :func:`ttt_mlp` give the same results in products of matrices.
 
     **Fails** where a gate is too large for the loss: errors then grow from step to step. The outer
     gradient reaches values only through losses whose mixed derivative is not zero.
