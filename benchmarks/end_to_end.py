@@ -72,6 +72,9 @@ PAIRS = (
     ("window, steps on", "window, steps off"),
     ("full, steps on", "full, steps off"),
     ("bridge, steps on", "bridge_window, steps off"),
+    # With the bridge and without one, and with one that knows nothing of the steps.
+    ("bridge, steps on", "full, steps on"),
+    ("bridge, steps on", "bridge_window, steps on"),
     ("bridge_in_place, steps on", "bridge_window, steps off"),
 )
 
