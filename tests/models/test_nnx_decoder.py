@@ -83,8 +83,8 @@ def of_tunix():
     return apply, params, ".*/o_proj/w"
 
 
-# tunix itself asks jax for a mesh in a way that jax is leaving behind.
-@pytest.mark.filterwarnings("ignore:jax.interpreters.pxla:DeprecationWarning")
+# tunix itself uses what jax and flax are leaving behind.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("build", [own, with_factors, of_tunix])
 def test_a_document_is_scored_and_learned_from(build):
     apply, params, path = build()
