@@ -126,7 +126,8 @@ def generate(
 
     Returns:
       A :class:`~ttt_jax.Predictor` with output :class:`Generated`. ``ok`` is False where logits
-      were not finite, and where the mask leaves nothing of a prompt.
+      were not finite, where the mask leaves nothing of a prompt, and where a token of it is outside
+      the vocabulary.
 
     Raises:
       ValueError: an argument out of range; when called: an empty prompt, tokens of another rank
@@ -221,10 +222,14 @@ def begin(
     positions = jnp.where(mask, first + jnp.cumsum(mask.astype(jnp.int32)) - 1, -1)
     last = jnp.argmax(positions)
     before = jnp.where(jnp.arange(tokens.size) == last, -1, positions)
+    single = {"tokens": tokens[None, :1], "positions": positions[None, :1]}
+    logits, _ = jax.eval_shape(read.read, params, memory, single)
+    outside = mask & ((tokens < 0) | (tokens >= logits.shape[-1]))
     memory = read_in_chunks(read, params, memory, (tokens, before), size)
     return Row(
         memory=memory,
-        token=tokens[last],
+        # A model cuts an index outside its vocabulary, and all would seem well.
+        token=jnp.where(outside.any(), -1, tokens[last]),
         position=positions[last],
         count=jnp.zeros((), jnp.int32),
         done=jnp.zeros((), bool),
@@ -241,7 +246,7 @@ def advance(
         "positions": jnp.where(live, row.position, -1)[None, None],
     }
     logits, memory = read.read(params, row.memory, inputs)
-    logits = logits[0, -1].astype(jnp.float32)
+    logits = jnp.where(row.token < 0, jnp.nan, logits[0, -1].astype(jnp.float32))
     token = jnp.asarray(sampler(logits, jax.random.fold_in(key, row.count)))
     if token.shape != () or not jnp.issubdtype(token.dtype, jnp.integer):
         raise ValueError(

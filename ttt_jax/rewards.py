@@ -184,10 +184,10 @@ def majority(
         if rare is not None:
             used = jnp.where(labelled, used, answers.valid & (shares <= rare))
         value = (same[winner] & labelled).astype(jnp.float32)
-        own = voters[-count:].astype(jnp.float32)
+        own, with_label = voters[-count:], same[winner][-count:]
         aux |= {
             "majority_ratio": ratio,
-            "agreement": (same[winner][-count:] * own).sum() / own.sum(),
+            "agreement": (with_label & own).sum(dtype=jnp.float32) / own.sum(dtype=jnp.float32),
             "labelled": labelled.astype(jnp.float32),
         }
         if truth is not None:

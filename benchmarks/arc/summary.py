@@ -167,7 +167,8 @@ def lines(record: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> 
         shared = [row for row in record["rows"] if row["task"] in taken]
         for rule in ("votes", "experts"):
             more = gap(record["private"]["rows"], shared, rule)
-            made.append(f"  private copies less the source, {rule}: {more}")
+            won, lost = turned(record["private"]["rows"], shared, rule)
+            made.append(f"  private copies less the source, {rule}: {more}, won {won}, lost {lost}")
     # Of the decoder without copies where it answered.
     bins, error = confidence(next(iter(parts.values())))
     made.append(f"  share of the votes as a confidence, calibration error {error:.3f}:")

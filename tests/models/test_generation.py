@@ -245,6 +245,18 @@ def test_a_prompt_of_which_the_mask_leaves_nothing_is_not_ok():
     assert info.ok.tolist() == [False, True]
 
 
+@pytest.mark.parametrize("place", [0, 1, -1])
+@pytest.mark.parametrize("wrong", [-1, small.NET.vocabulary])
+def test_a_prompt_with_a_token_outside_the_vocabulary_is_not_ok(wrong, place):
+    """Wherever it stands, and unless the mask leaves it out."""
+    run = jax.jit(ttt.batched(generation.generate(models.reader(small.NET), num_tokens=2)))
+    prompts = {"tokens": PROMPTS[[0, 0, 0]].copy(), "mask": np.ones_like(PROMPTS[:3], bool)}
+    prompts["tokens"][:2, place] = wrong
+    prompts["mask"][1, place] = False
+    made, info = run(small.base(), prompts, KEYS[np.zeros(3, int)])
+    assert info.ok.tolist() == [False, True, True] and np.isnan(made.nats[0]).any()
+
+
 def test_arguments_out_of_range():
     read = models.reader(small.NET)
     for settings, sentence in (

@@ -70,7 +70,8 @@ def ttt_linear(
       k: ``[T, d]``, what is learned.
       v: ``[T, d]``, what it is learned to give.
       gate: ``[T]``, the step size of the token that is learned; 0 for padding, which then changes
-        no weights.
+        no weights. Its q, k and v must be finite: a NaN times 0 is a NaN, for earlier tokens of its
+        chunk too where that is read in products of matrices.
       scale: ``[chunk_size]``, the factor of the step size for the token that reads, by position.
       state: ``(W [d, d], b [d])`` before the first token, and before each segment.
       norm: ``(gamma [d], beta [d])``.
