@@ -1,6 +1,5 @@
 """The activation inside the kernels: its plain form, and its PTX where there is a GPU."""
 
-import contextlib
 import functools
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from tests.kernels.lowering import lowered_for_gpu
 from ttt_jax import models
 from ttt_jax.kernels import conv
 from ttt_jax.kernels.conv import activation, passes
@@ -61,17 +61,6 @@ def test_values_masks_and_nans(shape, dtype, compiled):
         assert np.isnan(float(u[3, 5])) and np.isnan(u.astype(np.float32)).sum() == 1
         products = (a * x.astype(np.float32)).astype(dtype)
         np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(products, np.float32))
-
-
-def lowered_for_gpu(function, *arguments):
-    """The program that a GPU is given, as text, from a machine without one."""
-    with contextlib.ExitStack() as stack:
-        # jax 0.12 lowers Triton kernels for a card that it knows by name.
-        if hasattr(jax.sharding, "AbstractDevice"):
-            card = jax.sharding.AbstractDevice("NVIDIA H100", num_cores=None, platform="gpu")
-            mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=card)
-            stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
-        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.skipif(GPU, reason="lowered for a GPU from here")

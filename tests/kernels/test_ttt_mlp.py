@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.core.compiling import quickly
+from tests.kernels.lowering import lowered_for_gpu
 from tests.kernels.test_ttt_linear import equations, errors, weights_of, with_gradients
 from ttt_jax import layers
 from ttt_jax.kernels import ttt_mlp
@@ -178,8 +179,7 @@ def test_they_lower_for_a_gpu(monkeypatch, dtype):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     given = operands(168, dtype=dtype, width=64, hidden=256)
     weights = weights_of(dual, given)
-    traced = jax.jit(with_gradients(kernels)).trace(given, weights)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered_for_gpu(with_gradients(kernels), given, weights)
     assert text.count("__gpu$xla.gpu.triton") == 3 and "stablehlo.while" not in text
 
 

@@ -62,7 +62,7 @@ def test_documents_side_by_side_are_each_alone_and_share_the_base(narrow):
     # As many as no axis of the model is long.
     documents = small.draw_tokens(5, 2, 4)
     keys = ttt.sample_keys(KEY, np.arange(5))
-    learn = methods.document_adapter(models.reader(net), optimizer=optax.adam(0.05))
+    learn = methods.document_adapter(models.reader(net), optimizer=optax.adam(0.02))
     found, info = jax.jit(ttt.batched(learn))(params, documents, keys)
     due, alone = jax.jit(learn)(params, documents[1], keys[1])
     ttt.audit.require_close(small.row_of(found, 1), due, num_steps=2)
