@@ -21,15 +21,10 @@ _CLEAN = "clean"
 def shown(candidates: Mapping[str, Sequence[settings.Candidate]]) -> str | None:
     """Returns the first method that takes gradient steps, of those that adapt each instance alone.
 
-    Without such a one, the first that takes steps at all; None where none does. A control whose
-    step size is 0 takes none.
+    Without such a one, the first that takes steps at all, of a size over 0; None where none does.
     """
-    steps = [
-        each[0]
-        for each in candidates.values()
-        if each[0].select is not None
-        and any(candidate.settings.get("learning_rate", 1.0) != 0 for candidate in each)
-    ]
+    moving = [e for e in candidates.values() if any(c.settings.get("learning_rate", 1) for c in e)]
+    steps = [each[0] for each in moving if each[0].select is not None]
     alone = [candidate for candidate in steps if candidate.scope == "per_sample"]
     return next((candidate.label for candidate in [*alone, *steps]), None)
 

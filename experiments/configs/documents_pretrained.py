@@ -7,8 +7,7 @@ with its fresh low-rank leaves, then the same with ``experiments.adapt`` and
 Face, or a GGUF file. Its parts are a tuple of paths.
 
 Cost: hours on one GPU with whole books; ``--config.data.chunks=48`` reads the first 3,072 tokens
-of each. Data: JSON-lines files with a ``text``; ``--config.data.validation`` and ``reported`` name
-others.
+of each. Data: JSON-lines files with a ``text``; ``data.validation`` and ``data.reported``.
 
 Expect: fewer bits per byte the longer a document is; little in its first thousand tokens.
 """
@@ -31,13 +30,8 @@ def get_config() -> ml_collections.ConfigDict:
                 f"data/text/{name}.jsonl.xz"
                 for name in ("books_test20_heldout_authors", "code_c", "code_python")
             ),
-            "chunk": 64,
-            "chunks": 16384,
-            "window": 1024,
-            "sinks": 4,
-            "least": 4096,
-            "most": 64,
         }
+        | {"chunk": 64, "chunks": 16384, "window": 1024, "sinks": 4, "least": 4096, "most": 64}
     )
     config.model = ml_collections.ConfigDict(
         {"name": "pretrained", "source": ("data/weights/smollm2-135m.gguf",), "dtype": "bfloat16"}
@@ -49,8 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
     del methods["low_rank"]
     for label in ("still", "document_ttt", "shared", "crossed"):
         methods[label].update({"optimizer": "adam", "b2": 0.95, "eps": 1e-10, "select": "lora"})
-    for label in ("document_ttt", "shared"):
-        methods[label].learning_rate = RATES
+    methods.document_ttt.learning_rate = methods.shared.learning_rate = RATES
     methods.crossed.learning_rate = RATES[-1]
     config.methods = methods
     return config

@@ -76,7 +76,6 @@ torch_loop_rate = partial(rotation, way="torch_loop", compute_dtype="bfloat16")
 speedup_over_vmap = partial(rotation_rate_bf16, over="torch_func_vmap")
 speedup_over_loop = partial(rotation_rate_bf16, over="torch_loop")
 lora_task_steps = partial(rate, way="ttt_jax", work="tasks", tasks=32)
-# With logits of the dtype that PyTorch's have.
 document_tokens = partial(rate, way="ttt_jax", work="documents", tasks=32, logits="bfloat16")
 document_tokens_over_stacked = partial(document_tokens, over="stacked_graph")
 memo_resnet50_over_torch = partial(memo_rate, over_torch=True)

@@ -153,13 +153,7 @@ def ttrl(
     inner.check_num_steps(num_steps)
     if num_trained is not None:
         _checks.check_count("num_trained, unless None,", num_trained)
-    check_advantages(advantages)
-    if rare is not None and advantages in ("group", "centered"):
-        raise ValueError(
-            "rare needs advantages='fixed', as the wrong answers of a prompt without a label are "
-            f"all of reward 0, which others make no step of; got rare={rare} and advantages="
-            f"{advantages!r}."
-        )
+    _check_negatives(advantages, rare)
     trained = num_rollouts if num_trained is None else min(num_trained, num_rollouts)
     if held_out_votes and trained == num_rollouts:
         raise ValueError(
@@ -209,6 +203,17 @@ def ttrl(
         return gradient_adapter(loss, optimizer, select=select, has_aux=True)
 
     return _before_and_after(adapter_of, num_steps, generation.several(evaluate, num_evaluated))
+
+
+def _check_negatives(advantages: Any, rare: Any) -> None:
+    """Refuses unknown advantages, and those under which a prompt without a label makes no step."""
+    check_advantages(advantages)
+    if rare is not None and advantages in ("group", "centered"):
+        raise ValueError(
+            "rare needs advantages='fixed', as the wrong answers of a prompt without a label are "
+            f"all of reward 0, which others make no step of; got rare={rare} and advantages="
+            f"{advantages!r}."
+        )
 
 
 def _before_and_after(
