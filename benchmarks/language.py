@@ -199,11 +199,12 @@ def time_torch(work: Work, tasks: int, settings: Any, way: str) -> dict[str, Any
     # An even number of keys suits the kernels.
     context += context % 2
     steps = steps_of(settings, tasks)
-    row: dict[str, Any] = {"way": way, "logits": "bfloat16", "steps": steps}
+    row: dict[str, Any] = {"way": way, "steps": steps}
     count = steps * tasks if way.startswith("peft") else steps
     try:
         from benchmarks import torch_language as peers
 
+        row["logits"] = peers.LOGITS
         start = time.perf_counter()
         if way.startswith("peft"):
             call = peers.peft_call(

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 import ttt_jax as ttt
-from benchmarks import books, options
+from benchmarks import books, discovery, options
 from experiments import launch, provenance
 from ttt_jax import generation, methods, models, select
 
@@ -32,7 +32,6 @@ SETTING, RATE = books.SETTINGS["linear_r32_c64"], 3e-4
 
 # Files of fewer characters say little of a repository.
 _LEAST = 2000
-_DRAWS = 5000
 
 
 class Repository(NamedTuple):
@@ -180,8 +179,8 @@ def saved(rows: Sequence[Any], way: str, beside: str = "pristine") -> tuple[floa
     """Percent of bits that a way saves, the mean and its interval of 95 % over repositories."""
     bits = np.array([[row["bits_per_byte"][name] for name in (way, beside)] for row in rows])
     values = 100 * (1 - bits[:, 0] / bits[:, 1])
-    drawn = values[np.random.default_rng(0).integers(0, len(rows), (_DRAWS, len(rows)))].mean(1)
-    return (float(values.mean()), *(float(end) for end in np.percentile(drawn, (2.5, 97.5))))
+    low, high = discovery.interval(values)
+    return float(values.mean()), low, high
 
 
 def run(out: str, settings: ml_collections.ConfigDict) -> dict[str, Any]:

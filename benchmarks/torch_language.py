@@ -21,6 +21,8 @@ LEARNING_RATE, BETAS, EPSILON = 3e-3, (0.9, 0.95), 1e-10
 
 
 ROPE_BASE = 1e4
+# Those of the compute dtype.
+LOGITS = "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 def shapes_of(sizes: Sizes) -> dict[str, tuple[int, int]]:

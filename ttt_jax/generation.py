@@ -127,7 +127,7 @@ def generate(
     Returns:
       A :class:`~ttt_jax.Predictor` with output :class:`Generated`. ``ok`` is False where logits
       were not finite, where the mask leaves nothing of a prompt, and where a token of it is outside
-      the vocabulary.
+      the reader's ``vocabulary``.
 
     Raises:
       ValueError: an argument out of range; when called: an empty prompt, tokens of another rank
@@ -222,14 +222,12 @@ def begin(
     positions = jnp.where(mask, first + jnp.cumsum(mask.astype(jnp.int32)) - 1, -1)
     last = jnp.argmax(positions)
     before = jnp.where(jnp.arange(tokens.size) == last, -1, positions)
-    single = {"tokens": tokens[None, :1], "positions": positions[None, :1]}
-    logits, _ = jax.eval_shape(read.read, params, memory, single)
-    outside = mask & ((tokens < 0) | (tokens >= logits.shape[-1]))
+    unknown = (mask & readers.unknown(read, tokens)).any()
     memory = read_in_chunks(read, params, memory, (tokens, before), size)
     return Row(
         memory=memory,
         # A model cuts an index outside its vocabulary, and all would seem well.
-        token=jnp.where(outside.any(), -1, tokens[last]),
+        token=jnp.where(unknown, -1, tokens[last]),
         position=positions[last],
         count=jnp.zeros((), jnp.int32),
         done=jnp.zeros((), bool),

@@ -43,11 +43,14 @@ class Reader(NamedTuple):
         one. Position -1 is padding, which no token sees. Reading a chunk again, at the same
         positions, replaces what is remembered of it.
       parts: the same reading in parts; None for a memory that ``read`` may replace as a whole.
+      vocabulary: how many tokens the model knows, from 0 on; None where that is not known, and then
+        no token is refused.
     """
 
     init: Callable[[int, int, int], PyTree]
     read: Callable[[Params, PyTree, Any], tuple[jax.Array, PyTree]]
     parts: Parts | None = None
+    vocabulary: int | None = None
 
 
 class HiddenReader(NamedTuple):
@@ -57,10 +60,12 @@ class HiddenReader(NamedTuple):
       init: as of a :class:`Reader`.
       read: ``read(params, memory, inputs) -> (logits[N, L, V], memory, hidden)``; ``hidden`` has
         by the path of a matrix ``[..., F, D]`` its inputs ``[..., N, L, F]``.
+      vocabulary: as of a :class:`Reader`.
     """
 
     init: Callable[[int, int, int], PyTree]
     read: Callable[[Params, PyTree, Any], tuple[jax.Array, PyTree, Mapping[str, jax.Array]]]
+    vocabulary: int | None = None
 
 
 def rule(place: str, name: str, value: Any) -> Reader:
@@ -72,6 +77,22 @@ def rule(place: str, name: str, value: Any) -> Reader:
             "readers.isolated(apply)."
         )
     return value
+
+
+def check_bos(read: Reader | HiddenReader, bos: int | None) -> None:
+    """Refuses a token that the model does not know, whose index it would cut without a word."""
+    if bos is not None and read.vocabulary is not None and bos >= read.vocabulary:
+        raise ValueError(
+            f"bos must be a token of the reader's model, from 0 to {read.vocabulary - 1}; got "
+            f"{bos}."
+        )
+
+
+def unknown(read: Reader, tokens: jax.Array) -> jax.Array:
+    """Bool, shaped as the tokens: those that the model does not know."""
+    if read.vocabulary is None:
+        return jnp.zeros(tokens.shape, bool)
+    return (tokens < 0) | (tokens >= read.vocabulary)
 
 
 def parts_of(read: Reader) -> Parts:

@@ -113,7 +113,8 @@ def server(
 
     Raises:
       ValueError: an argument out of range; when called: a request that is longer than
-        ``context``, an empty prompt, or an adapter of another layout than the selection's.
+        ``context``, an empty prompt, a token that the reader's model does not know, or an adapter
+        of another layout than the selection's.
 
     References:
       Yu et al., `Orca <https://www.usenix.org/conference/osdi22/presentation/yu>`_, 2022, Section
@@ -138,6 +139,7 @@ def server(
                 if pair is None:
                     continue
                 new = _Rows(empty, *_checked(*pair, own, context))
+                _check_prompt(*pair, read.vocabulary)
                 if held is None:
                     held = jax.tree.map(lambda leaf: jnp.stack([leaf] * rows), new)
                 held = programs.insert(held, jnp.asarray(place), new)
@@ -239,6 +241,15 @@ def _next_chunks(tasks: Sequence[_Task | None], size: int) -> Any:
             tokens[place], positions[place], begins[place] = task.next_chunk(size)
             last[place], place_of_last[place] = task.prompt[-1], task.prompt.size - 1
     return tokens, positions, (begins, last, place_of_last)
+
+
+def _check_prompt(index: int, request: Request, vocabulary: int | None) -> None:
+    tokens = np.asarray(request.tokens)
+    if vocabulary is not None and (odd := tokens[(tokens < 0) | (tokens >= vocabulary)]).size:
+        raise ValueError(
+            f"Request {index} needs tokens of the reader's model, from 0 to {vocabulary - 1}; got "
+            f"{odd[0]}."
+        )
 
 
 def _checked(

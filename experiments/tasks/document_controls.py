@@ -119,7 +119,7 @@ def _adapter(
     def value(params: Any, memory: Any, chunk: Any, key: jax.Array) -> Any:
         inputs = {"tokens": chunk["inputs"], "positions": chunk["positions"]}
         logits, memory = read.read(params, memory, inputs)
-        nats = token_nats(logits, chunk["targets"], chunk["inputs"])
+        nats = token_nats(logits, chunk["targets"])
         scored = jnp.where(chunk["mask"] != 0, nats, 0.0)
         return (masked_mean(nats, chunk["mask"]), {"nats": scored}), memory
 

@@ -275,18 +275,6 @@ def test_a_chunk_of_a_negative_weight_is_not_learned_from():
     assert run(PARAMS, {"tokens": TOKENS[0], "mask": mask}, KEY)[1].ok
 
 
-def test_scores_after_a_token_outside_the_vocabulary_are_none():
-    """A model cuts its index, and what follows it would seem right."""
-    nats, info = quickly(make(tiny.PLAIN, bos=1000), PARAMS, TOKENS[0], KEY)
-    due, _ = quickly(make(tiny.PLAIN, bos=1), PARAMS, TOKENS[0], KEY)
-    assert np.isnan(nats[0, 0]) and np.isfinite(nats.reshape(-1)[1:]).all() and not info.ok
-    assert np.isfinite(due).all()
-    changed = TOKENS[0].copy()
-    changed[1, 2] = -1
-    nats, _ = quickly(make(tiny.PLAIN), PARAMS, changed, KEY)
-    assert np.flatnonzero(np.isnan(nats)).tolist() == [LENGTH + 2, LENGTH + 3]
-
-
 BAD = {
     "rank": (TOKENS, r"integer tokens \[T, L\].*got shape \(3, 4, 6\)"),
     "dtype": (TOKENS[0].astype(np.float32), "integer tokens.*float32"),

@@ -11,19 +11,16 @@ from ttt_jax.base import AuxLoss, Key, Params
 from ttt_jax.losses import _inputs
 
 
-def token_nats(logits: jax.Array, targets: jax.Array, inputs: jax.Array | None = None) -> jax.Array:
+def token_nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Nats of each target, ``logits[..., V], targets[...] -> float32 [...]``; float64 stays so.
 
     ``logsumexp`` less the target's logit: no array of log-probabilities is written. A target
-    outside the vocabulary has NaN, and one whose predecessor is, in ``inputs[...]``: a model cuts
-    such an index, and its logits seem right.
+    outside the vocabulary has NaN.
     """
     # Narrow integers of a text's own dtype would wrap at the size of the vocabulary.
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     targets = targets.astype(jnp.int32)
     inside = (targets >= 0) & (targets < logits.shape[-1])
-    if inputs is not None:
-        inside &= (inputs >= 0) & (inputs < logits.shape[-1])
     return log_sum_exp(logits) - jnp.where(inside, _chosen(logits, targets), jnp.nan)
 
 

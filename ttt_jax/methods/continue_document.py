@@ -55,6 +55,7 @@ def document_adapter(
       As for :func:`document_ttt`.
     """
     _check_steps("document_adapter", num_steps, 1)
+    readers.check_bos(read, bos)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[PyTree, Info]:
         document = _document("document_adapter", x, bos)
@@ -124,6 +125,7 @@ def continue_document(
     """
     stop_tokens, draw = generation.check_stop(stop), sampler or generation.greedy()
     _check_steps("continue_document", num_steps, 0)
+    readers.check_bos(read, bos)
     if cache not in CACHES:
         raise ValueError(f"cache must be one of {CACHES}; got {cache!r}.")
 

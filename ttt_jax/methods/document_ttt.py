@@ -75,8 +75,7 @@ def document_ttt(
       select: the parameters that adapt.
       num_steps: inner steps per chunk, static; 0 scores with the pristine weights, the control.
       bos: the token that the model was trained to see before a text; ``None`` for none, and then
-        the first token has no score. After one outside the vocabulary, as after such a token, the
-        score is NaN.
+        the first token has no score.
       remat: of a gradient through the chunks, see :func:`ttt_jax.unroll`.
       mixed: whether such a gradient differentiates the updates forward over reverse, see
         :func:`ttt_jax.gradient_adapter`.
@@ -106,6 +105,7 @@ def document_ttt(
       github.com/openai/parameter-golf, pull request 77, which reads each window anew.
     """
     inner.check_num_steps(num_steps)
+    readers.check_bos(read, bos)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
         tokens, mask = document_of("document_ttt", x, "start")
@@ -213,7 +213,7 @@ def _inputs(chunk: Any) -> dict[str, jax.Array]:
 def _score(read: Parts, params: Params, memory: Any, chunk: Any) -> Any:
     """The mean over a chunk, the nats of every token, and what is to be remembered."""
     logits, rows = read.ahead(params, memory, _inputs(chunk))
-    nats = token_nats(logits[0], chunk["targets"], chunk["inputs"])
+    nats = token_nats(logits[0], chunk["targets"])
     nats_of_mask = jnp.where(chunk["mask"] != 0, nats, 0.0)
     return (masked_mean(nats, chunk["mask"]), {"nats": nats_of_mask}), rows
 

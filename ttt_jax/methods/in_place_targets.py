@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax import _arguments, _trees, _varying, select
+from ttt_jax import _arguments, _trees, _varying, readers, select
 from ttt_jax.base import Info, Key, Params, Predictor, PyTree, Selection
 from ttt_jax.losses.tokens import masked_mean, token_nats
 from ttt_jax.methods.document_ttt import chunks_of, document_of
@@ -76,6 +76,7 @@ def in_place_targets(
       the other, which is the same.
     """
     clip = clip_matrices(max_norm)
+    readers.check_bos(read, bos)
 
     def predict(params: Params, x: Any, key: Key) -> tuple[Any, Info]:
         tokens, mask = document_of("in_place_targets", x)
@@ -87,7 +88,7 @@ def in_place_targets(
             own, memory = carry
             inputs = {"tokens": chunk["inputs"][None], "positions": chunk["positions"][None]}
             logits, after, hidden = read.read(select.merge(own, frozen), memory, inputs)
-            nats = token_nats(logits[0], chunk["targets"], chunk["inputs"])
+            nats = token_nats(logits[0], chunk["targets"])
             loss = masked_mean(nats, chunk["mask"])
             pair = {"tokens": inputs["tokens"], "targets": chunk["targets"][None]}
             updates = _updates(own, hidden, targets(params, pair), rate * chunk["mask"])

@@ -179,13 +179,14 @@ def learner(
     read: Reader, optimizer: optax.GradientTransformation, select: Selection, bos: int | None
 ) -> Adapter:
     """An adapter over one passage ``{"tokens", "mask"}`` ``[P]``, read from its beginning."""
+    readers.check_bos(read, bos)
 
     def loss(params: Params, passage: Any, key: Key) -> jax.Array:
         chunk = chunks_of(passage["tokens"][None], passage["mask"][None], bos)
         length = passage["tokens"].shape[0]
         inputs = {"tokens": chunk["inputs"], "positions": chunk["positions"]}
         logits, _ = read.read(params, read.init(1, length, length), inputs)
-        return masked_mean(token_nats(logits, chunk["targets"], chunk["inputs"]), chunk["mask"])
+        return masked_mean(token_nats(logits, chunk["targets"]), chunk["mask"])
 
     return inner.guarded(gradient_adapter(loss, optimizer, select=select))
 

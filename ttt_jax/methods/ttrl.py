@@ -339,7 +339,8 @@ def _of_all_prompts(aux: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     means = {name: leaf.mean(1) for name, leaf in aux.items()}
     if "label_right" in aux and len(aux["label_right"]):
         right = aux["label_right"] > 0
-        wrong = (aux["labelled"] > 0) & ~right
+        # A reward of the caller's may give every prompt a label.
+        wrong = (aux.get("labelled", jnp.ones(right.shape)) > 0) & ~right
         means["right_to_wrong"] = (right[:1] & wrong).mean(1, dtype=jnp.float32)
         means["wrong_to_right"] = (wrong[:1] & right).mean(1, dtype=jnp.float32)
     return means

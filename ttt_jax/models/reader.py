@@ -32,7 +32,7 @@ def reader(module: Decoder) -> readers.Reader:
         return logits, put(memory, rows)
 
     parts = readers.Parts(ahead, put, no_rows)
-    return readers.Reader(module.empty_cache, read, parts)
+    return readers.Reader(module.empty_cache, read, parts, module.vocabulary)
 
 
 @_arguments.checked()
@@ -54,7 +54,7 @@ def hidden_reader(module: Decoder) -> readers.HiddenReader:
         }
         return logits, memory, hidden
 
-    return readers.HiddenReader(module.empty_cache, read)
+    return readers.HiddenReader(module.empty_cache, read, module.vocabulary)
 
 
 @_arguments.checked()
